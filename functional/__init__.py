@@ -1,0 +1,7 @@
+"""Stateless layer mathematics: quantise, dequantise, linear, and the one seam, `invoke_quant`."""
+
+from qnn.functional.invoke import invoke_quant
+from qnn.functional.linear import linear
+from qnn.functional.quantize import dequantize, quantize
+
+__all__ = ["dequantize", "invoke_quant", "linear", "quantize"]

@@ -1,0 +1,178 @@
+"""Engines for the int8 GEMM of a CPU, and the choice between them.
+
+An engine computes `float32((xq − zero_point) · wᵀ) · sw` for `xq [M, K]`, int8 with zero point 0 or
+uint8 with 128, int8 `w [N, K]` and float32 `sw [N]`. The integer sums must be exact, and on many
+CPUs the fast one's are not, so an engine is used only after it has passed a known-answer test here.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from qnn.kernels.cpu.pack import packed
+from qnn.kernels.torch_private import plain_dispatch
+
+
+class Engine(Protocol):
+    name: str
+    zero_point: int
+
+    def why_not(self) -> str | None:
+        """Why this engine cannot run here at all, or None."""
+
+    def matmul(self, xq: torch.Tensor, w: torch.Tensor, sw: torch.Tensor) -> torch.Tensor:
+        """float32((xq - zero_point) · wᵀ) · sw."""
+
+
+def _prepack(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """oneDNN's blocked copy of the weight, and its zero points, which are zero."""
+    zero_points = w.new_zeros(w.shape[0], dtype=torch.int32)
+    return torch.ops.onednn.qlinear_prepack(w, None), zero_points
+
+
+class OneDNN:
+    """oneDNN's int8 GEMM on a prepacked weight.
+
+    The activations go in as uint8 with zero point 128: the integers are the same, and without AMX
+    signed ones run in oneDNN's reference kernel, 500 to 1,500 times slower.
+    """
+
+    name = "onednn"
+    zero_point = 128
+
+    def why_not(self) -> str | None:
+        if not torch.backends.mkldnn.is_available():
+            return "this build of torch has no oneDNN"
+        if not hasattr(torch.ops.onednn, "qlinear_prepack"):
+            return "this build of torch has no onednn::qlinear_prepack"
+        return None
+
+    def matmul(self, xq: torch.Tensor, w: torch.Tensor, sw: torch.Tensor) -> torch.Tensor:
+        pack, zero_points = packed(w, _prepack)
+        sw = sw.contiguous()  # oneDNN reads the scales by their address, whatever the strides
+        y: torch.Tensor = torch.ops.onednn.qlinear_pointwise.default(
+            xq, 1.0, 128, pack, sw, zero_points, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return y
+
+
+class Exact:
+    """float32 GEMMs over at most 1,024 of K, whose sums stay below 2^24 and so are integers; right
+    on every CPU.
+
+    Lower float32 matmul precisions do not harm: int8 values are exact in bfloat16 and TF32, and
+    sums are kept in float32.
+    """
+
+    name = "exact"
+    zero_point = 0
+    _DEPTH = 1024
+    _BLOCK = (
+        1 << 20
+    )  # values of the weight widened at a time: 4 MB, a share of the last-level cache
+
+    def why_not(self) -> str | None:
+        return None
+
+    def matmul(self, xq: torch.Tensor, w: torch.Tensor, sw: torch.Tensor) -> torch.Tensor:
+        (m, k), n = xq.shape, w.shape[0]
+        if k <= self._DEPTH and w.numel() <= self._BLOCK:
+            return (xq.float() @ w.float().T).mul_(sw)
+        depth = min(k, self._DEPTH)
+        acc = w.new_zeros(m, n, dtype=torch.int32)
+        width = max(1, self._BLOCK // depth)
+        for k0 in range(0, k, depth):
+            x = xq[:, k0 : k0 + depth].float()
+            for n0 in range(0, n, width):
+                block = w[n0 : n0 + width, k0 : k0 + depth].float()
+                acc[:, n0 : n0 + width] += (x @ block.T).int()
+        return acc.float().mul_(sw)
+
+
+ENGINES: dict[str, Engine] = {engine.name: engine for engine in (OneDNN(), Exact())}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Whether an engine may be used, and why or why not."""
+
+    engine: str
+    usable: bool
+    reason: str
+
+
+def _known_answers() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Operands over the full range, where saturating kernels go wrong, in sizes that pick different
+    kernels.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    full_range = functools.partial(
+        torch.randint, dtype=torch.int8, generator=generator, device="cpu"
+    )
+    pairs = []
+    for m, k, n in ((1, 256, 32), (7, 256, 64), (64, 260, 48), (130, 1024, 96)):
+        x, w = full_range(-127, 128, (m, k)), full_range(-128, 128, (n, k))
+        x[0], w[0], w[-1] = 127, 127, -128
+        pairs.append((x, w))
+    return pairs
+
+
+@functools.cache
+@plain_dispatch()
+def self_test(name: str) -> Report:
+    """Run an engine on operands whose product is known; once a process."""
+    engine = ENGINES[name]
+    reason = engine.why_not()
+    if reason is not None:
+        return Report(name, False, reason)
+    for x, w in _known_answers():
+        expected = (x.double() @ w.double().T).float()
+        try:
+            xq = (x.int() + engine.zero_point).to(torch.uint8 if engine.zero_point else torch.int8)
+            got = engine.matmul(xq, w, w.new_ones(w.shape[0], dtype=torch.float32))
+        except (RuntimeError, NotImplementedError) as error:
+            return Report(name, False, f"raised {type(error).__name__}: {error}")
+        if not torch.equal(got, expected):
+            wrong = (got != expected).float().mean().item()
+            return Report(
+                name,
+                False,
+                f"wrong integers in the known-answer test ({wrong:.0%} at "
+                f"{x.shape[0]}x{x.shape[1]}x{w.shape[0]}): without VNNI instructions its sums "
+                "saturate",
+            )
+    return Report(name, True, "passed the known-answer test")
+
+
+# Layers that run faster in float32, both casts included, since oneDNN's call alone costs 20 µs: up
+# to so many rows, up to so many weights. Whole layer, µs, onednn / exact, one 2.6 GHz Zen 4 core:
+# 64x64 at M=1 76/32, M=128 85/56, M=1024 122/124; 64x768 at M=1 77/50, M=8 80/65, M=32 89/89;
+# 768x768 at M=1 87/116.
+_TINY = ((8, 1 << 16), (128, 1 << 12))
+
+
+@functools.cache
+def _usable_engines() -> list[Engine]:
+    usable = [engine for name, engine in ENGINES.items() if self_test(name).usable]
+    if not usable:
+        reasons = "; ".join(f"{name}: {self_test(name).reason}" for name in ENGINES)
+        raise RuntimeError(f"no int8 engine gives right integers on this CPU ({reasons}).")
+    return usable
+
+
+def engine_choice(weights: int) -> list[tuple[int | None, Engine]]:
+    """The engines of a layer of so many weights: `(most rows, engine)`; the last has no limit."""
+    usable = _usable_engines()
+    limit = max((rows for rows, most in _TINY if weights <= most), default=0)
+    small = [(limit, usable[-1])] if limit and usable[-1] is not usable[0] else []
+    return [*small, (None, usable[0])]
+
+
+def best_engine(rows: int, w: torch.Tensor) -> Engine:
+    """The first engine that passes its self-test, or for a tiny layer the last."""
+    tiny = any(rows <= most_rows and w.numel() <= most_weights for most_rows, most_weights in _TINY)
+    return _usable_engines()[-1 if tiny else 0]

@@ -1,0 +1,147 @@
+"""The int8 ops: quantise, dequantise, and the linear layer of the schemes `int8` and `int8_weight`.
+
+The references are the meaning of the ops. Rounding is to nearest, ties to even; a scale times the
+stored integer is the float; all scale arithmetic is float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import einsum, rearrange
+
+from qnn.kernels.cpu import int8_linear as cpu
+from qnn.kernels.formats import FLOATS, INT8_TOKEN
+from qnn.kernels.spec import Op
+
+INT8, SCALE = (torch.int8,), (torch.float32,)
+FORMAT = INT8_TOKEN
+
+
+def row_scale(x: torch.Tensor) -> torch.Tensor:
+    """The scale of each row: amax / 127, at least float32's smallest normal number; 1 for a zero
+    row.
+    """
+    amax = x.abs().amax(-1, keepdim=True).float()
+    scale = (amax / float(FORMAT.qmax)).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.where(amax == 0, 1.0, scale)
+
+
+def quantize_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = row_scale(x)
+    q = (x.float() * (1 / scale)).round().clamp(FORMAT.qmin, FORMAT.qmax)
+    return torch.where(scale.isfinite(), q, 0).to(FORMAT.storage), scale
+
+
+def dequantize_reference(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    compute: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    return (q.to(compute) * scale.to(compute)).to(dtype if compute == torch.float32 else compute)
+
+
+def _scaled(
+    y: torch.Tensor,
+    sw: torch.Tensor,
+    sx: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """`y · sw · sx + bias` in the dtype of `y`, then one cast, unless `y` is float64."""
+    compute = y.dtype
+    y = y * rearrange(sw, "n 1 -> n").to(compute)
+    y = y if sx is None else y * sx.to(compute)
+    y = y if bias is None else y + bias.to(compute)
+    return y.to(dtype if compute == torch.float32 else compute)
+
+
+def linear_reference(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    sw: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    compute: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    q, sx = quantize_reference(x)
+    # Exact: the sums stay below 2^53 for every K that the scheme admits.
+    acc = einsum(q.double(), w.double(), "... k, n k -> ... n")
+    return _scaled(acc.to(compute), sw, sx, bias, x.dtype)
+
+
+def weight_linear_reference(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    sw: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    compute: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    y = einsum(x.to(compute), w.to(compute), "... k, n k -> ... n")
+    return _scaled(y, sw, None, bias, x.dtype)
+
+
+def linear_dgrad_reference(
+    dy: torch.Tensor, w: torch.Tensor, sw: torch.Tensor, *, compute: torch.dtype = torch.float32
+) -> torch.Tensor:
+    dx = einsum(dy.to(compute), w.to(compute) * sw.to(compute), "... n, n k -> ... k")
+    return dx.to(dy.dtype if compute == torch.float32 else compute)
+
+
+int8_quantize = Op(
+    "int8_quantize",
+    "x: ... k -> q: ... k, scale: ... 1",
+    doc="scale = amax(|x|) / 127 a row; q = clamp(round(x · (1/scale)), −127, 127)",
+    dtypes={"x": FLOATS},
+    out=(torch.int8, torch.float32),
+    reference=quantize_reference,
+    kernels={"CPU": cpu.quantize},
+)
+
+int8_dequantize = Op(
+    "int8_dequantize",
+    "q: ... k, scale: ... 1, dtype: dtype -> ... k",
+    doc="q · scale, in float32, then one cast to dtype",
+    dtypes={"q": INT8, "scale": SCALE},
+    out=("dtype",),
+    reference=dequantize_reference,
+    positive=("scale",),
+)
+
+int8_linear = Op(
+    "int8_linear",
+    "x: ... k, w: n k, sw: n 1, bias: n? -> ... n",
+    doc="xq, sx = int8_quantize(x); int32(xq · wᵀ) · sw · sx + bias, in float32, then one cast",
+    dtypes={"x": FLOATS, "w": INT8, "sw": SCALE, "bias": FLOATS},
+    out=("x",),
+    reference=linear_reference,
+    kernels={"CPU": cpu.linear},
+    backward={"x": "int8_linear_dgrad"},
+    positive=("sw",),
+)
+
+int8_weight_linear = Op(
+    "int8_weight_linear",
+    "x: ... k, w: n k, sw: n 1, bias: n? -> ... n",
+    doc="(x · wᵀ) · sw + bias, in float32, then one cast",
+    dtypes={"x": FLOATS, "w": INT8, "sw": SCALE, "bias": FLOATS},
+    out=("x",),
+    reference=weight_linear_reference,
+    kernels={"CPU": cpu.weight_linear},
+    backward={"x": "int8_linear_dgrad"},
+    positive=("sw",),
+)
+
+int8_linear_dgrad = Op(
+    "int8_linear_dgrad",
+    "dy: ... n, w: n k, sw: n 1 -> ... k",
+    doc="dy · (w · sw), straight through the quantisation of x",
+    dtypes={"dy": FLOATS, "w": INT8, "sw": SCALE},
+    out=("dy",),
+    reference=linear_dgrad_reference,
+    kernels={"CPU": cpu.linear_dgrad},
+    backward={"dy": "int8_weight_linear"},
+    positive=("sw",),
+)

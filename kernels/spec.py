@@ -1,0 +1,336 @@
+"""One op, one declaration.
+
+`Op` takes a signature in einops notation and derives from it what is elsewhere written by hand,
+twice: the schema, the argument checks that the kernel and the fake share, the fake itself, the
+`vmap` rule, the samples that the tests feed to `torch.library.opcheck`, and the op's row in the
+documentation.
+
+    x: ... k, w: n k, sw: n 1, bias: n? -> ... n
+
+reads: `x` has any leading axes and ends in `k`; `w` is `[n, k]`; `sw` is `[n, 1]`; `bias` is `[n]`
+or None; the result has the leading axes of `x` and ends in `n`. An argument without axes is a
+torch.dtype: `dtype: dtype`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from qnn.kernels.torch_private import below_autograd, without_autocast
+
+LIBRARY = torch.library.Library("qnn", "FRAGMENT")
+OPS: dict[str, Op] = {}
+
+_LEAD = "..."
+_SAMPLE_SIZES = (37, 19, 23)
+_SAMPLE_LEADS: tuple[tuple[int, ...], ...] = ((5,), (), (2, 3), (0,))
+
+
+@dataclass(frozen=True)
+class Arg:
+    """One argument or result: its name and its axes; `axes` is None for a dtype argument."""
+
+    name: str
+    axes: tuple[str, ...] | None
+    optional: bool = False
+
+    @property
+    def has_lead(self) -> bool:
+        return self.axes is not None and self.axes[:1] == (_LEAD,)
+
+    @property
+    def tail(self) -> tuple[str, ...]:
+        """The axes behind the leading ones."""
+        axes = self.axes or ()
+        return axes[1:] if self.has_lead else axes
+
+    @property
+    def schema(self) -> str:
+        kind = "ScalarType" if self.axes is None else "Tensor?" if self.optional else "Tensor"
+        return f"{kind} {self.name}"
+
+    def __str__(self) -> str:
+        return f"[{', '.join(self.axes or ())}]"
+
+
+def parse_signature(signature: str) -> tuple[tuple[Arg, ...], tuple[Arg, ...]]:
+    """The arguments and the results of a signature; see the head of this file for the notation."""
+    left, arrow, right = signature.partition("->")
+    if not arrow:
+        raise ValueError(f"signature {signature!r} has no '->'.")
+
+    def parse(part: str) -> Arg:
+        name, _, axes = part.rpartition(":")
+        name, axes = name.strip(), axes.strip()
+        if axes == "dtype":
+            return Arg(name, None)
+        return Arg(name or "y", tuple(axes.removesuffix("?").split()), axes.endswith("?"))
+
+    return tuple(map(parse, left.split(","))), tuple(map(parse, right.split(",")))
+
+
+def describe(value: object) -> str:
+    """`float32[4, 768]` for a tensor, for error messages."""
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return str(value)
+
+
+class Op:
+    """An operator `torch.ops.qnn.<name>`, registered from one declaration.
+
+    Args:
+        name: the operator's name.
+        signature: arguments and results; see the head of this file.
+        doc: what it computes, as one formula; it stands in the op table.
+        dtypes: the dtypes that each tensor argument may have.
+        out: for each result a dtype, or the name of the argument that lends its dtype.
+        reference: the meaning of the op in plain torch, and its kernel where a device has none. One
+            whose result is float takes `compute=`, the dtype of its float arithmetic.
+        kernels: a kernel for each dispatch key, such as `"CPU"`.
+        backward: for a differentiable argument, the op that gives its gradient.
+        positive: float arguments whose samples must be positive (scales).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        signature: str,
+        *,
+        doc: str,
+        dtypes: Mapping[str, Sequence[torch.dtype]],
+        out: Sequence[torch.dtype | str],
+        reference: Callable[..., Any],
+        kernels: Mapping[str, Callable[..., Any]] | None = None,
+        backward: Mapping[str, str] | None = None,
+        positive: Sequence[str] = (),
+    ) -> None:
+        self.name, self.signature, self.doc = name, signature, doc
+        self.inputs, self.outputs = parse_signature(signature)
+        self.dtypes = {key: tuple(value) for key, value in dtypes.items()}
+        self.out = tuple(out)
+        self.reference = reference
+        self.kernels = dict(kernels or {})
+        self.backward = dict(backward or {})
+        self.positive = frozenset(positive)
+        self._fits = self._compile_fits()
+        self._register()
+        OPS[name] = self
+
+    # What is derived.
+
+    @property
+    def schema(self) -> str:
+        args = ", ".join(arg.schema for arg in self.inputs)
+        result = (
+            "Tensor" if len(self.outputs) == 1 else f"({', '.join('Tensor' for _ in self.outputs)})"
+        )
+        return f"{self.name}({args}) -> {result}"
+
+    def _register(self) -> None:
+        LIBRARY.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for key, kernel in {"CompositeExplicitAutograd": self.reference, **self.kernels}.items():
+            LIBRARY.impl(self.name, self._checked(kernel), key)
+        torch.library.register_fake(f"qnn::{self.name}", self.fake, lib=LIBRARY)
+        torch.library.register_vmap(f"qnn::{self.name}", self._vmap, lib=LIBRARY)
+        self.overload = getattr(torch.ops.qnn, self.name).default
+
+    def _checked(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        fits, check = self._fits, self.check
+
+        def run(*args: Any) -> Any:
+            if not fits(*args):
+                check(*args)
+            # A kernel's own torch calls are arithmetic that autocast must not round.
+            with below_autograd(), without_autocast():
+                return kernel(*args)
+
+        return run
+
+    def _compile_fits(self) -> Callable[..., bool]:
+        """`check` as one straight line without messages, for the eager path: 1 µs where the loop
+        takes 4 (16 when cold).
+
+        For `x: ... k, w: n k` it reads
+
+            def fits(x, w):
+                device = x.device
+                shape = x.shape
+                if x.dtype not in x_dtypes or len(shape) < 1: return False
+                k = shape[-1]
+                ...
+        """
+        known = {"1"}
+        lines = [f"device = {self.inputs[0].name}.device"]
+        for arg in self.inputs:
+            if arg.axes is None:
+                continue
+            wrong = [f"{arg.name}.dtype not in {arg.name}_dtypes", f"{arg.name}.device != device"]
+            wrong.append(f"len(shape) {'<' if arg.has_lead else '!='} {len(arg.tail)}")
+            body = [f"shape = {arg.name}.shape", f"if {' or '.join(wrong)}: return False"]
+            if arg.has_lead:
+                lead = f"shape[:len(shape) - {len(arg.tail)}]"
+                body.append(
+                    f"if lead != {lead}: return False" if _LEAD in known else f"lead = {lead}"
+                )
+                known.add(_LEAD)
+            for position, axis in enumerate(arg.tail, -len(arg.tail)):
+                if arg.optional and axis not in known:
+                    raise ValueError(
+                        f"{self.name}: the optional {arg.name} is the first with {axis}."
+                    )
+                size = f"shape[{position}]"
+                body.append(
+                    f"if {axis} != {size}: return False" if axis in known else f"{axis} = {size}"
+                )
+                known.add(axis)
+            lines += (
+                [f"if {arg.name} is not None:", *(f"    {line}" for line in body)]
+                if arg.optional
+                else body
+            )
+        names = ", ".join(arg.name for arg in self.inputs)
+        source = "\n    ".join([f"def fits({names}):", *lines, "return True"])
+        scope: dict[str, Any] = {f"{name}_dtypes": allowed for name, allowed in self.dtypes.items()}
+        exec(source, scope)  # noqa: S102  # built from our own declarations only
+        return cast(Callable[..., bool], scope["fits"])
+
+    def check(self, *args: Any) -> dict[str, Any]:
+        """Bind every axis to its size; raise a ValueError or TypeError that says which argument is
+        wrong and why.
+        """
+        sizes: dict[str, Any] = {"1": 1}
+        bound_by: dict[str, str] = {}
+        first = args[0]
+        for value, arg in zip(args, self.inputs, strict=True):
+            if arg.axes is None or (value is None and arg.optional):
+                continue
+            allowed = self.dtypes[arg.name]
+            if value.dtype not in allowed:
+                self._fail(
+                    TypeError, args, f"{arg.name} must be one of {', '.join(map(str, allowed))}"
+                )
+            if value.device != first.device:
+                where = f"{arg.name} is on {value.device}, {self.inputs[0].name} on {first.device}"
+                self._fail(ValueError, args, f"{where}; move them together")
+            shape, tail = value.shape, len(arg.tail)
+            if len(shape) < tail or (len(shape) > tail and not arg.has_lead):
+                self._fail(ValueError, args, f"{arg.name} must be {arg}, got {list(shape)}")
+            if arg.has_lead:
+                lead = tuple(shape[: len(shape) - tail])
+                if sizes.setdefault(_LEAD, lead) != lead:
+                    self._fail(
+                        ValueError,
+                        args,
+                        f"{arg.name} must begin with {sizes[_LEAD]}, got {list(shape)}",
+                    )
+            for axis, size in zip(arg.tail, shape[len(shape) - tail :], strict=True):
+                bound_by.setdefault(axis, arg.name)
+                if sizes.setdefault(axis, size) != size:
+                    given = (
+                        ""
+                        if axis == "1"
+                        else f" with {axis} = {sizes[axis]} as in {bound_by[axis]}"
+                    )
+                    self._fail(
+                        ValueError, args, f"{arg.name} must be {arg}{given}, got {list(shape)}"
+                    )
+        return sizes
+
+    def _fail(self, kind: type[Exception], args: Sequence[Any], reason: str) -> None:
+        call = ", ".join(
+            f"{arg.name}={describe(value)}" for arg, value in zip(self.inputs, args, strict=True)
+        )
+        raise kind(f"qnn::{self.name}({call}): {reason}.")
+
+    def fake(self, *args: Any) -> Any:
+        """What the op returns, without its values: the shape rule of the signature, new and
+        contiguous.
+        """
+        sizes = self.check(*args)
+        by_name = {arg.name: value for arg, value in zip(self.inputs, args, strict=True)}
+
+        def make(result: Arg, rule: torch.dtype | str) -> torch.Tensor:
+            source = by_name[rule] if isinstance(rule, str) else rule
+            dtype = source.dtype if isinstance(source, torch.Tensor) else source
+            lead = sizes[_LEAD] if result.has_lead else ()
+            shape = (*lead, *(sizes[axis] for axis in result.tail))
+            return cast(torch.Tensor, args[0].new_empty(shape, dtype=dtype))
+
+        results = tuple(
+            make(result, rule) for result, rule in zip(self.outputs, self.out, strict=True)
+        )
+        return results[0] if len(results) == 1 else results
+
+    def _vmap(self, info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        """A mapped axis becomes a leading axis where every mapped argument has some; otherwise one
+        call an element.
+        """
+        mapped = [arg for arg, axis in zip(self.inputs, in_dims, strict=True) if axis is not None]
+        if all(arg.has_lead for arg in mapped):
+            moved = []
+            for arg, axis, value in zip(self.inputs, in_dims, args, strict=True):
+                if axis is not None:
+                    value = value.movedim(axis, 0)
+                elif arg.has_lead and value is not None:
+                    value = value.expand(info.batch_size, *value.shape)
+                moved.append(value)
+            result = self.overload(*moved)
+        else:
+            calls = [
+                self.overload(
+                    *(
+                        v if d is None else v.select(d, i)
+                        for v, d in zip(args, in_dims, strict=True)
+                    )
+                )
+                for i in range(info.batch_size)
+            ]
+            single = len(self.outputs) == 1
+            result = (
+                torch.stack(calls) if single else tuple(map(torch.stack, zip(*calls, strict=True)))
+            )
+        return result, 0 if len(self.outputs) == 1 else (0,) * len(self.outputs)
+
+    def samples(self, seed: int = 0) -> Iterator[tuple[str, tuple[Any, ...]]]:
+        """Arguments for tests, each with a readable id: every lead, every first dtype, options
+        present and absent.
+        """
+        first = self.inputs[0]
+        for dtype in self.dtypes[first.name]:
+            for lead in _SAMPLE_LEADS:
+                label = f"{dtype}-{'x'.join(map(str, lead)) or 'scalar'}".removeprefix("torch.")
+                yield label, self._sample(dtype, lead, True, seed)
+                if any(arg.optional for arg in self.inputs):
+                    yield f"{label}-bare", self._sample(dtype, lead, False, seed)
+
+    def _sample(
+        self, dtype: torch.dtype, lead: tuple[int, ...], with_options: bool, seed: int
+    ) -> tuple[Any, ...]:
+        generator = torch.Generator().manual_seed(seed)
+        axes = dict.fromkeys(axis for arg in self.inputs for axis in arg.tail if axis != "1")
+        sizes = {"1": 1, **dict(zip(axes, _SAMPLE_SIZES, strict=False))}
+        args: list[Any] = []
+        for arg in self.inputs:
+            if arg.axes is None:
+                args.append(torch.float32)
+                continue
+            if arg.optional and not with_options:
+                args.append(None)
+                continue
+            shape = (*(lead if arg.has_lead else ()), *(sizes[axis] for axis in arg.tail))
+            allowed = self.dtypes[arg.name]
+            if allowed == (torch.int8,):
+                args.append(torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator))
+                continue
+            value = torch.randn(shape, generator=generator)
+            value = value.abs() + 0.01 if arg.name in self.positive else value
+            args.append(value.to(dtype if dtype in allowed else allowed[0]))
+        return tuple(args)
+
+    def __repr__(self) -> str:
+        return f"<qnn op {self.name}: {self.signature}>"

@@ -1,0 +1,36 @@
+"""qnn: compile-friendly quantised `torch.nn` layers.
+
+import qnn
+model = qnn.convert(model, "int8")
+"""
+
+from pathlib import Path as _Path
+
+# In a checkout's root Python finds this folder before the installed package, and without its two
+# lower floors, which stand beside it there.
+_HERE = _Path(__file__).resolve().parent
+if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels" / "spec.py").is_file():
+    __path__.append(str(_HERE.parent))
+
+from qnn import functional, kernels
+from qnn.compare import Comparison, compare, sqnr
+from qnn.convert import convert
+from qnn.kernels import SCHEMES, Format, Scheme
+from qnn.qlinear import QLinear
+from qnn.summary import Summary, summary
+
+__version__ = "0.1.0"
+__all__ = [
+    "SCHEMES",
+    "Comparison",
+    "Format",
+    "QLinear",
+    "Scheme",
+    "Summary",
+    "compare",
+    "convert",
+    "functional",
+    "kernels",
+    "sqnr",
+    "summary",
+]

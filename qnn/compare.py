@@ -1,0 +1,220 @@
+"""`compare`: how far a quantised model is from its float one, layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qnn.qlinear import QLinear
+
+
+def sqnr(reference: torch.Tensor, value: torch.Tensor) -> float:
+    """Signal to quantisation noise ratio in dB: `10 log10(sum(reference²) / sum((reference −
+    value)²))`; inf where equal.
+    """
+    power = _Power()
+    power.add(reference, value)
+    return power.db
+
+
+@dataclass
+class _Power:
+    signal: float = 0.0
+    noise: float = 0.0
+
+    def add(self, reference: torch.Tensor, value: torch.Tensor) -> None:
+        if reference.shape != value.shape:
+            raise ValueError(
+                f"qnn.compare: outputs differ in shape, {list(reference.shape)} and "
+                f"{list(value.shape)}."
+            )
+        reference, value = reference.detach().double(), value.detach().double()
+        self.signal += reference.square().sum().item()
+        self.noise += (reference - value).square().sum().item()
+
+    @property
+    def db(self) -> float:
+        if math.isnan(self.signal) or math.isnan(self.noise):
+            return math.nan
+        if self.noise == 0:
+            return math.inf
+        return 10 * math.log10(self.signal / self.noise) if self.signal > 0 else -math.inf
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layer's SQNR in dB: `sqnr` where it stands in the quantised model, with the noise that
+    comes in from the layers before it; `alone`, fed with the float model's input. The row named
+    `(output)` is the model's.
+    """
+
+    name: str
+    scheme: str | None
+    sqnr: float
+    alone: float | None
+
+
+class Comparison:
+    """The table that `compare` returns, worst layer first."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = sorted(rows, key=lambda row: (not math.isnan(row.sqnr), row.sqnr))
+
+    @property
+    def output(self) -> float:
+        """SQNR of the model's output, in dB."""
+        return next(row.sqnr for row in self.rows if row.name == OUTPUT)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"rows": [asdict(row) for row in self.rows]}
+
+    def __str__(self) -> str:
+        width = max(len(row.name) for row in self.rows)
+        lines = [f"{'layer'.ljust(width)}  scheme       SQNR dB  alone dB"]
+        for row in self.rows:
+            alone = "-" if row.alone is None else f"{row.alone:.1f}"
+            lines.append(
+                f"{row.name.ljust(width)}  {row.scheme or '-':11}  {row.sqnr:7.1f}  {alone:>8}"
+            )
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def plot(self, path: str | Path) -> Path:
+        """Write a bar chart, worst layer on top; the format follows the file's ending. Needs
+        matplotlib.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError(
+                "qnn.Comparison.plot needs matplotlib: pip install matplotlib."
+            ) from error
+        rows = [row for row in self.rows if math.isfinite(row.sqnr)][::-1]
+        figure = Figure(figsize=(8, 1 + 0.22 * len(rows)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.barh(
+            [row.name for row in rows],
+            [row.sqnr for row in rows],
+            color="#4477aa",
+            label="in the model",
+        )
+        alone = [
+            (row.name, row.alone)
+            for row in rows
+            if row.alone is not None and math.isfinite(row.alone)
+        ]
+        axes.plot([value for _, value in alone], [name for name, _ in alone], "k|", label="alone")
+        axes.set_xlabel("SQNR against float, dB")
+        axes.legend(loc="lower right")
+        figure.savefig(path)
+        return Path(path)
+
+
+OUTPUT = "(output)"
+
+
+def compare(
+    float_model: nn.Module,
+    quantised_model: nn.Module,
+    inputs: torch.Tensor | tuple[Any, ...] | Mapping[str, Any],
+) -> Comparison:
+    """Run both models on `inputs` and give the SQNR of each quantised layer and of the output,
+    worst first.
+
+    Args:
+        float_model, quantised_model: the model before and after `convert`; best in eval mode, since
+            dropout is noise too.
+        inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
+
+    Raises:
+        ValueError: `quantised_model` has no quantised layer, or one that the float model does not
+            have.
+    """
+    layers = {
+        name: module
+        for name, module in quantised_model.named_modules()
+        if isinstance(module, QLinear)
+    }
+    if not layers:
+        raise ValueError(
+            "qnn.compare: the second model has no quantised layer; pass what qnn.convert returned."
+        )
+    originals = dict(float_model.named_modules())
+    missing = [name for name in layers if not isinstance(originals.get(name), nn.Linear)]
+    if missing:
+        raise ValueError(
+            f"qnn.compare: the float model has no linear layer {missing[0]!r}; are the models the "
+            "same?"
+        )
+
+    alone = {name: _Power() for name in layers}
+    within = {name: _Power() for name in layers}
+    outputs: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+
+    def record(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            outputs[name].append(output.detach())
+            alone[name].add(output, layers[name].forward(args[0]))
+
+        return hook
+
+    def judge(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            if not outputs[name]:
+                raise ValueError(
+                    f"qnn.compare: {name!r} is called more often in the quantised model than in "
+                    "the float one."
+                )
+            within[name].add(outputs[name].pop(0), output)
+
+        return hook
+
+    with torch.no_grad():
+        reference = _run(float_model, inputs, {originals[name]: record(name) for name in layers})
+        value = _run(
+            quantised_model, inputs, {layer: judge(name) for name, layer in layers.items()}
+        )
+    unmatched = next((name for name, held in outputs.items() if held), None)
+    if unmatched is not None:
+        raise ValueError(
+            f"qnn.compare: {unmatched!r} is called more often in the float model than in the "
+            "quantised one."
+        )
+    total = _Power()
+    pairs = list(zip(_tensors(reference), _tensors(value), strict=True))
+    for expected, got in pairs:
+        total.add(expected, got)
+    rows = [
+        Row(name, layer.scheme, within[name].db, alone[name].db) for name, layer in layers.items()
+    ]
+    return Comparison([*rows, Row(OUTPUT, None, total.db, None)])
+
+
+def _run(model: nn.Module, inputs: Any, hooks: dict[nn.Module, Any]) -> Any:
+    with ExitStack() as stack:
+        for module, hook in hooks.items():
+            stack.callback(module.register_forward_hook(hook).remove)
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    """The float tensors of a model's output, in order: of tuples, lists, mappings and transformers'
+    outputs.
+    """
+    if isinstance(output, torch.Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        return [t for part in output.values() for t in _tensors(part)]
+    if isinstance(output, (tuple, list)):
+        return [t for part in output for t in _tensors(part)]
+    return []

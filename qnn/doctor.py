@@ -1,0 +1,106 @@
+"""`python -m qnn doctor`: what runs here, what does not, and how to get it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+
+from qnn.kernels import OPS, SCHEMES
+from qnn.kernels.cpu.engines import ENGINES, self_test
+
+# What a package brings, for those that qnn can use but does not need.
+_OPTIONAL = {
+    "matplotlib": "plots of qnn.compare and of the examples",
+    "peft": "LoRA over a quantised base",
+    "safetensors": "checkpoints without pickle",
+    "transformers": "the models of the examples",
+}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def report() -> dict[str, Any]:
+    """Everything that `doctor` prints, as plain data."""
+    engines = [self_test(name) for name in ENGINES]
+    used = next((engine.engine for engine in engines if engine.usable), None)
+    cpu = torch.cpu.get_capabilities()
+    advice = []
+    if used != "onednn":
+        advice.append(
+            "int8 runs on exact float32 GEMMs, several times slower than oneDNN: this CPU (or "
+            "ONEDNN_MAX_CPU_ISA) has no VNNI instructions, without which oneDNN's integers are "
+            "wrong. A CPU with AVX-512 VNNI, AVX-VNNI or AMX helps."
+        )
+    if not torch.cuda.is_available():
+        advice.append("no CUDA device: CPU kernels only.")
+    missing = {package: use for package, use in _OPTIONAL.items() if _version(package) is None}
+    advice += [
+        f"{package} is not installed ({use}): pip install {package}"
+        for package, use in missing.items()
+    ]
+    return {
+        "versions": {
+            "qnn": _version("qnn"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("einops", "numpy", *_OPTIONAL)},
+        },
+        "cpu": {
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "features": sorted(name for name, present in cpu.items() if present is True),
+            "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        },
+        "cuda": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "engines": [
+            {
+                "name": engine.engine,
+                "usable": engine.usable,
+                "used": engine.engine == used,
+                "reason": engine.reason,
+            }
+            for engine in engines
+        ],
+        "schemes": {
+            scheme.name: {device.lower(): "kernel" for device in OPS[scheme.linear].kernels}
+            | {"other": "reference"}
+            for scheme in SCHEMES.values()
+        },
+        "advice": advice,
+    }
+
+
+def render(data: dict[str, Any]) -> str:
+    """`report()` as text."""
+    versions = ", ".join(
+        f"{name} {version or '(none)'}" for name, version in data["versions"].items()
+    )
+    cpu = data["cpu"]
+    lines = [
+        f"versions   {versions}",
+        f"cpu        {cpu['machine']}, {cpu['threads']} threads, torch uses "
+        f"{cpu['torch_capability']}",
+        f"features   {', '.join(cpu['features'])}",
+        f"cuda       {', '.join(data['cuda']) or 'none'}",
+        "",
+        "int8 engines of the CPU",
+    ]
+    for engine in data["engines"]:
+        state = "used" if engine["used"] else "ready" if engine["usable"] else "not used"
+        lines.append(f"  {engine['name']:8} {state:9} {engine['reason']}")
+    lines += ["", "schemes"]
+    for name, devices in data["schemes"].items():
+        lines.append(
+            f"  {name:12} " + ", ".join(f"{device}: {what}" for device, what in devices.items())
+        )
+    if data["advice"]:
+        lines += ["", "advice", *(f"  - {line}" for line in data["advice"])]
+    return "\n".join(lines)

@@ -1,0 +1,53 @@
+"""What several test files share: layers, sizes, and child processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import torch
+from torch import nn
+
+import qnn
+
+# Odd sizes (M, K, N), where blocks, tails and padding end in different places.
+SIZES = (
+    (1, 1, 1),
+    (1, 37, 63),
+    (5, 64, 64),
+    (37, 63, 199),
+    (63, 760, 37),
+    (199, 37, 760),
+    (2, 4100, 3),
+)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def weights(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A full-range int8 weight, with -128 and rows of extremes, and its scale."""
+    w = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+    w[0], w[-1] = 127, -128
+    return w, torch.rand(n, 1) * 0.02 + 1e-3
+
+
+def mlp(scheme: str = "int8", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Two layers around a ReLU, all of whose values are the same in every mode."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(48, 96), nn.ReLU(), nn.Linear(96, 32, bias=False))
+    return qnn.convert(model, scheme).to(dtype).eval()
+
+
+def child(code: str, timeout: int = 300, **environment: str) -> str:
+    """Run `code` in a fresh process; its standard output, or an AssertionError with all it said."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **environment},
+        check=False,
+    )
+    assert done.returncode == 0, f"child failed:\n{done.stdout}\n{done.stderr}"
+    return done.stdout

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import math
+import tempfile
+import unittest
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import qnn
+
+
+class Reused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.once, self.twice = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor, shift: float = 0.0) -> Any:
+        y = self.once(x) + shift
+        return OrderedDict(a=self.twice(self.twice(y)), b=[y, torch.ones(1, dtype=torch.int64)])
+
+
+class TestSqnr(unittest.TestCase):
+    def test_values(self) -> None:
+        x = torch.tensor([3.0, 4.0])
+        self.assertEqual(qnn.sqnr(x, x), math.inf)
+        self.assertAlmostEqual(qnn.sqnr(x, x + torch.tensor([0.5, 0.0])), 20.0)
+        self.assertTrue(math.isnan(qnn.sqnr(x, x * math.nan)))
+        with self.assertRaisesRegex(ValueError, "differ in shape"):
+            qnn.sqnr(x, x[:1])
+
+
+class TestCompare(unittest.TestCase):
+    def setUp(self) -> None:
+        self.model = Reused()
+        self.model.twice.weight.data[0, 0] = 9.0  # an outlier costs its row precision
+        self.twin = qnn.convert(self.model)
+        self.x = torch.randn(16, 32)
+
+    def test_rows_are_sorted_worst_first(self) -> None:
+        table = qnn.compare(self.model, self.twin, self.x)
+        values = [row.sqnr for row in table.rows]
+        self.assertEqual(values, sorted(values))
+        self.assertEqual({row.name for row in table.rows}, {"once", "twice", "(output)"})
+        once = next(row for row in table.rows if row.name == "once")
+        self.assertAlmostEqual(once.sqnr, qnn.sqnr(self.model.once(self.x), self.twin.once(self.x)))
+        self.assertEqual(once.sqnr, once.alone)
+        self.assertGreater(table.output, 25)
+        self.assertIn("once", str(table))
+        self.assertEqual(len(table.to_dict()["rows"]), 3)
+
+    def test_kinds_of_input_and_no_hook_stays(self) -> None:
+        want = qnn.compare(self.model, self.twin, self.x).output
+        self.assertEqual(qnn.compare(self.model, self.twin, (self.x,)).output, want)
+        self.assertEqual(qnn.compare(self.model, self.twin, {"x": self.x}).output, want)
+        for module in (*self.model.modules(), *self.twin.modules()):
+            self.assertFalse(module._forward_hooks)
+
+    def test_nan_comes_first(self) -> None:
+        self.twin.once.bias.data[0] = math.nan
+        table = qnn.compare(self.model, self.twin, self.x)
+        self.assertTrue(math.isnan(table.rows[0].sqnr))
+
+    def test_bad_models(self) -> None:
+        with self.assertRaisesRegex(ValueError, "the second model has no quantised layer"):
+            qnn.compare(self.model, self.model, self.x)
+        with self.assertRaisesRegex(ValueError, "the float model has no linear layer 'once'"):
+            qnn.compare(nn.Linear(2, 2), self.twin, self.x)
+
+    def test_other_call_counts_are_refused(self) -> None:
+        class Once(Reused):
+            def forward(self, x: torch.Tensor, shift: float = 0.0) -> Any:
+                return self.twice(self.once(x))
+
+        once = Once()
+        for a, b, which in ((self.model, once, "float"), (once, self.model, "quantised")):
+            with self.assertRaisesRegex(ValueError, f"more often in the {which} "):
+                qnn.compare(a, qnn.convert(b), self.x)
+
+    def test_plot(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = qnn.compare(self.model, self.twin, self.x).plot(Path(folder) / "c.png")
+            self.assertGreater(path.stat().st_size, 5000)

@@ -1,0 +1,377 @@
+from __future__ import annotations
+
+import copy
+import io
+import unittest
+from typing import Any
+
+import torch
+from parameterized import parameterized
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
+
+import qnn
+from qnn import QLinear
+
+from .common import child
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(16, 32)
+        self.act = nn.ReLU()
+        self.down = nn.Linear(32, 16, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.act(self.up(x)))
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(Block(), Block(), nn.Linear(16, 8))
+
+
+def converted(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, QLinear)]
+
+
+class TestSelection(unittest.TestCase):
+    @parameterized.expand(
+        [
+            ({}, ["0.up", "0.down", "1.up", "1.down", "2"]),
+            ({"include": "0.*"}, ["0.up", "0.down"]),
+            ({"include": "0"}, ["0.up", "0.down"]),
+            ({"include": Block}, ["0.up", "0.down", "1.up", "1.down"]),
+            ({"include": ["*.up", "2"]}, ["0.up", "1.up", "2"]),
+            ({"include": nn.Linear, "exclude": "*.down"}, ["0.up", "1.up", "2"]),
+            (
+                {"exclude": lambda name, m: isinstance(m, nn.Linear) and m.bias is None},
+                ["0.up", "1.up", "2"],
+            ),
+            ({"exclude": lambda _, m: m.out_features < 16}, ["0.up", "0.down", "1.up", "1.down"]),
+            ({"exclude": (Block, "nothing*")}, None),
+            ({"exclude": Block}, ["2"]),
+        ]
+    )
+    def test_patterns(self, kwargs: dict[str, Any], want: list[str] | None) -> None:
+        if want is None:
+            with self.assertRaisesRegex(
+                ValueError, "exclude pattern 'nothing\\*' matches no module"
+            ):
+                qnn.convert(net(), **kwargs)
+            return
+        self.assertEqual(converted(qnn.convert(net(), **kwargs)), want)
+
+    def test_a_map_of_schemes_takes_the_last_match(self) -> None:
+        model = qnn.convert(net(), {"*": "int8", Block: "int8_weight", "1": None, "1.up": "int8"})
+        schemes = {n: m.scheme for n, m in model.named_modules() if isinstance(m, QLinear)}
+        self.assertEqual(
+            schemes,
+            {"0.up": "int8_weight", "0.down": "int8_weight", "1.up": "int8", "2": "int8"},
+        )
+        reasons = {row.name: row.reason for row in qnn.summary(model).rows}
+        self.assertEqual(reasons["1.down"], "the scheme map says None")
+        model = qnn.convert(net(), {"0": "int8"})
+        self.assertEqual(converted(model), ["0.up", "0.down"])
+        self.assertIn("no pattern", str(qnn.summary(model).rows[-1].reason))
+
+    @parameterized.expand(
+        [
+            (("int9",), {}, ValueError, "Did you mean 'int8'"),
+            ((8,), {}, TypeError, "scheme must be a string"),
+            ((None,), {}, TypeError, "scheme must be a string"),
+            (({"x.*": "int8"},), {}, ValueError, r"scheme pattern 'x\.\*' matches no module"),
+            (({"*": "int9"},), {}, ValueError, "unknown scheme 'int9'"),
+            (
+                ("int8",),
+                {"include": "layer.*"},
+                ValueError,
+                r"Names are those of model.named_modules",
+            ),
+            (("int8",), {"include": "0.upp"}, ValueError, "Close names: '0.up'"),
+            (("int8",), {"exclude": nn.Conv2d}, ValueError, "exclude pattern Conv2d matches no"),
+            (("int8",), {"include": 3}, TypeError, "include takes names with wildcards.*got int 3"),
+            (("int8",), {"include": ["2", None]}, TypeError, "got NoneType None"),
+            (("int8",), {"training": True}, ValueError, "no layer for training=True"),
+            (
+                ("int8",),
+                {"on_unsupported": "warn"},
+                ValueError,
+                "must be 'error' or 'skip', got 'warn'",
+            ),
+            (("int8",), {"exclude": "*"}, ValueError, "every linear layer is left alone"),
+            (("int8",), {"include": "0.act"}, ValueError, "2: matches no include pattern"),
+        ]
+    )
+    def test_bad_arguments(self, args: Any, kwargs: Any, kind: Any, message: str) -> None:
+        for inplace in (False, True):
+            model = net()
+            before = str(model)
+            with self.assertRaisesRegex(kind, message):
+                qnn.convert(model, *args, inplace=inplace, **kwargs)
+            self.assertEqual(str(model), before)
+
+    def test_nothing_to_convert(self) -> None:
+        with self.assertRaisesRegex(ValueError, "has no nn.Linear, only Conv2d, ReLU"):
+            qnn.convert(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU()))
+        with self.assertRaisesRegex(TypeError, "takes an nn.Module, got int"):
+            qnn.convert(3)  # type: ignore[type-var]
+        with self.assertRaisesRegex(ValueError, "converted already .5 QLinear, scheme 'int8'"):
+            qnn.convert(qnn.convert(net()))
+        with self.assertRaisesRegex(ValueError, "converted already"):
+            qnn.convert(QLinear(4, 4))
+
+    def test_in_steps(self) -> None:
+        model = qnn.convert(qnn.convert(net(), include="0"), "int8_weight", include="1")
+        self.assertEqual(converted(model), ["0.up", "0.down", "1.up", "1.down"])
+
+
+class TestResult(unittest.TestCase):
+    def test_a_copy_leaves_the_original_untouched(self) -> None:
+        model = net()
+        state = copy.deepcopy(model.state_dict())
+        twin = qnn.convert(model)
+        self.assertEqual(converted(model), [])
+        twin[0].up.bias.data.zero_()
+        for name, tensor in model.state_dict().items():
+            self.assertTrue(torch.equal(tensor, state[name]))
+        self.assertFalse({id(p) for p in model.parameters()} & {id(p) for p in twin.parameters()})
+
+    def test_in_place(self) -> None:
+        model, x = net(), torch.randn(3, 16)
+        want = qnn.convert(model)(x)
+        norm = model[0].act
+        self.assertIs(qnn.convert(model, inplace=True), model)
+        self.assertTrue(torch.equal(model(x), want))
+        self.assertIs(model[0].act, norm)
+        self.assertIsInstance(qnn.convert(nn.Linear(3, 4), inplace=True), QLinear)
+        self.assertIsInstance(qnn.convert(nn.Linear(3, 4)), QLinear)
+
+    def test_shared_modules_stay_shared(self) -> None:
+        for inplace in (False, True):
+            shared = Block()
+            model = nn.Sequential(shared, shared, nn.Sequential(shared.up))
+            out = qnn.convert(model, inplace=inplace)
+            self.assertIs(out[0], out[1])
+            self.assertIs(out[0].up, out[2][0])
+            self.assertIsInstance(out[0].up, QLinear)
+
+    def test_tied_weights_stay_tied(self) -> None:
+        for inplace in (False, True):
+            model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+            model[1].weight = model[0].weight
+            out = qnn.convert(model, inplace=inplace)
+            self.assertIs(out[0].weight, out[1].weight)
+            self.assertIs(out[0].weight_scale, out[1].weight_scale)
+            self.assertIsNot(out[0].weight, out[2].weight)
+            self.assertIsNot(out[0].bias, out[1].bias)
+            half = copy.deepcopy(out).half()
+            self.assertIs(half[0].weight_scale, half[1].weight_scale)
+            self.assertEqual(half[0].weight_scale.dtype, torch.float32)
+
+    def test_a_weight_tied_to_a_float_user_is_left_alone(self) -> None:
+        model = nn.ModuleDict({"emb": nn.Embedding(10, 8), "proj": nn.Linear(8, 8)})
+        model["head"] = nn.Linear(8, 10, bias=False)
+        model["head"].weight = model["emb"].weight
+        out = qnn.convert(model)
+        self.assertEqual(converted(out), ["proj"])
+        self.assertIs(out["head"].weight, out["emb"].weight)
+        reasons = {row.name: row.reason for row in qnn.summary(out).rows}
+        self.assertIn("tied to 'emb' (Embedding), which stays in float", str(reasons["head"]))
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        model[1].weight = model[0].weight
+        with self.assertRaisesRegex(ValueError, "share one weight but would get"):
+            qnn.convert(model, {"0": "int8", "1": "int8_weight"})
+
+    def test_hooks_mode_attributes_and_requires_grad(self) -> None:
+        for inplace in (False, True):
+            model = net().eval()
+            model[1].train()
+            model[0].down.weight.requires_grad_(False)
+            model[2].bias.requires_grad_(False)
+            model[2].tag = ["kept"]
+            calls: list[str] = []
+            handle = model[2].register_forward_hook(lambda *a, c=calls: c.append("forward"))
+            model[2].register_forward_pre_hook(lambda *a, c=calls: c.append("pre"))
+            model[2].register_full_backward_hook(lambda *a, c=calls: c.append("backward"))
+            model[2].register_state_dict_post_hook(lambda *a, c=calls: c.append("state"))
+            out = qnn.convert(model, inplace=inplace)
+            out(torch.randn(2, 16, requires_grad=True)).sum().backward()
+            out.state_dict()
+            self.assertEqual(calls, ["pre", "forward", "backward", "state"])
+            self.assertEqual(out[2].tag, ["kept"])
+            self.assertEqual(
+                [m.training for m in (out[0].up, out[1].up, out[2])], [False, True, False]
+            )
+            self.assertFalse(out[2].bias.requires_grad)
+            self.assertTrue(out[0].up.bias.requires_grad)
+            calls.clear()
+            if inplace:
+                handle.remove()
+                out(torch.randn(2, 16))
+                self.assertNotIn("forward", calls)
+
+    def test_untouched_parameters_keep_requires_grad(self) -> None:
+        model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Conv1d(1, 1, 1))
+        model[1].weight.requires_grad_(False)
+        out = qnn.convert(model)
+        self.assertFalse(out[1].weight.requires_grad)
+        self.assertTrue(out[1].bias.requires_grad and out[2].weight.requires_grad)
+
+    def test_meta_device(self) -> None:
+        with torch.device("meta"):
+            model = net()
+        out = qnn.convert(model)
+        self.assertTrue(all(p.is_meta for p in out.parameters()))
+        real = net()
+        out.load_state_dict(real.state_dict(), assign=True)  # a float checkpoint
+        x = torch.randn(3, 16)
+        self.assertTrue(torch.equal(out(x), qnn.convert(real)(x)))
+
+    def test_a_float_state_loads_into_a_converted_model(self) -> None:
+        other = net()
+        with torch.no_grad():
+            for p in other.parameters():
+                p.mul_(1.5)
+        out = qnn.convert(net())
+        out.load_state_dict(other.state_dict())
+        x = torch.randn(3, 16)
+        self.assertTrue(torch.equal(out(x), qnn.convert(other)(x)))
+
+    def test_state_round_trip(self) -> None:
+        out, x = qnn.convert(net()), torch.randn(3, 16)
+        file = io.BytesIO()
+        torch.save(out.state_dict(), file)
+        file.seek(0)
+        fresh = qnn.convert(net().apply(lambda m: m))
+        fresh.load_state_dict(torch.load(file, weights_only=True))
+        self.assertTrue(torch.equal(fresh(x), out(x)))
+
+    @parameterized.expand([(True, 1.15), (False, 1.55)])
+    def test_peak_memory(self, inplace: bool, most: float) -> None:
+        """In place: the float model and less than two layers; a copy: the int8 model besides."""
+        out = child(
+            f"""
+            import ctypes, gc, resource, torch, qnn
+            from torch import nn
+            def resident():
+                with open("/proc/self/statm") as file:
+                    return int(file.read().split()[1]) * 4096
+            def peak():
+                with open("/proc/self/status") as file:
+                    return int(next(l for l in file if l.startswith("VmHWM")).split()[1]) * 1024
+            qnn.convert(nn.Linear(2048, 2048))(torch.randn(1, 2048))
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            start = resident()
+            model = nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(16)))
+            size = 16 * 2048 * 2048 * 4
+            open("/proc/self/clear_refs", "w").write("5")
+            model = qnn.convert(model, inplace={inplace})
+            print((peak() - start) / size)
+            """
+        )
+        self.assertLessEqual(float(out), most)
+
+
+class Tagged(nn.Linear):
+    pass
+
+
+class TestUnsupported(unittest.TestCase):
+    def cases(self) -> dict[str, tuple[nn.Module, str]]:
+        nan, parametrized, normed, pruned, empty = (nn.Linear(4, 4) for _ in range(5))
+        nan.weight.data[1, 2] = float("nan")
+        parametrizations.weight_norm(parametrized)
+        spectral_norm(normed)
+        prune.l1_unstructured(pruned, "weight", 0.5)
+        empty.weight, empty.in_features = nn.Parameter(torch.empty(4, 0)), 0
+        integer = nn.Linear(4, 4)
+        integer.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int32), requires_grad=False)
+        return {
+            "nan": (nan, "1 NaN or inf of 16 values"),
+            "parametrized": (parametrized, "remove_parametrizations"),
+            "spectral": (normed, "weight_orig"),
+            "pruned": (pruned, "weight_mask"),
+            "empty": (empty, "at least 1, got 0 and 4"),
+            "integer": (integer, "its weight is torch.int32"),
+        }
+
+    def test_error_names_all_and_changes_nothing(self) -> None:
+        cases = self.cases()
+        model = nn.ModuleDict({"good": nn.Linear(4, 4)} | {k: m for k, (m, _) in cases.items()})
+        before = list(model.children())
+        with self.assertRaises(ValueError) as caught:
+            qnn.convert(model, inplace=True)
+        for name, (_, reason) in cases.items():
+            self.assertRegex(str(caught.exception), f"  {name}: .*{reason}")
+        self.assertIn("6 layer(s) cannot be converted", str(caught.exception))
+        self.assertEqual(list(model.children()), before)
+
+    def test_skip_keeps_and_reports(self) -> None:
+        for name, (layer, reason) in self.cases().items():
+            model = nn.ModuleDict({"good": nn.Linear(4, 4), name: layer})
+            kind = type(layer)
+            out = qnn.convert(model, on_unsupported="skip", inplace=True)
+            self.assertIsInstance(out["good"], QLinear)
+            self.assertIs(type(out[name]), kind)
+            text = str(qnn.summary(out))
+            self.assertIn(reason, text)
+            if parametrize.is_parametrized(layer):
+                self.assertEqual(out[name](torch.randn(2, 4)).shape, (2, 4))
+
+    def test_a_tensor_subclass_is_refused(self) -> None:
+        child(
+            """
+            import torch, qnn
+            from torch import nn
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+            import os, torch.distributed as dist
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+            store = dist.HashStore()
+            dist.init_process_group("gloo", rank=0, world_size=1, store=store)
+            model = nn.Sequential(nn.Linear(4, 4))
+            fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+            try:
+                qnn.convert(model)
+            except ValueError as error:
+                assert "its weight is a DTensor" in str(error), error
+            else:
+                raise AssertionError("a sharded model was converted")
+            model = qnn.convert(nn.Sequential(nn.Linear(4, 4)))
+            sharded = fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+            assert sharded(torch.randn(2, 4)).shape == (2, 4)
+            """
+        )
+
+    def test_subclasses_are_left_alone(self) -> None:
+        model = nn.Sequential(Tagged(4, 4), nn.Linear(4, 4), nn.MultiheadAttention(4, 2))
+        out = qnn.convert(model)
+        self.assertEqual(converted(out), ["1"])
+        reasons = {row.name: str(row.reason) for row in qnn.summary(out).rows}
+        self.assertIn("Tagged is a subclass of nn.Linear", reasons["0"])
+        self.assertIn("fused parameter", reasons["2"])
+        self.assertIn("NonDynamicallyQuantizableLinear", reasons["2.out_proj"])
+
+
+class TestTransformerEncoder(unittest.TestCase):
+    """torch's fused path reads the raw weights of the linears; converted, it must not run."""
+
+    def test_all_grad_modes_with_and_without_padding(self) -> None:
+        model = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2, enable_nested_tensor=True
+        ).eval()
+        out = qnn.convert(model)
+        self.assertEqual(len(converted(out)), 4)
+        x = torch.randn(2, 6, 32)
+        padding = torch.zeros(2, 6, dtype=torch.bool)
+        padding[1, 4:] = True
+        for grad in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
+            with grad:
+                self.assertGreater(qnn.sqnr(model(x), out(x)), 30)
+                got = out(x, src_key_padding_mask=padding)[1, :4]
+                want = model(x, src_key_padding_mask=padding)[1, :4]
+                self.assertGreater(qnn.sqnr(want, got), 30)
+        self.assertIs(type(model.layers[0].linear1), nn.Linear)
+        self.assertTrue(model.layers[0].activation_relu_or_gelu)

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import doctest
+import unittest
+
+import torch
+from parameterized import parameterized
+
+import qnn
+import qnn.functional as F
+import qnn.functional.quantize as quantize_module
+import qnn.qlinear
+
+
+class TestQuantize(unittest.TestCase):
+    def test_docstring_examples(self) -> None:
+        for name in ("qnn.functional.quantize", "qnn.qlinear", "qnn.convert", "qnn.compare"):
+            module = __import__("sys").modules[name]
+            result = doctest.testmod(
+                module,
+                optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE,
+                extraglobs={"torch": torch, "nn": torch.nn, "qnn": qnn},
+            )
+            self.assertEqual(result.failed, 0, name)
+        self.assertTrue(quantize_module.__doc__)
+
+    @parameterized.expand([("int8",), ("int8_weight",)])
+    def test_sqnr_of_normal_data(self, scheme: str) -> None:
+        """8 bits on rows of 512 normal values: 10 log10(12 · 127² / amax²), about 41.6 dB less."""
+        x = torch.randn(256, 512)
+        q, scale = F.quantize(x, scheme)
+        amax = x.abs().amax(-1)
+        theory = 10 * torch.log10(12 * 127**2 / amax.square().mean()).item()
+        self.assertAlmostEqual(qnn.sqnr(x, F.dequantize(q, scale)), theory, delta=0.3)
+
+    def test_no_gradient_flows(self) -> None:
+        x = torch.randn(3, 4, requires_grad=True)
+        q, scale = F.quantize(x)
+        self.assertFalse(scale.requires_grad)
+        self.assertFalse(F.dequantize(q, scale).requires_grad)
+
+    def test_unknown_scheme(self) -> None:
+        for call in (
+            lambda: F.quantize(torch.ones(1, 1), "x"),
+            lambda: F.linear(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1, 1), scheme="x"),
+        ):
+            with self.assertRaisesRegex(ValueError, "the known schemes are 'int8'"):
+                call()
+
+
+class TestLinear(unittest.TestCase):
+    @parameterized.expand([("int8", 37.0), ("int8_weight", 41.0)])
+    def test_sqnr(self, scheme: str, least: float) -> None:
+        x, w = torch.randn(256, 512), torch.randn(384, 512)
+        q, scale = F.quantize(w, scheme)
+        y = F.linear(x, q, scale, scheme=scheme)
+        self.assertGreater(qnn.sqnr(x.double() @ w.double().T, y), least)
+
+    @parameterized.expand([(torch.float32,), (torch.bfloat16,), (torch.float16,)])
+    def test_input_gradient_errs_no_more_than_torch(self, dtype: torch.dtype) -> None:
+        q, scale = F.quantize(torch.randn(384, 512))
+        x = torch.randn(64, 512, dtype=dtype, requires_grad=True)
+        dy = torch.randn(64, 384, dtype=dtype)
+        F.linear(x, q, scale).backward(dy)
+        assert x.grad is not None
+        exact = dy.double() @ (q.double() * scale.double())
+        plain = dy @ (q.double() * scale.double()).to(dtype)
+        error = (x.grad.double() - exact).norm()
+        self.assertLessEqual(error.item(), 2 * (plain.double() - exact).norm().item() + 1e-12)
+
+    def test_bias_of_another_dtype_gets_its_gradient_in_it(self) -> None:
+        q, scale = F.quantize(torch.randn(8, 4))
+        bias = torch.zeros(8, requires_grad=True)
+        y = F.linear(torch.randn(3, 4, dtype=torch.bfloat16), q, scale, bias)
+        self.assertEqual(y.dtype, torch.bfloat16)
+        y.sum().backward()
+        assert bias.grad is not None
+        self.assertEqual((bias.grad.dtype, bias.grad.tolist()), (torch.float32, [3.0] * 8))
+
+    def test_rank_one_and_empty_with_gradients(self) -> None:
+        q, scale = F.quantize(torch.randn(8, 4))
+        bias = torch.zeros(8, requires_grad=True)
+        for shape in ((4,), (0, 4), (2, 0, 4)):
+            x = torch.randn(shape, requires_grad=True)
+            F.linear(x, q, scale, bias).sum().backward()
+            assert x.grad is not None
+            self.assertEqual(x.grad.shape, shape)

@@ -1,0 +1,183 @@
+"""The cache of packed weights: what it must see, what it must free, and threads."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import threading
+import unittest
+
+import torch
+from torch import nn
+
+import qnn
+import qnn.functional as F
+from qnn.kernels.cpu import pack
+from qnn.kernels.cpu.engines import self_test
+from qnn.kernels.int8 import linear_reference
+
+from .common import child
+
+N, K = 160, 512  # large enough for the engine that packs
+
+
+def expected(layer: qnn.QLinear, x: torch.Tensor) -> torch.Tensor:
+    return linear_reference(x, layer.weight, layer.weight_scale, layer.bias)
+
+
+@unittest.skipUnless(self_test("onednn").usable, "oneDNN's int8 GEMM is not exact on this CPU")
+class TestPack(unittest.TestCase):
+    def setUp(self) -> None:
+        self.layer = qnn.QLinear(K, N).eval().requires_grad_(False)
+        self.x = torch.randn(9, K)
+
+    def check(self, layer: qnn.QLinear | None = None) -> None:
+        layer = layer or self.layer
+        self.assertTrue(torch.equal(layer(self.x), expected(layer, self.x)))
+
+    def test_packs_once(self) -> None:
+        gc.collect()
+        before = pack.count()
+        for _ in range(3):
+            self.check()
+        self.assertEqual(pack.count(), before + 1)
+        self.assertTrue(pack.is_packed(self.layer.weight))
+
+    def test_sees_every_kind_of_change(self) -> None:
+        def optimiser_step(w: torch.Tensor) -> None:
+            w.add_(1)
+
+        changes = {
+            "neg_": lambda w: w.neg_(),
+            "add_": optimiser_step,
+            "copy_": lambda w: w.copy_(torch.randint(-127, 127, w.shape, dtype=torch.int8)),
+            "one element": lambda w: w[0, 0].fill_(5),
+            "detach": lambda w: w.detach().neg_(),
+            "view": lambda w: w.view(-1).neg_(),
+            "data": lambda w: w.data.neg_(),
+            "data fill": lambda w: w.data.fill_(3),
+            "numpy": lambda w: w.numpy().__imul__(-1),
+            "set data": lambda w: setattr(w, "data", torch.ones_like(w)),
+        }
+        for name, change in changes.items():
+            with self.subTest(name):
+                self.check()
+                change(self.layer.weight)
+                self.check()
+                with torch.inference_mode():
+                    self.layer.weight.neg_()
+                self.check()
+
+    def test_load_state_dict_and_new_parameter(self) -> None:
+        other = qnn.QLinear(K, N)
+        self.check()
+        self.layer.load_state_dict(other.state_dict())
+        self.check()
+        self.layer.weight = nn.Parameter(torch.ones(N, K, dtype=torch.int8), requires_grad=False)
+        self.check()
+
+    def test_copies_pickles_and_moves(self) -> None:
+        self.check()
+        for twin in (
+            copy.deepcopy(self.layer),
+            pickle.loads(pickle.dumps(self.layer)),
+            copy.deepcopy(self.layer).to(torch.bfloat16).float(),
+            copy.deepcopy(self.layer).to("cpu"),
+        ):
+            self.check(twin)
+            twin.weight.neg_()
+            self.check(twin)
+            self.check()
+        file = io.BytesIO()
+        torch.save(self.layer.state_dict(), file)
+        self.assertLess(len(file.getvalue()), 1.1 * N * K)
+
+    def test_two_views_of_one_storage(self) -> None:
+        both = torch.randint(-127, 127, (2 * N, K), dtype=torch.int8)
+        sw = torch.rand(N, 1)
+        for half in (both[:N], both[N:], both[:N]):
+            self.assertTrue(
+                torch.equal(F.linear(self.x, half, sw), linear_reference(self.x, half, sw))
+            )
+        square = torch.randint(-127, 127, (K, K), dtype=torch.int8)
+        for w in (square, square.T):  # the same address, shape and version
+            scale = torch.rand(K, 1)
+            self.assertTrue(
+                torch.equal(F.linear(self.x, w, scale), linear_reference(self.x, w, scale))
+            )
+
+    def test_inference_tensors_are_never_stale(self) -> None:
+        with torch.inference_mode():
+            w, sw = torch.randint(-127, 127, (N, K), dtype=torch.int8), torch.rand(N, 1)
+            for _ in range(3):
+                self.assertTrue(
+                    torch.equal(F.linear(self.x, w, sw), linear_reference(self.x, w, sw))
+                )
+                w[0, 0] += 1
+            self.assertFalse(pack.is_packed(w))
+            layer = qnn.QLinear(K, N)
+        self.assertFalse(layer.weight.is_inference())
+
+    def test_freed_with_the_module(self) -> None:
+        gc.collect()
+        before = pack.count()
+        layers = [qnn.QLinear(K, N) for _ in range(5)]
+        for layer in layers:
+            layer(self.x)
+        self.assertEqual(pack.count(), before + 5)
+        del layer
+        layers.clear()
+        gc.collect()
+        self.assertEqual(pack.count(), before)
+
+    def test_threads(self) -> None:
+        want = expected(self.layer, self.x)
+        wrong: list[str] = []
+        start = threading.Barrier(8)
+
+        def work() -> None:
+            start.wait()
+            for _ in range(30):
+                if not torch.equal(self.layer(self.x), want):
+                    wrong.append("differs")
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(wrong, [])
+
+    def test_resident_memory(self) -> None:
+        """Converted and run: at most 2.1 bytes a parameter; nothing left when it is gone."""
+        out = child(
+            """
+            import ctypes, gc, torch, qnn
+            from torch import nn
+            def resident():
+                gc.collect()
+                ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the allocator keeps is not ours
+                with open("/proc/self/statm") as file:
+                    return int(file.read().split()[1]) * 4096
+            n, k, count = 2048, 4096, 6
+            warm = qnn.QLinear(k, n); warm(torch.randn(1, k)); del warm
+            start = resident()
+            model = nn.Sequential(*(nn.Linear(k, n) for _ in range(count)))
+            floats = resident() - start
+            model = qnn.convert(model, inplace=True)
+            x = torch.randn(1, k)
+            with torch.no_grad():
+                for layer in model:
+                    layer(x)
+            parameters = n * k * count
+            print((resident() - start) / parameters, floats / parameters)
+            del model, layer
+            print((resident() - start) / parameters)
+            """
+        )
+        held, floats, after = map(float, out.split())
+        self.assertGreater(floats, 3.9)
+        self.assertLessEqual(held, 2.1)
+        self.assertLess(after, 0.3)

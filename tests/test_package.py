@@ -1,0 +1,145 @@
+"""What installs, what `import qnn` costs and touches, and `python -m qnn doctor`."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+import zipfile
+from pathlib import Path
+
+import qnn
+
+from .common import child
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class TestImport(unittest.TestCase):
+    def test_cost(self) -> None:
+        code = """
+            import time, torch
+            start = time.perf_counter()
+            import qnn
+            print(time.perf_counter() - start)
+        """
+        self.assertLess(min(float(child(code)) for _ in range(3)), 0.3)
+
+    def test_touches_only_the_two_operators(self) -> None:
+        child(
+            """
+            import sys, torch
+            def flags():
+                return (torch.get_float32_matmul_precision(), torch.get_num_threads(),
+                        torch.backends.quantized.engine, torch.get_default_dtype(),
+                        torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled())
+            before = flags()
+            import qnn
+            assert flags() == before
+            for name in ("torch._inductor.compile_fx", "torch._dynamo", "transformers", "triton"):
+                assert name not in sys.modules, name
+            from qnn.kernels.cpu.engines import self_test
+            assert self_test.cache_info().currsize == 0  # nothing has run yet
+            from qnn.kernels.torch_private import invoke_quant, invoke_quant_packed
+            assert invoke_quant._cacheable and invoke_quant_packed._cacheable
+            """
+        )
+
+    def test_from_the_root_of_a_checkout(self) -> None:
+        done = subprocess.run(
+            [sys.executable, "-c", "import qnn; print(qnn.functional.__file__)"],
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        self.assertTrue(done.stdout.strip().endswith("__init__.py"))
+
+    def test_everything_public_is_there(self) -> None:
+        for name in qnn.__all__:
+            self.assertTrue(hasattr(qnn, name), name)
+
+
+class TestHouse(unittest.TestCase):
+    def test_imports_point_down(self) -> None:
+        """kernels < functional < qnn."""
+        for folder, above in (("kernels", ("qnn.functional",)), ("functional", ())):
+            for path in (ROOT / folder).rglob("*.py"):
+                for node in ast.walk(ast.parse(path.read_text())):
+                    names = []
+                    if isinstance(node, ast.ImportFrom):
+                        names = [node.module or ""]
+                    elif isinstance(node, ast.Import):
+                        names = [alias.name for alias in node.names]
+                    for name in names:
+                        if name.split(".")[0] != "qnn":
+                            continue
+                        self.assertTrue(name.startswith(("qnn.kernels", "qnn.functional")), path)
+                        self.assertFalse(name.startswith(above) if above else False, (path, name))
+
+    def test_private_torch_names_stand_in_one_file(self) -> None:
+        allowed = {"torch_private.py"}
+        for folder in ("qnn", "functional", "kernels"):
+            for path in (ROOT / folder).rglob("*.py"):
+                if path.name in allowed:
+                    continue
+                for node in ast.walk(ast.parse(path.read_text())):
+                    if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
+                        parts = [*(node.module or "").split("."), *(a.name for a in node.names)]
+                        self.assertFalse([p for p in parts if p.startswith("_")], path)
+
+
+class TestWheel(unittest.TestCase):
+    def test_one_top_level_package(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            tree = Path(folder) / "tree"
+            files = subprocess.run(
+                ["git", "ls-files", "qnn", "functional", "kernels", "*.toml", "*.md", "LICENSE"],
+                cwd=ROOT, capture_output=True, text=True, check=True,
+            ).stdout.split()  # fmt: skip
+            for name in files:
+                (tree / name).parent.mkdir(parents=True, exist_ok=True)
+                (tree / name).write_bytes((ROOT / name).read_bytes())
+            subprocess.run(
+                [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation",
+                 "-w", folder, str(tree)],
+                check=True, env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+            )  # fmt: skip
+            (wheel,) = Path(folder).glob("*.whl")
+            names = zipfile.ZipFile(wheel).namelist()
+        tops = {name.split("/")[0] for name in names}
+        self.assertEqual({top for top in tops if not top.endswith(".dist-info")}, {"qnn"})
+        for name in ("qnn/py.typed", "qnn/functional/linear.py", "qnn/kernels/cpu/engines.py"):
+            self.assertIn(name, names)
+        modules = {n for n in files if n.endswith(".py")}
+        self.assertEqual(len([n for n in names if n.endswith(".py")]), len(modules))
+
+
+class TestDoctor(unittest.TestCase):
+    def test_text_and_json(self) -> None:
+        run = [sys.executable, "-m", "qnn", "doctor"]
+        text = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+        for word in ("versions", "features", "int8 engines", "exact", "onednn", "schemes"):
+            self.assertIn(word, text)
+        data = json.loads(
+            subprocess.run([*run, "--json"], capture_output=True, text=True, check=True).stdout
+        )
+        self.assertEqual(sum(engine["used"] for engine in data["engines"]), 1)
+        self.assertEqual(set(data["schemes"]), set(qnn.SCHEMES))
+
+    def test_says_what_is_missing(self) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "qnn", "doctor"],
+            capture_output=True, text=True, check=True,
+            env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
+        )  # fmt: skip
+        self.assertRegex(done.stdout, r"onednn +not used +wrong integers")
+        self.assertIn("no VNNI instructions", done.stdout.replace("has no \n", "has no "))
+
+    def test_no_command(self) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "qnn"], capture_output=True, text=True, check=False
+        )
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("doctor", done.stderr)

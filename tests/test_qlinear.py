@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import unittest
+from typing import Any
+
+import torch
+from parameterized import parameterized
+from torch import nn
+
+import qnn
+from qnn.kernels.cpu.engines import self_test
+
+from .common import DTYPES, child
+
+SCHEMES = ("int8", "int8_weight")
+
+
+def layer(scheme: str = "int8", **kwargs: Any) -> qnn.QLinear:
+    torch.manual_seed(0)
+    return qnn.QLinear(48, 64, scheme=scheme, **kwargs)
+
+
+class TestConstruction(unittest.TestCase):
+    @parameterized.expand([(s, b) for s in SCHEMES for b in (True, False)])
+    def test_draws_the_weights_of_nn_linear(self, scheme: str, bias: bool) -> None:
+        torch.manual_seed(0)
+        plain = nn.Linear(48, 64, bias)
+        twin = qnn.QLinear.from_float(plain, scheme)
+        for name, tensor in layer(scheme, bias=bias).state_dict().items():
+            self.assertTrue(torch.equal(tensor, twin.state_dict()[name]), name)
+        step = twin.weight_scale / 2 * 1.001
+        self.assertTrue(bool(((twin.dequantize().weight - plain.weight).abs() <= step).all()))
+
+    @parameterized.expand(
+        [
+            ((768, 3072), {}),
+            ((3, 4, False), {"dtype": torch.bfloat16}),
+            ((5, 6), {"scheme": "int8_weight"}),
+        ]
+    )
+    def test_repr_rebuilds(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        text = repr(qnn.QLinear(*args, **kwargs))
+        twin = eval(text, {"QLinear": qnn.QLinear, "torch": torch})  # noqa: S307
+        self.assertEqual(repr(twin), text)
+        self.assertIn("cpu: ", text.split("#")[1])
+
+    @parameterized.expand(
+        [
+            ((0, 4), {}, ValueError, "at least 1, got 0 and 4"),
+            ((4, 0), {}, ValueError, "at least 1, got 4 and 0"),
+            ((132_105, 4), {"device": "meta"}, ValueError, "at most 132104.*int8_weight"),
+            ((4, 4), {"scheme": "int9"}, ValueError, "known schemes"),
+            ((4, 4), {"scheme": torch.int8}, TypeError, "must be a string"),
+            ((4, 4), {"dtype": torch.int8}, TypeError, "dtype must be one of torch.float32"),
+        ]
+    )
+    def test_bad_arguments(self, args: Any, kwargs: Any, kind: Any, message: str) -> None:
+        with self.assertRaisesRegex(kind, message):
+            qnn.QLinear(*args, **kwargs)
+
+    def test_from_float_refuses(self) -> None:
+        with self.assertRaisesRegex(TypeError, "takes an nn.Linear, got Conv2d"):
+            qnn.QLinear.from_float(nn.Conv2d(1, 1, 1))  # type: ignore[arg-type]
+        with self.assertRaisesRegex(TypeError, "got QLinear"):
+            qnn.QLinear.from_float(layer())
+        bad = nn.Linear(4, 4)
+        bad.weight.data[2, 1] = float("inf")
+        with self.assertRaisesRegex(ValueError, "NaN or inf in row 2"):
+            qnn.QLinear.from_float(bad)
+
+    def test_from_float_keeps_mode_and_bias(self) -> None:
+        plain = nn.Linear(4, 8).eval()
+        plain.bias.requires_grad_(False)
+        twin = qnn.QLinear.from_float(plain)
+        self.assertFalse(twin.training)
+        self.assertFalse(twin.bias.requires_grad)
+        self.assertFalse(twin.weight.requires_grad or twin.weight_scale.requires_grad)
+
+    def test_all_zero_weight_and_one_feature(self) -> None:
+        plain = nn.Linear(1, 3)
+        plain.weight.data.zero_()
+        y = qnn.QLinear.from_float(plain)(torch.randn(2, 1))
+        self.assertTrue(torch.equal(y, plain.bias.expand(2, 3)))
+        one = nn.Linear(1, 1)
+        x = torch.randn(5, 1)
+        torch.testing.assert_close(qnn.QLinear.from_float(one)(x), one(x))
+
+    def test_dequantize(self) -> None:
+        for dtype in DTYPES:
+            quantised = layer(dtype=dtype)
+            plain = quantised.dequantize()
+            self.assertIs(type(plain), nn.Linear)
+            self.assertEqual(plain.weight.dtype, dtype)
+            self.assertTrue(plain.weight.requires_grad)
+            x = torch.randn(3, 48, dtype=dtype)
+            self.assertGreater(qnn.sqnr(plain(x), quantised(x)), 30)
+
+
+class TestForward(unittest.TestCase):
+    @parameterized.expand([(s, d) for s in SCHEMES for d in DTYPES])
+    def test_shapes_and_dtypes(self, scheme: str, dtype: torch.dtype) -> None:
+        module = layer(scheme, dtype=dtype)
+        plain = module.dequantize()
+        inputs = {
+            "rank 1": torch.randn(48),
+            "rank 4": torch.randn(2, 3, 4, 48),
+            "one row": torch.randn(1, 48),
+            "no rows": torch.randn(0, 48),
+            "transposed": torch.randn(48, 5).T,
+            "expanded": torch.randn(1, 48).expand(5, 48),
+            "sliced": torch.randn(5, 96)[:, ::2],
+        }
+        for name, x in inputs.items():
+            x = x.to(dtype)
+            y = module(x)
+            self.assertEqual((y.shape, y.dtype), ((*x.shape[:-1], 64), dtype), name)
+            self.assertTrue(y.is_contiguous() and y._base is None, name)
+            if x.numel():
+                self.assertGreater(qnn.sqnr(plain(x), y), 30, name)
+
+    @parameterized.expand(
+        [
+            (torch.randn(3, 47), ValueError, r"must be \[\.\.\., 48\], got \(3, 47\)"),
+            (torch.tensor(1.0), ValueError, r"got \(\)"),
+            (torch.ones(3, 48, dtype=torch.int64), TypeError, r"got torch.int64.*\.float\(\)"),
+            (torch.ones(3, 48, dtype=torch.complex64), TypeError, "got torch.complex64"),
+            (torch.ones(3, 48).to(torch.float8_e4m3fn), TypeError, "cast activations to weight"),
+            (torch.ones(3, 48, dtype=torch.int8), TypeError, "a storage dtype"),
+            (
+                torch.ones(3, 48, device="meta"),
+                ValueError,
+                "the input is on meta, the layer on cpu",
+            ),
+        ]
+    )
+    def test_bad_input(self, x: torch.Tensor, kind: Any, message: str) -> None:
+        """The same words in eager mode, in a compiled graph and in one that must not break."""
+        module = layer()
+        name = r"qnn.QLinear\(48, 64, scheme='int8'\): the input .*"
+        with self.assertRaisesRegex(kind, name + message.removeprefix("the input ")):
+            module(x)
+        with self.assertRaisesRegex(kind, message):
+            torch.compile(module, backend="aot_eager")(x)
+        torch._dynamo.reset()
+        with self.assertRaisesRegex(torch._dynamo.exc.Unsupported, message):
+            torch.compile(module, backend="aot_eager", fullgraph=True)(x)
+
+
+class TestState(unittest.TestCase):
+    def test_names_shapes_and_dtypes(self) -> None:
+        state = {k: (v.dtype, tuple(v.shape)) for k, v in layer().state_dict().items()}
+        self.assertEqual(
+            state,
+            {
+                "weight": (torch.int8, (64, 48)),
+                "weight_scale": (torch.float32, (64, 1)),
+                "bias": (torch.float32, (64,)),
+            },
+        )
+        self.assertEqual([n for n, p in layer().named_parameters() if p.requires_grad], ["bias"])
+        self.assertEqual(list(layer().buffers()), [])
+
+    def test_round_trips(self) -> None:
+        module, x = layer(), torch.randn(3, 48)
+        want = module(x)
+        file = io.BytesIO()
+        torch.save(module.state_dict(), file)
+        file.seek(0)
+        fresh = qnn.QLinear(48, 64)
+        fresh.load_state_dict(torch.load(file, weights_only=True))
+        twins = [fresh, copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
+        on_meta = qnn.QLinear(48, 64, device="meta")
+        on_meta.load_state_dict(module.state_dict(), assign=True)
+        emptied = qnn.QLinear(48, 64, device="meta").to_empty(device="cpu")
+        emptied.load_state_dict(module.state_dict())
+        for twin in (*twins, on_meta, emptied):
+            self.assertTrue(torch.equal(twin(x), want))
+            self.assertFalse(twin.weight.requires_grad or twin.weight_scale.requires_grad)
+
+    @parameterized.expand([(True,), (False,)])
+    def test_a_float_state_is_quantised_on_the_way_in(self, strict: bool) -> None:
+        plain = nn.Linear(48, 64)
+        for dtype in DTYPES:
+            for assign in (False, True):
+                module = layer(device="meta" if assign else None)
+                state = {k: v.to(dtype) for k, v in plain.state_dict().items()}
+                module.load_state_dict(state, strict=strict, assign=assign)
+                want = qnn.QLinear.from_float(copy.deepcopy(plain).to(dtype))
+                self.assertTrue(torch.equal(module.weight, want.weight))
+                self.assertTrue(torch.equal(module.weight_scale, want.weight_scale))
+                self.assertEqual(state["weight"].dtype, dtype)  # the caller's dict is its own
+
+    @parameterized.expand([(torch.bfloat16,), (torch.float16,), (torch.float64,)])
+    def test_a_scale_of_another_dtype_is_read_as_float32(self, dtype: torch.dtype) -> None:
+        state = layer().state_dict()
+        state["weight_scale"] = state["weight_scale"].to(dtype)
+        for assign in (False, True):
+            module = qnn.QLinear(48, 64)
+            module.load_state_dict(state, assign=assign)
+            self.assertEqual(module.weight_scale.dtype, torch.float32)
+            self.assertFalse(module.weight_scale.requires_grad)
+
+    @parameterized.expand(
+        [
+            ("no scale", {"weight_scale": None}, "no weight_scale: the checkpoint is truncated"),
+            ("no weight", {"weight": None}, "a weight_scale but no weight"),
+            ("shape", {"weight": torch.zeros(3, 48, dtype=torch.int8)}, r"must be \[64, 48\]"),
+            ("scale shape", {"weight_scale": torch.ones(64)}, r"float \[64, 1\], got .*\[64\]"),
+            ("scale dtype", {"weight_scale": torch.ones(64, 1).int()}, "got torch.int32"),
+            ("negative", {"weight_scale": -torch.ones(64, 1)}, "positive and finite.*row 0 and 63"),
+            ("zero", {"weight_scale": torch.zeros(64, 1)}, "positive and finite"),
+            ("nan", {"weight_scale": torch.full((64, 1), torch.nan)}, "positive and finite"),
+            ("fp8", {"weight": torch.zeros(64, 48).to(torch.float8_e4m3fn)}, "stores torch.int8"),
+            ("packed", {"weight_packed": torch.zeros(1)}, "belongs to another scheme"),
+            ("float and scale", {"weight": torch.zeros(64, 48)}, "has a weight_scale too"),
+            ("no bias", {"bias": None}, "Missing key.*bias"),
+        ]
+    )
+    def test_bad_state(self, _: str, change: dict[str, Any], message: str) -> None:
+        module = layer()
+        before = copy.deepcopy(module.state_dict())
+        state = {k: v for k, v in {**before, **change}.items() if v is not None}
+        for strict in (True, False):
+            if "bias" in change and not strict:
+                continue
+            with self.assertRaisesRegex(RuntimeError, message):
+                nn.ModuleDict({"head": module}).load_state_dict(
+                    {f"head.{k}": v for k, v in state.items()}, strict=strict
+                )
+        for name, tensor in module.state_dict().items():
+            self.assertTrue(torch.equal(tensor, before[name]))
+
+    def test_nan_in_a_float_state_is_named(self) -> None:
+        state = nn.Linear(48, 64).state_dict()
+        state["weight"][5, 3] = float("nan")
+        with self.assertRaisesRegex(RuntimeError, "proj: weight holds NaN or inf in row 5"):
+            nn.ModuleDict({"proj": layer()}).load_state_dict(
+                {f"proj.{k}": v for k, v in state.items()}
+            )
+
+    @parameterized.expand([(torch.bfloat16,), (torch.float16,), (torch.float64,)])
+    def test_casts_keep_the_scale(self, dtype: torch.dtype) -> None:
+        module = layer()
+        scale = module.weight_scale.detach().clone()
+        parent = nn.Sequential(module, nn.LayerNorm(64)).to(dtype)
+        self.assertTrue(torch.equal(module.weight_scale, scale))
+        self.assertEqual((module.weight.dtype, module.bias.dtype), (torch.int8, dtype))
+        self.assertEqual(parent(torch.randn(3, 48, dtype=dtype)).dtype, dtype)
+        self.assertEqual(module.dequantize().weight.dtype, dtype)
+        self.assertIn(str(dtype), repr(module))
+        parent.float()
+        self.assertTrue(torch.equal(module.weight_scale, scale))
+
+    def test_type_keeps_the_weight(self) -> None:
+        module = layer()
+        weight = module.weight.clone()
+        module.type(torch.float16)
+        self.assertTrue(torch.equal(module.weight, weight))
+        self.assertEqual(module(torch.randn(3, 48).half()).dtype, torch.float16)
+
+    def test_repr_names_what_runs(self) -> None:
+        if not self_test("onednn").usable:
+            self.skipTest("one engine runs all sizes on this CPU")
+        self.assertIn("cpu: exact up to 128 rows, then onednn:", repr(layer()))
+        self.assertIn("cpu: exact up to 8 rows, then onednn:", repr(qnn.QLinear(256, 256)))
+        self.assertIn("cpu: onednn:", repr(qnn.QLinear(512, 512)))
+
+    def test_casts_on_meta_and_with_swapped_parameters(self) -> None:
+        module = nn.Sequential(qnn.QLinear(4, 4, device="meta")).half()
+        self.assertEqual(module[0].weight_scale.dtype, torch.float32)
+        child(
+            """
+            import torch, qnn
+            torch.__future__.set_swap_module_params_on_conversion(True)
+            layer = torch.nn.Sequential(qnn.QLinear(4, 4)).half()
+            assert layer[0].weight_scale.dtype == torch.float32
+            assert layer[0].bias.dtype == torch.float16
+            """
+        )
+
+    def test_reset_parameters(self) -> None:
+        module = layer()
+        before = module.weight.clone()
+        torch.manual_seed(7)
+        module.reset_parameters()
+        self.assertFalse(torch.equal(module.weight, before))
+        self.assertGreater(
+            qnn.sqnr(module.dequantize()(torch.ones(1, 48)), module(torch.ones(1, 48))), 30
+        )

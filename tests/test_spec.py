@@ -1,0 +1,218 @@
+"""Every declared op, whatever it is, is held to its declaration: the grids walk the registry."""
+
+from __future__ import annotations
+
+import itertools
+import unittest
+from typing import Any
+
+import pytest
+import torch
+from parameterized import parameterized
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qnn.kernels import OPS, Op
+from qnn.kernels.spec import Arg, parse_signature
+
+SAMPLES = [(f"{op.name}-{label}", op, args) for op in OPS.values() for label, args in op.samples()]
+# Two roundings of the dtype; the arithmetic of float64 results is float32.
+EPS = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float64: 1e-6}
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+class TestEveryOp(unittest.TestCase):
+    @parameterized.expand(SAMPLES)
+    def test_fake_equals_real(self, _: str, op: Op, args: tuple[Any, ...]) -> None:
+        real = as_tuple(op.overload(*args))
+        with FakeTensorMode() as mode:
+            fake = as_tuple(
+                op.overload(
+                    *(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args)
+                )
+            )
+        self.assertEqual(len(fake), len(real))
+        for got, want in zip(fake, real, strict=True):
+            self.assertEqual(
+                (got.shape, got.dtype, got.stride(), got.device),
+                (want.shape, want.dtype, want.stride(), want.device),
+            )
+            storages = [a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)]
+            self.assertTrue(want.numel() == 0 or want.untyped_storage().data_ptr() not in storages)
+            self.assertIsNone(want._base)
+
+    @parameterized.expand(SAMPLES)
+    def test_real_equals_reference(self, _: str, op: Op, args: tuple[Any, ...]) -> None:
+        real = as_tuple(op.overload(*args))
+        reference = as_tuple(op.reference(*args))
+        for got, want in zip(real, reference, strict=True):
+            if got.dtype in EPS:
+                error = (got.double() - want.double()).norm()
+                self.assertLessEqual(error.item(), EPS[got.dtype] * want.double().norm().item())
+            else:
+                self.assertTrue(torch.equal(got, want))
+
+    @parameterized.expand(SAMPLES)
+    def test_real_against_float64(self, _: str, op: Op, args: tuple[Any, ...]) -> None:
+        if all(out in (torch.int8, torch.float32) for out in op.out):
+            return  # integers: held to the reference bit for bit above
+        got = op.overload(*args)
+        exact = op.reference(*args, compute=torch.float64)
+        self.assertEqual(exact.dtype, torch.float64)
+        error = (got.double() - exact).norm()
+        self.assertLessEqual(error.item(), EPS[got.dtype] * exact.norm().item())
+
+    @parameterized.expand([(op.name, op) for op in OPS.values()])
+    def test_an_input_that_needs_a_gradient_changes_no_value(self, _: str, op: Op) -> None:
+        _, args = next(op.samples())
+        if args[0].dtype.is_floating_point:
+            wanting = (args[0].clone().requires_grad_(), *args[1:])
+            pairs = zip(as_tuple(op.overload(*wanting)), as_tuple(op.overload(*args)), strict=True)
+            self.assertTrue(all(torch.equal(got, want) for got, want in pairs))
+
+    @parameterized.expand([(op.name, op) for op in OPS.values()])
+    def test_opcheck(self, _: str, op: Op) -> None:
+        for _, args in itertools.islice(op.samples(), 8):
+            torch.library.opcheck(op.overload, args)
+
+    @parameterized.expand([(op.name, op) for op in OPS.values()])
+    def test_vmap(self, _: str, op: Op) -> None:
+        _, args = next(op.samples())
+        for which, arg in enumerate(op.inputs):
+            if arg.axes is None:
+                continue
+            stacked = list(args)
+            stacked[which] = torch.stack([args[which], args[which]])
+            in_dims = tuple(0 if i == which else None for i in range(len(args)))
+            mapped = torch.vmap(op.overload, in_dims=in_dims)(*stacked)
+            for got, want in zip(as_tuple(mapped), as_tuple(op.overload(*args)), strict=True):
+                # A GEMM over both may sum in another order; integers are equal all the same.
+                torch.testing.assert_close(got, torch.stack([want, want]), rtol=1e-5, atol=1e-3)
+
+    @parameterized.expand([(op.name, op) for op in OPS.values()])
+    def test_the_fast_check_agrees_with_the_one_that_explains(self, _: str, op: Op) -> None:
+        _, args = next(op.samples())
+        self.assertTrue(op._fits(*args))
+        tensors = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
+        for i in tensors:
+            value = args[i]
+            wrong = [value.to(torch.int64), value[..., :-1], value.unsqueeze(-1)]
+            if len(tensors) > 1:
+                wrong.append(value.to("meta"))
+            if value.dim():
+                wrong.append(value[0].sum())
+            for bad in wrong:
+                changed = (*args[:i], bad, *args[i + 1 :])
+                try:
+                    op.check(*changed)
+                    explained = True
+                except (TypeError, ValueError) as error:
+                    explained = False
+                    self.assertIn(f"qnn::{op.name}(", str(error))
+                self.assertEqual(op._fits(*changed), explained, f"{op.name} {i} {bad.shape}")
+
+
+class TestGradients(unittest.TestCase):
+    """For every subset of requires_grad: what is asked for is there, and nothing else."""
+
+    @parameterized.expand(
+        itertools.product(("int8", "int8_weight"), (False, True), (False, True), (False, True))
+    )
+    def test_subsets(self, scheme: str, of_x: bool, with_bias: bool, of_bias: bool) -> None:
+        import qnn.functional as F
+
+        w, sw = F.quantize(torch.randn(9, 7), scheme)
+        results = {}
+        for compiled in (False, True):
+            torch.manual_seed(1)
+            x = torch.randn(2, 3, 7, requires_grad=of_x)
+            bias = torch.randn(9, requires_grad=of_bias) if with_bias else None
+
+            def run(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+                return F.linear(x, w, sw, bias, scheme=scheme)
+
+            call = torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run
+            y = call(x, bias)
+            self.assertEqual(y.requires_grad, of_x or (with_bias and of_bias))
+            dy = torch.randn_like(y)
+            if y.requires_grad:
+                y.backward(dy)
+            self.assertEqual(x.grad is not None, of_x)
+            if x.grad is not None:
+                torch.testing.assert_close(x.grad, dy @ F.dequantize(w, sw))
+            if bias is not None:
+                self.assertEqual(bias.grad is not None, of_bias)
+                if bias.grad is not None:
+                    torch.testing.assert_close(bias.grad, dy.sum((0, 1)))
+            results[compiled] = (y.detach(), x.grad, None if bias is None else bias.grad)
+        for eager, comp in zip(results[False], results[True], strict=True):
+            self.assertEqual(eager is None, comp is None)
+            if eager is not None:
+                self.assertTrue(torch.equal(eager, comp))
+                self.assertEqual(eager.stride(), comp.stride())
+
+
+class TestDeclaration(unittest.TestCase):
+    def declare(self, name: str, signature: str, **kwargs: Any) -> Op:
+        def reference(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x * y[..., None]
+
+        floats = (torch.float32,)
+        op = Op(
+            name, signature, doc="", dtypes={"x": floats, "y": floats}, out=("x",),
+            reference=reference, **kwargs,
+        )  # fmt: skip
+        del OPS[name]  # the grids above walk what is shipped
+        return op
+
+    def test_leading_axes_alone(self) -> None:
+        op = self.declare("test_scale", "x: ... k, y: ... -> ... k")
+        x, y = torch.randn(2, 3, 4), torch.randn(2, 3)
+        self.assertTrue(torch.equal(op.overload(x, y), x * y[..., None]))
+        self.assertEqual(op.fake(x, y).shape, (2, 3, 4))
+        for bad in (torch.randn(2), torch.randn(3, 2), torch.randn(2, 3, 1)):
+            self.assertFalse(op._fits(x, bad))
+            with self.assertRaisesRegex(ValueError, r"y must begin with \(2, 3\)"):
+                op.overload(x, bad)
+
+    def test_an_optional_argument_names_no_new_axis(self) -> None:
+        with self.assertRaisesRegex(ValueError, "the optional y is the first with n"):
+            self.declare("test_optional", "x: ... k, y: n? -> ... k")
+
+
+class TestSignature(unittest.TestCase):
+    def test_parse(self) -> None:
+        inputs, outputs = parse_signature("x: ... k, bias: n?, dtype: dtype -> ... n")
+        self.assertEqual(
+            inputs,
+            (Arg("x", ("...", "k")), Arg("bias", ("n",), optional=True), Arg("dtype", None)),
+        )
+        self.assertEqual(outputs, (Arg("y", ("...", "n")),))
+
+    def test_schema(self) -> None:
+        self.assertEqual(
+            OPS["int8_linear"].schema,
+            "int8_linear(Tensor x, Tensor w, Tensor sw, Tensor? bias) -> Tensor",
+        )
+        self.assertEqual(OPS["int8_quantize"].schema, "int8_quantize(Tensor x) -> (Tensor, Tensor)")
+
+    def test_no_arrow(self) -> None:
+        with self.assertRaisesRegex(ValueError, "has no '->'"):
+            parse_signature("x: n")
+
+    def test_errors_repeat_the_call(self) -> None:
+        w, sw = torch.zeros(4, 8, dtype=torch.int8), torch.ones(4, 1)
+        with self.assertRaisesRegex(
+            ValueError,
+            r"qnn::int8_linear\(x=float32\[2, 7\], w=int8\[4, 8\], sw=float32\[4, 1\], "
+            r"bias=None\): "
+            r"w must be \[n, k\] with k = 7 as in x, got \[4, 8\]",
+        ):
+            torch.ops.qnn.int8_linear(torch.zeros(2, 7), w, sw, None)
+        with self.assertRaisesRegex(TypeError, "x must be one of torch.float32"):
+            torch.ops.qnn.int8_linear(torch.zeros(2, 8, dtype=torch.int64), w, sw, None)
+        with self.assertRaisesRegex(ValueError, r"sw must be \[n, 1\], got \[4\]"):
+            torch.ops.qnn.int8_linear(torch.zeros(2, 8), w, torch.ones(4), None)
