@@ -201,7 +201,9 @@ def run(rank, path):
         if q.requires_grad:
             grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
             torch.testing.assert_close(grad, q.grad)
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # gloo's and autograd's threads may want the GIL: a finalising Python would end them by terminate()
 
 if __name__ == "__main__":
     import tempfile, torch.multiprocessing as mp
