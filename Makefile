@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
-INPUTS := pyproject.toml constraints.txt
+INPUTS := pyproject.toml setup.py constraints.txt
+CSRC := $(wildcard kernels/cpu/csrc/*.cpp kernels/cpu/csrc/*.h)
 
 .PHONY: help demo test lint docs examples bench clean
 .DEFAULT_GOAL := help
@@ -20,9 +21,13 @@ test: $(VENV)/.examples $(VENV)/.dev ## the whole test suite
 	$(BIN)/python -m pytest -q tests
 
 lint: $(VENV)/.dev ## format, lint and strict types
-	@echo "lint: ruff format, ruff check, mypy --strict"
+	@echo "lint: ruff format, ruff check, clang-format, mypy --strict"
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	@if [ -x $(BIN)/clang-format ]; then \
+		echo "$(BIN)/clang-format --dry-run --Werror $(CSRC)"; \
+		$(BIN)/clang-format --dry-run --Werror $(CSRC); \
+	else echo "lint: no clang-format, the C++ sources are not checked"; fi
 	cd tests && $(abspath $(BIN))/mypy --config-file ../pyproject.toml -p qnn
 
 docs: $(VENV)/.docs ## build the documentation into site/, warnings are errors

@@ -28,15 +28,22 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def op_table() -> str:
     """A row for each registered op."""
-    head = ("op", "signature", "formula", "dtypes", "kernels", "backward")
+    head = ("op", "signature", "formula", "dtypes and choices", "kernels", "backward")
     return _table(head, map(_op_row, OPS.values()))
 
 
 def _op_row(op: Op) -> tuple[str, ...]:
-    dtypes = "<br>".join(f"`{name}`: {_dtypes(allowed)}" for name, allowed in op.dtypes.items())
+    allowed = {
+        name: f"as `{each}`" if isinstance(each, str) else _dtypes(each)
+        for name, each in op.dtypes.items()
+    }
+    allowed |= {
+        name: ", ".join(f"`{each}`" for each in names) for name, names in op.choices.items()
+    }
+    values = "<br>".join(f"`{name}`: {each}" for name, each in allowed.items())
     kernels = ", ".join([*op.kernels, "reference elsewhere" if op.kernels else "reference"])
     backward = "<br>".join(f"`{name}`: `{other}`" for name, other in op.backward.items()) or "none"
-    return f"`{op.name}`", f"`{op.signature}`", _text(op.doc), dtypes, kernels, backward
+    return f"`{op.name}`", f"`{op.signature}`", _text(op.doc), values, kernels, backward
 
 
 def scheme_table() -> str:

@@ -1,7 +1,8 @@
 """Stateless layer mathematics: quantise, dequantise, linear, and the one seam, `invoke_quant`."""
 
+from qnn.functional import fusion
 from qnn.functional.invoke import invoke_quant
 from qnn.functional.linear import linear
 from qnn.functional.quantize import dequantize, quantize
 
-__all__ = ["dequantize", "invoke_quant", "linear", "quantize"]
+__all__ = ["dequantize", "fusion", "invoke_quant", "linear", "quantize"]

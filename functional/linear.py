@@ -135,6 +135,9 @@ def linear(
         ValueError, TypeError: an argument of the wrong shape, dtype or device; an unknown scheme.
     """
     op = get_scheme(scheme).linear
+    if not torch.compiler.is_compiling():
+        # Of a kernel in C++ a wrong dtype is a ValueError; traced, the fake checks.
+        OPS[op].require(x, weight, weight_scale, bias)
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))

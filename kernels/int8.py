@@ -10,10 +10,13 @@ import torch
 from einops import einsum, rearrange
 
 from qnn.kernels.cpu import int8_linear as cpu
+from qnn.kernels.cpu import native
+from qnn.kernels.epilogue import ACTIVATIONS, finish
 from qnn.kernels.formats import FLOATS, INT8_TOKEN
 from qnn.kernels.spec import Op
 
 INT8, SCALE = (torch.int8,), (torch.float32,)
+EPILOGUE = {"activation": tuple(ACTIVATIONS)}
 FORMAT = INT8_TOKEN
 
 
@@ -62,13 +65,30 @@ def linear_reference(
     w: torch.Tensor,
     sw: torch.Tensor,
     bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
     *,
     compute: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     q, sx = quantize_reference(x)
+    return rows_linear_reference(q, sx, w, sw, bias, residual, activation, x.dtype, compute=compute)
+
+
+def rows_linear_reference(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    w: torch.Tensor,
+    sw: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    dtype: torch.dtype = torch.float32,
+    *,
+    compute: torch.dtype = torch.float32,
+) -> torch.Tensor:
     # Exact: the sums stay below 2^53 for every K that the scheme admits.
     acc = einsum(q.double(), w.double(), "... k, n k -> ... n")
-    return _scaled(acc.to(compute), sw, sx, bias, x.dtype)
+    return finish(_scaled(acc.to(compute), sw, scale, bias, dtype), residual, activation)
 
 
 def weight_linear_reference(
@@ -76,11 +96,13 @@ def weight_linear_reference(
     w: torch.Tensor,
     sw: torch.Tensor,
     bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
     *,
     compute: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     y = einsum(x.to(compute), w.to(compute), "... k, n k -> ... n")
-    return _scaled(y, sw, None, bias, x.dtype)
+    return finish(_scaled(y, sw, None, bias, x.dtype), residual, activation)
 
 
 def linear_dgrad_reference(
@@ -104,7 +126,7 @@ int8_dequantize = Op(
     "int8_dequantize",
     "q: ... k, scale: ... 1, dtype: dtype -> ... k",
     doc="q · scale, in float32, then one cast to dtype",
-    dtypes={"q": INT8, "scale": SCALE},
+    dtypes={"q": INT8, "scale": SCALE, "dtype": FLOATS},
     out=("dtype",),
     reference=dequantize_reference,
     positive=("scale",),
@@ -112,26 +134,45 @@ int8_dequantize = Op(
 
 int8_linear = Op(
     "int8_linear",
-    "x: ... k, w: n k, sw: n 1, bias: n? -> ... n",
-    doc="xq, sx = int8_quantize(x); int32(xq · wᵀ) · sw · sx + bias, in float32, then one cast",
-    dtypes={"x": FLOATS, "w": INT8, "sw": SCALE, "bias": FLOATS},
+    "x: ... k, w: n k, sw: n 1, bias: n?, residual: ... n?, activation: str? -> ... n",
+    doc="xq, sx = int8_quantize(x); activation(int32(xq · wᵀ) · sw · sx + bias) + residual, in "
+    "float32, with one cast before the activation, one behind it, one behind the sum",
+    dtypes={"x": FLOATS, "w": INT8, "sw": SCALE, "bias": FLOATS, "residual": "x"},
     out=("x",),
     reference=linear_reference,
-    kernels={"CPU": cpu.linear},
+    kernels={"CPU": native.preferred("int8_linear", cpu.linear)},
     backward={"x": "int8_linear_dgrad"},
     positive=("sw",),
+    choices=EPILOGUE,
 )
+
+int8_rows_linear = Op(
+    "int8_rows_linear",
+    "q: ... k, scale: ... 1, w: n k, sw: n 1, bias: n?, residual: ... n?, activation: str?, "
+    "dtype: dtype? -> ... n",
+    doc="int8_linear of rows that int8_quantize has quantised: q, scale = int8_quantize(x)",
+    dtypes={
+        "q": INT8, "scale": SCALE, "w": INT8, "sw": SCALE, "bias": FLOATS, "residual": "dtype",
+        "dtype": FLOATS,
+    },
+    out=("dtype",),
+    reference=rows_linear_reference,
+    kernels={"CPU": native.preferred("int8_rows_linear", cpu.rows_linear)},
+    positive=("scale", "sw"),
+    choices=EPILOGUE,
+)  # fmt: skip
 
 int8_weight_linear = Op(
     "int8_weight_linear",
-    "x: ... k, w: n k, sw: n 1, bias: n? -> ... n",
-    doc="(x · wᵀ) · sw + bias, in float32, then one cast",
-    dtypes={"x": FLOATS, "w": INT8, "sw": SCALE, "bias": FLOATS},
+    "x: ... k, w: n k, sw: n 1, bias: n?, residual: ... n?, activation: str? -> ... n",
+    doc="activation((x · wᵀ) · sw + bias) + residual, in float32, with casts as in int8_linear",
+    dtypes={"x": FLOATS, "w": INT8, "sw": SCALE, "bias": FLOATS, "residual": "x"},
     out=("x",),
     reference=weight_linear_reference,
-    kernels={"CPU": cpu.weight_linear},
+    kernels={"CPU": native.preferred("int8_weight_linear", cpu.weight_linear)},
     backward={"x": "int8_linear_dgrad"},
     positive=("sw",),
+    choices=EPILOGUE,
 )
 
 int8_linear_dgrad = Op(
@@ -145,3 +186,5 @@ int8_linear_dgrad = Op(
     backward={"dy": "int8_weight_linear"},
     positive=("sw",),
 )
+
+native.replaces(int8_quantize, int8_linear, int8_rows_linear, int8_weight_linear)

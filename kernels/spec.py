@@ -8,35 +8,54 @@ documentation.
     x: ... k, w: n k, sw: n 1, bias: n? -> ... n
 
 reads: `x` has any leading axes and ends in `k`; `w` is `[n, k]`; `sw` is `[n, 1]`; `bias` is `[n]`
-or None; the result has the leading axes of `x` and ends in `n`. An argument without axes is a
-torch.dtype: `dtype: dtype`.
+or None; the result has the leading axes of `x` and ends in `n`.
+
+An argument without axes is a torch.dtype, `dtype: dtype`, or one of the names in `choices`,
+`activation: str`. What is marked with `?` may be left out, and so may all that follows: a tensor is
+then None, a dtype float32, a name the first of its choices.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 
-from qnn.kernels.torch_private import below_autograd, without_autocast
+from qnn.kernels.torch_private import below_autograd, unregister, without_autocast
 
 LIBRARY = torch.library.Library("qnn", "FRAGMENT")
 OPS: dict[str, Op] = {}
+_TRACE_HOOKS: list[Callable[[], None]] = []
 
 _LEAD = "..."
+_KINDS = {"dtype": "ScalarType", "str": "str"}
+_DEFAULT_DTYPE = torch.float32
 _SAMPLE_SIZES = (37, 19, 23)
 _SAMPLE_LEADS: tuple[tuple[int, ...], ...] = ((5,), (), (2, 3), (0,))
 
 
+def on_trace(hook: Callable[[], None]) -> Callable[[], None]:
+    """Have `hook` called whenever an op is traced; its fake is the one Python code that runs in
+    every trace.
+    """
+    _TRACE_HOOKS.append(hook)
+    return hook
+
+
 @dataclass(frozen=True)
 class Arg:
-    """One argument or result: its name and its axes; `axes` is None for a dtype argument."""
+    """One argument or result: its name and its axes; `axes` is None for one that is no tensor.
+    `kind` is the type in the schema.
+    """
 
     name: str
     axes: tuple[str, ...] | None
     optional: bool = False
+    kind: str = "Tensor"
 
     @property
     def has_lead(self) -> bool:
@@ -47,11 +66,6 @@ class Arg:
         """The axes behind the leading ones."""
         axes = self.axes or ()
         return axes[1:] if self.has_lead else axes
-
-    @property
-    def schema(self) -> str:
-        kind = "ScalarType" if self.axes is None else "Tensor?" if self.optional else "Tensor"
-        return f"{kind} {self.name}"
 
     def __str__(self) -> str:
         return f"[{', '.join(self.axes or ())}]"
@@ -66,18 +80,30 @@ def parse_signature(signature: str) -> tuple[tuple[Arg, ...], tuple[Arg, ...]]:
     def parse(part: str) -> Arg:
         name, _, axes = part.rpartition(":")
         name, axes = name.strip(), axes.strip()
-        if axes == "dtype":
-            return Arg(name, None)
-        return Arg(name or "y", tuple(axes.removesuffix("?").split()), axes.endswith("?"))
+        optional, axes = axes.endswith("?"), axes.removesuffix("?")
+        if axes in _KINDS:
+            return Arg(name, None, optional, _KINDS[axes])
+        return Arg(name or "y", tuple(axes.split()), optional)
 
-    return tuple(map(parse, left.split(","))), tuple(map(parse, right.split(",")))
+    inputs = tuple(map(parse, left.split(",")))
+    for before, after in itertools.pairwise(inputs):
+        if before.optional and not after.optional:
+            raise ValueError(
+                f"signature {signature!r}: {after.name} must be optional, as {before.name} is."
+            )
+    return inputs, tuple(map(parse, right.split(",")))
 
 
 def describe(value: object) -> str:
     """`float32[4, 768]` for a tensor, for error messages."""
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    return str(value)
+    return repr(value)
+
+
+def _dtype(value: Any) -> torch.dtype:
+    """The dtype that `value` is or has."""
+    return cast(torch.dtype, value if isinstance(value, torch.dtype) else value.dtype)
 
 
 class Op:
@@ -87,13 +113,15 @@ class Op:
         name: the operator's name.
         signature: arguments and results; see the head of this file.
         doc: what it computes, as one formula; it stands in the op table.
-        dtypes: the dtypes that each tensor argument may have.
+        dtypes: the dtypes that each tensor argument may have, or the name of the argument whose
+            dtype it must share; for a dtype argument, those that it may be.
         out: for each result a dtype, or the name of the argument that lends its dtype.
         reference: the meaning of the op in plain torch, and its kernel where a device has none. One
             whose result is float takes `compute=`, the dtype of its float arithmetic.
         kernels: a kernel for each dispatch key, such as `"CPU"`.
         backward: for a differentiable argument, the op that gives its gradient.
         positive: float arguments whose samples must be positive (scales).
+        choices: the values that each str argument may have, the default first.
     """
 
     def __init__(
@@ -102,30 +130,52 @@ class Op:
         signature: str,
         *,
         doc: str,
-        dtypes: Mapping[str, Sequence[torch.dtype]],
+        dtypes: Mapping[str, Sequence[torch.dtype] | str],
         out: Sequence[torch.dtype | str],
         reference: Callable[..., Any],
         kernels: Mapping[str, Callable[..., Any]] | None = None,
         backward: Mapping[str, str] | None = None,
         positive: Sequence[str] = (),
+        choices: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.name, self.signature, self.doc = name, signature, doc
         self.inputs, self.outputs = parse_signature(signature)
-        self.dtypes = {key: tuple(value) for key, value in dtypes.items()}
+        self.dtypes: dict[str, tuple[torch.dtype, ...] | str] = {
+            key: value if isinstance(value, str) else tuple(value) for key, value in dtypes.items()
+        }
+        self.choices = {key: tuple(value) for key, value in (choices or {}).items()}
         self.out = tuple(out)
         self.reference = reference
         self.kernels = dict(kernels or {})
+        self._enabled: dict[str, torch.library.Library] = {}
         self.backward = dict(backward or {})
         self.positive = frozenset(positive)
+        # Torch drops trailing arguments that equal their default on the way to Python functions;
+        # `_tails[n]` is what a call of n arguments lacks.
+        defaults = tuple(self._default(arg) for arg in self.inputs)
+        self._tails = [defaults[count:] for count in range(len(defaults) + 1)]
         self._fits = self._compile_fits()
         self._register()
         OPS[name] = self
 
     # What is derived.
 
+    def _default(self, arg: Arg) -> Any:
+        if not arg.optional or arg.kind == "Tensor":
+            return None
+        return _DEFAULT_DTYPE if arg.kind == "ScalarType" else self.choices[arg.name][0]
+
+    def _declared(self, arg: Arg) -> str:
+        """The argument in the schema."""
+        if not arg.optional:
+            return f"{arg.kind} {arg.name}"
+        if arg.kind == "str":
+            return f'str {arg.name}="{self._default(arg)}"'
+        return f"{arg.kind} {arg.name}=float" if arg.axes is None else f"Tensor? {arg.name}=None"
+
     @property
     def schema(self) -> str:
-        args = ", ".join(arg.schema for arg in self.inputs)
+        args = ", ".join(map(self._declared, self.inputs))
         result = (
             "Tensor" if len(self.outputs) == 1 else f"({', '.join('Tensor' for _ in self.outputs)})"
         )
@@ -133,18 +183,30 @@ class Op:
 
     def _register(self) -> None:
         LIBRARY.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
-        for key, kernel in {"CompositeExplicitAutograd": self.reference, **self.kernels}.items():
-            LIBRARY.impl(self.name, self._checked(kernel), key)
+        LIBRARY.impl(self.name, self._checked(self.reference), "CompositeExplicitAutograd")
+        for key in self.kernels:
+            self.enable(key)
         torch.library.register_fake(f"qnn::{self.name}", self.fake, lib=LIBRARY)
         torch.library.register_vmap(f"qnn::{self.name}", self._vmap, lib=LIBRARY)
         self.overload = getattr(torch.ops.qnn, self.name).default
 
+    def enable(self, key: str) -> None:
+        """Register the kernel of a dispatch key."""
+        self._enabled[key] = torch.library.Library("qnn", "IMPL", key)
+        self._enabled[key].impl(self.name, self._checked(self.kernels[key]))
+
+    def disable(self, key: str) -> None:
+        """Take the kernel of a dispatch key back, to make room for another; between the two the
+        reference serves.
+        """
+        unregister(self._enabled.pop(key))
+
     def _checked(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
-        fits, check = self._fits, self.check
+        tails, require = self._tails, self.require
 
         def run(*args: Any) -> Any:
-            if not fits(*args):
-                check(*args)
+            args += tails[len(args)]
+            require(*args)
             # A kernel's own torch calls are arithmetic that autocast must not round.
             with below_autograd(), without_autocast():
                 return kernel(*args)
@@ -168,8 +230,16 @@ class Op:
         lines = [f"device = {self.inputs[0].name}.device"]
         for arg in self.inputs:
             if arg.axes is None:
+                if arg.kind == "str" or arg.name in self.dtypes:
+                    lines.append(f"if {arg.name} not in {arg.name}_allowed: return False")
                 continue
-            wrong = [f"{arg.name}.dtype not in {arg.name}_dtypes", f"{arg.name}.device != device"]
+            allowed = self.dtypes[arg.name]
+            wrong = [
+                f"{arg.name}.dtype != {self._dtype_of(allowed)}"
+                if isinstance(allowed, str)
+                else f"{arg.name}.dtype not in {arg.name}_allowed",
+                f"{arg.name}.device != device",
+            ]
             wrong.append(f"len(shape) {'<' if arg.has_lead else '!='} {len(arg.tail)}")
             body = [f"shape = {arg.name}.shape", f"if {' or '.join(wrong)}: return False"]
             if arg.has_lead:
@@ -195,25 +265,40 @@ class Op:
             )
         names = ", ".join(arg.name for arg in self.inputs)
         source = "\n    ".join([f"def fits({names}):", *lines, "return True"])
-        scope: dict[str, Any] = {f"{name}_dtypes": allowed for name, allowed in self.dtypes.items()}
+        allowed_values = {**self.dtypes, **self.choices}
+        scope: dict[str, Any] = {f"{name}_allowed": each for name, each in allowed_values.items()}
         exec(source, scope)  # noqa: S102  # built from our own declarations only
         return cast(Callable[..., bool], scope["fits"])
+
+    def _dtype_of(self, name: str) -> str:
+        """The expression for the dtype that the argument `name` is or has."""
+        (arg,) = (arg for arg in self.inputs if arg.name == name)
+        return name if arg.axes is None else f"{name}.dtype"
+
+    def require(self, *args: Any) -> None:
+        """Raise what `check` raises, in 1 µs where nothing is wrong."""
+        args += self._tails[len(args)]
+        if not self._fits(*args):
+            self.check(*args)
 
     def check(self, *args: Any) -> dict[str, Any]:
         """Bind every axis to its size; raise a ValueError or TypeError that says which argument is
         wrong and why.
         """
+        args += self._tails[len(args)]
+        by_name = {arg.name: value for arg, value in zip(self.inputs, args, strict=True)}
         sizes: dict[str, Any] = {"1": 1}
         bound_by: dict[str, str] = {}
         first = args[0]
         for value, arg in zip(args, self.inputs, strict=True):
-            if arg.axes is None or (value is None and arg.optional):
+            if value is None and arg.optional:
                 continue
-            allowed = self.dtypes[arg.name]
-            if value.dtype not in allowed:
-                self._fail(
-                    TypeError, args, f"{arg.name} must be one of {', '.join(map(str, allowed))}"
-                )
+            if arg.kind == "str":
+                self._check_choice(args, arg, value)
+            elif arg.name in self.dtypes:
+                self._check_dtype(args, arg, value, by_name)
+            if arg.axes is None:
+                continue
             if value.device != first.device:
                 where = f"{arg.name} is on {value.device}, {self.inputs[0].name} on {first.device}"
                 self._fail(ValueError, args, f"{where}; move them together")
@@ -241,9 +326,31 @@ class Op:
                     )
         return sizes
 
+    def _check_choice(self, args: Sequence[Any], arg: Arg, value: str) -> None:
+        choices = self.choices[arg.name]
+        if value not in choices:
+            accepted = ", ".join(map(repr, choices))
+            self._fail(ValueError, args, f"{arg.name} must be one of {accepted}, got {value!r}")
+
+    def _check_dtype(
+        self, args: Sequence[Any], arg: Arg, value: Any, by_name: Mapping[str, Any]
+    ) -> None:
+        allowed, got = self.dtypes[arg.name], _dtype(value)
+        if isinstance(allowed, str):
+            want = _dtype(by_name[allowed])
+            if got != want:
+                reason = f"{arg.name} must be {want} as {allowed}, got {got}; cast it"
+                self._fail(TypeError, args, reason)
+        elif got not in allowed:
+            accepted = ", ".join(map(str, allowed))
+            self._fail(TypeError, args, f"{arg.name} must be one of {accepted}")
+
     def _fail(self, kind: type[Exception], args: Sequence[Any], reason: str) -> None:
+        """Raise, with the call repeated; arguments at their default are left out."""
         call = ", ".join(
-            f"{arg.name}={describe(value)}" for arg, value in zip(self.inputs, args, strict=True)
+            f"{arg.name}={describe(value)}"
+            for arg, value in zip(self.inputs, args, strict=True)
+            if not arg.optional or value is not self._default(arg)
         )
         raise kind(f"qnn::{self.name}({call}): {reason}.")
 
@@ -251,12 +358,14 @@ class Op:
         """What the op returns, without its values: the shape rule of the signature, new and
         contiguous.
         """
+        for hook in _TRACE_HOOKS:
+            hook()
+        args += self._tails[len(args)]
         sizes = self.check(*args)
         by_name = {arg.name: value for arg, value in zip(self.inputs, args, strict=True)}
 
         def make(result: Arg, rule: torch.dtype | str) -> torch.Tensor:
-            source = by_name[rule] if isinstance(rule, str) else rule
-            dtype = source.dtype if isinstance(source, torch.Tensor) else source
+            dtype = _dtype(by_name[rule] if isinstance(rule, str) else rule)
             lead = sizes[_LEAD] if result.has_lead else ()
             shape = (*lead, *(sizes[axis] for axis in result.tail))
             return cast(torch.Tensor, args[0].new_empty(shape, dtype=dtype))
@@ -270,6 +379,8 @@ class Op:
         """A mapped axis becomes a leading axis where every mapped argument has some; otherwise one
         call an element.
         """
+        args += self._tails[len(args)]
+        in_dims = (*in_dims, *[None] * (len(args) - len(in_dims)))
         mapped = [arg for arg, axis in zip(self.inputs, in_dims, strict=True) if axis is not None]
         if all(arg.has_lead for arg in mapped):
             moved = []
@@ -297,30 +408,44 @@ class Op:
         return result, 0 if len(self.outputs) == 1 else (0,) * len(self.outputs)
 
     def samples(self, seed: int = 0) -> Iterator[tuple[str, tuple[Any, ...]]]:
-        """Arguments for tests, each with a readable id: every lead, every first dtype, options
-        present and absent.
+        """Arguments for tests, each with a readable id: every lead, every dtype, options present
+        and absent, every choice.
         """
-        first = self.inputs[0]
-        for dtype in self.dtypes[first.name]:
+        free = self.dtypes.get("dtype", self.dtypes[self.inputs[0].name])
+        names = itertools.cycle(itertools.product(*self.choices.values()))
+        count = math.prod(map(len, self.choices.values()))
+        for dtype in free:
             for lead in _SAMPLE_LEADS:
                 label = f"{dtype}-{'x'.join(map(str, lead)) or 'scalar'}".removeprefix("torch.")
-                yield label, self._sample(dtype, lead, True, seed)
+                # Every choice with the first lead, then one a lead in turn.
+                for picked in itertools.islice(names, count if lead == _SAMPLE_LEADS[0] else 1):
+                    choices = dict(zip(self.choices, picked, strict=True))
+                    args = self._sample(cast(torch.dtype, dtype), lead, choices, seed)
+                    yield "-".join([label, *picked]), args
                 if any(arg.optional for arg in self.inputs):
-                    yield f"{label}-bare", self._sample(dtype, lead, False, seed)
+                    yield f"{label}-bare", self._sample(cast(torch.dtype, dtype), lead, None, seed)
 
     def _sample(
-        self, dtype: torch.dtype, lead: tuple[int, ...], with_options: bool, seed: int
+        self,
+        dtype: torch.dtype,
+        lead: tuple[int, ...],
+        choices: Mapping[str, str] | None,
+        seed: int,
     ) -> tuple[Any, ...]:
+        """One sample; without `choices`, every tensor and name that can be is left out."""
         generator = torch.Generator().manual_seed(seed)
         axes = dict.fromkeys(axis for arg in self.inputs for axis in arg.tail if axis != "1")
         sizes = {"1": 1, **dict(zip(axes, _SAMPLE_SIZES, strict=False))}
         args: list[Any] = []
         for arg in self.inputs:
-            if arg.axes is None:
-                args.append(torch.float32)
+            if arg.kind == "ScalarType":
+                args.append(dtype if arg.name in self.dtypes else _DEFAULT_DTYPE)
                 continue
-            if arg.optional and not with_options:
-                args.append(None)
+            if arg.optional and choices is None:
+                args.append(self._default(arg))
+                continue
+            if arg.kind == "str":
+                args.append((choices or {}).get(arg.name, self.choices[arg.name][0]))
                 continue
             shape = (*(lead if arg.has_lead else ()), *(sizes[axis] for axis in arg.tail))
             allowed = self.dtypes[arg.name]
@@ -328,8 +453,10 @@ class Op:
                 args.append(torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator))
                 continue
             value = torch.randn(shape, generator=generator)
-            value = value.abs() + 0.01 if arg.name in self.positive else value
-            args.append(value.to(dtype if dtype in allowed else allowed[0]))
+            # Small: two scales times a sum of products must stay within float16.
+            value = (value.abs() + 0.01) / 16 if arg.name in self.positive else value
+            shared = isinstance(allowed, str) or dtype in allowed
+            args.append(value.to(dtype if shared else cast(torch.dtype, allowed[0])))
         return tuple(args)
 
     def __repr__(self) -> str:

@@ -5,13 +5,20 @@ Importing this module also registers what the two `invoke_quant` operators lack 
 - they are cacheable: Inductor's key hashes the region's body, so a second process may reuse the
   first one's code;
 - both kinds of selective activation checkpointing let them pass.
+
+What would import Inductor, 1.3 to 1.8 s, is imported by the functions that need it, which run only
+where Inductor is loaded already.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch._C import _are_functorch_transforms_active as in_functorch_transform
 from torch._C import _AutoDispatchBelowADInplaceOrView as below_autograd
 from torch._C import _DisableAutocast as without_autocast
@@ -22,14 +29,24 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 __all__ = [
+    "append_post_grad_pass",
     "below_autograd",
     "in_forward_mode",
     "in_functorch_transform",
+    "inductor_matches_patterns",
     "invoke_quant",
     "invoke_quant_packed",
     "plain_dispatch",
+    "post_grad_form",
+    "statically_equal",
+    "unregister",
     "without_autocast",
 ]
+
+
+def unregister(library: torch.library.Library) -> None:
+    """Take back what was registered through `library`."""
+    library._destroy()
 
 
 def in_forward_mode() -> bool:
@@ -42,6 +59,69 @@ def plain_dispatch() -> Iterator[None]:
     """Run real torch calls, whatever mode, autocast or fake tensors the caller is in."""
     with _disable_current_modes(), below_autograd(), without_autocast():
         yield
+
+
+def append_post_grad_pass(run: Callable[[torch.fx.Graph], None], uuid: Callable[[], bytes]) -> None:
+    """Let Inductor, if it is loaded, call `run` on each graph behind the passes that are set. A
+    torch that takes only one pass keeps the one that is set.
+    """
+    config: Any = sys.modules.get("torch._inductor.config")
+    if config is None:
+        return
+    from torch._inductor import custom_graph_pass
+
+    present = config.post_grad_custom_post_pass
+    passes = list(present) if isinstance(present, list | tuple) else [present] if present else []
+    mine = _graph_pass(run, uuid)
+    if mine in passes or (passes and not hasattr(custom_graph_pass, "get_custom_graph_passes")):
+        return
+    config.post_grad_custom_post_pass = [*passes, mine] if passes else mine
+
+
+@functools.cache
+def _graph_pass(run: Callable[[torch.fx.Graph], None], uuid: Callable[[], bytes]) -> Any:
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class Pass(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            run(graph)
+
+        def uuid(self) -> bytes:
+            return uuid()
+
+    return Pass()
+
+
+def inductor_matches_patterns() -> bool:
+    """Inductor's own switch for rewriting graphs."""
+    from torch._inductor import config
+
+    return bool(config.pattern_matcher)
+
+
+@functools.cache
+def post_grad_form(
+    function: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype
+) -> torch.fx.Node:
+    """What Inductor's decompositions make of an elementwise function: the node of its result."""
+    from torch._guards import tracing
+    from torch._inductor.pattern_matcher import fwd_only
+    from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+    with tracing(None), unset_fake_temporarily(), FakeTensorMode(), without_autocast():
+        example = torch.empty(8, 8, dtype=dtype, device="cpu")
+        graph = fwd_only(lambda x: function(x), [example]).graph
+    (result,) = graph.output_node().all_input_nodes
+    return result
+
+
+def statically_equal(first: Sequence[Any], second: Sequence[Any]) -> bool:
+    """Whether sizes are equal whatever their symbols are, without a guard on them."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return len(first) == len(second) and all(
+        statically_known_true(a == b) for a, b in zip(first, second, strict=True)
+    )
 
 
 for _operator in (invoke_quant, invoke_quant_packed):

@@ -1,11 +1,13 @@
-"""`python -m qnn doctor [--json]`."""
+"""`python -m qnn doctor [--json]` and `python -m qnn build [--force]`."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from qnn import doctor
+from qnn.kernels.cpu import native
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -15,9 +17,24 @@ def main(argv: list[str] | None = None) -> int:
         "doctor", help="what runs on this machine, what does not, and how to get it"
     )
     command.add_argument("--json", action="store_true", help="print JSON instead of text")
+    command = commands.add_parser(
+        "build", help="build the native CPU kernels now, instead of at the first int8 call"
+    )
+    command.add_argument("--force", action="store_true", help="build again what is there")
     arguments = parser.parse_args(argv)
+    if arguments.command == "build":
+        return _build(arguments.force)
     data = doctor.report()
     print(json.dumps(data, indent=2) if arguments.json else doctor.render(data))
+    return 0
+
+
+def _build(force: bool) -> int:
+    try:
+        print(native.build(force=force, log=sys.stderr))
+    except native.BuildError as error:
+        print(f"python -m qnn build: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -1,16 +1,29 @@
-"""Which kernel runs a layer, and why: for `repr`, `summary` and `doctor`."""
+"""Which backend a layer runs on and why, in words: for `repr`, `summary` and `doctor`."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from qnn.kernels import OPS, get_scheme
+from qnn.kernels import OPS, Scheme, get_scheme
+from qnn.kernels.cpu import native
 from qnn.kernels.cpu.engines import ENGINES, engine_choice, self_test
 
 
+def native_tier() -> str | None:
+    """What runs the layers of a CPU where the native kernels are loaded, and what is passed over
+    with the reason: `avx512_vnni: passed the known-answer test; not amx: …`.
+    """
+    tiers = native.ready().tiers
+    best = next((i for i, (_, state) in enumerate(tiers) if state == "ok"), None)
+    if best is None:
+        return None
+    passed_over = [f"not {name}: {state}" for name, state in tiers[:best]]
+    return "; ".join([f"{tiers[best][0]}: passed the known-answer test", *passed_over])
+
+
 def int8_engine(weights: int) -> str:
-    """What runs a layer of so many weights, and what is passed over with the reason.
+    """What runs a layer of so many weights without native kernels, and what is passed over.
 
     `onednn: passed the known-answer test`; for a small layer `exact up to 8 rows, then onednn: …`.
     """
@@ -33,6 +46,11 @@ def linear_backend(layer: nn.Module) -> str:
     device = weight.device.type
     if device.upper() not in OPS[scheme.linear].kernels:
         return f"{device}: reference, since there is no {scheme.name} kernel for this device yet"
-    if scheme.activation is None:
-        return f"{device}: float32 GEMM on widened weights"
-    return f"{device}: {int8_engine(weight.numel())}"
+    return f"{device}: {native_tier() or _without_native(scheme, weight.numel())}"
+
+
+def _without_native(scheme: Scheme, weights: int) -> str:
+    engine = (
+        "float32 GEMM on widened weights" if scheme.activation is None else int8_engine(weights)
+    )
+    return f"{engine}; not native: {native.ready().reason}"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from qnn.kernels import OPS, SCHEMES
+from qnn.kernels.cpu import native
 from qnn.kernels.cpu.engines import ENGINES, self_test
 
 # What a package brings, for those that qnn can use but does not need.
@@ -27,8 +28,22 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _native_advice(status: native.Status) -> list[str]:
+    """What to do so that the native kernels, or all their tiers, run."""
+    if status.missing:
+        return [
+            f"the native kernels lack {', '.join(status.missing)}, whose instructions "
+            f"{status.compiler} does not know; with a newer compiler, run python -m qnn build "
+            "--force"
+        ]
+    if status.loaded:
+        return []
+    return [f"no native int8 kernels: {status.reason}; qnn runs through the engines meanwhile"]
+
+
 def report() -> dict[str, Any]:
     """Everything that `doctor` prints, as plain data."""
+    kernels = native.status()
     engines = [self_test(name) for name in ENGINES]
     used = next((engine.engine for engine in engines if engine.usable), None)
     cpu = torch.cpu.get_capabilities()
@@ -39,6 +54,7 @@ def report() -> dict[str, Any]:
             "ONEDNN_MAX_CPU_ISA) has no VNNI instructions, without which oneDNN's integers are "
             "wrong. A CPU with AVX-512 VNNI, AVX-VNNI or AMX helps."
         )
+    advice += _native_advice(kernels)
     if not torch.cuda.is_available():
         advice.append("no CUDA device: CPU kernels only.")
     missing = {package: use for package, use in _OPTIONAL.items() if _version(package) is None}
@@ -69,6 +85,14 @@ def report() -> dict[str, Any]:
             }
             for engine in engines
         ],
+        "native": {
+            "state": kernels.state,
+            "path": str(kernels.path) if kernels.path else None,
+            "reason": kernels.reason,
+            "compiler": kernels.compiler,
+            "missing": list(kernels.missing),
+            "tiers": dict(kernels.tiers),
+        },
         "schemes": {
             scheme.name: {device.lower(): "kernel" for device in OPS[scheme.linear].kernels}
             | {"other": "reference"}
@@ -76,6 +100,17 @@ def report() -> dict[str, Any]:
         },
         "advice": advice,
     }
+
+
+def _native_lines(data: dict[str, Any]) -> list[str]:
+    rows = {
+        "state": f"{data['state']}: {data['reason']}" if data["reason"] else data["state"],
+        "path": data["path"],
+        "compiler": data["compiler"],
+        "lacks": ", ".join(data["missing"]),
+        "tiers": ", ".join(f"{name}: {state}" for name, state in data["tiers"].items()),
+    }
+    return [f"  {name:8} {text}" for name, text in rows.items() if text]
 
 
 def render(data: dict[str, Any]) -> str:
@@ -96,6 +131,7 @@ def render(data: dict[str, Any]) -> str:
     for engine in data["engines"]:
         state = "used" if engine["used"] else "ready" if engine["usable"] else "not used"
         lines.append(f"  {engine['name']:8} {state:9} {engine['reason']}")
+    lines += ["", "native int8 kernels of the CPU", *_native_lines(data["native"])]
     lines += ["", "schemes"]
     for name, devices in data["schemes"].items():
         lines.append(

@@ -6,11 +6,15 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 import qnn
+from qnn.kernels import OPS
+from qnn.kernels.cpu import int8_linear as cpu
 
 # Odd sizes (M, K, N), where blocks, tails and padding end in different places.
 SIZES = (
@@ -37,6 +41,24 @@ def mlp(scheme: str = "int8", dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(48, 96), nn.ReLU(), nn.Linear(96, 32, bias=False))
     return qnn.convert(model, scheme).to(dtype).eval()
+
+
+@contextmanager
+def python_kernels() -> Iterator[None]:
+    """The int8 ops as they run where no library could be built: through torch calls."""
+    library = torch.library.Library("qnn", "IMPL", "CPU")
+    kernels = {
+        "int8_quantize": cpu.quantize,
+        "int8_linear": cpu.linear,
+        "int8_rows_linear": cpu.rows_linear,
+        "int8_weight_linear": cpu.weight_linear,
+    }
+    for name, kernel in kernels.items():
+        library.impl(name, OPS[name]._checked(kernel), allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
 
 
 def child(code: str, timeout: int = 300, **environment: str) -> str:

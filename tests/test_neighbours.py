@@ -203,7 +203,8 @@ def run(rank, path):
             torch.testing.assert_close(grad, q.grad)
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(0)  # gloo's and autograd's threads may want the GIL: a finalising Python would end them by terminate()
+    # Threads of gloo and autograd may want the GIL, and a Python that finalises ends them by abort.
+    os._exit(0)
 
 if __name__ == "__main__":
     import tempfile, torch.multiprocessing as mp

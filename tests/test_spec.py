@@ -11,6 +11,7 @@ import torch
 from parameterized import parameterized
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import qnn.functional as F
 from qnn.kernels import OPS, Op
 from qnn.kernels.spec import Arg, parse_signature
 
@@ -106,13 +107,39 @@ class TestEveryOp(unittest.TestCase):
                 wrong.append(value[0].sum())
             for bad in wrong:
                 changed = (*args[:i], bad, *args[i + 1 :])
-                try:
-                    op.check(*changed)
-                    explained = True
-                except (TypeError, ValueError) as error:
-                    explained = False
-                    self.assertIn(f"qnn::{op.name}(", str(error))
-                self.assertEqual(op._fits(*changed), explained, f"{op.name} {i} {bad.shape}")
+                self.assertEqual(op._fits(*changed), self.explained(op, changed), (op.name, i))
+        for i, arg in enumerate(op.inputs):
+            if arg.axes is None:
+                for other in (torch.int64, *op.dtypes["dtype"]) if arg.kind != "str" else ("", "?"):
+                    changed = (*args[:i], other, *args[i + 1 :])
+                    self.assertEqual(op._fits(*changed), self.explained(op, changed), other)
+
+    def explained(self, op: Op, args: tuple[Any, ...]) -> bool:
+        """Whether `check` lets the arguments pass; if not, its error repeats the call."""
+        try:
+            op.check(*args)
+        except (TypeError, ValueError) as error:
+            self.assertIn(f"qnn::{op.name}(", str(error))
+            return False
+        return True
+
+    @parameterized.expand([(op.name, op) for op in OPS.values()])
+    def test_what_is_left_out_is_at_its_default(self, _: str, op: Op) -> None:
+        """Torch drops it on the way to the kernel, to the fake and to the vmap rule."""
+        _, args = next(op.samples())
+        required = sum(not arg.optional for arg in op.inputs)
+        given, whole = args[:required], (*args[:required], *op._tails[required])
+        self.assertEqual(len(whole), len(args))
+        op.check(*given)
+        for short, full in zip(as_tuple(op.fake(*given)), as_tuple(op.fake(*whole)), strict=True):
+            self.assertEqual((short.shape, short.dtype), (full.shape, full.dtype))
+        mapped = torch.vmap(op.overload, in_dims=(0, *[None] * (required - 1)))
+        stacked = as_tuple(mapped(args[0][None], *given[1:]))
+        for y, short, full in zip(
+            stacked, as_tuple(op.overload(*given)), as_tuple(op.overload(*whole)), strict=True
+        ):
+            self.assertTrue(torch.equal(short, full))
+            torch.testing.assert_close(y[0], full, rtol=1e-5, atol=1e-3)
 
 
 class TestGradients(unittest.TestCase):
@@ -156,15 +183,16 @@ class TestGradients(unittest.TestCase):
 
 
 class TestDeclaration(unittest.TestCase):
+    def setUp(self) -> None:
+        self.x = torch.randn(2, 3, 4)
+
     def declare(self, name: str, signature: str, **kwargs: Any) -> Op:
         def reference(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             return x * y[..., None]
 
         floats = (torch.float32,)
-        op = Op(
-            name, signature, doc="", dtypes={"x": floats, "y": floats}, out=("x",),
-            reference=reference, **kwargs,
-        )  # fmt: skip
+        declared = {"dtypes": {"x": floats, "y": floats}, "out": ("x",), "reference": reference}
+        op = Op(name, signature, doc="", **{**declared, **kwargs})
         del OPS[name]  # the grids above walk what is shipped
         return op
 
@@ -182,20 +210,65 @@ class TestDeclaration(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, "the optional y is the first with n"):
             self.declare("test_optional", "x: ... k, y: n? -> ... k")
 
+    def test_choices_and_defaults(self) -> None:
+        def reference(x: torch.Tensor, mode: str, out: torch.dtype) -> torch.Tensor:
+            return (-x if mode == "minus" else x + 0).to(out)
+
+        floats = (torch.float32, torch.float64)
+        op = self.declare(
+            "test_choice", "x: ..., mode: str?, out: dtype? -> ...", reference=reference,
+            dtypes={"x": floats, "out": floats}, out=("out",),
+            choices={"mode": ("plus", "minus")},
+        )  # fmt: skip
+        self.assertEqual(
+            op.schema, 'test_choice(Tensor x, str mode="plus", ScalarType out=float) -> Tensor'
+        )
+        self.assertTrue(torch.equal(op.overload(self.x), self.x))
+        self.assertTrue(torch.equal(op.overload(self.x, mode="minus"), -self.x))
+        self.assertEqual(op.overload(self.x, out=torch.float64).dtype, torch.float64)
+        with self.assertRaisesRegex(
+            ValueError,
+            r"test_choice\(x=float32\[2, 3, 4\], mode='times'\): "
+            r"mode must be one of 'plus', 'minus', got 'times'",
+        ):
+            op.overload(self.x, "times")
+        with self.assertRaisesRegex(TypeError, "out must be one of torch.float32, torch.float64"):
+            op.overload(self.x, "plus", torch.int8)
+
+    def test_the_dtype_of_another_argument(self) -> None:
+        dtypes = {"x": (torch.float32, torch.float64), "y": "x"}
+        op = self.declare("test_same", "x: ... k, y: ... -> ... k", dtypes=dtypes)
+        y = torch.randn(2, 3)
+        self.assertEqual(op.overload(self.x.double(), y.double()).dtype, torch.float64)
+        with self.assertRaisesRegex(
+            TypeError, "y must be torch.float64 as x, got torch.float32; cast it"
+        ):
+            op.overload(self.x.double(), y)
+
 
 class TestSignature(unittest.TestCase):
     def test_parse(self) -> None:
-        inputs, outputs = parse_signature("x: ... k, bias: n?, dtype: dtype -> ... n")
+        inputs, outputs = parse_signature("x: ... k, bias: n?, how: str?, dtype: dtype? -> ... n")
         self.assertEqual(
             inputs,
-            (Arg("x", ("...", "k")), Arg("bias", ("n",), optional=True), Arg("dtype", None)),
+            (
+                Arg("x", ("...", "k")),
+                Arg("bias", ("n",), optional=True),
+                Arg("how", None, optional=True, kind="str"),
+                Arg("dtype", None, optional=True, kind="ScalarType"),
+            ),
         )
         self.assertEqual(outputs, (Arg("y", ("...", "n")),))
+
+    def test_what_follows_an_optional_argument_is_optional(self) -> None:
+        with self.assertRaisesRegex(ValueError, "dtype must be optional, as bias is"):
+            parse_signature("x: ... n, bias: n?, dtype: dtype -> ... n")
 
     def test_schema(self) -> None:
         self.assertEqual(
             OPS["int8_linear"].schema,
-            "int8_linear(Tensor x, Tensor w, Tensor sw, Tensor? bias) -> Tensor",
+            "int8_linear(Tensor x, Tensor w, Tensor sw, Tensor? bias=None, "
+            'Tensor? residual=None, str activation="none") -> Tensor',
         )
         self.assertEqual(OPS["int8_quantize"].schema, "int8_quantize(Tensor x) -> (Tensor, Tensor)")
 
@@ -207,12 +280,15 @@ class TestSignature(unittest.TestCase):
         w, sw = torch.zeros(4, 8, dtype=torch.int8), torch.ones(4, 1)
         with self.assertRaisesRegex(
             ValueError,
-            r"qnn::int8_linear\(x=float32\[2, 7\], w=int8\[4, 8\], sw=float32\[4, 1\], "
-            r"bias=None\): "
+            r"qnn::int8_linear\(x=float32\[2, 7\], w=int8\[4, 8\], sw=float32\[4, 1\]\): "
             r"w must be \[n, k\] with k = 7 as in x, got \[4, 8\]",
         ):
             torch.ops.qnn.int8_linear(torch.zeros(2, 7), w, sw, None)
+        integers = torch.zeros(2, 8, dtype=torch.int64)
         with self.assertRaisesRegex(TypeError, "x must be one of torch.float32"):
-            torch.ops.qnn.int8_linear(torch.zeros(2, 8, dtype=torch.int64), w, sw, None)
+            F.linear(integers, w, sw)
+        # The op itself, where it is C++: torch lets that raise a ValueError, not a TypeError.
+        with self.assertRaisesRegex((TypeError, ValueError), "x must be one of torch.float32"):
+            torch.ops.qnn.int8_linear(integers, w, sw, None)
         with self.assertRaisesRegex(ValueError, r"sw must be \[n, 1\], got \[4\]"):
             torch.ops.qnn.int8_linear(torch.zeros(2, 8), w, torch.ones(4), None)

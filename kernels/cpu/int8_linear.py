@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 
 from qnn.kernels.cpu.engines import Engine, best_engine
+from qnn.kernels.epilogue import finish
 
 # Rows are quantised in blocks of so many values, with one float32 buffer that stays in the caches.
 # 1024x4096 float32, 2 Zen 4 cores: 2.0 ms at 2^16, 1.3 at 2^18, 1.1 at 2^19, 1.0 at 2^20, 1.7 at
@@ -74,44 +75,78 @@ def linear(
     w: torch.Tensor,
     sw: torch.Tensor,
     bias: torch.Tensor | None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
     *,
     engine: Engine | None = None,
 ) -> torch.Tensor:
     if x.numel() == 0 or w.numel() == 0:
-        return _empty_sum(x, w, bias)
+        return finish(_empty_sum(x, w, bias, x.dtype), residual, activation)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     engine = engine or best_engine(rows.shape[0], w)
     q, sx = quantize_rows(rows, zero_point=engine.zero_point)
-    return _finish(engine.matmul(q, w, sw.view(-1)).mul_(sx), bias, x)
+    y = _output(engine.matmul(q, w, sw.view(-1)).mul_(sx), bias, x, x.dtype)
+    return finish(y, residual, activation)
+
+
+def rows_linear(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    w: torch.Tensor,
+    sw: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    dtype: torch.dtype = torch.float32,
+    *,
+    engine: Engine | None = None,
+) -> torch.Tensor:
+    if q.numel() == 0 or w.numel() == 0:
+        return finish(_empty_sum(q, w, bias, dtype), residual, activation)
+    rows = q.reshape(-1, q.shape[-1])
+    engine = engine or best_engine(rows.shape[0], w)
+    if engine.zero_point:  # 128: the sign bit turned over is the value moved up by it
+        rows = rows.view(torch.uint8) ^ engine.zero_point
+    y = engine.matmul(rows, w, sw.view(-1)).mul_(scale.reshape(-1, 1))
+    return finish(_output(y, bias, q, dtype), residual, activation)
 
 
 def weight_linear(
-    x: torch.Tensor, w: torch.Tensor, sw: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor,
+    w: torch.Tensor,
+    sw: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
 ) -> torch.Tensor:
     if x.numel() == 0 or w.numel() == 0:
-        return _empty_sum(x, w, bias)
+        return finish(_empty_sum(x, w, bias, x.dtype), residual, activation)
     rows = x.reshape(-1, x.shape[-1]).float()
     y = rows.new_empty(rows.shape[0], w.shape[0])
     step = max(1, _WIDEN_BLOCK // w.shape[1])
     for block, out in zip(w.split(step), y.split(step, dim=1), strict=True):
         out.copy_(rows @ block.float().T)
-    return _finish(y.mul_(sw.view(-1)), bias, x)
+    return finish(_output(y.mul_(sw.view(-1)), bias, x, x.dtype), residual, activation)
 
 
 def linear_dgrad(dy: torch.Tensor, w: torch.Tensor, sw: torch.Tensor) -> torch.Tensor:
     return torch.matmul(dy, (w * sw).to(dy.dtype))
 
 
-def _finish(y: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+def _output(
+    y: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
     """The bias, in float32, then the one cast, and the leading axes of `x`."""
     if bias is not None:
         y.add_(bias)
-    if x.dtype != torch.float32:
-        y = y.to(x.dtype)
+    if dtype != torch.float32:
+        y = y.to(dtype)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _empty_sum(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _empty_sum(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
     """No rows, or rows of no elements, whose products sum to zero."""
-    y = x.new_zeros(*x.shape[:-1], w.shape[0])
+    y = x.new_zeros(*x.shape[:-1], w.shape[0], dtype=dtype)
     return y if bias is None else y.add_(bias)

@@ -1,0 +1,94 @@
+// AMX: tiles of 16 rows of 64 bytes, and one instruction that multiplies 16 × 64 by 64 × 16 signed bytes. The left operand
+// is w as it lies in a panel, the right one is x in the blocked form's own layout, and the sums come out as in the other
+// tiers. Few rows, and int8_weight, run as avx512_vnni does.
+#define QNN_LANES 16
+#include "tiers.h"
+#include "vnni512.h"
+
+#ifdef QNN_EMULATE_AMX
+#include "amx_emulation.h"
+#else
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace qnn {
+namespace {
+
+struct Amx : Vnni {
+  using Panel = int8_t;
+  static constexpr int64_t kOffset = 0;
+  static constexpr int kPanelRows[] = {32, 32};
+
+  // The shape of the eight tiles, for as long as a call runs on a thread.
+  struct Session {
+    Session() {
+      alignas(64) uint8_t config[64] = {1};
+      for (int tile = 0; tile < 8; ++tile) {
+        config[16 + 2 * tile] = 64;  // bytes of a row
+        config[48 + tile] = 16;      // rows
+      }
+      _tile_loadconfig(config);
+    }
+    ~Session() { _tile_release(); }
+  };
+
+  static void fill_panel(Panel* to, const int8_t* w, int64_t depth) {
+    std::memcpy(to, w, depth);
+    std::memset(to + depth, 0, round_up(depth, 64) - depth);
+  }
+
+  // Sums in tiles 0 to 3, w in 4 and 5, x in 6 and 7.
+  template <int R, int G>
+  QNN_KERNEL static void block(const Product<Amx>& p) {
+    constexpr int64_t panel_stride = Blocked<Amx>::kPanelStride;
+    const int64_t acc_stride = p.acc_stride * 4;
+    _tile_loadd(0, p.acc, acc_stride);
+    _tile_loadd(1, p.acc + 16 * p.acc_stride, acc_stride);
+    if constexpr (G == 2) {
+      _tile_loadd(2, p.acc + 16, acc_stride);
+      _tile_loadd(3, p.acc + 16 * p.acc_stride + 16, acc_stride);
+    }
+    for (int64_t word = 0; word < p.words; word += 16) {
+      if (p.next != nullptr) {
+        for (int r = 0; r < R; ++r) __builtin_prefetch(p.next + r * p.next_stride + word * 4);
+      }
+      _tile_loadd(6, p.x + word * 64, 64);
+      _tile_loadd(4, p.panel + word * 4, panel_stride);
+      _tile_loadd(5, p.panel + 16 * panel_stride + word * 4, panel_stride);
+      _tile_dpbssd(0, 4, 6);
+      _tile_dpbssd(1, 5, 6);
+      if constexpr (G == 2) {
+        _tile_loadd(7, p.x + p.x_stride + word * 64, 64);
+        _tile_dpbssd(2, 4, 7);
+        _tile_dpbssd(3, 5, 7);
+      }
+    }
+    _tile_stored(0, p.acc, acc_stride);
+    _tile_stored(1, p.acc + 16 * p.acc_stride, acc_stride);
+    if constexpr (G == 2) {
+      _tile_stored(2, p.acc + 16, acc_stride);
+      _tile_stored(3, p.acc + 16 * p.acc_stride + 16, acc_stride);
+    }
+  }
+};
+
+bool runs_here() {
+#ifdef QNN_EMULATE_AMX
+  return true;
+#else
+  unsigned a, b, c, d;
+  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
+  if (!vnni512_runs_here() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kTile) == 0 || (d & kInt8) == 0) return false;
+  // Linux lets a process use the tiles once it has asked (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+  constexpr long kRequest = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#endif
+}
+
+}  // namespace
+
+extern const Tier amx = {"amx", runs_here, kernel<Vnni, Amx>(), kernel<Avx512Float>(), quantize};
+
+}  // namespace qnn

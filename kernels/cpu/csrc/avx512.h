@@ -1,0 +1,131 @@
+// What the AVX-512 tiers share: 16 lanes, the turn of 16 × 16 words, and the float32 kernel of int8_weight.
+#pragma once
+
+#include <immintrin.h>
+
+#include "loops.h"
+
+namespace qnn {
+namespace {
+
+// A mask of the first `count` bytes or words, count < 64.
+inline __mmask64 first(int64_t count) { return (uint64_t{1} << count) - 1; }
+
+struct Avx512 {
+  using Session = NoSession;
+  static constexpr int64_t kTileGroups = 16, kChunk = 96, kDotRows = 8, kDotColumns = 4;
+  static constexpr int64_t kTileBytes = 1 << 20;
+  // 24 sums; with the rows of x and a word of w at most 29 of 32 registers.
+  static constexpr int kPanelRows[] = {24, 12, 8, 6};
+
+  static void transpose(const int32_t* in, int64_t in_stride, int32_t* out, int64_t out_stride) {
+    __m512i a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) a[i] = read<__m512i>(in + i * in_stride);
+    // Words, pairs of words, quarters: each step turns blocks of twice the size.
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+      b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+      b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+      a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+      a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+      a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+      a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    // a[4 q + j] holds column j of each 4 × 4 block of rows 4 q … 4 q + 3.
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      b[j] = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88);
+      b[4 + j] = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
+      b[8 + j] = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
+      b[12 + j] = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      write(out + j * out_stride, _mm512_shuffle_i32x4(b[j], b[8 + j], 0x88));
+      write(out + (4 + j) * out_stride, _mm512_shuffle_i32x4(b[4 + j], b[12 + j], 0x88));
+      write(out + (8 + j) * out_stride, _mm512_shuffle_i32x4(b[j], b[8 + j], 0xdd));
+      write(out + (12 + j) * out_stride, _mm512_shuffle_i32x4(b[4 + j], b[12 + j], 0xdd));
+    }
+  }
+};
+
+struct Avx512Float : Avx512 {
+  using Code = float;
+  using Panel = float;
+  using Acc = float;
+  using Sum = vfloat;
+  static constexpr int64_t kGroup = 1, kOffset = 0, kDepth = 256, kWordStep = 16;
+
+  static __m512 widen(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); }
+
+  static void fill_panel(Panel* to, const int8_t* w, int64_t depth) {
+    int64_t i = 0;
+    for (; i + 16 <= depth; i += 16) write(to + i, widen(read<__m128i>(w + i)));
+    if (i < depth) write(to + i, widen(_mm_maskz_loadu_epi8(static_cast<__mmask16>(first(depth - i)), w + i)));
+  }
+
+  template <int R, int G>
+  QNN_KERNEL static void block(const Product<Avx512Float>& p) {
+    __m512 sums[R][G];
+#pragma GCC unroll 24
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) sums[r][g] = _mm512_loadu_ps(p.acc + r * p.acc_stride + g * 16);
+    }
+    for (int64_t begin = 0; begin < p.words; begin += kWordStep) {
+      if (p.next != nullptr) {
+        for (int r = 0; r < R; ++r) __builtin_prefetch(p.next + r * p.next_stride + begin * kGroup);
+      }
+      for (int64_t word = begin; word < begin + kWordStep; ++word) {
+        __m512 rows[G];
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g) rows[g] = _mm512_loadu_ps(p.x + g * p.x_stride + word * kGroup * 16);
+#pragma GCC unroll 24
+        for (int r = 0; r < R; ++r) {
+          const __m512 column = _mm512_set1_ps(p.panel[r * Blocked<Avx512Float>::kPanelStride + word]);
+#pragma GCC unroll 4
+          for (int g = 0; g < G; ++g) sums[r][g] = _mm512_fmadd_ps(column, rows[g], sums[r][g]);
+        }
+      }
+    }
+#pragma GCC unroll 24
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) _mm512_storeu_ps(p.acc + r * p.acc_stride + g * 16, sums[r][g]);
+    }
+  }
+
+  template <int R>
+  QNN_KERNEL static void dot(const Code* x, int64_t stride, const int8_t* const* w, int64_t k, Acc* acc) {
+    __m512 sums[R][kDotColumns];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int c = 0; c < kDotColumns; ++c) sums[r][c] = _mm512_setzero_ps();
+    }
+    for (int64_t i = 0; i < k; i += 16) {
+      const auto mask = static_cast<__mmask16>(k - i < 16 ? first(k - i) : 0xffff);
+      __m512 rows[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) rows[r] = _mm512_loadu_ps(x + r * stride + i);
+#pragma GCC unroll 8
+      for (int c = 0; c < kDotColumns; ++c) {
+        const __m512 column = widen(_mm_maskz_loadu_epi8(mask, w[c] + i));
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) sums[r][c] = _mm512_fmadd_ps(column, rows[r], sums[r][c]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int c = 0; c < kDotColumns; ++c) acc[r * kChunk + c] = _mm512_reduce_add_ps(sums[r][c]);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace qnn

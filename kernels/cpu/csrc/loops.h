@@ -1,0 +1,520 @@
+// The loops around a tier's inner kernels: rows in, quantise, products, epilogue, rows out. A tier is a struct T:
+//
+//   Code, Panel, Acc    element of a row of x, of a panel of w, and of their sums (4 bytes)
+//   kGroup              codes in a 32-bit word: what one lane multiplies in one instruction
+//   kOffset             w is held in panels as w + kOffset
+//   kWordStep           words that `block` takes at a time
+//   kTileGroups         groups of kLanes rows of x in a tile, at most
+//   kTileBytes          a tile's size, at most, where rows are long
+//   kChunk              rows of w, so columns of y, between two epilogues
+//   kDepth              codes of K in a panel
+//   kPanelRows          rows of w in a panel, where 1, 2, … groups are multiplied at once
+//   kDotRows            up to so many rows of x take the dot form
+//   kDotColumns         rows of w that `dot` takes
+//   transpose           kLanes × kLanes words
+//   Session             lives while a thread works on a call in blocked form
+//   block<R, G>         acc[r, g] += panel[r] · x[g] for R rows and G groups, while `next` is fetched
+//   dot<R>              R rows of x times kDotColumns rows of w
+//   fill_panel          a piece of one row of w into a panel
+//
+// Blocked form (many rows): a lane is a row of x. The words of kLanes rows lie side by side, and a word of w is sent to
+// all lanes, so w is read where it lies, row by row, and needs no packing: the only copy of it is the module's. Sums come
+// out with a column of y in each vector, and the epilogue turns them.
+// Dot form (few rows): lanes run along K, w streams through once at memory speed, and each sum is reduced at its end.
+#pragma once
+
+#include <limits>
+
+#include "vec.h"
+
+namespace qnn {
+namespace {
+
+constexpr int64_t kLine = 64;
+
+// A bump allocator; with no memory it only counts.
+class Scratch {
+ public:
+  explicit Scratch(char* base) : base_(base) {}
+  template <class V>
+  V* take(int64_t count) {
+    char* here = base_ + used_;
+    used_ += round_up(count * static_cast<int64_t>(sizeof(V)), kLine);
+    return reinterpret_cast<V*>(here);
+  }
+  size_t used() const { return static_cast<size_t>(used_); }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// -- rows of x ---------------------------------------------------------------------------------------------------------
+
+// scale = amax / 127, at least the smallest normal float; 1 for a zero row. NaN and inf pass through: compared as
+// integers, the magnitudes of NaN and inf are above every number's.
+template <class Format>
+inline float row_scale(const typename Format::Value* x, int64_t k) {
+  vint most = {};
+  for (int64_t i = 0; i < k; i += kLanes) {
+    const vint magnitude = bits(load_some<Format>(x + i, k - i)) & 0x7fffffff;
+    most = magnitude > most ? magnitude : most;
+  }
+  int32_t top = 0;
+  for (int lane = 0; lane < kLanes; ++lane) top = most[lane] > top ? most[lane] : top;
+  float amax;
+  std::memcpy(&amax, &top, sizeof amax);
+  if (top == 0) return 1.0f;
+  const float scale = amax / 127.0f, least = std::numeric_limits<float>::min();
+  return scale < least ? least : scale;
+}
+
+// The low bytes, or halves, of kLanes words.
+template <class Code>
+inline void write_codes(Code* p, vint q) {
+  if constexpr (sizeof(Code) == 1) {
+#if defined(__AVX512F__) && QNN_LANES == 16
+    write(p, _mm512_cvtepi32_epi8((__m512i)q));
+#else
+    write(p, __builtin_convertvector(q, vbyte));
+#endif
+  } else {
+    write(p, __builtin_convertvector(q, vshort));
+  }
+}
+
+// round(x · inverse) of kLanes values. A product rounds to at most 127. Adding 1.5 · 2^23 rounds it to nearest, ties to
+// even, and leaves it in the low bits.
+inline vint codes_of(vfloat x, float inverse) {
+  const vfloat round = splat(0x1.8p23f);
+  return bits(x * inverse + round) - bits(round);
+}
+
+// One row: its codes, padded with zeros to `padded`, and its scale. Returns the sum of the codes.
+template <class Format, class Code>
+inline int32_t quantize_row(const typename Format::Value* x, int64_t k, int64_t padded, Code* codes, float* scale) {
+  *scale = row_scale<Format>(x, k);
+  const float inverse = 1.0f / *scale;
+  vint sum = {};
+  int64_t i = 0;
+  if (*scale <= std::numeric_limits<float>::max()) {  // else the row holds NaN or inf, and its codes are 0
+    for (; i < k; i += kLanes) {
+      const vint q = codes_of(load_some<Format>(x + i, k - i), inverse);
+      sum += q;
+      write_codes(codes + i, q);
+    }
+  }
+  for (; i < padded; i += kLanes) write_codes(codes + i, vint{});
+  int32_t total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
+  return total;
+}
+
+inline void quantize(const Quantize& p, int part, int parts) {
+  with_format(p.x_dtype, [&](auto format) {
+    using Format = decltype(format);
+    for (int64_t row = p.m * part / parts; row < p.m * (part + 1) / parts; ++row) {
+      const auto* x = static_cast<const typename Format::Value*>(p.x) + row * p.k;
+      int8_t* codes = p.codes + row * p.k;
+      const int64_t whole = p.k / kLanes * kLanes, rest = p.k - whole;
+      p.scales[row] = row_scale<Format>(x, p.k);
+      if (!(p.scales[row] <= std::numeric_limits<float>::max())) {
+        std::memset(codes, 0, p.k);
+        continue;
+      }
+      const float inverse = 1.0f / p.scales[row];
+      for (int64_t i = 0; i < whole; i += kLanes) write_codes(codes + i, codes_of(Format::load(x + i), inverse));
+      if (rest > 0) {
+        int8_t last[kLanes];
+        write_codes(last, codes_of(load_some<Format>(x + whole, rest), inverse));
+        std::memcpy(codes + whole, last, rest);
+      }
+    }
+  });
+}
+
+// One row of x as a tier wants it, `padded` codes long; returns the sum of its codes.
+template <class T>
+inline int32_t read_row(const Linear& p, int64_t row, int64_t padded, typename T::Code* out, float* scale) {
+  if constexpr (std::is_same_v<typename T::Code, float>) {
+    with_format(p.x_dtype, [&](auto format) {
+      using Format = decltype(format);
+      const auto* x = static_cast<const typename Format::Value*>(p.x) + row * p.k;
+      for (int64_t i = 0; i < padded; i += kLanes) write(out + i, i < p.k ? load_some<Format>(x + i, p.k - i) : vfloat{});
+    });
+    return 0;
+  } else if (p.row_scale != nullptr) {
+    const int8_t* codes = static_cast<const int8_t*>(p.x) + row * p.k;
+    *scale = p.row_scale[row];
+    int32_t sum = 0;
+    for (int64_t i = 0; i < p.k; ++i) {
+      out[i] = codes[i];
+      sum += codes[i];
+    }
+    for (int64_t i = p.k; i < padded; ++i) out[i] = 0;
+    return sum;
+  } else {
+    int32_t sum = 0;
+    with_format(p.x_dtype, [&](auto format) {
+      using Format = decltype(format);
+      const auto* x = static_cast<const typename Format::Value*>(p.x) + row * p.k;
+      sum = quantize_row<Format>(x, p.k, padded, out, scale);
+    });
+    return sum;
+  }
+}
+
+// -- epilogue ----------------------------------------------------------------------------------------------------------
+
+// The columns of y in one chunk, and what is added and multiplied there, as float32.
+template <class T>
+struct Columns {
+  int64_t begin, count;
+  float* sw;
+  float* bias;
+
+  static Columns take(Scratch& scratch) {
+    return {0, 0, scratch.take<float>(T::kChunk), scratch.take<float>(T::kChunk)};
+  }
+
+  void move_to(const Linear& p, int64_t first, int64_t most) {
+    begin = first;
+    count = p.n - first < most ? p.n - first : most;
+    for (int64_t i = 0; i < count; i += kLanes) write(sw + i, load_some<Float32>(p.sw + first + i, count - i));
+    if (p.bias == nullptr) return;
+    with_format(p.bias_dtype, [&](auto format) {
+      using Format = decltype(format);
+      const auto* from = static_cast<const typename Format::Value*>(p.bias) + first;
+      for (int64_t i = 0; i < count; i += kLanes) write(bias + i, load_some<Format>(from + i, count - i));
+    });
+  }
+};
+
+inline vfloat sum_as_float(vint acc) { return floats(acc); }
+inline vfloat sum_as_float(vfloat acc) { return acc; }
+
+// kLanes sums of row `row` of y, from column `i` of the chunk on: scales, bias, cast; then the activation and the
+// residual, each on what the cast left, with a cast of its own. So one call gives what separate operations give.
+template <class T, class Format, class Sum>
+inline void finish(const Linear& p, const Columns<T>& columns, int64_t row, int64_t i, Sum acc, float sx) {
+  vfloat y = sum_as_float(acc) * read<vfloat>(columns.sw + i);
+  if constexpr (!std::is_same_v<typename T::Code, float>) y = y * sx;
+  if (p.bias != nullptr) y = y + read<vfloat>(columns.bias + i);
+  const int64_t at = row * p.n + columns.begin + i, count = columns.count - i;
+  auto* out = static_cast<typename Format::Value*>(p.y) + at;
+  const auto* residual = static_cast<const typename Format::Value*>(p.residual);
+  if constexpr (std::is_same_v<Format, Float64>) {
+    for (int64_t lane = 0; lane < kLanes && lane < count; ++lane) {
+      const double value = activate(p.activation, static_cast<double>(y[lane]));
+      out[lane] = residual == nullptr ? value : value + residual[at + lane];
+    }
+  } else {
+    if (p.activation != Activation::none) y = activate(p.activation, rounded<Format>(y));
+    if (residual != nullptr) y = rounded<Format>(y) + load_some<Format>(residual + at, count);
+    store_some<Format>(out, y, count);
+  }
+}
+
+// -- blocked form ------------------------------------------------------------------------------------------------------
+
+// A tile of rows of x, in the layout [group][word][lane].
+template <class T>
+struct Tile {
+  using Code = typename T::Code;
+  int64_t groups, words, stride;  // words of a row; codes from a group to the next
+  Code* codes;
+  Code* rows;  // kLanes rows as they come, before they are turned
+  float* scale;
+  int32_t* start;  // what the sums of a row start at: -kOffset times the sum of its codes
+
+  static Tile take(Scratch& scratch, const Linear& p, int64_t groups) {
+    Tile t;
+    t.groups = groups;
+    t.words = round_up(div_up(p.k, T::kGroup), kLanes);
+    // One more line: groups a multiple of 4,096 bytes apart would share the sets of the cache.
+    t.stride = t.words * T::kGroup * kLanes + kLine / static_cast<int64_t>(sizeof(Code));
+    t.codes = scratch.take<Code>(groups * t.stride);
+    t.rows = scratch.take<Code>(kLanes * row_stride(p));
+    t.scale = scratch.take<float>(groups * kLanes);
+    t.start = scratch.take<int32_t>(groups * kLanes);
+    return t;
+  }
+
+  static int64_t row_stride(const Linear& p) {
+    return round_up(div_up(p.k, T::kGroup), kLanes) * T::kGroup + kLine / static_cast<int64_t>(sizeof(Code));
+  }
+
+  void fill(const Linear& p, int64_t first_row) {
+    const int64_t padded = words * T::kGroup, stride_in = row_stride(p);
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int64_t r = 0; r < kLanes; ++r) {
+        const int64_t lane = g * kLanes + r, row = first_row + lane;
+        if (row < p.m) {
+          start[lane] = -T::kOffset * read_row<T>(p, row, padded, rows + r * stride_in, scale + lane);
+        } else {
+          std::memset(rows + r * stride_in, 0, padded * sizeof(Code));
+          scale[lane] = 1.0f;
+          start[lane] = 0;
+        }
+      }
+      for (int64_t word = 0; word < words; word += kLanes) {
+        T::transpose(reinterpret_cast<const int32_t*>(rows + word * T::kGroup), stride_in / T::kGroup,
+                     reinterpret_cast<int32_t*>(codes + g * stride + word * T::kGroup * kLanes), kLanes);
+      }
+    }
+  }
+};
+
+// A tier whose registers need no setting up.
+struct NoSession {
+  NoSession() {}
+};
+
+// What a tier's `block` does: acc[r, g] += panel[r] · x[g] over so many words; and it fetches as much of the rows of w
+// from `next` on as it reads of the panel, where `next` is not null.
+template <class T>
+struct Product {
+  const typename T::Code* x;  // [group][word][lane]
+  int64_t x_stride, words;
+  const typename T::Panel* panel;  // [row][kPanelStride]
+  typename T::Acc* acc;            // [row][acc_stride], and kLanes sums for each group
+  int64_t acc_stride;
+  const int8_t* next;
+  int64_t next_stride;
+};
+
+template <class T>
+struct Blocked {
+  using Acc = typename T::Acc;
+  using Panel = typename T::Panel;
+  static constexpr int64_t kPanelStride = T::kDepth + kLine / static_cast<int64_t>(sizeof(Panel));
+  static constexpr int kMostPanelRows = T::kPanelRows[0];
+
+  // The groups of rows, spread evenly over tiles of at most kTileGroups that stay in the second-level cache.
+  struct Grid {
+    int64_t tiles, groups, chunks;
+    explicit Grid(const Linear& p) {
+      const int64_t all = div_up(p.m, kLanes);
+      const int64_t group_bytes = (p.k + 1) * static_cast<int64_t>(sizeof(typename T::Code)) * kLanes;
+      int64_t most = T::kTileBytes / group_bytes;
+      most = most < 1 ? 1 : most > T::kTileGroups ? T::kTileGroups : most;
+      tiles = div_up(all, most);
+      groups = div_up(all, tiles);
+      tiles = div_up(all, groups);
+      chunks = div_up(p.n, T::kChunk);
+    }
+  };
+
+  struct Buffers {
+    Tile<T> tile;
+    Acc* acc;  // [column of the chunk][row of the tile]
+    Panel* panel;
+    Columns<T> columns;
+    Buffers(Scratch scratch, const Linear& p, size_t* used)
+        : tile(Tile<T>::take(scratch, p, Grid(p).groups)),
+          acc(scratch.take<Acc>(T::kChunk * tile.groups * kLanes)),
+          panel(scratch.take<Panel>(kMostPanelRows * kPanelStride)),
+          columns(Columns<T>::take(scratch)) {
+      if (used != nullptr) *used = scratch.used();
+    }
+  };
+
+  static size_t scratch_bytes(const Linear& p) {
+    size_t used = 0;
+    Buffers(Scratch(nullptr), p, &used);
+    return used;
+  }
+
+  static void run(const Linear& p, int part, int parts, char* scratch) {
+    const Grid grid(p);
+    Buffers b(Scratch(scratch), p, nullptr);
+    [[maybe_unused]] const typename T::Session session;
+    const int64_t units = grid.tiles * grid.chunks;
+    int64_t filled = -1;
+    for (int64_t unit = units * part / parts; unit < units * (part + 1) / parts; ++unit) {
+      const int64_t tile = unit / grid.chunks, row = tile * grid.groups * kLanes;
+      if (tile != filled) b.tile.fill(p, row);
+      filled = tile;
+      b.columns.move_to(p, unit % grid.chunks * T::kChunk, T::kChunk);
+      multiply(p, b);
+      with_format(p.y_dtype, [&](auto format) { write_rows<decltype(format)>(p, b, row); });
+    }
+  }
+
+  // Groups at once: as many as the registers hold, and an even share of a tile.
+  static int64_t at_once(int64_t groups) {
+    constexpr int64_t most = std::extent_v<decltype(T::kPanelRows)>;
+    return div_up(groups, div_up(groups, most));
+  }
+
+  // `groups` groups of x times a panel of R rows, G groups at once.
+  template <int R, int G>
+  static void sweep(int64_t groups, Product<T> step) {
+    for (; groups >= G; groups -= G) {
+      T::template block<R, G>(step);
+      step.x += G * step.x_stride;
+      step.acc += G * kLanes;
+      step.next = nullptr;
+    }
+    if constexpr (G > 1) {
+      if (groups > 0) sweep<R, G - 1>(groups, step);
+    }
+  }
+
+  template <int G = std::extent_v<decltype(T::kPanelRows)>>
+  static void sweep_at_once(int64_t at_once, int64_t groups, const Product<T>& step) {
+    if (at_once == G) return sweep<T::kPanelRows[G - 1], G>(groups, step);
+    if constexpr (G > 1) sweep_at_once<G - 1>(at_once, groups, step);
+  }
+
+  static void multiply(const Linear& p, Buffers& b) {
+    const int64_t groups = b.tile.groups, rows = groups * kLanes;
+    const int64_t together = at_once(groups), panel_rows = T::kPanelRows[together - 1];
+    for (int64_t c = 0; c < round_up(b.columns.count, panel_rows); ++c) {
+      for (int64_t r = 0; r < rows; r += kLanes) {
+        write(b.acc + c * rows + r, __builtin_convertvector(read<vint>(b.tile.start + r), typename T::Sum));
+      }
+    }
+    for (int64_t k = 0; k < p.k; k += T::kDepth) {
+      const int64_t depth = p.k - k < T::kDepth ? p.k - k : T::kDepth;
+      const int64_t words = round_up(div_up(depth, T::kGroup), T::kWordStep);
+      for (int64_t c = 0; c < b.columns.count; c += panel_rows) {
+        for (int64_t r = 0; r < panel_rows; ++r) {
+          Panel* to = b.panel + r * kPanelStride;
+          const int64_t n = b.columns.begin + c + r;
+          if (n < p.n) {
+            T::fill_panel(to, p.w + n * p.k + k, depth);
+          } else {
+            std::memset(to, 0, words * T::kGroup * sizeof(Panel));
+          }
+        }
+        // The panel after this one: its rows of w are fetched from memory meanwhile.
+        const bool last = c + panel_rows >= b.columns.count;
+        const int64_t next = last ? b.columns.begin : b.columns.begin + c + panel_rows;
+        const int64_t next_k = last ? k + T::kDepth : k;
+        const bool here = next_k < p.k;
+        sweep_at_once(together, groups,
+                      {b.tile.codes + k * kLanes, b.tile.stride, words, b.panel, b.acc + c * rows, rows,
+                       p.w + (here ? next * p.k + next_k : (b.columns.begin + b.columns.count) * p.k), p.k});
+      }
+    }
+  }
+
+  template <class Format>
+  static void write_rows(const Linear& p, const Buffers& b, int64_t first_row) {
+    const int64_t stride = b.tile.groups * kLanes;
+    alignas(64) Acc turned[kLanes * kLanes];
+    for (int64_t r = 0; r < stride && first_row + r < p.m; r += kLanes) {
+      const int64_t left = p.m - first_row - r, rows = left < kLanes ? left : kLanes;
+      for (int64_t c = 0; c < b.columns.count; c += kLanes) {
+        T::transpose(reinterpret_cast<const int32_t*>(b.acc + c * stride + r), stride,
+                     reinterpret_cast<int32_t*>(turned), kLanes);
+        for (int64_t i = 0; i < rows; ++i) {
+          const auto sums = read<typename T::Sum>(turned + i * kLanes);
+          finish<T, Format>(p, b.columns, first_row + r + i, c, sums, b.tile.scale[r + i]);
+        }
+      }
+    }
+  }
+};
+
+// -- dot form ----------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Dots {
+  using Code = typename T::Code;
+  static constexpr int64_t kCodeStep = kLine / static_cast<int64_t>(sizeof(Code));
+
+  struct Buffers {
+    int64_t stride;  // codes from a row to the next
+    Code* codes;
+    float* scale;
+    int32_t* start;
+    typename T::Acc* acc;  // [row][column of the chunk]
+    Columns<T> columns;
+    Buffers(Scratch scratch, const Linear& p, size_t* used)
+        : stride(round_up(p.k, kLine) + kCodeStep),
+          codes(scratch.take<Code>(p.m * stride)),
+          scale(scratch.take<float>(p.m)),
+          start(scratch.take<int32_t>(p.m)),
+          acc(scratch.take<typename T::Acc>(p.m * T::kChunk)),
+          columns(Columns<T>::take(scratch)) {
+      if (used != nullptr) *used = scratch.used();
+    }
+  };
+
+  static size_t scratch_bytes(const Linear& p) {
+    size_t used = 0;
+    Buffers(Scratch(nullptr), p, &used);
+    return used;
+  }
+
+  static void run(const Linear& p, int part, int parts, char* scratch) {
+    Buffers b(Scratch(scratch), p, nullptr);
+    // Whole cache lines of y to each part.
+    const int64_t pieces = div_up(p.n, kLanes);
+    const int64_t begin = pieces * part / parts * kLanes, all = pieces * (part + 1) / parts * kLanes;
+    const int64_t end = all < p.n ? all : p.n;
+    if (begin >= end) return;
+    for (int64_t row = 0; row < p.m; ++row) {
+      b.start[row] = -T::kOffset * read_row<T>(p, row, round_up(p.k, kLine), b.codes + row * b.stride, b.scale + row);
+    }
+    for (int64_t n = begin; n < end; n += T::kChunk) {
+      b.columns.move_to(p, n, end - n < T::kChunk ? end - n : T::kChunk);
+      multiply(p, b);
+      with_format(p.y_dtype, [&](auto format) { write_rows<decltype(format)>(p, b); });
+    }
+  }
+
+  static void multiply(const Linear& p, Buffers& b) {
+    for (int64_t c = 0; c < b.columns.count; c += T::kDotColumns) {
+      // Behind the last row of w its last row again: the same memory, and sums that nobody reads.
+      const int8_t* w[T::kDotColumns];
+      for (int64_t i = 0; i < T::kDotColumns; ++i) {
+        const int64_t column = c + i < b.columns.count ? c + i : b.columns.count - 1;
+        w[i] = p.w + (b.columns.begin + column) * p.k;
+      }
+      int64_t row = 0;
+      const auto rest = [&](auto rows) {
+        for (; row + rows() <= p.m; row += rows()) {
+          T::template dot<rows()>(b.codes + row * b.stride, b.stride, w, p.k, b.acc + row * T::kChunk + c);
+        }
+      };
+      rest(std::integral_constant<int, 4>{});
+      rest(std::integral_constant<int, 2>{});
+      rest(std::integral_constant<int, 1>{});
+    }
+  }
+
+  template <class Format>
+  static void write_rows(const Linear& p, const Buffers& b) {
+    for (int64_t row = 0; row < p.m; ++row) {
+      for (int64_t c = 0; c < b.columns.count; c += kLanes) {
+        auto sums = read<typename T::Sum>(b.acc + row * T::kChunk + c);
+        if constexpr (T::kOffset != 0) sums = sums + b.start[row];
+        finish<T, Format>(p, b.columns, row, c, sums, b.scale[row]);
+      }
+    }
+  }
+};
+
+// -- the two forms together --------------------------------------------------------------------------------------------
+
+// Few rows by tier Few, more rows by tier Many.
+template <class Few, class Many>
+size_t scratch_bytes(const Linear& p) {
+  return p.m <= Few::kDotRows ? Dots<Few>::scratch_bytes(p) : Blocked<Many>::scratch_bytes(p);
+}
+
+template <class Few, class Many>
+void run(const Linear& p, int part, int parts, char* scratch) {
+  p.m <= Few::kDotRows ? Dots<Few>::run(p, part, parts, scratch) : Blocked<Many>::run(p, part, parts, scratch);
+}
+
+template <class Few, class Many = Few>
+constexpr Kernel kernel() {
+  return {scratch_bytes<Few, Many>, run<Few, Many>};
+}
+
+}  // namespace
+}  // namespace qnn

@@ -1,0 +1,289 @@
+"""From a folder of C++ sources to one shared library, with the compiler of this machine.
+
+Needs the standard library only: `setup.py` uses it too, before qnn can be imported. Where the
+result lies, and who builds when several processes start at once, is decided in `native.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+LIBRARY = "libqnn_cpu.so"
+RECORD = "libqnn_cpu.json"
+
+# The target version keeps torch's headers, of whatever release, to the stable interface of 2.11,
+# the oldest torch of qnn: the library is tied to no torch release, and the digest names none.
+COMMON = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-ffp-contract=off",  # a float product is rounded before it is added, as the references do
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    *("-Wall", "-Wextra"),
+    # Vectors are passed between functions of one file only; and GCC 12 suspects its own headers.
+    *("-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+)
+# No rpath: the libtorch_cpu that `import torch` has loaded satisfies the library.
+LINK = ("-shared", "-ltorch_cpu", "-ltorch")
+# The file that registers the ops, and hears which of the others were left out.
+OPS = "ops.cpp"
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"),
+    *("-mfma", "-mf16c"),
+)
+# Files for x86-64 alone, with their flags; each runs only where the CPU has what it was built for.
+MACHINE_FLAGS = {
+    "avx2.cpp": _AVX2,
+    "avx_vnni.cpp": (*_AVX2, "-mavxvnni"),
+    "avx512_vnni.cpp": _AVX512,
+    "amx.cpp": (*_AVX512, "-mamx-tile", "-mamx-int8"),
+}
+
+
+class BuildError(RuntimeError):
+    """Why there is no library, and what to do about it; `log` has the compiler's own words."""
+
+    def __init__(self, reason: str, log: str = "") -> None:
+        super().__init__(reason)
+        self.log = log
+
+
+class NoCompilerError(BuildError):
+    """No C++ compiler was found, so that nothing was tried."""
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A command, such as `("/usr/bin/ccache", "g++")`, and the first line of its `--version`."""
+
+    command: tuple[str, ...]
+    version: str
+
+    @property
+    def name(self) -> str:
+        """`g++ 12.2.0`"""
+        number = re.search(r"\d+\.\d+(\.\d+)*", self.version)
+        program = next(word for word in reversed(self.command) if not word.startswith("-"))
+        return " ".join([Path(program).name, *([number[0]] if number else [])])
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is written beside a library: the digest of its sources, the compiler, and the tiers that
+    this compiler is too old for.
+    """
+
+    digest: str
+    compiler: str
+    missing: tuple[str, ...]
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(vars(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Record | None:
+        """The record, or None where there is none that can be read."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            return cls(str(data["digest"]), str(data["compiler"]), tuple(map(str, data["missing"])))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+def digest(csrc: Path) -> str:
+    """16 hex digits over the names and contents of the sources, the flags and the machine.
+
+    Neither the compiler nor torch is part of it: asking the one costs a process, and the other
+    offers the same interface from 2.11 on.
+    """
+    table = (COMMON, LINK, MACHINE_FLAGS, platform.machine())
+    total = hashlib.sha256(repr(table).encode())
+    for path in sorted([*csrc.glob("*.cpp"), *csrc.glob("*.h")]):
+        content = path.read_bytes()
+        total.update(f"{path.name} {len(content)} ".encode() + content)
+    return total.hexdigest()[:16]
+
+
+def find_compiler() -> Compiler:
+    """`$CXX`, or the first of c++, g++ and clang++ on the PATH.
+
+    Raises:
+        NoCompilerError: there is none.
+    """
+    chosen = os.environ.get("CXX", "").strip()
+    if chosen:
+        words = shlex.split(chosen)
+        path = shutil.which(words[0])
+        if path is None:
+            raise NoCompilerError(
+                f"no C++ compiler: CXX is {chosen!r}, which is no program here; set it to one, or "
+                "unset it to use c++, g++ or clang++"
+            )
+        command = (path, *words[1:])
+    else:
+        paths = [path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))]
+        if not paths:
+            raise NoCompilerError("no C++ compiler: install g++ or clang++, or set CXX")
+        command = (paths[0],)
+    try:
+        done = subprocess.run(  # noqa: S603, the user's own compiler
+            [*command, "--version"], capture_output=True, text=True, errors="replace", check=False
+        )
+    except OSError as error:
+        raise NoCompilerError(
+            f"no C++ compiler: {command[0]} does not run ({error.strerror})"
+        ) from None
+    return Compiler(command, next(iter(done.stdout.splitlines()), "version unknown"))
+
+
+def build_library(
+    csrc: Path,
+    target: Path,
+    torch_folder: Path,
+    scratch: Path,
+    *,
+    compiler: Compiler,
+    key: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Record:
+    """Compile and link `csrc/*.cpp` to `target`, with its record beside it.
+
+    Objects lie in `scratch`, on the same file system as `target`, which appears whole or not at
+    all. `key` is the digest of the sources, `progress(done, total)` counts commands.
+
+    Raises:
+        BuildError: a file does not compile, the library does not link, torch has no headers, or
+            the sources have changed meanwhile.
+    """
+    include, lib = torch_folder / "include", torch_folder / "lib"
+    if not (include / "torch" / "csrc" / "stable").is_dir():
+        raise BuildError(f"torch has no C++ headers in {include}: install torch from its wheel")
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    wanted = [p for p in sorted(csrc.glob("*.cpp")) if x86 or p.name not in MACHINE_FLAGS]
+    tiers = [path for path in wanted if path.name in MACHINE_FLAGS]
+    refused = _refused(compiler, [path.name for path in tiers], scratch)
+    left_out = [name for name in MACHINE_FLAGS if name in refused or csrc / name not in wanted]
+    defines = [f"-DQNN_NO_{Path(name).stem.upper()}" for name in left_out]
+
+    compiled = [path for path in wanted if path.name not in refused]
+    objects = [scratch / f"{path.stem}.o" for path in compiled]
+    commands = {}
+    for path, out in zip(compiled, objects, strict=True):
+        flags = MACHINE_FLAGS.get(path.name, ()) if path.name != OPS else defines
+        commands[path.name] = [
+            *(*compiler.command, *COMMON, *flags, "-isystem", str(include)),
+            *("-c", str(path), "-o", str(out)),
+        ]
+    total = len(commands) + 1
+    _run_all(compiler, commands, scratch, lambda done: progress(done, total))
+    whole = scratch / LIBRARY
+    link = [*compiler.command, *map(str, objects), "-o", str(whole), f"-L{lib}", *LINK]
+    _run_all(compiler, {LIBRARY: link}, scratch, lambda done: progress(total, total))
+    if digest(csrc) != key:
+        raise BuildError(f"the sources in {csrc} changed while they were compiled: build again")
+    record = Record(
+        key,
+        f"{compiler.name} ({shlex.join(compiler.command)})",
+        tuple(Path(name).stem for name in refused),
+    )
+    record.write(scratch / RECORD)
+    with whole.open("rb") as file:  # a power cut must not leave a name without its bytes
+        os.fsync(file.fileno())
+    os.replace(scratch / RECORD, target.with_name(RECORD))
+    os.replace(whole, target)
+    return record
+
+
+def _refused(compiler: Compiler, names: list[str], scratch: Path) -> list[str]:
+    """The files whose flags the compiler does not know, each asked with one line of C++."""
+    line = scratch / "flags.cc"
+    line.write_text("int flags;\n")
+    asked = {
+        name: subprocess.Popen(  # noqa: S603
+            [*compiler.command, *MACHINE_FLAGS[name], "-c", str(line), "-o", f"{scratch / name}.o"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )
+        for name in names
+    }  # fmt: skip
+    return [name for name, process in asked.items() if process.wait() != 0]
+
+
+def _run_all(
+    compiler: Compiler,
+    commands: dict[str, list[str]],
+    scratch: Path,
+    finished: Callable[[int], None],
+) -> None:
+    """Run all commands, one a core at a time; the first failure stops the rest."""
+    waiting = list(commands)
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    done = 0
+    try:
+        while waiting or running:
+            while waiting and len(running) < _cores():
+                name = waiting.pop(0)
+                with (scratch / f"{name}.log").open("wb") as log:
+                    running[name] = subprocess.Popen(  # noqa: S603
+                        commands[name], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                        start_new_session=True,  # Ctrl-C is for Python, which then stops them all
+                    )  # fmt: skip
+            for name in [name for name, process in running.items() if process.poll() is not None]:
+                code = running.pop(name).returncode
+                if code != 0:
+                    raise _failure(compiler, name, commands[name], code, scratch)
+                done += 1
+                finished(done)
+            time.sleep(0.01)
+    finally:
+        for process in running.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        for process in running.values():
+            process.wait()
+
+
+def _failure(
+    compiler: Compiler, name: str, command: list[str], code: int, scratch: Path
+) -> BuildError:
+    output = (scratch / f"{name}.log").read_text(encoding="utf-8", errors="replace")[:20_000]
+    how = f"was killed by signal {-code}" if code < 0 else f"gave exit code {code}"
+    lines = output.splitlines() or ["no output"]
+    told = next((line for line in lines if "error" in line.lower()), lines[-1]).strip()
+    told = told.replace(f"{scratch}{os.sep}", "")[:300]
+    verb = "link" if name == LIBRARY else "compile"
+    return BuildError(
+        f"{compiler.name} could not {verb} {name} ({how}): {told}",
+        f"{compiler.version}\n{shlex.join(command)}\n{name} {how}\n\n{output}",
+    )
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def build_into(folder: Path, csrc: Path, torch_folder: Path) -> Record:
+    """Build `csrc` into `folder`, for a wheel: no lock, no cache."""
+    with tempfile.TemporaryDirectory(prefix="tmp-", dir=folder) as scratch:
+        return build_library(
+            csrc, folder / LIBRARY, torch_folder, Path(scratch), compiler=find_compiler(),
+            key=digest(csrc),
+        )  # fmt: skip

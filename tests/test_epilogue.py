@@ -1,0 +1,107 @@
+"""Activation and residual inside a linear op: the same values as the separate torch calls."""
+
+from __future__ import annotations
+
+import itertools
+import unittest
+from typing import Any
+
+import torch
+from parameterized import parameterized
+from torch.nn import functional as F
+
+from qnn.kernels import int8
+from qnn.kernels.epilogue import ACTIVATIONS
+
+from .common import DTYPES, weights
+
+OPS = ("int8_linear", "int8_rows_linear", "int8_weight_linear")
+UNFUSED = {
+    "none": lambda y: y,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def call(op: str, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if op == "int8_rows_linear":
+        q, scale = torch.ops.qnn.int8_quantize(x)
+        return torch.ops.qnn.int8_rows_linear(q, scale, *args, **kwargs, dtype=x.dtype)
+    return getattr(torch.ops.qnn, op)(x, *args, **kwargs)
+
+
+class TestEpilogue(unittest.TestCase):
+    def test_every_activation_is_tested(self) -> None:
+        self.assertEqual(set(UNFUSED), set(ACTIVATIONS))
+
+    @parameterized.expand(itertools.product(OPS, UNFUSED, DTYPES))
+    def test_equals_the_separate_calls(self, op: str, activation: str, dtype: torch.dtype) -> None:
+        w, sw = weights(63, 37)
+        for lead in ((5,), (2, 3), (), (0,)):
+            x, bias = torch.randn(*lead, 37).to(dtype), torch.randn(63).to(dtype)
+            residual = torch.randn(*lead, 63).to(dtype)
+            for given_bias, given in itertools.product((None, bias), (None, residual)):
+                kept = residual.clone()
+                got = call(op, x, w, sw, given_bias, given, activation)
+                want = UNFUSED[activation](call(op, x, w, sw, given_bias))
+                want = want if given is None else want + given
+                self.assertEqual(got.dtype, dtype)
+                self.assertTrue(torch.equal(got, want), lead)
+                self.assertTrue(torch.equal(residual, kept))
+
+    @parameterized.expand([(dtype,) for dtype in DTYPES])
+    def test_quantised_rows_equal_the_layer(self, dtype: torch.dtype) -> None:
+        for m, k, n in ((4, 64, 64), (200, 300, 700)):  # both engines
+            w, sw = weights(n, k)
+            x, bias = torch.randn(m, k).to(dtype), torch.randn(n)
+            x[1] = 0
+            got = call("int8_rows_linear", x, w, sw, bias)
+            self.assertTrue(torch.equal(got, torch.ops.qnn.int8_linear(x, w, sw, bias)))
+            self.assertTrue(torch.equal(got, int8.linear_reference(x, w, sw, bias)))
+
+    @parameterized.expand(itertools.product(OPS, UNFUSED))
+    def test_no_columns(self, op: str, activation: str) -> None:
+        w, sw, bias = torch.empty(9, 0, dtype=torch.int8), torch.ones(9, 1), torch.randn(9)
+        got = call(op, torch.empty(3, 0), w, sw, bias, torch.ones(3, 9), activation)
+        self.assertTrue(torch.equal(got, UNFUSED[activation](bias.expand(3, 9).contiguous()) + 1))
+
+    @parameterized.expand(UNFUSED)
+    def test_non_finite_rows_of_quantised_input(self, activation: str) -> None:
+        w, sw = weights(33, 64)
+        x = torch.randn(4, 64)
+        clean = call("int8_rows_linear", x, w, sw, None, None, activation)
+        for bad in (float("nan"), float("inf"), -float("inf")):
+            dirty = x.clone()
+            dirty[2, 7] = bad
+            y = call("int8_rows_linear", dirty, w, sw, None, None, activation)
+            self.assertFalse(bool(y[2].isfinite().any()))
+            self.assertTrue(torch.equal(y[[0, 1, 3]], clean[[0, 1, 3]]))
+
+    def test_quantised_rows_and_scales_of_any_stride(self) -> None:
+        w, sw = weights(9, 8)
+        q = torch.randint(-127, 128, (8, 2, 3), dtype=torch.int8).movedim(0, -1)
+        scale = torch.rand(3, 2, 1).transpose(0, 1)
+        got = torch.ops.qnn.int8_rows_linear(q, scale, w, sw)
+        want = torch.ops.qnn.int8_rows_linear(q.contiguous(), scale.contiguous(), w, sw)
+        self.assertTrue(torch.equal(got, want))
+
+    @parameterized.expand(OPS)
+    def test_errors(self, op: str) -> None:
+        w, sw = weights(9, 8)
+        x = torch.randn(2, 3, 8).bfloat16()
+        lender = "dtype" if op == "int8_rows_linear" else "x"
+        wrong = {
+            rf"residual must be torch.bfloat16 as {lender}, got torch.float32": torch.ones(2, 3, 9),
+            r"residual must begin with \(2, 3\), got \[6, 9\]": torch.ones(6, 9).bfloat16(),
+            r"residual must be \[..., n\] with n = 9 as in w": torch.ones(2, 3, 8).bfloat16(),
+        }
+        for message, residual in wrong.items():
+            with self.assertRaisesRegex((TypeError, ValueError), message):
+                call(op, x, w, sw, None, residual)
+        with self.assertRaisesRegex(
+            ValueError,
+            "activation must be one of 'none', 'relu', 'gelu', 'gelu_tanh', 'silu', got 'swish'",
+        ):
+            call(op, x, w, sw, activation="swish")
