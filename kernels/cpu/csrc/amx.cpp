@@ -19,7 +19,7 @@ namespace {
 struct Amx : Vnni {
   using Panel = int8_t;
   static constexpr int64_t kOffset = 0;
-  static constexpr int kPanelRows[] = {32, 32};
+  static constexpr int kPanelRows[2] = {32, 32};
 
   // The shape of the eight tiles, for as long as a call runs on a thread.
   struct Session {
@@ -76,7 +76,7 @@ struct Amx : Vnni {
 
 bool runs_here() {
 #ifdef QNN_EMULATE_AMX
-  return true;
+  return vnni512_runs_here();
 #else
   unsigned a, b, c, d;
   constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;

@@ -33,7 +33,7 @@ struct Avx2 {
   using Session = NoSession;
   static constexpr int64_t kTileGroups = 16, kTileBytes = 1 << 18, kChunk = 96, kDotRows = 4, kDotColumns = 4;
   // 12 sums; with the rows of x, a word of w and a product at most 16 registers.
-  static constexpr int kPanelRows[] = {12, 6};
+  static constexpr int kPanelRows[2] = {12, 6};
 
   static void transpose(const int32_t* in, int64_t in_stride, int32_t* out, int64_t out_stride) {
     __m256 a[8], b[8];

@@ -11,12 +11,20 @@ namespace {
 // A mask of the first `count` bytes or words, count < 64.
 inline __mmask64 first(int64_t count) { return (uint64_t{1} << count) - 1; }
 
+// Wraps, as long rows want it; in _mm512_reduce_add_epi32 of GCC that is undefined.
+inline int32_t sum(__m512i v) {
+  const __m256i h = _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+
 struct Avx512 {
   using Session = NoSession;
   static constexpr int64_t kTileGroups = 16, kChunk = 96, kDotRows = 8, kDotColumns = 4;
   static constexpr int64_t kTileBytes = 1 << 20;
   // 24 sums; with the rows of x and a word of w at most 29 of 32 registers.
-  static constexpr int kPanelRows[] = {24, 12, 8, 6};
+  static constexpr int kPanelRows[4] = {24, 12, 8, 6};
 
   static void transpose(const int32_t* in, int64_t in_stride, int32_t* out, int64_t out_stride) {
     __m512i a[16], b[16];

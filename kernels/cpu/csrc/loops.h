@@ -193,27 +193,58 @@ struct Columns {
 inline vfloat sum_as_float(vint acc) { return floats(acc); }
 inline vfloat sum_as_float(vfloat acc) { return acc; }
 
-// kLanes sums of row `row` of y, from column `i` of the chunk on: scales, bias, cast; then the activation and the
-// residual, each on what the cast left, with a cast of its own. So one call gives what separate operations give.
-template <class T, class Format, class Sum>
-inline void finish(const Linear& p, const Columns<T>& columns, int64_t row, int64_t i, Sum acc, float sx) {
-  vfloat y = sum_as_float(acc) * read<vfloat>(columns.sw + i);
-  if constexpr (!std::is_same_v<typename T::Code, float>) y = y * sx;
-  if (p.bias != nullptr) y = y + read<vfloat>(columns.bias + i);
-  const int64_t at = row * p.n + columns.begin + i, count = columns.count - i;
-  auto* out = static_cast<typename Format::Value*>(p.y) + at;
-  const auto* residual = static_cast<const typename Format::Value*>(p.residual);
-  if constexpr (std::is_same_v<Format, Float64>) {
-    for (int64_t lane = 0; lane < kLanes && lane < count; ++lane) {
-      const double value = activate(p.activation, static_cast<double>(y[lane]));
-      out[lane] = residual == nullptr ? value : value + residual[at + lane];
+// The way from sums to y: scales, bias, cast; then the activation and the residual, each on what the cast left, with a cast
+// of its own. So one call gives what separate operations give. Everything is held by value: through a reference the compiler
+// would have to read it again after each store to y.
+template <class T, class Format>
+struct Output {
+  using Value = typename Format::Value;
+  const float* sw;
+  const float* bias;  // or null
+  Value* y;           // of the chunk's first column, in row 0
+  const Value* residual;
+  int64_t stride, count;
+  Activation activation;
+
+  Output(const Linear& p, const Columns<T>& columns)
+      : sw(columns.sw),
+        bias(p.bias == nullptr ? nullptr : columns.bias),
+        y(static_cast<Value*>(p.y) + columns.begin),
+        residual(p.residual == nullptr ? nullptr : static_cast<const Value*>(p.residual) + columns.begin),
+        stride(p.n),
+        count(columns.count),
+        activation(p.activation) {}
+
+  // `rows` rows of y from row `row` on, at the kLanes columns from `i` of the chunk on. Their sums lie in `sums`.
+  void write(int64_t row, int64_t rows, int64_t i, const typename T::Acc* sums, const float* sx) const {
+    alignas(64) float values[kLanes * kLanes];
+    const vfloat sw_here = read<vfloat>(sw + i), bias_here = bias == nullptr ? vfloat{} : read<vfloat>(bias + i);
+    for (int64_t r = 0; r < rows; ++r) {
+      vfloat value = sum_as_float(read<typename T::Sum>(sums + r * kLanes)) * sw_here;
+      if constexpr (!std::is_same_v<typename T::Code, float>) value = value * sx[r];
+      if (bias != nullptr) value = value + bias_here;
+      qnn::write(values + r * kLanes, value);
     }
-  } else {
-    if (p.activation != Activation::none) y = activate(p.activation, rounded<Format>(y));
-    if (residual != nullptr) y = rounded<Format>(y) + load_some<Format>(residual + at, count);
-    store_some<Format>(out, y, count);
+    Value* out = y + row * stride + i;
+    const Value* added = residual == nullptr ? nullptr : residual + row * stride + i;
+    const int64_t left = count - i;
+    if constexpr (std::is_same_v<Format, Float64>) {
+      for (int64_t r = 0; r < rows; ++r, out += stride) {
+        for (int64_t lane = 0; lane < kLanes && lane < left; ++lane) {
+          const double exact = activate(activation, static_cast<double>(values[r * kLanes + lane]));
+          out[lane] = added == nullptr ? exact : exact + added[r * stride + lane];
+        }
+      }
+    } else {
+      if (activation != Activation::none) activate_all<Format>(activation, values, rows);
+      for (int64_t r = 0; r < rows; ++r, out += stride) {
+        vfloat value = read<vfloat>(values + r * kLanes);
+        if (added != nullptr) value = Format::round(value) + load_some<Format>(added + r * stride, left);
+        store_some<Format>(out, value, left);
+      }
+    }
   }
-}
+};
 
 // -- blocked form ------------------------------------------------------------------------------------------------------
 
@@ -288,7 +319,6 @@ struct Blocked {
   using Acc = typename T::Acc;
   using Panel = typename T::Panel;
   static constexpr int64_t kPanelStride = T::kDepth + kLine / static_cast<int64_t>(sizeof(Panel));
-  static constexpr int kMostPanelRows = T::kPanelRows[0];
 
   // The groups of rows, spread evenly over tiles of at most kTileGroups that stay in the second-level cache.
   struct Grid {
@@ -313,7 +343,7 @@ struct Blocked {
     Buffers(Scratch scratch, const Linear& p, size_t* used)
         : tile(Tile<T>::take(scratch, p, Grid(p).groups)),
           acc(scratch.take<Acc>(T::kChunk * tile.groups * kLanes)),
-          panel(scratch.take<Panel>(kMostPanelRows * kPanelStride)),
+          panel(scratch.take<Panel>(T::kPanelRows[0] * kPanelStride)),
           columns(Columns<T>::take(scratch)) {
       if (used != nullptr) *used = scratch.used();
     }
@@ -402,17 +432,17 @@ struct Blocked {
 
   template <class Format>
   static void write_rows(const Linear& p, const Buffers& b, int64_t first_row) {
-    const int64_t stride = b.tile.groups * kLanes;
+    const Output<T, Format> output(p, b.columns);
+    const int64_t stride = b.tile.groups * kLanes, most = p.m - first_row;
+    const Acc* acc = b.acc;
+    const float* scale = b.tile.scale;
     alignas(64) Acc turned[kLanes * kLanes];
-    for (int64_t r = 0; r < stride && first_row + r < p.m; r += kLanes) {
-      const int64_t left = p.m - first_row - r, rows = left < kLanes ? left : kLanes;
-      for (int64_t c = 0; c < b.columns.count; c += kLanes) {
-        T::transpose(reinterpret_cast<const int32_t*>(b.acc + c * stride + r), stride,
+    for (int64_t r = 0; r < stride && r < most; r += kLanes) {
+      const int64_t rows = most - r < kLanes ? most - r : kLanes;
+      for (int64_t c = 0; c < output.count; c += kLanes) {
+        T::transpose(reinterpret_cast<const int32_t*>(acc + c * stride + r), stride,
                      reinterpret_cast<int32_t*>(turned), kLanes);
-        for (int64_t i = 0; i < rows; ++i) {
-          const auto sums = read<typename T::Sum>(turned + i * kLanes);
-          finish<T, Format>(p, b.columns, first_row + r + i, c, sums, b.tile.scale[r + i]);
-        }
+        output.write(first_row + r, rows, c, turned, scale + r);
       }
     }
   }
@@ -488,11 +518,14 @@ struct Dots {
 
   template <class Format>
   static void write_rows(const Linear& p, const Buffers& b) {
+    const Output<T, Format> output(p, b.columns);
     for (int64_t row = 0; row < p.m; ++row) {
-      for (int64_t c = 0; c < b.columns.count; c += kLanes) {
-        auto sums = read<typename T::Sum>(b.acc + row * T::kChunk + c);
-        if constexpr (T::kOffset != 0) sums = sums + b.start[row];
-        finish<T, Format>(p, b.columns, row, c, sums, b.scale[row]);
+      for (int64_t c = 0; c < output.count; c += kLanes) {
+        alignas(64) typename T::Acc sums[kLanes];
+        std::memcpy(sums, b.acc + row * T::kChunk + c, sizeof sums);
+        // Of long rows the two terms may wrap, their sum does not.
+        if constexpr (T::kOffset != 0) write(sums, read<vuint>(sums) + static_cast<uint32_t>(b.start[row]));
+        output.write(row, 1, c, sums, b.scale + row);
       }
     }
   }

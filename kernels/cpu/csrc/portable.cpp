@@ -20,7 +20,7 @@ struct Plain {
   using Session = NoSession;
   static constexpr int64_t kGroup = 4 / sizeof(Code), kOffset = 0, kDepth = 512, kWordStep = 1;
   static constexpr int64_t kTileGroups = 32, kTileBytes = 1 << 18, kChunk = 32, kDotRows = 4, kDotColumns = 2;
-  static constexpr int kPanelRows[] = {8, 4};
+  static constexpr int kPanelRows[2] = {8, 4};
 
   static void transpose(const int32_t* in, int64_t in_stride, int32_t* out, int64_t out_stride) {
     for (int i = 0; i < kLanes; ++i) {

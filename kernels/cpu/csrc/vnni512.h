@@ -76,7 +76,7 @@ struct Vnni : Avx512 {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-      for (int c = 0; c < kDotColumns; ++c) acc[r * kChunk + c] = _mm512_reduce_add_epi32(sums[r][c]);
+      for (int c = 0; c < kDotColumns; ++c) acc[r * kChunk + c] = sum(sums[r][c]);
     }
   }
 };

@@ -1,0 +1,228 @@
+"""The C++ kernels without torch: `tests/cpp/kernel_test.cpp` holds every tier against plain loops.
+
+It is built here in several ways: as the package builds the kernels, with operands at guard pages;
+with AMX emulated and AVX-VNNI in AVX-512's encoding, so that their code runs on CPUs without them;
+under sanitizers; and for CPUs that QEMU plays.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from qnn.kernels.cpu.native import CSRC
+from qnn.kernels.cpu.toolchain import (
+    COMMON,
+    MACHINE_FLAGS,
+    OPS,
+    Compiler,
+    NoCompilerError,
+    find_compiler,
+)
+
+CPP = Path(__file__).parent / "cpp"
+TIERS = ("amx", "avx512_vnni", "avx_vnni", "avx2", "portable")
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+on_x86 = pytest.mark.skipif(not X86, reason="tiers of x86-64")
+
+_AVX512 = MACHINE_FLAGS["avx512_vnni.cpp"]
+EMULATED = {
+    "amx.cpp": (*_AVX512, "-DQNN_EMULATE_AMX", f"-I{CPP}"),
+    "avx_vnni.cpp": (*MACHINE_FLAGS["avx2.cpp"], "-mavx512vl", "-mavx512vnni", "-DQNN_EVEX"),
+}
+_SLOW = tuple(flag for flag in COMMON if flag != "-O3")
+_SANITIZED = (*_SLOW, "-O1", "-g", "-DQNN_HEAP")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to build the driver: the tiers' flags, those of every file, and the compiler."""
+
+    tiers: tuple[tuple[str, tuple[str, ...]], ...]
+    flags: tuple[str, ...] = COMMON
+    link: tuple[str, ...] = ()
+    compiler: tuple[str, ...] | None = None
+
+    @property
+    def defines(self) -> list[str]:
+        """What tells the driver which tiers it is linked without."""
+        names = [name for name, _ in self.tiers]
+        return [f"-DQNN_NO_{Path(n).stem.upper()}" for n in MACHINE_FLAGS if n not in names]
+
+
+def variant(machine: dict[str, tuple[str, ...]], **rest: tuple[str, ...]) -> Variant:
+    return Variant((*machine.items(), ("portable.cpp", ())), **rest)
+
+
+_X86_FLAGS = MACHINE_FLAGS if X86 else {}
+_X86_EMULATED = {**MACHINE_FLAGS, **EMULATED} if X86 else {}
+PACKAGED = variant(_X86_FLAGS)
+PLAIN = variant(_X86_EMULATED)
+_UNDEFINED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+ADDRESSES = variant(_X86_EMULATED, flags=(*_SANITIZED, *_UNDEFINED), link=_UNDEFINED)
+# The loops that threads run are the same in every tier; AMX alone has state of a thread.
+THREADS = variant(
+    {"amx.cpp": EMULATED["amx.cpp"]} if X86 else {},
+    flags=(*_SANITIZED, "-fsanitize=thread"),
+    link=("-fsanitize=thread",),
+)
+AARCH64 = variant({}, link=("-static",), compiler=("aarch64-linux-gnu-g++",))
+
+
+class Drivers:
+    """The drivers that this run has built, in a folder; each when it is first asked for."""
+
+    def __init__(self, folder: Path, compiler: Compiler) -> None:
+        self.folder, self.compiler = folder, compiler
+        self.built: dict[Variant, Path] = {}
+
+    def __getitem__(self, wanted: Variant) -> Path:
+        if wanted not in self.built:
+            self.built[wanted] = self._build(wanted)
+        return self.built[wanted]
+
+    def _build(self, wanted: Variant) -> Path:
+        folder = self.folder / str(len(self.built))
+        folder.mkdir()
+        command = wanted.compiler or self.compiler.command
+        known = tuple(t for t in wanted.tiers if not t[1] or self._knows(command, t[1]))
+        wanted = Variant(known, wanted.flags, wanted.link, wanted.compiler)
+        files = {CSRC / name: flags for name, flags in wanted.tiers}
+        files[CPP / "kernel_test.cpp"] = (*wanted.defines, f"-I{CSRC}")
+        # The compiler's own intrinsics warn under sanitizers.
+        base = [*command, *wanted.flags, "-w", "-pthread"]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(
+                pool.map(
+                    lambda f: run([*base, *files[f], "-c", f, "-o", folder / f"{f.stem}.o"]), files
+                )
+            )
+        objects = [folder / f"{file.stem}.o" for file in files]
+        driver = folder / "kernel_test"
+        run([*command, *wanted.link, "-pthread", *objects, "-o", driver])
+        return driver
+
+    @staticmethod
+    def _knows(command: tuple[str, ...], flags: tuple[str, ...]) -> bool:
+        asked = [*command, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+        return subprocess.run(asked, capture_output=True, check=False).returncode == 0
+
+
+def run(command: list[str | Path], **environment: str) -> str:
+    """The standard output; a failure shows what was said, cut to its end."""
+    words = [str(word) for word in command]
+    done = subprocess.run(
+        words, capture_output=True, text=True, errors="replace", check=False, timeout=900,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+    said = f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    assert done.returncode == 0, f"{' '.join(words)} gave {done.returncode}:\n{said}"
+    return done.stdout
+
+
+def check(driver: list[str | Path], cases: int, seed: int, tiers: str = "all") -> list[str]:
+    """Run so many calls of each tier; the names of the tiers that ran."""
+    names = run([*driver]).split() if tiers == "all" else tiers.split(",")
+    ran = run([*driver, tiers, str(cases), str(seed)]).splitlines()
+    assert ran == [f"{name}: {cases} cases, 0 failed" for name in names], ran
+    return names
+
+
+def cases(short: int, long: int) -> pytest.MarkDecorator:
+    """A few calls in every run of the suite, and many where the long tests run: other ones."""
+    return pytest.mark.parametrize(
+        ("cases", "seed"), [(short, 1), pytest.param(long, 1_000_000, marks=pytest.mark.long)]
+    )
+
+
+@pytest.fixture(scope="module")
+def drivers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drivers]:
+    try:
+        compiler = find_compiler()
+    except NoCompilerError as error:
+        pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("drivers")
+    yield Drivers(folder, compiler)
+    shutil.rmtree(folder)
+
+
+def program(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"no {name} here")
+    return path
+
+
+def test_every_source_is_driven() -> None:
+    names = {path.name for path in CSRC.glob("*.cpp")}
+    assert names == {*MACHINE_FLAGS, "portable.cpp", OPS}
+    assert {Path(name).stem for name in names} == {*TIERS, Path(OPS).stem}
+
+
+@cases(200, 2000)
+def test_random_calls(drivers: Drivers, cases: int, seed: int) -> None:
+    ran = check([drivers[PLAIN]], cases, seed)
+    assert ran == [tier for tier in TIERS if tier in ran]
+    assert "portable" in ran
+
+
+@on_x86
+@cases(200, 2000)
+def test_random_calls_on_real_units(drivers: Drivers, cases: int, seed: int) -> None:
+    """Where a CPU has what the build above emulates."""
+    here = run([drivers[PACKAGED]]).split()
+    real = [tier for tier in ("amx", "avx_vnni") if tier in here]
+    if not real:
+        pytest.skip("this CPU has neither AMX nor AVX-VNNI")
+    check([drivers[PACKAGED]], cases, seed, ",".join(real))
+
+
+@cases(60, 600)
+def test_random_calls_under_address_and_undefined_sanitizers(
+    drivers: Drivers, cases: int, seed: int
+) -> None:
+    check([drivers[ADDRESSES]], cases, seed)
+
+
+@cases(30, 200)
+def test_random_calls_under_the_thread_sanitizer(drivers: Drivers, cases: int, seed: int) -> None:
+    driver: list[str | Path] = [drivers[THREADS]]
+    if shutil.which("setarch"):  # older runtimes cannot bear how far Linux moves addresses now
+        driver = ["setarch", "-R", *driver]
+    check(driver, cases, seed)
+
+
+@cases(30, 300)
+def test_random_calls_on_aarch64(drivers: Drivers, cases: int, seed: int) -> None:
+    program("aarch64-linux-gnu-g++")
+    assert check([program("qemu-aarch64"), drivers[AARCH64]], cases, seed) == ["portable"]
+
+
+@on_x86
+@pytest.mark.parametrize(("cpu", "tiers"), [("Nehalem", "portable"), ("Haswell", "avx2,portable")])
+@cases(20, 200)
+def test_older_cpus(drivers: Drivers, cpu: str, tiers: str, cases: int, seed: int) -> None:
+    """A library with all tiers runs those that the CPU has, and they hold no newer instruction."""
+    driver = [program("qemu-x86_64"), "-cpu", cpu, drivers[PACKAGED]]
+    assert check(driver, cases, seed) == tiers.split(",")
+
+
+@on_x86
+def test_tiers_share_no_code(drivers: Drivers) -> None:
+    """The linker keeps one copy of a shared inline function: it may be the one for another CPU."""
+    nm = program("nm")
+    folder = drivers[PACKAGED].parent
+    for file in folder.glob("*.o"):
+        if f"{file.stem}.cpp" in MACHINE_FLAGS:
+            symbols = run([nm, "-C", "--defined-only", "--extern-only", file]).splitlines()
+            names = [line.split(maxsplit=2)[2] for line in symbols]
+            shared = [name for name in names if not name.startswith("DW.ref.")]
+            assert shared == [f"qnn::{file.stem}"]
