@@ -13,7 +13,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -82,32 +82,38 @@ class Drivers:
 
     def __init__(self, folder: Path, compiler: Compiler) -> None:
         self.folder, self.compiler = folder, compiler
-        self.built: dict[Variant, Path] = {}
+        self.drivers: dict[Variant, Path] = {}
+        self.objects: dict[tuple[str | Path, ...], Path] = {}  # by what compiles them
 
     def __getitem__(self, wanted: Variant) -> Path:
-        if wanted not in self.built:
-            self.built[wanted] = self._build(wanted)
-        return self.built[wanted]
+        if wanted not in self.drivers:
+            self.drivers[wanted] = self._link(wanted)
+        return self.drivers[wanted]
 
-    def _build(self, wanted: Variant) -> Path:
-        folder = self.folder / str(len(self.built))
-        folder.mkdir()
+    def objects_of(self, wanted: Variant) -> list[Path]:
         command = wanted.compiler or self.compiler.command
         known = tuple(t for t in wanted.tiers if not t[1] or self._knows(command, t[1]))
-        wanted = Variant(known, wanted.flags, wanted.link, wanted.compiler)
-        files = {CSRC / name: flags for name, flags in wanted.tiers}
-        files[CPP / "kernel_test.cpp"] = (*wanted.defines, f"-I{CSRC}")
-        # The compiler's own intrinsics warn under sanitizers.
-        base = [*command, *wanted.flags, "-w", "-pthread"]
+        wanted = replace(wanted, tiers=known)
+        # -w: the compiler's own headers warn under sanitizers.
+        base = (*command, *wanted.flags, "-w", "-pthread", "-c")
+        jobs: list[tuple[str | Path, ...]]
+        jobs = [(*base, *flags, CSRC / name) for name, flags in known]
+        jobs.append((*base, *wanted.defines, f"-I{CSRC}", CPP / "kernel_test.cpp"))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(
-                pool.map(
-                    lambda f: run([*base, *files[f], "-c", f, "-o", folder / f"{f.stem}.o"]), files
-                )
-            )
-        objects = [folder / f"{file.stem}.o" for file in files]
-        driver = folder / "kernel_test"
-        run([*command, *wanted.link, "-pthread", *objects, "-o", driver])
+            return list(pool.map(self._compile, jobs))
+
+    def _compile(self, job: tuple[str | Path, ...]) -> Path:
+        if job not in self.objects:
+            folder = self.folder / f"{len(self.objects)}-{Path(job[-1]).stem}"
+            folder.mkdir()
+            self.objects[job] = folder / f"{Path(job[-1]).stem}.o"
+            run([*job, "-o", self.objects[job]])
+        return self.objects[job]
+
+    def _link(self, wanted: Variant) -> Path:
+        driver = self.folder / f"kernel_test-{len(self.drivers)}"
+        command = wanted.compiler or self.compiler.command
+        run([*command, *wanted.link, "-pthread", *self.objects_of(wanted), "-o", driver])
         return driver
 
     @staticmethod
@@ -185,14 +191,14 @@ def test_random_calls_on_real_units(drivers: Drivers, cases: int, seed: int) -> 
     check([drivers[PACKAGED]], cases, seed, ",".join(real))
 
 
-@cases(60, 600)
+@cases(40, 600)
 def test_random_calls_under_address_and_undefined_sanitizers(
     drivers: Drivers, cases: int, seed: int
 ) -> None:
     check([drivers[ADDRESSES]], cases, seed)
 
 
-@cases(30, 200)
+@cases(20, 200)
 def test_random_calls_under_the_thread_sanitizer(drivers: Drivers, cases: int, seed: int) -> None:
     driver: list[str | Path] = [drivers[THREADS]]
     if shutil.which("setarch"):  # older runtimes cannot bear how far Linux moves addresses now
@@ -200,7 +206,7 @@ def test_random_calls_under_the_thread_sanitizer(drivers: Drivers, cases: int, s
     check(driver, cases, seed)
 
 
-@cases(30, 300)
+@cases(20, 300)
 def test_random_calls_on_aarch64(drivers: Drivers, cases: int, seed: int) -> None:
     program("aarch64-linux-gnu-g++")
     assert check([program("qemu-aarch64"), drivers[AARCH64]], cases, seed) == ["portable"]
@@ -219,8 +225,7 @@ def test_older_cpus(drivers: Drivers, cpu: str, tiers: str, cases: int, seed: in
 def test_tiers_share_no_code(drivers: Drivers) -> None:
     """The linker keeps one copy of a shared inline function: it may be the one for another CPU."""
     nm = program("nm")
-    folder = drivers[PACKAGED].parent
-    for file in folder.glob("*.o"):
+    for file in drivers.objects_of(PACKAGED):
         if f"{file.stem}.cpp" in MACHINE_FLAGS:
             symbols = run([nm, "-C", "--defined-only", "--extern-only", file]).splitlines()
             names = [line.split(maxsplit=2)[2] for line in symbols]
