@@ -143,7 +143,9 @@ struct Avx2 {  // 16 products of bytes widened to 16 bits, each added: vpmaddwd 
   static constexpr int kSums = 12, kOperations = 2 * 16;
   static Vector filled(int value) { return _mm256_set1_epi16(static_cast<short>(value)); }
   static Vector step(Vector sum, Vector left, Vector right) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(left, right));
+    Vector product = _mm256_madd_epi16(left, right);
+    asm volatile("" : "+v"(product));  // no fusing to vpdpwssd, which AVX2 does not have
+    return _mm256_add_epi32(sum, product);
   }
 };
 #endif
@@ -157,8 +159,14 @@ ALONE void multiply_tiles(int64_t rounds) {
     config[48 + tile] = 16;      // rows
   }
   _tile_loadconfig(config);
-  _tile_zero(0), _tile_zero(1), _tile_zero(2), _tile_zero(3);
-  _tile_zero(4), _tile_zero(5), _tile_zero(6), _tile_zero(7);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_zero(4);
+  _tile_zero(5);
+  _tile_zero(6);
+  _tile_zero(7);
   for (int64_t round = 0; round < rounds; ++round) {
     _tile_dpbssd(0, 6, 7);
     _tile_dpbssd(1, 6, 7);
@@ -210,21 +218,22 @@ using Read = void (*)(const Line*, size_t);
 
 double read_rate(int threads, size_t bytes) {
   const size_t part = bytes / threads / sizeof(Line) * sizeof(Line);
-  std::vector<Line*> parts(threads, nullptr);
+  std::vector<void*> parts(threads, nullptr);
   // Each thread touches its own part first, which decides whose memory that is.
   const auto touch = [&](int t) {
     if (parts[t] != nullptr) return;
-    parts[t] = static_cast<Line*>(std::aligned_alloc(4096, (part + 4095) / 4096 * 4096));
+    parts[t] = std::aligned_alloc(4096, (part + 4095) / 4096 * 4096);
     if (parts[t] == nullptr) std::abort();
     std::memset(parts[t], t + 1, part);
   };
   double best = 0;
   for (const Read read : {Read{read_once<1>}, Read{read_once<2>}, Read{read_once<4>}}) {
     best = std::max(best, best_rate(threads, touch, [&](int t, int64_t rounds) {
-                      for (int64_t i = 0; i < rounds; ++i) read(parts[t], part / sizeof(Line));
+                      const Line* lines = static_cast<const Line*>(parts[t]);
+                      for (int64_t i = 0; i < rounds; ++i) read(lines, part / sizeof(Line));
                     }));
   }
-  for (Line* lines : parts) std::free(lines);
+  for (void* memory : parts) std::free(memory);
   return best * static_cast<double>(part) * threads;
 }
 

@@ -1,6 +1,7 @@
-// AMX: tiles of 16 rows of 64 bytes, and one instruction that multiplies 16 × 64 by 64 × 16 signed bytes. The left operand
-// is w as it lies in a panel, the right one is x in the blocked form's own layout, and the sums come out as in the other
-// tiers. Few rows, and int8_weight, run as avx512_vnni does.
+// AMX: tiles of 16 rows of 64 bytes, and one instruction that multiplies 16 × 64 by 64 × 16 signed
+// bytes. The left operand is w as it lies in a panel, the right one is x in the blocked form's own
+// layout, and the sums come out as in the other tiers. Few rows, and int8_weight, run as
+// avx512_vnni does.
 #define QNN_LANES 16
 #include "tiers.h"
 #include "vnni512.h"
@@ -80,7 +81,9 @@ bool runs_here() {
 #else
   unsigned a, b, c, d;
   constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
-  if (!vnni512_runs_here() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kTile) == 0 || (d & kInt8) == 0) return false;
+  if (!vnni512_runs_here() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kTile) == 0 ||
+      (d & kInt8) == 0)
+    return false;
   // Linux lets a process use the tiles once it has asked (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
   constexpr long kRequest = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;

@@ -1,4 +1,5 @@
-// What the AVX2 tiers share: 8 lanes, the turn of 8 × 8 words, and the float32 kernel of int8_weight.
+// What the AVX2 tiers share: 8 lanes, the turn of 8 × 8 words, and the float32 kernel of
+// int8_weight.
 #pragma once
 
 #include <immintrin.h>
@@ -31,11 +32,14 @@ inline float sum(__m256 v) {
 
 struct Avx2 {
   using Session = NoSession;
-  static constexpr int64_t kTileGroups = 16, kTileBytes = 1 << 18, kChunk = 96, kDotRows = 4, kDotColumns = 4;
+  static constexpr int64_t kTileGroups = 16, kTileBytes = 1 << 18, kChunk = 96, kDotRows = 4,
+                           kDotColumns = 4;
   // 12 sums; with the rows of x, a word of w and a product at most 16 registers.
   static constexpr int kPanelRows[2] = {12, 6};
 
-  static void transpose(const int32_t* in, int64_t in_stride, int32_t* out, int64_t out_stride) {
+  static void transpose(const void* from, int64_t in_stride, void* to, int64_t out_stride) {
+    const char* in = static_cast<const char*>(from);
+    char* out = static_cast<char*>(to);
     __m256 a[8], b[8];
     for (int i = 0; i < 8; ++i) a[i] = read<__m256>(in + i * in_stride);
     for (int i = 0; i < 8; i += 2) {
@@ -57,13 +61,16 @@ struct Avx2 {
 
 struct Avx2Float : Avx2 {
   using Code = float;
+  static constexpr bool kQuantizes = false;
   using Panel = float;
   using Acc = float;
   using Sum = vfloat;
   static constexpr int64_t kGroup = 1, kOffset = 0, kDepth = 256, kWordStep = 1;
 
   static __m256 widen(__m128i bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)); }
-  static __m128i bytes(const int8_t* w, int64_t left) { return _mm_cvtsi64_si128(read_some<int64_t>(w, left)); }
+  static __m128i bytes(const int8_t* w, int64_t left) {
+    return _mm_cvtsi64_si128(read_some<int64_t>(w, left));
+  }
 
   static void fill_panel(Panel* to, const int8_t* w, int64_t depth) {
     for (int64_t i = 0; i < depth; i += 8) write(to + i, widen(bytes(w + i, depth - i)));
@@ -96,7 +103,8 @@ struct Avx2Float : Avx2 {
   }
 
   template <int R>
-  QNN_KERNEL static void dot(const Code* x, int64_t stride, const int8_t* const* w, int64_t k, Acc* acc) {
+  QNN_KERNEL static void dot(const Code* x, int64_t stride, const int8_t* const* w, int64_t k,
+                             Acc* acc) {
     __m256 sums[R][kDotColumns];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {

@@ -1,4 +1,5 @@
-// What the AVX-512 tiers share: 16 lanes, the turn of 16 × 16 words, and the float32 kernel of int8_weight.
+// What the AVX-512 tiers share: 16 lanes, the turn of 16 × 16 words, and the float32 kernel of
+// int8_weight.
 #pragma once
 
 #include <immintrin.h>
@@ -26,11 +27,13 @@ struct Avx512 {
   // 24 sums; with the rows of x and a word of w at most 29 of 32 registers.
   static constexpr int kPanelRows[4] = {24, 12, 8, 6};
 
-  static void transpose(const int32_t* in, int64_t in_stride, int32_t* out, int64_t out_stride) {
+  static void transpose(const void* from, int64_t in_stride, void* to, int64_t out_stride) {
+    const char* in = static_cast<const char*>(from);
+    char* out = static_cast<char*>(to);
     __m512i a[16], b[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) a[i] = read<__m512i>(in + i * in_stride);
-    // Words, pairs of words, quarters: each step turns blocks of twice the size.
+      // Words, pairs of words, quarters: each step turns blocks of twice the size.
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
       b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
@@ -63,6 +66,7 @@ struct Avx512 {
 
 struct Avx512Float : Avx512 {
   using Code = float;
+  static constexpr bool kQuantizes = false;
   using Panel = float;
   using Acc = float;
   using Sum = vfloat;
@@ -73,7 +77,8 @@ struct Avx512Float : Avx512 {
   static void fill_panel(Panel* to, const int8_t* w, int64_t depth) {
     int64_t i = 0;
     for (; i + 16 <= depth; i += 16) write(to + i, widen(read<__m128i>(w + i)));
-    if (i < depth) write(to + i, widen(_mm_maskz_loadu_epi8(static_cast<__mmask16>(first(depth - i)), w + i)));
+    if (i < depth)
+      write(to + i, widen(_mm_maskz_loadu_epi8(static_cast<__mmask16>(first(depth - i)), w + i)));
   }
 
   template <int R, int G>
@@ -91,10 +96,12 @@ struct Avx512Float : Avx512 {
       for (int64_t word = begin; word < begin + kWordStep; ++word) {
         __m512 rows[G];
 #pragma GCC unroll 4
-        for (int g = 0; g < G; ++g) rows[g] = _mm512_loadu_ps(p.x + g * p.x_stride + word * kGroup * 16);
+        for (int g = 0; g < G; ++g)
+          rows[g] = _mm512_loadu_ps(p.x + g * p.x_stride + word * kGroup * 16);
 #pragma GCC unroll 24
         for (int r = 0; r < R; ++r) {
-          const __m512 column = _mm512_set1_ps(p.panel[r * Blocked<Avx512Float>::kPanelStride + word]);
+          const __m512 column =
+              _mm512_set1_ps(p.panel[r * Blocked<Avx512Float>::kPanelStride + word]);
 #pragma GCC unroll 4
           for (int g = 0; g < G; ++g) sums[r][g] = _mm512_fmadd_ps(column, rows[g], sums[r][g]);
         }
@@ -108,7 +115,8 @@ struct Avx512Float : Avx512 {
   }
 
   template <int R>
-  QNN_KERNEL static void dot(const Code* x, int64_t stride, const int8_t* const* w, int64_t k, Acc* acc) {
+  QNN_KERNEL static void dot(const Code* x, int64_t stride, const int8_t* const* w, int64_t k,
+                             Acc* acc) {
     __m512 sums[R][kDotColumns];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {

@@ -5,6 +5,7 @@
 
 namespace qnn {
 
-extern const Tier avx512_vnni = {"avx512_vnni", vnni512_runs_here, kernel<Vnni>(), kernel<Avx512Float>(), quantize};
+extern const Tier avx512_vnni = {"avx512_vnni", vnni512_runs_here, kernel<Vnni>(),
+                                 kernel<Avx512Float>(), quantize};
 
 }  // namespace qnn

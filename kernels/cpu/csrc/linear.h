@@ -1,5 +1,5 @@
-// What one call of a quantised linear layer is, and what a tier offers: the border between ops.cpp, which knows torch,
-// and the tiers, which know the CPU.
+// What one call of a quantised linear layer is, and what a tier offers: the border between ops.cpp,
+// which knows torch, and the tiers, which know the CPU.
 #pragma once
 
 #include <cstddef>
@@ -10,8 +10,8 @@ namespace qnn {
 enum class DType { float32, bfloat16, float16, float64 };
 enum class Activation { none, relu, gelu, gelu_tanh, silu };
 
-// y = act(x · (w · sw)ᵀ + bias) + residual. Row-major and dense: x [m, k], w [n, k], sw and bias [n], residual and y
-// [m, n]. The meaning, to the bit, is the reference in kernels/int8.py.
+// y = act(x · (w · sw)ᵀ + bias) + residual. Row-major and dense: x [m, k], w [n, k], sw and bias
+// [n], residual and y [m, n]. The meaning, to the bit, is the reference in kernels/int8.py.
 struct Linear {
   int64_t m, n, k;
   const void* x;           // floats, or int8 codes where `row_scale` is given
@@ -27,14 +27,15 @@ struct Linear {
   DType y_dtype;
 };
 
-// An implementation for one instruction set. `run` does share `part` of `parts` of a call, on any thread, in
-// `scratch_bytes` of memory of its own, aligned to 64.
+// An implementation for one instruction set. `run` does share `part` of `parts` of a call, on any
+// thread, in `scratch_bytes` of memory of its own, aligned to 64.
 struct Kernel {
   size_t (*scratch_bytes)(const Linear&);
   void (*run)(const Linear&, int part, int parts, char* scratch);
 };
 
-// What quantising rows alone needs: `run` does share `part` of `parts` of x [m, k] to codes [m, k] and scales [m].
+// What quantising rows alone needs: `run` does share `part` of `parts` of x [m, k] to codes [m, k]
+// and scales [m].
 struct Quantize {
   int64_t m, k;
   const void* x;

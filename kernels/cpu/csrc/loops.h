@@ -1,7 +1,9 @@
-// The loops around a tier's inner kernels: rows in, quantise, products, epilogue, rows out. A tier is a struct T:
+// The loops around a tier's inner kernels: rows in, quantise, products, epilogue, rows out. A tier
+// is a struct T:
 //
 //   Code, Panel, Acc    element of a row of x, of a panel of w, and of their sums (4 bytes)
 //   kGroup              codes in a 32-bit word: what one lane multiplies in one instruction
+//   kQuantizes          x is quantised; else taken as float32
 //   kOffset             w is held in panels as w + kOffset
 //   kWordStep           words that `block` takes at a time
 //   kTileGroups         groups of kLanes rows of x in a tile, at most
@@ -11,16 +13,17 @@
 //   kPanelRows          rows of w in a panel, where 1, 2, … groups are multiplied at once
 //   kDotRows            up to so many rows of x take the dot form
 //   kDotColumns         rows of w that `dot` takes
-//   transpose           kLanes × kLanes words
+//   transpose           kLanes × kLanes words, rows so many bytes apart
 //   Session             lives while a thread works on a call in blocked form
-//   block<R, G>         acc[r, g] += panel[r] · x[g] for R rows and G groups, while `next` is fetched
-//   dot<R>              R rows of x times kDotColumns rows of w
-//   fill_panel          a piece of one row of w into a panel
+//   block<R, G>         acc[r, g] += panel[r] · x[g] for R rows and G groups, while `next` is
+//   fetched dot<R>              R rows of x times kDotColumns rows of w fill_panel          a piece
+//   of one row of w into a panel
 //
-// Blocked form (many rows): a lane is a row of x. The words of kLanes rows lie side by side, and a word of w is sent to
-// all lanes, so w is read where it lies, row by row, and needs no packing: the only copy of it is the module's. Sums come
-// out with a column of y in each vector, and the epilogue turns them.
-// Dot form (few rows): lanes run along K, w streams through once at memory speed, and each sum is reduced at its end.
+// Blocked form (many rows): a lane is a row of x. The words of kLanes rows lie side by side, and a
+// word of w is sent to all lanes, so w is read where it lies, row by row, and needs no packing: the
+// only copy of it is the module's. Sums come out with a column of y in each vector, and the
+// epilogue turns them. Dot form (few rows): lanes run along K, w streams through once at memory
+// speed, and each sum is reduced at its end.
 #pragma once
 
 #include <limits>
@@ -49,10 +52,11 @@ class Scratch {
   int64_t used_ = 0;
 };
 
-// -- rows of x ---------------------------------------------------------------------------------------------------------
+// -- rows of x
+// ---------------------------------------------------------------------------------------------------------
 
-// scale = amax / 127, at least the smallest normal float; 1 for a zero row. NaN and inf pass through: compared as
-// integers, the magnitudes of NaN and inf are above every number's.
+// scale = amax / 127, at least the smallest normal float; 1 for a zero row. NaN and inf pass
+// through: compared as integers, the magnitudes of NaN and inf are above every number's.
 template <class Format>
 inline float row_scale(const typename Format::Value* x, int64_t k) {
   vint most = {};
@@ -83,8 +87,8 @@ inline void write_codes(Code* p, vint q) {
   }
 }
 
-// round(x · inverse) of kLanes values. A product rounds to at most 127. Adding 1.5 · 2^23 rounds it to nearest, ties to
-// even, and leaves it in the low bits.
+// round(x · inverse) of kLanes values. A product rounds to at most 127. Adding 1.5 · 2^23 rounds it
+// to nearest, ties to even, and leaves it in the low bits.
 inline vint codes_of(vfloat x, float inverse) {
   const vfloat round = splat(0x1.8p23f);
   return bits(x * inverse + round) - bits(round);
@@ -92,12 +96,14 @@ inline vint codes_of(vfloat x, float inverse) {
 
 // One row: its codes, padded with zeros to `padded`, and its scale. Returns the sum of the codes.
 template <class Format, class Code>
-inline int32_t quantize_row(const typename Format::Value* x, int64_t k, int64_t padded, Code* codes, float* scale) {
+inline int32_t quantize_row(const typename Format::Value* x, int64_t k, int64_t padded, Code* codes,
+                            float* scale) {
   *scale = row_scale<Format>(x, k);
   const float inverse = 1.0f / *scale;
   vint sum = {};
   int64_t i = 0;
-  if (*scale <= std::numeric_limits<float>::max()) {  // else the row holds NaN or inf, and its codes are 0
+  if (*scale <=
+      std::numeric_limits<float>::max()) {  // else the row holds NaN or inf, and its codes are 0
     for (; i < k; i += kLanes) {
       const vint q = codes_of(load_some<Format>(x + i, k - i), inverse);
       sum += q;
@@ -123,7 +129,8 @@ inline void quantize(const Quantize& p, int part, int parts) {
         continue;
       }
       const float inverse = 1.0f / p.scales[row];
-      for (int64_t i = 0; i < whole; i += kLanes) write_codes(codes + i, codes_of(Format::load(x + i), inverse));
+      for (int64_t i = 0; i < whole; i += kLanes)
+        write_codes(codes + i, codes_of(Format::load(x + i), inverse));
       if (rest > 0) {
         int8_t last[kLanes];
         write_codes(last, codes_of(load_some<Format>(x + whole, rest), inverse));
@@ -135,12 +142,14 @@ inline void quantize(const Quantize& p, int part, int parts) {
 
 // One row of x as a tier wants it, `padded` codes long; returns the sum of its codes.
 template <class T>
-inline int32_t read_row(const Linear& p, int64_t row, int64_t padded, typename T::Code* out, float* scale) {
+inline int32_t read_row(const Linear& p, int64_t row, int64_t padded, typename T::Code* out,
+                        float* scale) {
   if constexpr (std::is_same_v<typename T::Code, float>) {
     with_format(p.x_dtype, [&](auto format) {
       using Format = decltype(format);
       const auto* x = static_cast<const typename Format::Value*>(p.x) + row * p.k;
-      for (int64_t i = 0; i < padded; i += kLanes) write(out + i, i < p.k ? load_some<Format>(x + i, p.k - i) : vfloat{});
+      for (int64_t i = 0; i < padded; i += kLanes)
+        write(out + i, i < p.k ? load_some<Format>(x + i, p.k - i) : vfloat{});
     });
     return 0;
   } else if (p.row_scale != nullptr) {
@@ -164,7 +173,8 @@ inline int32_t read_row(const Linear& p, int64_t row, int64_t padded, typename T
   }
 }
 
-// -- epilogue ----------------------------------------------------------------------------------------------------------
+// -- epilogue
+// ----------------------------------------------------------------------------------------------------------
 
 // The columns of y in one chunk, and what is added and multiplied there, as float32.
 template <class T>
@@ -180,25 +190,39 @@ struct Columns {
   void move_to(const Linear& p, int64_t first, int64_t most) {
     begin = first;
     count = p.n - first < most ? p.n - first : most;
-    for (int64_t i = 0; i < count; i += kLanes) write(sw + i, load_some<Float32>(p.sw + first + i, count - i));
+    fill<Float32>(sw, p.sw + first);
     if (p.bias == nullptr) return;
     with_format(p.bias_dtype, [&](auto format) {
       using Format = decltype(format);
-      const auto* from = static_cast<const typename Format::Value*>(p.bias) + first;
-      for (int64_t i = 0; i < count; i += kLanes) write(bias + i, load_some<Format>(from + i, count - i));
+      fill<Format>(bias, static_cast<const typename Format::Value*>(p.bias) + first);
     });
+  }
+
+ private:
+  template <class Format>
+  void fill(float* to, const typename Format::Value* from) const {
+    for (int64_t i = 0; i < T::kChunk; i += kLanes) {
+      write(to + i, i < count ? load_some<Format>(from + i, count - i) : vfloat{});
+    }
   }
 };
 
 inline vfloat sum_as_float(vint acc) { return floats(acc); }
 inline vfloat sum_as_float(vfloat acc) { return acc; }
 
-// The way from sums to y: scales, bias, cast; then the activation and the residual, each on what the cast left, with a cast
-// of its own. So one call gives what separate operations give. Everything is held by value: through a reference the compiler
-// would have to read it again after each store to y.
+// The way from sums to y: scales, bias, cast; then the activation and the residual, each on what
+// the cast left, with a cast of its own. So one call gives what separate operations give.
+// Everything is held by value: through a reference the compiler would have to read it again after
+// each store to y.
 template <class T, class Format>
 struct Output {
   using Value = typename Format::Value;
+  using Sum = typename T::Sum;
+  // What values are turned as: float64 is made of float32 at the very end.
+  using Turned = std::conditional_t<std::is_same_v<Format, Float64>, Float32, Format>;
+  static constexpr int kPerWord = 4 / sizeof(typename Turned::Value), kTurned = kLanes * kPerWord;
+  static constexpr bool kDouble = std::is_same_v<Format, Float64>;
+
   const float* sw;
   const float* bias;  // or null
   Value* y;           // of the chunk's first column, in row 0
@@ -210,43 +234,78 @@ struct Output {
       : sw(columns.sw),
         bias(p.bias == nullptr ? nullptr : columns.bias),
         y(static_cast<Value*>(p.y) + columns.begin),
-        residual(p.residual == nullptr ? nullptr : static_cast<const Value*>(p.residual) + columns.begin),
+        residual(p.residual == nullptr ? nullptr
+                                       : static_cast<const Value*>(p.residual) + columns.begin),
         stride(p.n),
         count(columns.count),
         activation(p.activation) {}
 
-  // `rows` rows of y from row `row` on, at the kLanes columns from `i` of the chunk on. Their sums lie in `sums`.
-  void write(int64_t row, int64_t rows, int64_t i, const typename T::Acc* sums, const float* sx) const {
-    alignas(64) float values[kLanes * kLanes];
-    const vfloat sw_here = read<vfloat>(sw + i), bias_here = bias == nullptr ? vfloat{} : read<vfloat>(bias + i);
-    for (int64_t r = 0; r < rows; ++r) {
-      vfloat value = sum_as_float(read<typename T::Sum>(sums + r * kLanes)) * sw_here;
-      if constexpr (!std::is_same_v<typename T::Code, float>) value = value * sx[r];
-      if (bias != nullptr) value = value + bias_here;
-      qnn::write(values + r * kLanes, value);
+  // Dot form: the sums of one row, at the kLanes columns from `c` of the chunk on.
+  void row(int64_t row, int64_t c, Sum sums, float sx) const {
+    alignas(64) float value[kLanes];
+    vfloat scaled = sum_as_float(sums) * read<vfloat>(sw + c);
+    if constexpr (T::kQuantizes) scaled = scaled * sx;
+    if (bias != nullptr) scaled = scaled + read<vfloat>(bias + c);
+    write(value, scaled);
+    if (!kDouble && activation != Activation::none) activate_all<Turned>(activation, value, 1);
+    put(row * stride + c, read<vfloat>(value), count - c);
+  }
+
+  // Blocked form: a vector of sums is a column of up to kLanes rows. kTurned columns from `c` of
+  // the chunk on are scaled as they lie, cast, packed into words, and turned on their way to y.
+  void columns(int64_t row, int64_t rows, int64_t c, const typename T::Acc* acc, int64_t acc_stride,
+               vfloat sx) const {
+    alignas(64) float values[kTurned * kLanes];
+    alignas(64) int32_t words[kLanes * kLanes], turned[kLanes * kLanes];
+    const auto scaled = [&](int64_t i) {
+      vfloat value = sum_as_float(read<Sum>(acc + i * acc_stride)) * sw[c + i];
+      if constexpr (T::kQuantizes) value = value * sx;
+      return bias == nullptr ? value : value + bias[c + i];
+    };
+    const auto pack = [&](const auto& value) {
+      for (int w = 0; w < kLanes; ++w)
+        write(words + w * kLanes,
+              Turned::pack(value(w * kPerWord), value(w * kPerWord + kPerWord - 1)));
+    };
+    if (kDouble || activation == Activation::none) {
+      pack(scaled);
+    } else {
+      for (int i = 0; i < kTurned; ++i) write(values + i * kLanes, scaled(i));
+      activate_all<Turned>(activation, values, kTurned);
+      pack([&](int64_t i) { return read<vfloat>(values + i * kLanes); });
     }
-    Value* out = y + row * stride + i;
-    const Value* added = residual == nullptr ? nullptr : residual + row * stride + i;
-    const int64_t left = count - i;
-    if constexpr (std::is_same_v<Format, Float64>) {
-      for (int64_t r = 0; r < rows; ++r, out += stride) {
-        for (int64_t lane = 0; lane < kLanes && lane < left; ++lane) {
-          const double exact = activate(activation, static_cast<double>(values[r * kLanes + lane]));
-          out[lane] = added == nullptr ? exact : exact + added[r * stride + lane];
-        }
+    const int64_t at = row * stride + c, left = count - c;
+    constexpr int64_t kWordRow = kLanes * 4;
+    if (!kDouble && residual == nullptr && rows == kLanes && left >= kTurned) {
+      return T::transpose(words, kWordRow, y + at, stride * static_cast<int64_t>(sizeof(Value)));
+    }
+    T::transpose(words, kWordRow, turned, kWordRow);
+    for (int64_t r = 0; r < rows; ++r) {
+      const auto* values_of_row =
+          reinterpret_cast<const typename Turned::Value*>(turned + r * kLanes);
+      for (int i = 0; i < kTurned && i < left; i += kLanes)
+        put(at + r * stride + i, Turned::load(values_of_row + i), left - i);
+    }
+  }
+
+ private:
+  // The last steps at `left` or kLanes elements of y from `at` on.
+  void put(int64_t at, vfloat value, int64_t left) const {
+    if constexpr (kDouble) {
+      for (int64_t lane = 0; lane < kLanes && lane < left; ++lane) {
+        const double exact = activate(activation, static_cast<double>(value[lane]));
+        y[at + lane] = residual == nullptr ? exact : exact + residual[at + lane];
       }
     } else {
-      if (activation != Activation::none) activate_all<Format>(activation, values, rows);
-      for (int64_t r = 0; r < rows; ++r, out += stride) {
-        vfloat value = read<vfloat>(values + r * kLanes);
-        if (added != nullptr) value = Format::round(value) + load_some<Format>(added + r * stride, left);
-        store_some<Format>(out, value, left);
-      }
+      if (residual != nullptr)
+        value = Format::round(value) + load_some<Format>(residual + at, left);
+      store_some<Format>(y + at, value, left);
     }
   }
 };
 
-// -- blocked form ------------------------------------------------------------------------------------------------------
+// -- blocked form
+// ------------------------------------------------------------------------------------------------------
 
 // A tile of rows of x, in the layout [group][word][lane].
 template <class T>
@@ -272,7 +331,8 @@ struct Tile {
   }
 
   static int64_t row_stride(const Linear& p) {
-    return round_up(div_up(p.k, T::kGroup), kLanes) * T::kGroup + kLine / static_cast<int64_t>(sizeof(Code));
+    return round_up(div_up(p.k, T::kGroup), kLanes) * T::kGroup +
+           kLine / static_cast<int64_t>(sizeof(Code));
   }
 
   void fill(const Linear& p, int64_t first_row) {
@@ -281,7 +341,8 @@ struct Tile {
       for (int64_t r = 0; r < kLanes; ++r) {
         const int64_t lane = g * kLanes + r, row = first_row + lane;
         if (row < p.m) {
-          start[lane] = -T::kOffset * read_row<T>(p, row, padded, rows + r * stride_in, scale + lane);
+          start[lane] =
+              -T::kOffset * read_row<T>(p, row, padded, rows + r * stride_in, scale + lane);
         } else {
           std::memset(rows + r * stride_in, 0, padded * sizeof(Code));
           scale[lane] = 1.0f;
@@ -289,8 +350,8 @@ struct Tile {
         }
       }
       for (int64_t word = 0; word < words; word += kLanes) {
-        T::transpose(reinterpret_cast<const int32_t*>(rows + word * T::kGroup), stride_in / T::kGroup,
-                     reinterpret_cast<int32_t*>(codes + g * stride + word * T::kGroup * kLanes), kLanes);
+        T::transpose(rows + word * T::kGroup, stride_in * static_cast<int64_t>(sizeof(Code)),
+                     codes + g * stride + word * T::kGroup * kLanes, kLanes * 4);
       }
     }
   }
@@ -301,8 +362,8 @@ struct NoSession {
   NoSession() {}
 };
 
-// What a tier's `block` does: acc[r, g] += panel[r] · x[g] over so many words; and it fetches as much of the rows of w
-// from `next` on as it reads of the panel, where `next` is not null.
+// What a tier's `block` does: acc[r, g] += panel[r] · x[g] over so many words; and it fetches as
+// much of the rows of w from `next` on as it reads of the panel, where `next` is not null.
 template <class T>
 struct Product {
   const typename T::Code* x;  // [group][word][lane]
@@ -320,30 +381,33 @@ struct Blocked {
   using Panel = typename T::Panel;
   static constexpr int64_t kPanelStride = T::kDepth + kLine / static_cast<int64_t>(sizeof(Panel));
 
-  // The groups of rows, spread evenly over tiles of at most kTileGroups that stay in the second-level cache.
+  // The groups of rows, spread evenly over tiles that stay in the second-level cache; and in a tile
+  // as many groups at once as the registers hold, an even share again.
   struct Grid {
-    int64_t tiles, groups, chunks;
+    int64_t tiles, groups, at_once, chunks;
     explicit Grid(const Linear& p) {
+      constexpr int64_t registers = std::extent_v<decltype(T::kPanelRows)>;
       const int64_t all = div_up(p.m, kLanes);
-      const int64_t group_bytes = (p.k + 1) * static_cast<int64_t>(sizeof(typename T::Code)) * kLanes;
+      const int64_t group_bytes =
+          (p.k + 1) * static_cast<int64_t>(sizeof(typename T::Code)) * kLanes;
       int64_t most = T::kTileBytes / group_bytes;
       most = most < 1 ? 1 : most > T::kTileGroups ? T::kTileGroups : most;
-      tiles = div_up(all, most);
-      groups = div_up(all, tiles);
+      groups = div_up(all, div_up(all, most));
       tiles = div_up(all, groups);
+      at_once = div_up(groups, div_up(groups, registers));
       chunks = div_up(p.n, T::kChunk);
     }
   };
 
   struct Buffers {
     Tile<T> tile;
-    Acc* acc;  // [column of the chunk][row of the tile]
-    Panel* panel;
+    Panel* panels;  // [column of the chunk][kPanelStride]
+    Acc* acc;       // [groups at once][column of the chunk][row]
     Columns<T> columns;
     Buffers(Scratch scratch, const Linear& p, size_t* used)
         : tile(Tile<T>::take(scratch, p, Grid(p).groups)),
+          panels(scratch.take<Panel>(T::kChunk * kPanelStride)),
           acc(scratch.take<Acc>(T::kChunk * tile.groups * kLanes)),
-          panel(scratch.take<Panel>(T::kPanelRows[0] * kPanelStride)),
           columns(Columns<T>::take(scratch)) {
       if (used != nullptr) *used = scratch.used();
     }
@@ -366,89 +430,86 @@ struct Blocked {
       if (tile != filled) b.tile.fill(p, row);
       filled = tile;
       b.columns.move_to(p, unit % grid.chunks * T::kChunk, T::kChunk);
-      multiply(p, b);
-      with_format(p.y_dtype, [&](auto format) { write_rows<decltype(format)>(p, b, row); });
+      with_format(p.y_dtype, [&](auto format) { chunk<decltype(format)>(p, grid, b, row); });
     }
   }
 
-  // Groups at once: as many as the registers hold, and an even share of a tile.
-  static int64_t at_once(int64_t groups) {
-    constexpr int64_t most = std::extent_v<decltype(T::kPanelRows)>;
-    return div_up(groups, div_up(groups, most));
-  }
-
-  // `groups` groups of x times a panel of R rows, G groups at once.
-  template <int R, int G>
-  static void sweep(int64_t groups, Product<T> step) {
-    for (; groups >= G; groups -= G) {
-      T::template block<R, G>(step);
-      step.x += G * step.x_stride;
-      step.acc += G * kLanes;
-      step.next = nullptr;
-    }
-    if constexpr (G > 1) {
-      if (groups > 0) sweep<R, G - 1>(groups, step);
-    }
-  }
-
-  template <int G = std::extent_v<decltype(T::kPanelRows)>>
-  static void sweep_at_once(int64_t at_once, int64_t groups, const Product<T>& step) {
-    if (at_once == G) return sweep<T::kPanelRows[G - 1], G>(groups, step);
-    if constexpr (G > 1) sweep_at_once<G - 1>(at_once, groups, step);
-  }
-
-  static void multiply(const Linear& p, Buffers& b) {
-    const int64_t groups = b.tile.groups, rows = groups * kLanes;
-    const int64_t together = at_once(groups), panel_rows = T::kPanelRows[together - 1];
-    for (int64_t c = 0; c < round_up(b.columns.count, panel_rows); ++c) {
-      for (int64_t r = 0; r < rows; r += kLanes) {
-        write(b.acc + c * rows + r, __builtin_convertvector(read<vint>(b.tile.start + r), typename T::Sum));
-      }
-    }
-    for (int64_t k = 0; k < p.k; k += T::kDepth) {
+  // The columns of a chunk times all rows of the tile, to y. The sums of the groups at once stay in
+  // the first-level cache from the first product to the epilogue, where one panel holds all of K.
+  template <class Format>
+  static void chunk(const Linear& p, const Grid& grid, Buffers& b, int64_t row) {
+    const int64_t panel_rows = T::kPanelRows[grid.at_once - 1],
+                  columns = round_up(b.columns.count, panel_rows);
+    for (int64_t k = 0; k == 0 || k < p.k; k += T::kDepth) {
       const int64_t depth = p.k - k < T::kDepth ? p.k - k : T::kDepth;
       const int64_t words = round_up(div_up(depth, T::kGroup), T::kWordStep);
-      for (int64_t c = 0; c < b.columns.count; c += panel_rows) {
-        for (int64_t r = 0; r < panel_rows; ++r) {
-          Panel* to = b.panel + r * kPanelStride;
-          const int64_t n = b.columns.begin + c + r;
-          if (n < p.n) {
-            T::fill_panel(to, p.w + n * p.k + k, depth);
-          } else {
-            std::memset(to, 0, words * T::kGroup * sizeof(Panel));
-          }
+      for (int64_t c = 0; c < columns; ++c) {
+        Panel* to = b.panels + c * kPanelStride;
+        if (c < b.columns.count) {
+          T::fill_panel(to, p.w + (b.columns.begin + c) * p.k + k, depth);
+        } else {
+          std::memset(to, 0, words * T::kGroup * sizeof(Panel));
         }
-        // The panel after this one: its rows of w are fetched from memory meanwhile.
-        const bool last = c + panel_rows >= b.columns.count;
-        const int64_t next = last ? b.columns.begin : b.columns.begin + c + panel_rows;
-        const int64_t next_k = last ? k + T::kDepth : k;
-        const bool here = next_k < p.k;
-        sweep_at_once(together, groups,
-                      {b.tile.codes + k * kLanes, b.tile.stride, words, b.panel, b.acc + c * rows, rows,
-                       p.w + (here ? next * p.k + next_k : (b.columns.begin + b.columns.count) * p.k), p.k});
+      }
+      // The panels after these: more of K, or the next chunk. Their rows of w are fetched while
+      // these are multiplied.
+      const bool more = k + T::kDepth < p.k;
+      const int8_t* next =
+          p.w + (b.columns.begin + (more ? 0 : T::kChunk)) * p.k + (more ? k + T::kDepth : 0);
+      for (int64_t g = 0; g < grid.groups; g += grid.at_once) {
+        const int64_t groups = grid.groups - g < grid.at_once ? grid.groups - g : grid.at_once,
+                      rows = groups * kLanes;
+        Acc* acc = b.acc + g * kLanes * T::kChunk;
+        if (k == 0) start(b.tile.start + g * kLanes, rows, acc);
+        for (int64_t c = 0; c < columns; c += panel_rows) {
+          multiply(grid.at_once, groups,
+                   {b.tile.codes + g * b.tile.stride + k * kLanes, b.tile.stride, words,
+                    b.panels + c * kPanelStride, acc + c * rows, rows,
+                    g == 0 ? next + c * p.k : nullptr, p.k});
+        }
+        if (!more) finish<Format>(p, b, acc, g * kLanes, rows, row);
       }
     }
+  }
+
+  static void start(const int32_t* from, int64_t rows, Acc* acc) {
+    for (int64_t c = 0; c < T::kChunk; ++c) {
+      for (int64_t r = 0; r < rows; r += kLanes) {
+        write(acc + c * rows + r, __builtin_convertvector(read<vint>(from + r), typename T::Sum));
+      }
+    }
+  }
+
+  // The tier's block for so many groups of x, where panels are cut for `at_once`.
+  template <int A = std::extent_v<decltype(T::kPanelRows)>>
+  static void multiply(int64_t at_once, int64_t groups, const Product<T>& step) {
+    if (at_once == A) return multiply_rows<T::kPanelRows[A - 1], A>(groups, step);
+    if constexpr (A > 1) multiply<A - 1>(at_once, groups, step);
+  }
+
+  template <int R, int G>
+  static void multiply_rows(int64_t groups, const Product<T>& step) {
+    if (groups == G) return T::template block<R, G>(step);
+    if constexpr (G > 1) multiply_rows<R, G - 1>(groups, step);
   }
 
   template <class Format>
-  static void write_rows(const Linear& p, const Buffers& b, int64_t first_row) {
-    const Output<T, Format> output(p, b.columns);
-    const int64_t stride = b.tile.groups * kLanes, most = p.m - first_row;
-    const Acc* acc = b.acc;
-    const float* scale = b.tile.scale;
-    alignas(64) Acc turned[kLanes * kLanes];
-    for (int64_t r = 0; r < stride && r < most; r += kLanes) {
-      const int64_t rows = most - r < kLanes ? most - r : kLanes;
-      for (int64_t c = 0; c < output.count; c += kLanes) {
-        T::transpose(reinterpret_cast<const int32_t*>(acc + c * stride + r), stride,
-                     reinterpret_cast<int32_t*>(turned), kLanes);
-        output.write(first_row + r, rows, c, turned, scale + r);
+  static void finish(const Linear& p, const Buffers& b, const Acc* acc, int64_t first, int64_t rows,
+                     int64_t tile_row) {
+    using Out = Output<T, Format>;
+    const Out output(p, b.columns);
+    for (int64_t r = 0; r < rows && tile_row + first + r < p.m; r += kLanes) {
+      const int64_t row = tile_row + first + r, left = p.m - row;
+      const vfloat sx = read<vfloat>(b.tile.scale + first + r);
+      for (int64_t c = 0; c < output.count; c += Out::kTurned) {
+        output.columns(row, left < kLanes ? left : kLanes, c, acc + c * rows + r, rows, sx);
       }
     }
   }
 };
 
-// -- dot form ----------------------------------------------------------------------------------------------------------
+// -- dot form
+// ----------------------------------------------------------------------------------------------------------
 
 template <class T>
 struct Dots {
@@ -483,11 +544,13 @@ struct Dots {
     Buffers b(Scratch(scratch), p, nullptr);
     // Whole cache lines of y to each part.
     const int64_t pieces = div_up(p.n, kLanes);
-    const int64_t begin = pieces * part / parts * kLanes, all = pieces * (part + 1) / parts * kLanes;
+    const int64_t begin = pieces * part / parts * kLanes,
+                  all = pieces * (part + 1) / parts * kLanes;
     const int64_t end = all < p.n ? all : p.n;
     if (begin >= end) return;
     for (int64_t row = 0; row < p.m; ++row) {
-      b.start[row] = -T::kOffset * read_row<T>(p, row, round_up(p.k, kLine), b.codes + row * b.stride, b.scale + row);
+      b.start[row] = -T::kOffset * read_row<T>(p, row, round_up(p.k, kLine),
+                                               b.codes + row * b.stride, b.scale + row);
     }
     for (int64_t n = begin; n < end; n += T::kChunk) {
       b.columns.move_to(p, n, end - n < T::kChunk ? end - n : T::kChunk);
@@ -507,7 +570,8 @@ struct Dots {
       int64_t row = 0;
       const auto rest = [&](auto rows) {
         for (; row + rows() <= p.m; row += rows()) {
-          T::template dot<rows()>(b.codes + row * b.stride, b.stride, w, p.k, b.acc + row * T::kChunk + c);
+          T::template dot<rows()>(b.codes + row * b.stride, b.stride, w, p.k,
+                                  b.acc + row * T::kChunk + c);
         }
       };
       rest(std::integral_constant<int, 4>{});
@@ -521,17 +585,18 @@ struct Dots {
     const Output<T, Format> output(p, b.columns);
     for (int64_t row = 0; row < p.m; ++row) {
       for (int64_t c = 0; c < output.count; c += kLanes) {
-        alignas(64) typename T::Acc sums[kLanes];
-        std::memcpy(sums, b.acc + row * T::kChunk + c, sizeof sums);
+        auto sums = read<typename T::Sum>(b.acc + row * T::kChunk + c);
         // Of long rows the two terms may wrap, their sum does not.
-        if constexpr (T::kOffset != 0) write(sums, read<vuint>(sums) + static_cast<uint32_t>(b.start[row]));
-        output.write(row, 1, c, sums, b.scale + row);
+        if constexpr (T::kOffset != 0)
+          sums = (vint)((vuint)sums + static_cast<uint32_t>(b.start[row]));
+        output.row(row, c, sums, b.scale[row]);
       }
     }
   }
 };
 
-// -- the two forms together --------------------------------------------------------------------------------------------
+// -- the two forms together
+// --------------------------------------------------------------------------------------------
 
 // Few rows by tier Few, more rows by tier Many.
 template <class Few, class Many>
@@ -541,7 +606,8 @@ size_t scratch_bytes(const Linear& p) {
 
 template <class Few, class Many>
 void run(const Linear& p, int part, int parts, char* scratch) {
-  p.m <= Few::kDotRows ? Dots<Few>::run(p, part, parts, scratch) : Blocked<Many>::run(p, part, parts, scratch);
+  p.m <= Few::kDotRows ? Dots<Few>::run(p, part, parts, scratch)
+                       : Blocked<Many>::run(p, part, parts, scratch);
 }
 
 template <class Few, class Many = Few>

@@ -1,5 +1,5 @@
-// The ops of kernels/int8.py on the CPU, registered through torch's stable interface, and the choice of the tier. The only
-// file here that knows torch.
+// The ops of kernels/int8.py on the CPU, registered through torch's stable interface, and the
+// choice of the tier. The only file here that knows torch.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -25,7 +25,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// -- tiers -------------------------------------------------------------------------------------------------------------
+// -- tiers
+// -------------------------------------------------------------------------------------------------------------
 
 const Tier* const kTiers[] = {
 #if defined(__x86_64__)
@@ -58,7 +59,9 @@ bool known_answers(const Tier& tier) {
   for (const auto& [m, k, n] : {std::array<int64_t, 3>{3, 301, 50}, {40, 1100, 33}}) {
     std::vector<int8_t> x(m * k), w(n * k);
     uint32_t state = 1;
-    const auto next = [&] { return static_cast<int>((state = state * 1664525 + 1013904223) >> 24); };
+    const auto next = [&] {
+      return static_cast<int>((state = state * 1664525 + 1013904223) >> 24);
+    };
     for (auto& v : x) v = static_cast<int8_t>(std::max(next() - 128, -127));
     for (auto& v : w) v = static_cast<int8_t>(next() - 128);
     std::fill_n(x.begin(), k, int8_t{127});
@@ -66,8 +69,20 @@ bool known_answers(const Tier& tier) {
     std::fill_n(w.end() - k, k, int8_t{-128});
     const std::vector<float> ones(std::max(m, n), 1.0f);
     std::vector<float> y(m * n);
-    const Linear p{m,       n,       k, x.data(), DType::float32, ones.data(), w.data(), ones.data(), nullptr, DType::float32,
-                   nullptr, Activation::none, y.data(), DType::float32};
+    const Linear p{m,
+                   n,
+                   k,
+                   x.data(),
+                   DType::float32,
+                   ones.data(),
+                   w.data(),
+                   ones.data(),
+                   nullptr,
+                   DType::float32,
+                   nullptr,
+                   Activation::none,
+                   y.data(),
+                   DType::float32};
     run_alone(tier.int8, p);
     for (int64_t i = 0; i < m; ++i) {
       for (int64_t j = 0; j < n; ++j) {
@@ -85,7 +100,7 @@ const char* why_not(size_t index) {
   static const auto reasons = [] {
     std::array<const char*, std::size(kTiers)> found{};
     for (size_t i = 0; i < std::size(kTiers); ++i) {
-      found[i] = !kTiers[i]->runs_here()     ? "this CPU lacks the instructions"
+      found[i] = !kTiers[i]->runs_here()      ? "this CPU lacks the instructions"
                  : !known_answers(*kTiers[i]) ? "wrong integers in the known-answer test"
                                               : nullptr;
     }
@@ -107,7 +122,8 @@ const Tier& best_tier() {
 const Tier& tier_called(const std::string& name) {
   for (size_t i = 0; i < std::size(kTiers); ++i) {
     if (name != kTiers[i]->name) continue;
-    if (why_not(i) != nullptr) throw std::invalid_argument("qnn: tier '" + name + "' cannot run: " + why_not(i) + ".");
+    if (why_not(i) != nullptr)
+      throw std::invalid_argument("qnn: tier '" + name + "' cannot run: " + why_not(i) + ".");
     return *kTiers[i];
   }
   throw std::invalid_argument("qnn: unknown tier '" + name + "'.");
@@ -117,12 +133,14 @@ std::string cpu_tiers() {
   std::string text;
   for (size_t i = 0; i < std::size(kTiers); ++i) {
     const char* reason = why_not(i);
-    text += std::string(i == 0 ? "" : ",") + kTiers[i]->name + ":" + (reason == nullptr ? "ok" : reason);
+    text += std::string(i == 0 ? "" : ",") + kTiers[i]->name + ":" +
+            (reason == nullptr ? "ok" : reason);
   }
   return text;
 }
 
-// -- threads and memory ------------------------------------------------------------------------------------------------
+// -- threads and memory
+// ------------------------------------------------------------------------------------------------
 
 // Memory of a thread, kept between its calls up to kKept bytes.
 char* scratch_of_this_thread(size_t bytes) {
@@ -156,38 +174,55 @@ void share(int64_t worth, const Work& work) {
 }
 
 void run_parallel(const Kernel& kernel, const Linear& p) {
-  // A thread more is worth its start, some µs, from about so many products, or so many bytes of w, to each.
+  // A thread more is worth its start, some µs, from about so many products, or so many bytes of w,
+  // to each.
   constexpr int64_t kProducts = 1 << 20, kBytes = 1 << 17;
   const int64_t worth = std::max(p.m * p.n * p.k / kProducts, p.n * p.k / kBytes);
   const size_t bytes = kernel.scratch_bytes(p);
-  share(worth, [&](int part, int parts) { kernel.run(p, part, parts, scratch_of_this_thread(bytes)); });
+  share(worth,
+        [&](int part, int parts) { kernel.run(p, part, parts, scratch_of_this_thread(bytes)); });
 }
 
-// -- arguments ---------------------------------------------------------------------------------------------------------
+// -- arguments
+// ---------------------------------------------------------------------------------------------------------
 
 constexpr const char* kActivations[] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
 
 std::optional<DType> float_format(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float: return DType::float32;
-    case ScalarType::BFloat16: return DType::bfloat16;
-    case ScalarType::Half: return DType::float16;
-    case ScalarType::Double: return DType::float64;
-    default: return std::nullopt;
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    case ScalarType::Half:
+      return DType::float16;
+    case ScalarType::Double:
+      return DType::float64;
+    default:
+      return std::nullopt;
   }
 }
 
 std::string name_of(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    default: return "dtype" + std::to_string(static_cast<int>(dtype));
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return "dtype" + std::to_string(static_cast<int>(dtype));
   }
 }
 
@@ -197,11 +232,12 @@ std::string sizes_of(const Tensor& t) {
   return text + "]";
 }
 
-// The arguments of a call by name, to check them and to repeat them in an error, as Op.check does in kernels/spec.py.
-// (There a wrong dtype is a TypeError; torch lets C++ raise a ValueError only.)
+// The arguments of a call by name, to check them and to repeat them in an error, as Op.check does
+// in kernels/spec.py. (There a wrong dtype is a TypeError; torch lets C++ raise a ValueError only.)
 class Arguments {
  public:
-  Arguments(const char* op, std::vector<std::pair<const char*, const Tensor*>> tensors, std::string rest = "")
+  Arguments(const char* op, std::vector<std::pair<const char*, const Tensor*>> tensors,
+            std::string rest = "")
       : op_(op), tensors_(std::move(tensors)), rest_(std::move(rest)) {}
 
   [[noreturn]] void fail(const std::string& reason) const {
@@ -216,13 +252,17 @@ class Arguments {
 
   // The sizes of argument `i` are `wanted`, which `rule` describes.
   void shape(size_t i, bool fits, const char* rule) const {
-    if (!fits) fail(std::string(tensors_[i].first) + " must be " + rule + ", got " + sizes_of(*tensors_[i].second));
+    if (!fits)
+      fail(std::string(tensors_[i].first) + " must be " + rule + ", got " +
+           sizes_of(*tensors_[i].second));
   }
 
   // As above where one size, `axis`, is fixed by an earlier argument.
-  void shape(size_t i, bool fits, const char* rule, const char* axis, int64_t size, const char* source) const {
+  void shape(size_t i, bool fits, const char* rule, const char* axis, int64_t size,
+             const char* source) const {
     if (fits) return;
-    const std::string given = std::string(" with ") + axis + " = " + std::to_string(size) + " as in " + source;
+    const std::string given =
+        std::string(" with ") + axis + " = " + std::to_string(size) + " as in " + source;
     shape(i, false, (rule + given).c_str());
   }
 
@@ -235,7 +275,8 @@ class Arguments {
   DType float_dtype(size_t i) const {
     const auto format = float_format(tensors_[i].second->scalar_type());
     if (!format.has_value()) {
-      fail(std::string(tensors_[i].first) + " must be one of torch.float32, torch.bfloat16, torch.float16, torch.float64");
+      fail(std::string(tensors_[i].first) +
+           " must be one of torch.float32, torch.bfloat16, torch.float16, torch.float64");
     }
     return *format;
   }
@@ -243,7 +284,9 @@ class Arguments {
   // Argument `i`, row-major and dense.
   Tensor dense(size_t i) const {
     const Tensor& t = *tensors_[i].second;
-    if (!t.is_cpu()) fail(std::string(tensors_[i].first) + " is not on the CPU, where the first argument is; move them together");
+    if (!t.is_cpu())
+      fail(std::string(tensors_[i].first) +
+           " is not on the CPU, where the first argument is; move them together");
     return t.is_contiguous() ? t : torch::stable::contiguous(t);
   }
 
@@ -264,32 +307,45 @@ bool same_lead(const Tensor& a, const Tensor& b) {
 
 Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  for (size_t i = sizes.size(); i-- > 1;)
+    strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
   AtenTensorHandle handle;
   int32_t code;
   switch (dtype) {
-    case ScalarType::Float: code = aoti_torch_dtype_float32(); break;
-    case ScalarType::BFloat16: code = aoti_torch_dtype_bfloat16(); break;
-    case ScalarType::Half: code = aoti_torch_dtype_float16(); break;
-    case ScalarType::Double: code = aoti_torch_dtype_float64(); break;
-    default: code = aoti_torch_dtype_int8(); break;
+    case ScalarType::Float:
+      code = aoti_torch_dtype_float32();
+      break;
+    case ScalarType::BFloat16:
+      code = aoti_torch_dtype_bfloat16();
+      break;
+    case ScalarType::Half:
+      code = aoti_torch_dtype_float16();
+      break;
+    case ScalarType::Double:
+      code = aoti_torch_dtype_float64();
+      break;
+    default:
+      code = aoti_torch_dtype_int8();
+      break;
   }
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                         code, aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+                                                         sizes.data(), strides.data(), code,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
 struct Call {
   const char* op;
   bool weight_only;
-  ScalarType dtype;        // of y
-  const Tensor* row_scale; // where the rows are codes
+  ScalarType dtype;         // of y
+  const Tensor* row_scale;  // where the rows are codes
 };
 
 using Maybe = std::optional<Tensor>;
 
-Tensor linear(const Call& call, const Tier& tier, const Tensor& x, const Tensor& w, const Tensor& sw, const Maybe& bias,
-              const Maybe& residual, const std::string& activation) {
+Tensor linear(const Call& call, const Tier& tier, const Tensor& x, const Tensor& w,
+              const Tensor& sw, const Maybe& bias, const Maybe& residual,
+              const std::string& activation) {
   const bool codes = call.row_scale != nullptr;
   const char* first = codes ? "q" : "x";
   std::vector<std::pair<const char*, const Tensor*>> tensors{{first, &x}};
@@ -297,10 +353,12 @@ Tensor linear(const Call& call, const Tier& tier, const Tensor& x, const Tensor&
     tensors.emplace_back(name, t);
     return tensors.size() - 1;
   };
-  const size_t at_scale = codes ? add("scale", call.row_scale) : 0, at_w = add("w", &w), at_sw = add("sw", &sw);
+  const size_t at_scale = codes ? add("scale", call.row_scale) : 0, at_w = add("w", &w),
+               at_sw = add("sw", &sw);
   const size_t at_bias = bias.has_value() ? add("bias", &*bias) : 0;
   const size_t at_residual = residual.has_value() ? add("residual", &*residual) : 0;
-  const Arguments args(call.op, std::move(tensors), activation == "none" ? "" : ", activation='" + activation + "'");
+  const Arguments args(call.op, std::move(tensors),
+                       activation == "none" ? "" : ", activation='" + activation + "'");
 
   Linear p{};
   // Which dtypes, then which sizes, in the order of the arguments.
@@ -314,7 +372,8 @@ Tensor linear(const Call& call, const Tier& tier, const Tensor& x, const Tensor&
   p.k = x.size(last);
   if (codes) {
     args.dtype(at_scale, ScalarType::Float);
-    args.shape(at_scale, same_lead(x, *call.row_scale) && call.row_scale->size(last) == 1, "[..., 1] with the leading sizes of q");
+    args.shape(at_scale, same_lead(x, *call.row_scale) && call.row_scale->size(last) == 1,
+               "[..., 1] with the leading sizes of q");
   }
   args.dtype(at_w, ScalarType::Char);
   args.shape(at_w, w.dim() == 2, "[n, k]");
@@ -329,27 +388,32 @@ Tensor linear(const Call& call, const Tier& tier, const Tensor& x, const Tensor&
     args.shape(at_bias, bias->size(0) == p.n, "[n]", "n", p.n, "w");
   }
   const auto y_dtype = float_format(call.dtype);
-  if (!y_dtype.has_value()) args.fail("dtype must be one of torch.float32, torch.bfloat16, torch.float16, torch.float64");
+  if (!y_dtype.has_value())
+    args.fail("dtype must be one of torch.float32, torch.bfloat16, torch.float16, torch.float64");
   p.y_dtype = *y_dtype;
   if (residual.has_value()) {
     args.dtype(at_residual, call.dtype);
-    args.shape(at_residual, same_lead(x, *residual), "[..., n] with the leading sizes of the first argument");
+    args.shape(at_residual, same_lead(x, *residual),
+               "[..., n] with the leading sizes of the first argument");
     args.shape(at_residual, residual->size(last) == p.n, "[..., n]", "n", p.n, "w");
   }
   const auto named = std::find(std::begin(kActivations), std::end(kActivations), activation);
-  if (named == std::end(kActivations)) args.fail("activation must be one of 'none', 'relu', 'gelu', 'gelu_tanh', 'silu'");
+  if (named == std::end(kActivations))
+    args.fail("activation must be one of 'none', 'relu', 'gelu', 'gelu_tanh', 'silu'");
   p.activation = static_cast<Activation>(named - std::begin(kActivations));
 
   // Dense operands, alive until the end of the call.
   const Tensor dense_x = args.dense(0), dense_w = args.dense(at_w), dense_sw = args.dense(at_sw);
-  const Tensor dense_scale = codes ? args.dense(at_scale) : dense_x, dense_bias = bias.has_value() ? args.dense(at_bias) : dense_x;
+  const Tensor dense_scale = codes ? args.dense(at_scale) : dense_x,
+               dense_bias = bias.has_value() ? args.dense(at_bias) : dense_x;
   const Tensor dense_residual = residual.has_value() ? args.dense(at_residual) : dense_x;
   p.m = 1;
   std::vector<int64_t> sizes(x.dim(), p.n);
   for (int64_t i = 0; i < last; ++i) p.m *= sizes[i] = x.size(i);
   Tensor y = empty(sizes, call.dtype);
   if (p.m == 0 || p.n == 0) return y;
-  p.x = dense_x.data_ptr(), p.w = static_cast<const int8_t*>(dense_w.data_ptr()), p.y = y.data_ptr();
+  p.x = dense_x.data_ptr(), p.w = static_cast<const int8_t*>(dense_w.data_ptr()),
+  p.y = y.data_ptr();
   p.sw = static_cast<const float*>(dense_sw.data_ptr());
   if (codes) p.row_scale = static_cast<const float*>(dense_scale.data_ptr());
   if (bias.has_value()) p.bias = dense_bias.data_ptr();
@@ -358,19 +422,25 @@ Tensor linear(const Call& call, const Tier& tier, const Tensor& x, const Tensor&
   return y;
 }
 
-// -- ops ---------------------------------------------------------------------------------------------------------------
+// -- ops
+// ---------------------------------------------------------------------------------------------------------------
 
-Tensor int8_linear(Tensor x, Tensor w, Tensor sw, Maybe bias, Maybe residual, std::string activation) {
-  return linear({"int8_linear", false, x.scalar_type(), nullptr}, best_tier(), x, w, sw, bias, residual, activation);
+Tensor int8_linear(Tensor x, Tensor w, Tensor sw, Maybe bias, Maybe residual,
+                   std::string activation) {
+  return linear({"int8_linear", false, x.scalar_type(), nullptr}, best_tier(), x, w, sw, bias,
+                residual, activation);
 }
 
-Tensor int8_weight_linear(Tensor x, Tensor w, Tensor sw, Maybe bias, Maybe residual, std::string activation) {
-  return linear({"int8_weight_linear", true, x.scalar_type(), nullptr}, best_tier(), x, w, sw, bias, residual, activation);
+Tensor int8_weight_linear(Tensor x, Tensor w, Tensor sw, Maybe bias, Maybe residual,
+                          std::string activation) {
+  return linear({"int8_weight_linear", true, x.scalar_type(), nullptr}, best_tier(), x, w, sw, bias,
+                residual, activation);
 }
 
-Tensor int8_rows_linear(Tensor q, Tensor scale, Tensor w, Tensor sw, Maybe bias, Maybe residual, std::string activation,
-                        ScalarType dtype) {
-  return linear({"int8_rows_linear", false, dtype, &scale}, best_tier(), q, w, sw, bias, residual, activation);
+Tensor int8_rows_linear(Tensor q, Tensor scale, Tensor w, Tensor sw, Maybe bias, Maybe residual,
+                        std::string activation, ScalarType dtype) {
+  return linear({"int8_rows_linear", false, dtype, &scale}, best_tier(), q, w, sw, bias, residual,
+                activation);
 }
 
 std::tuple<Tensor, Tensor> int8_quantize(Tensor x) {
@@ -384,21 +454,28 @@ std::tuple<Tensor, Tensor> int8_quantize(Tensor x) {
   const int64_t k = sizes.back();
   sizes.back() = 1;
   const Tensor scales = empty(sizes, ScalarType::Float);
-  const Quantize p{scales.numel(), k, dense.data_ptr(), dtype, static_cast<int8_t*>(codes.data_ptr()),
+  const Quantize p{scales.numel(),
+                   k,
+                   dense.data_ptr(),
+                   dtype,
+                   static_cast<int8_t*>(codes.data_ptr()),
                    static_cast<float*>(scales.data_ptr())};
-  constexpr int64_t kValues = 1 << 16;  // a thread more is worth its start from so many values to each
+  constexpr int64_t kValues =
+      1 << 16;  // a thread more is worth its start from so many values to each
   share(p.m * k / kValues, [&](int part, int parts) { best_tier().quantize(p, part, parts); });
   return {codes, scales};
 }
 
 // For tests and benchmarks: `scheme` is int8 or int8_weight, and the tier is the named one.
-Tensor cpu_linear(Tensor x, Tensor w, Tensor sw, Maybe bias, Maybe residual, std::string activation, std::string scheme,
-                  std::string tier) {
+Tensor cpu_linear(Tensor x, Tensor w, Tensor sw, Maybe bias, Maybe residual, std::string activation,
+                  std::string scheme, std::string tier) {
   const bool weight_only = scheme == "int8_weight";
   if (!weight_only && scheme != "int8") {
-    throw std::invalid_argument("qnn::cpu_linear: scheme must be one of 'int8', 'int8_weight', got '" + scheme + "'.");
+    throw std::invalid_argument(
+        "qnn::cpu_linear: scheme must be one of 'int8', 'int8_weight', got '" + scheme + "'.");
   }
-  return linear({"cpu_linear", weight_only, x.scalar_type(), nullptr}, tier_called(tier), x, w, sw, bias, residual, activation);
+  return linear({"cpu_linear", weight_only, x.scalar_type(), nullptr}, tier_called(tier), x, w, sw,
+                bias, residual, activation);
 }
 
 }  // namespace
@@ -407,11 +484,14 @@ Tensor cpu_linear(Tensor x, Tensor w, Tensor sw, Maybe bias, Maybe residual, std
 STABLE_TORCH_LIBRARY_FRAGMENT(qnn, m) {
   m.def("cpu_tiers() -> str");
   m.def(
-      "cpu_linear(Tensor x, Tensor w, Tensor sw, Tensor? bias, Tensor? residual, str activation, str scheme, str tier) "
+      "cpu_linear(Tensor x, Tensor w, Tensor sw, Tensor? bias, Tensor? residual, str activation, "
+      "str scheme, str tier) "
       "-> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(qnn, CompositeExplicitAutograd, m) { m.impl("cpu_tiers", TORCH_BOX(&qnn::cpu_tiers)); }
+STABLE_TORCH_LIBRARY_IMPL(qnn, CompositeExplicitAutograd, m) {
+  m.impl("cpu_tiers", TORCH_BOX(&qnn::cpu_tiers));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(qnn, CPU, m) {
   m.impl("int8_quantize", TORCH_BOX(&qnn::int8_quantize));

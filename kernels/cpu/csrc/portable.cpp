@@ -1,8 +1,8 @@
-// Plain C++ for any CPU, in vectors that the compiler lowers to what there is (SSE2, NEON, …): w and x as 16-bit values,
-// products in 32 bits.
+// Plain C++ for any CPU, in vectors that the compiler lowers to what there is (SSE2, NEON, …): w
+// and x as 16-bit values, products in 32 bits.
 #define QNN_LANES 4
-#include "tiers.h"
 #include "loops.h"
+#include "tiers.h"
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
@@ -18,13 +18,18 @@ struct Plain {
   using Acc = AccT;
   using Sum = SumT;
   using Session = NoSession;
+  static constexpr bool kQuantizes = sizeof(Code) < 4;
   static constexpr int64_t kGroup = 4 / sizeof(Code), kOffset = 0, kDepth = 512, kWordStep = 1;
-  static constexpr int64_t kTileGroups = 32, kTileBytes = 1 << 18, kChunk = 32, kDotRows = 4, kDotColumns = 2;
+  static constexpr int64_t kTileGroups = 32, kTileBytes = 1 << 18, kChunk = 32, kDotRows = 4,
+                           kDotColumns = 2;
   static constexpr int kPanelRows[2] = {8, 4};
 
-  static void transpose(const int32_t* in, int64_t in_stride, int32_t* out, int64_t out_stride) {
+  static void transpose(const void* from, int64_t in_stride, void* to, int64_t out_stride) {
+    const char* in = static_cast<const char*>(from);
+    char* out = static_cast<char*>(to);
     for (int i = 0; i < kLanes; ++i) {
-      for (int j = 0; j < kLanes; ++j) out[j * out_stride + i] = in[i * in_stride + j];
+      for (int j = 0; j < kLanes; ++j)
+        write(out + j * out_stride + i * 4, read<int32_t>(in + i * in_stride + j * 4));
     }
   }
 
@@ -42,7 +47,8 @@ struct Plain {
       return (vint)_mm_madd_epi16(read<__m128i>(x), _mm_set1_epi32(read<int32_t>(w)));
 #else
       const vint pair = read<vint>(x);
-      return ((pair << 16) >> 16) * static_cast<int32_t>(w[0]) + (pair >> 16) * static_cast<int32_t>(w[1]);
+      return ((pair << 16) >> 16) * static_cast<int32_t>(w[0]) +
+             (pair >> 16) * static_cast<int32_t>(w[1]);
 #endif
     }
   }
@@ -60,7 +66,8 @@ struct Plain {
       for (int r = 0; r < R; ++r) {
         const Panel* w = p.panel + r * Blocked<Plain>::kPanelStride + word * kGroup;
 #pragma GCC unroll 2
-        for (int g = 0; g < G; ++g) sums[r][g] += products(p.x + g * p.x_stride + word * kGroup * kLanes, w);
+        for (int g = 0; g < G; ++g)
+          sums[r][g] += products(p.x + g * p.x_stride + word * kGroup * kLanes, w);
       }
     }
 #pragma GCC unroll 8
@@ -71,7 +78,8 @@ struct Plain {
   }
 
   template <int R>
-  QNN_KERNEL static void dot(const Code* x, int64_t stride, const int8_t* const* w, int64_t k, Acc* acc) {
+  QNN_KERNEL static void dot(const Code* x, int64_t stride, const int8_t* const* w, int64_t k,
+                             Acc* acc) {
     for (int r = 0; r < R; ++r) {
       for (int c = 0; c < kDotColumns; ++c) {
         Acc sum = 0;
@@ -86,7 +94,8 @@ struct Plain {
 
 }  // namespace
 
-extern const Tier portable = {"portable", [] { return true; }, kernel<Plain<int16_t, int32_t, vint>>(),
+extern const Tier portable = {"portable", [] { return true; },
+                              kernel<Plain<int16_t, int32_t, vint>>(),
                               kernel<Plain<float, float, vfloat>>(), quantize};
 
 }  // namespace qnn

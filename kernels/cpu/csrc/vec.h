@@ -1,6 +1,6 @@
-// Vectors of QNN_LANES 32-bit values, which the including tier defines, in the compiler's own vector types: the same
-// source becomes AVX-512, AVX2 or NEON. Everything is in an unnamed namespace, so that code compiled for one instruction
-// set is never linked into another's.
+// Vectors of QNN_LANES 32-bit values, which the including tier defines, in the compiler's own
+// vector types: the same source becomes AVX-512, AVX2 or NEON. Everything is in an unnamed
+// namespace, so that code compiled for one instruction set is never linked into another's.
 #pragma once
 
 #include <cstdint>
@@ -54,21 +54,23 @@ inline vfloat fma(vfloat a, vfloat b, vfloat c) {
 #endif
 }
 
-// For the inner kernels: on its own, so that GCC keeps an array of sums in registers. What it learns from the callers of a
-// static function makes it store each sum back at each step (GCC 12), which costs half of the speed. Every loop over the
-// sums is written out for the same reason.
+// For the inner kernels: on its own, so that GCC keeps an array of sums in registers. What it
+// learns from the callers of a static function makes it store each sum back at each step (GCC 12),
+// which costs half of the speed. Every loop over the sums is written out for the same reason.
 #if defined(__clang__)
 #define QNN_KERNEL __attribute__((noinline))
 #else
 #define QNN_KERNEL __attribute__((noipa))
 #endif
 
-// -- float formats in memory -------------------------------------------------------------------------------------------
+// -- float formats in memory
+// -------------------------------------------------------------------------------------------
 
 struct Float32 {
   using Value = float;
   static vfloat load(const Value* p) { return read<vfloat>(p); }
-  static vfloat round(vfloat x) { return x; }  // as it reads after a cast to the format
+  static vfloat round(vfloat x) { return x; }             // as it reads after a cast to the format
+  static vint pack(vfloat x, vfloat) { return bits(x); }  // cast, as many to a word as go
   static void store(Value* p, vfloat x) { write(p, x); }
 };
 
@@ -83,7 +85,12 @@ struct BFloat16 {
     return x != x ? u | 0x400000 : u + 0x7fff + ((u >> 16) & 1);
   }
   static vfloat round(vfloat x) { return (vfloat)(halves(x) & 0xffff0000); }
-  static void store(Value* p, vfloat x) { write(p, __builtin_convertvector(halves(x) >> 16, vhalf)); }
+  static vint pack(vfloat low, vfloat high) {
+    return (vint)(halves(low) >> 16 | (halves(high) & 0xffff0000));
+  }
+  static void store(Value* p, vfloat x) {
+    write(p, __builtin_convertvector(halves(x) >> 16, vhalf));
+  }
 };
 
 struct Float16 {
@@ -93,6 +100,13 @@ struct Float16 {
     store(cast, x);
     return load(cast);
   }
+  static vint pack(vfloat low, vfloat high) {
+    Value cast[2 * kLanes];
+    store(cast, low);
+    store(cast + kLanes, high);
+    const vuint upper = __builtin_convertvector(read<vhalf>(cast + kLanes), vuint);
+    return (vint)(__builtin_convertvector(read<vhalf>(cast), vuint) | upper << 16);
+  }
 #if defined(__AVX512F__) && QNN_LANES == 16
   static vfloat load(const Value* p) { return (vfloat)_mm512_cvtph_ps(read<__m256i>(p)); }
   static void store(Value* p, vfloat x) {
@@ -100,7 +114,9 @@ struct Float16 {
   }
 #elif defined(__F16C__) && QNN_LANES == 8
   static vfloat load(const Value* p) { return (vfloat)_mm256_cvtph_ps(read<__m128i>(p)); }
-  static void store(Value* p, vfloat x) { write(p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT)); }
+  static void store(Value* p, vfloat x) {
+    write(p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+  }
 #else
   static vfloat load(const Value* p) {
     const vuint h = __builtin_convertvector(read<vhalf>(p), vuint);
@@ -113,7 +129,8 @@ struct Float16 {
   }
   static void store(Value* p, vfloat x) {
     const vuint u = (vuint)x, sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
-    // Normal: round the mantissa in place. Subnormal: adding 0.5 leaves the result, rounded, in the low bits.
+    // Normal: round the mantissa in place. Subnormal: adding 0.5 leaves the result, rounded, in the
+    // low bits.
     const vuint normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
     const vuint subnormal = (vuint)((vfloat)magnitude + splat(0.5f)) - 0x3f000000;
     vuint h = magnitude < 0x38800000 ? subnormal : normal;
@@ -133,10 +150,14 @@ struct Float64 {
 template <class Run>
 inline void with_format(DType dtype, const Run& run) {
   switch (dtype) {
-    case DType::float32: return run(Float32{});
-    case DType::bfloat16: return run(BFloat16{});
-    case DType::float16: return run(Float16{});
-    case DType::float64: return run(Float64{});
+    case DType::float32:
+      return run(Float32{});
+    case DType::bfloat16:
+      return run(BFloat16{});
+    case DType::float16:
+      return run(Float16{});
+    case DType::float64:
+      return run(Float64{});
   }
 }
 
@@ -157,7 +178,8 @@ inline void store_some(typename Format::Value* p, vfloat x, int64_t count) {
   std::memcpy(p, some, count * sizeof *p);
 }
 
-// -- activations -------------------------------------------------------------------------------------------------------
+// -- activations
+// -------------------------------------------------------------------------------------------------------
 
 // 1 / x to 1 ulp, for finite x from 2^-126 on.
 inline vfloat reciprocal(vfloat x) {
@@ -181,8 +203,8 @@ inline vfloat scaled(vfloat x, vfloat n) {
 #endif
 }
 
-// e^x to 1 ulp: x = n · ln2 + r with |r| ≤ ln2 / 2, and a polynomial of degree 6 for e^r. x is cut off where e^x has left
-// float32's normal numbers, and NaN stays NaN.
+// e^x to 1 ulp: x = n · ln2 + r with |r| ≤ ln2 / 2, and a polynomial of degree 6 for e^r. x is cut
+// off where e^x has left float32's normal numbers, and NaN stays NaN.
 inline vfloat exp(vfloat x) {
   const vfloat highest = splat(89.0f), lowest = splat(-104.0f), round = splat(0x1.8p23f);
   vfloat c = x > highest ? highest : x;
@@ -201,8 +223,8 @@ inline vfloat exp(vfloat x) {
   return scaled(e, n);
 }
 
-// Abramowitz and Stegun 7.1.26, |error| ≤ 1.5e-7: the polynomial that torch's own gelu uses, so that a folded gelu gives
-// what the separate one gives.
+// Abramowitz and Stegun 7.1.26, |error| ≤ 1.5e-7: the polynomial that torch's own gelu uses, so
+// that a folded gelu gives what the separate one gives.
 inline vfloat erf(vfloat x) {
   // From 10 on, where erf is 1, also for inf: the reciprocal takes finite values.
   vfloat magnitude = (vfloat)(bits(x) & 0x7fffffff);
@@ -220,44 +242,59 @@ inline vfloat tanh(vfloat x) { return 1.0f - 2.0f / (exp(x + x) + 1.0f); }
 
 inline vfloat activate(Activation activation, vfloat x) {
   switch (activation) {
-    case Activation::none: return x;
-    case Activation::relu: return x < 0.0f ? splat(0.0f) : x;  // NaN stays NaN
-    case Activation::gelu: return x * 0.5f * (1.0f + erf(x * 0.70710678f));
+    case Activation::none:
+      return x;
+    case Activation::relu:
+      return x < 0.0f ? splat(0.0f) : x;  // NaN stays NaN
+    case Activation::gelu:
+      return x * 0.5f * (1.0f + erf(x * 0.70710678f));
     case Activation::gelu_tanh: {
       const vfloat inner = 0.79788456f * (x + 0.044715f * (x * x * x));
       return 0.5f * x * (1.0f + tanh(inner));
     }
-    case Activation::silu: return x / (1.0f + exp(-x));
+    case Activation::silu:
+      return x / (1.0f + exp(-x));
   }
   return x;
 }
 
-// `rows` vectors of values, each rounded to Format first. A function of its own, so that the constants stay in registers.
+// `rows` vectors of values, each rounded to Format first. A function of its own, so that the
+// constants stay in registers.
 template <class Format>
 QNN_KERNEL void activate_all(Activation activation, float* values, int64_t rows) {
   const auto each = [&](auto which) {
     for (int64_t r = 0; r < rows; ++r) {
-      write(values + r * kLanes, activate(which(), Format::round(read<vfloat>(values + r * kLanes))));
+      write(values + r * kLanes,
+            activate(which(), Format::round(read<vfloat>(values + r * kLanes))));
     }
   };
   switch (activation) {
-    case Activation::none: return;
-    case Activation::relu: return each(std::integral_constant<Activation, Activation::relu>{});
-    case Activation::gelu: return each(std::integral_constant<Activation, Activation::gelu>{});
-    case Activation::gelu_tanh: return each(std::integral_constant<Activation, Activation::gelu_tanh>{});
-    case Activation::silu: return each(std::integral_constant<Activation, Activation::silu>{});
+    case Activation::none:
+      return;
+    case Activation::relu:
+      return each(std::integral_constant<Activation, Activation::relu>{});
+    case Activation::gelu:
+      return each(std::integral_constant<Activation, Activation::gelu>{});
+    case Activation::gelu_tanh:
+      return each(std::integral_constant<Activation, Activation::gelu_tanh>{});
+    case Activation::silu:
+      return each(std::integral_constant<Activation, Activation::silu>{});
   }
 }
 
 // float64 output: in double, one value at a time; nobody waits for it.
 inline double activate(Activation activation, double x) {
   switch (activation) {
-    case Activation::none: return x;
-    case Activation::relu: return x < 0 ? 0 : x;
-    case Activation::gelu: return x * 0.5 * (1 + __builtin_erf(x * 0.70710678118654752));
+    case Activation::none:
+      return x;
+    case Activation::relu:
+      return x < 0 ? 0 : x;
+    case Activation::gelu:
+      return x * 0.5 * (1 + __builtin_erf(x * 0.70710678118654752));
     case Activation::gelu_tanh:
       return 0.5 * x * (1 + __builtin_tanh(0.79788456080286536 * (x + 0.044715 * x * x * x)));
-    case Activation::silu: return x / (1 + __builtin_exp(-x));
+    case Activation::silu:
+      return x / (1 + __builtin_exp(-x));
   }
   return x;
 }

@@ -1,5 +1,6 @@
-// AVX-512 with VNNI: vpdpbusd adds four products of an unsigned and a signed byte to each of 16 sums, without saturation.
-// x is the signed operand and w the unsigned one, as w + 128; the sums start at -128 times the sum of x's codes.
+// AVX-512 with VNNI: vpdpbusd adds four products of an unsigned and a signed byte to each of 16
+// sums, without saturation. x is the signed operand and w the unsigned one, as w + 128; the sums
+// start at -128 times the sum of x's codes.
 #pragma once
 
 #include "avx512.h"
@@ -9,6 +10,7 @@ namespace {
 
 struct Vnni : Avx512 {
   using Code = int8_t;
+  static constexpr bool kQuantizes = true;
   using Panel = uint8_t;
   using Acc = int32_t;
   using Sum = vint;
@@ -18,7 +20,8 @@ struct Vnni : Avx512 {
     const __m512i high = _mm512_set1_epi8(-128);
     int64_t i = 0;
     for (; i + 64 <= depth; i += 64) write(to + i, _mm512_xor_si512(read<__m512i>(w + i), high));
-    if (i < depth) write(to + i, _mm512_xor_si512(_mm512_maskz_loadu_epi8(first(depth - i), w + i), high));
+    if (i < depth)
+      write(to + i, _mm512_xor_si512(_mm512_maskz_loadu_epi8(first(depth - i), w + i), high));
   }
 
   template <int R, int G>
@@ -27,7 +30,8 @@ struct Vnni : Avx512 {
 #pragma GCC unroll 24
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) sums[r][g] = _mm512_loadu_si512(p.acc + r * p.acc_stride + g * 16);
+      for (int g = 0; g < G; ++g)
+        sums[r][g] = _mm512_loadu_si512(p.acc + r * p.acc_stride + g * 16);
     }
     for (int64_t begin = 0; begin < p.words; begin += kWordStep) {
       if (p.next != nullptr) {
@@ -36,10 +40,12 @@ struct Vnni : Avx512 {
       for (int64_t word = begin; word < begin + kWordStep; ++word) {
         __m512i rows[G];
 #pragma GCC unroll 4
-        for (int g = 0; g < G; ++g) rows[g] = _mm512_loadu_si512(p.x + g * p.x_stride + word * kGroup * 16);
+        for (int g = 0; g < G; ++g)
+          rows[g] = _mm512_loadu_si512(p.x + g * p.x_stride + word * kGroup * 16);
 #pragma GCC unroll 24
         for (int r = 0; r < R; ++r) {
-          const __m512i column = _mm512_set1_epi32(read<int32_t>(p.panel + r * Blocked<Vnni>::kPanelStride + word * 4));
+          const __m512i column = _mm512_set1_epi32(
+              read<int32_t>(p.panel + r * Blocked<Vnni>::kPanelStride + word * 4));
 #pragma GCC unroll 4
           for (int g = 0; g < G; ++g) sums[r][g] = _mm512_dpbusd_epi32(sums[r][g], column, rows[g]);
         }
@@ -48,12 +54,14 @@ struct Vnni : Avx512 {
 #pragma GCC unroll 24
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) _mm512_storeu_si512(p.acc + r * p.acc_stride + g * 16, sums[r][g]);
+      for (int g = 0; g < G; ++g)
+        _mm512_storeu_si512(p.acc + r * p.acc_stride + g * 16, sums[r][g]);
     }
   }
 
   template <int R>
-  QNN_KERNEL static void dot(const Code* x, int64_t stride, const int8_t* const* w, int64_t k, Acc* acc) {
+  QNN_KERNEL static void dot(const Code* x, int64_t stride, const int8_t* const* w, int64_t k,
+                             Acc* acc) {
     const __m512i high = _mm512_set1_epi8(-128);
     __m512i sums[R][kDotColumns];
 #pragma GCC unroll 4
@@ -82,8 +90,9 @@ struct Vnni : Avx512 {
 };
 
 inline bool vnni512_runs_here() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni");
 }
 
 }  // namespace
