@@ -4,13 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 INPUTS := pyproject.toml setup.py constraints.txt
-CSRC := $(wildcard kernels/cpu/csrc/*.cpp kernels/cpu/csrc/*.h)
+CSRC := $(wildcard $(foreach d,kernels/cpu/csrc tests/cpp benchmarks,$(d)/*.cpp $(d)/*.h))
 
-.PHONY: help demo test lint docs examples bench clean
+.PHONY: help demo test test-long lint docs examples bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
 
 demo: $(VENV)/.examples ## semantic search with MiniLM, float32 against int8: a table and a plot
 	@echo "demo: embed Python's help topics in float32 and int8, compare, and plot"
@@ -19,6 +19,10 @@ demo: $(VENV)/.examples ## semantic search with MiniLM, float32 against int8: a 
 test: $(VENV)/.examples $(VENV)/.dev ## the whole test suite
 	@echo "test: run the whole suite (some minutes on 2 cores)"
 	$(BIN)/python -m pytest -q tests
+
+test-long: $(VENV)/.examples $(VENV)/.dev ## thousands of random calls of each C++ kernel
+	@echo "test-long: the C++ kernels on thousands of random calls (some minutes on 2 cores)"
+	$(BIN)/python -m pytest -q tests -m long
 
 lint: $(VENV)/.dev ## format, lint and strict types
 	@echo "lint: ruff format, ruff check, clang-format, mypy --strict"

@@ -1,20 +1,22 @@
 """One linear layer in many sizes: qnn against float32, bfloat16, its peers and the bare GEMM.
 
     python benchmarks/bench_linear.py                      # docs/benchmarks/bench_linear.*
-    python benchmarks/bench_linear.py --dtype bfloat16     # …/bench_linear_bfloat16.*
+    python benchmarks/bench_linear.py --dtype float32      # …/bench_linear_float32.*
     python benchmarks/bench_linear.py --only 'qnn|oneDNN'  # some variants, and the baseline
+    python benchmarks/bench_linear.py --everywhere         # peers and tiers in every size
     python benchmarks/bench_linear.py --cliff              # exit status 1 if a size is far too slow
     python benchmarks/bench_linear.py --quick --out /tmp/bench
 
 `GEMM only` is no peer but a lower bound: oneDNN's integer product alone, on a prepacked weight and
 on activations that are quantised already. `--dtype` is that of the input and the output of the int8
-layers; float layers in bfloat16 always get bfloat16, as they would inside a bfloat16 model.
+layers; float layers are measured in both. `eager` is the layer as it stands in a model, on the best
+tier; a `tier` row is another tier of the same kernels, called directly.
 
 Counts. `y[m, n] = sum over k of x[m, k] * w[n, k]` takes M·N·K multiplications and as many
-additions: the 2·M·N·K operations of the TOPS column. Bytes that move at least, in float32: x,
-4·M·K; the int8 weight, N·K; y, 4·M·N; the quantised x, written and read, 2·M·K. With K = N = 4096
-and M = 1 that is 16.8 MB for 0.034 G operations, nearly all of it the weight: the time is that of
-reading memory. With M = 1024 it is 59 MB for 34.4 G operations: the time is that of computing.
+additions: the 2·M·N·K operations of the TOPS column. Bytes that move at least, in bfloat16: x,
+2·M·K; the int8 weight, N·K; y, 2·M·N. With K = N = 4096 and M = 1 that is 16.8 MB for 0.034 G
+operations, nearly all of it the weight: the time is that of reading it. With M = 1024 it is 34 MB
+for 34.4 G operations: the time is that of computing.
 """
 
 from __future__ import annotations
@@ -22,14 +24,15 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from statistics import median
 
 import torch
 from torch import nn
 
 import qnn
+from qnn.kernels.cpu import native
 
 from harness import (
     DTYPES,
@@ -37,6 +40,7 @@ from harness import (
     Measurement,
     OtherLoad,
     Run,
+    Unavailable,
     Variant,
     argument_parser,
     interleave,
@@ -44,92 +48,166 @@ from harness import (
     progress,
     select,
 )
-from report import (
-    case_table,
-    number,
-    save,
-    speedup,
-    speedups_chart,
-    table,
-)
+from linear_parts import eager_overhead, gemm, one_row, scaling
+from peaks import CACHE_BYTES, Peaks, last_level_cache, measure_peaks, memory_bytes
+from report import QUIET, case_table, number, save, speedup, speedups_chart, table
+from roofline import Point, intensity, roofline_chart
 from variants import BASELINE, VARIANTS, Task, qnn_eager
 
+
+@dataclass(frozen=True)
+class Layer:
+    model: str
+    k: int
+    n: int
+    bias: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.k}->{self.n}"
+
+
 ROWS = (1, 8, 32, 128, 512, 1024)
-# (K, N): a small layer; BERT-base's projections and its MLP; a projection of an 8B language model.
-SIZES = ((64, 64), (768, 768), (768, 3072), (3072, 768), (4096, 4096))
-QUICK_ROWS, QUICK_SIZES = (1, 128), ((64, 64), (768, 768))
+# The projections and the MLP of each model; the vision transformer is one of width 1024 (ViT-L).
+LAYERS = (
+    Layer("BERT-base", 768, 768),
+    Layer("BERT-base", 768, 3072),
+    Layer("BERT-base", 3072, 768),
+    Layer("ViT-L", 1024, 1024),
+    Layer("ViT-L", 1024, 4096),
+    Layer("ViT-L", 4096, 1024),
+    Layer("Llama-3-8B", 4096, 1024, bias=False),
+    Layer("Llama-3-8B", 4096, 4096, bias=False),
+    Layer("Llama-3-8B", 4096, 14336, bias=False),
+    Layer("Llama-3-8B", 14336, 4096, bias=False),
+)
+# Setting up and timing every peer in every size takes twice the time of all the rest: they are
+# measured in these sizes only, and the slower tiers of qnn in fewer yet.
+PEER_SIZES = ((768, 768), (768, 3072), (3072, 768), (1024, 4096), (4096, 4096))
+TIER_SIZES = ((768, 768), (1024, 4096), (4096, 4096))
+# The portable tier does a few G operations a second.
+PORTABLE_OPERATIONS = 1e9
+QUICK_ROWS, QUICK_LAYERS = (1, 128), (LAYERS[0], LAYERS[3])
+
+# The share of the bare GEMM's speed that the whole layer is to reach from so many rows on.
+GOAL_ROWS, GOAL, GOAL_AMX = 128, 0.9, 1.3
 
 CLIFF_ROWS, CLIFF_SIZES = (1, 8, 32, 128, 1024), (64, 768, 4096)
-
-
-def make_layer(k: int, n: int) -> tuple[nn.Linear, tuple[torch.Tensor, ...]]:
-    """A layer, and inputs to calibrate with."""
-    torch.manual_seed(0)
-    layer = nn.Linear(k, n).eval()
-    return layer, tuple(torch.randn(32, k) for _ in range(8))
-
-
-def bare_gemm(task: Task, dtype: torch.dtype) -> Run:
-    """oneDNN's GEMM with the weight's scales; row scales and bias are for the check only."""
-    layer = qnn.convert(task.model, "int8")
-    assert isinstance(layer, qnn.QLinear)
-    q, sx = qnn.functional.quantize(task.input_in(dtype))
-    xq = (q.int() + 128).to(torch.uint8)
-    pack = torch.ops.onednn.qlinear_prepack(layer.weight, None)
-    sw, zeros = layer.weight_scale.view(-1), torch.zeros(layer.out_features, dtype=torch.int32)
-    return Run(
-        partial(
-            torch.ops.onednn.qlinear_pointwise.default,
-            *(xq, 1.0, 128),  # scale and zero point of x
-            *(pack, sw, zeros, None),  # scales and zero points of w, bias
-            *(1.0, 0, torch.float32),  # scale, zero point and dtype of y
-            *("none", [], ""),  # nothing after the product
-        ),
-        output=lambda y: y * sx + layer.bias,
-    )
-
-
-def variants_for(precision: str) -> list[Variant[Task]]:
-    """Float layers in both precisions; int8 ones in `precision`, or in the one that a peer has."""
-    gemm = Variant("oneDNN int8", precision, "GEMM only", bare_gemm)
-    families = {v.family for v in VARIANTS if v.precision == precision}
-    return [
-        *(
-            v
-            for v in VARIANTS
-            if v.family == "float" or v.precision == precision or v.family not in families
-        ),
-        gemm,
-    ]
-
 
 Grid = dict[str, dict[str, list[Measurement]]]
 
 
+# -- variants ------------------------------------------------------------------------------------
+
+
+def tiers() -> list[str]:
+    """What the machine runs, the best first."""
+    return [name for name, state in native.ensure().tiers if state == "ok"]
+
+
+def make_layer(layer: Layer) -> tuple[nn.Linear, tuple[torch.Tensor, ...]]:
+    """A layer, and inputs to calibrate with."""
+    torch.manual_seed(0)
+    module = nn.Linear(layer.k, layer.n, bias=layer.bias).eval()
+    return module, tuple(torch.randn(32, layer.k) for _ in range(8))
+
+
+@lru_cache(maxsize=1)
+def _converted(model: nn.Module, dtype: torch.dtype) -> qnn.QLinear:
+    layer = qnn.convert(model, "int8").to(dtype)
+    assert isinstance(layer, qnn.QLinear)
+    return layer
+
+
+def bare_gemm(task: Task, dtype: torch.dtype) -> Run:
+    """oneDNN's GEMM; row scales and bias are for the check of its output only."""
+    layer, x = _converted(task.model, dtype), task.input_in(dtype)
+    _, sx = qnn.functional.quantize(x)
+    bias = 0.0 if layer.bias is None else layer.bias
+    return Run(gemm(layer, x), output=lambda y: y * sx + bias)
+
+
+def _in_sizes(variant: Variant[Task], sizes: Sequence[tuple[int, int]]) -> Variant[Task]:
+    """The variant, where a layer has one of these sizes (K, N)."""
+
+    def build(task: Task, dtype: torch.dtype) -> Run:
+        if (task.model.in_features, task.model.out_features) not in sizes:
+            raise Unavailable("left out in this size, to keep the run short; --everywhere adds it")
+        return variant.build(task, dtype)
+
+    return replace(variant, build=build)
+
+
+def _tier(name: str, task: Task, dtype: torch.dtype) -> Run:
+    layer, x = _converted(task.model, dtype), task.input_in(dtype)
+    if name == "portable" and 2 * x.shape[0] * layer.weight.numel() > PORTABLE_OPERATIONS:
+        raise Unavailable(f"left out over {PORTABLE_OPERATIONS / 1e9:.0f} G operations")
+    operands = (x, layer.weight, layer.weight_scale, layer.bias, None)
+    return Run(partial(torch.ops.qnn.cpu_linear.default, *operands, "none", "int8", name))
+
+
+def _variants_of(precision: str) -> list[Variant[Task]]:
+    """From the registry: single layers run in eager mode, or as a peer has to be run.
+
+    Float layers and OpenVINO in both precisions; int8 layers in `precision`, or in the one that a
+    peer has.
+    """
+    has_precision = {v.family for v in VARIANTS if v.precision == precision}
+    return [
+        v
+        for v in VARIANTS
+        if v.mode != "compiled"
+        and (v.family, v.mode) != ("torchao int8", "eager")  # 24 ms at 4096x4096 and one row
+        and (
+            v.family in ("float", "OpenVINO int8")
+            or v.precision == precision
+            or v.family not in has_precision
+        )
+    ]
+
+
+def variants_for(precision: str, everywhere: bool) -> list[Variant[Task]]:
+    """Float, qnn, qnn's other tiers, the peers, and the bare GEMM last."""
+    known = _variants_of(precision)
+    ours = [v for v in known if v.family in ("float", "qnn int8")]
+    peers = [v for v in known if v not in ours]
+    others = [
+        Variant("qnn int8", precision, f"tier {name}", partial(_tier, name)) for name in tiers()[1:]
+    ]
+    if not everywhere:
+        peers = [_in_sizes(v, PEER_SIZES) for v in peers]
+        others = [_in_sizes(v, TIER_SIZES) for v in others]
+    return [*ours, *others, *peers, Variant("oneDNN int8", precision, "GEMM only", bare_gemm)]
+
+
+# -- measuring -----------------------------------------------------------------------------------
+
+
 def measure_all(
-    sizes: Sequence[tuple[int, int]],
+    layers: Sequence[Layer],
     rows: Sequence[int],
     variants: list[Variant[Task]],
     effort: Effort,
     verbose: bool,
 ) -> Grid:
-    """`{"K=768, N=3072": {"M=1": measurements}}`; each table is printed as soon as it is there."""
+    """`{"BERT-base, 768->3072": {"M=1": measurements}}`; each table is printed as soon as it is
+    there.
+    """
     grid: Grid = {}
-    for k, n in sizes:
-        layer, calibration = make_layer(k, n)
-        column = grid.setdefault(f"K={k}, N={n}", {})
+    for layer in layers:
+        module, calibration = make_layer(layer)
+        column = grid.setdefault(str(layer), {})
         for m in rows:
-            task = Task(layer, torch.randn(m, k), calibration)
+            task = Task(module, torch.randn(m, layer.k), calibration)
             with torch.no_grad():
-                reference = layer(task.input)
-            case = f"K={k}, N={n}, M={m}"
+                reference = module(task.input)
+            case = f"{layer}, M={m}"
             column[f"M={m}"] = measure(
                 case,
                 variants,
                 task,
                 reference=reference,
                 baseline=BASELINE,
-                operations=2 * m * n * k,
+                operations=2 * m * layer.n * layer.k,
                 effort=effort,
                 verbose=verbose,
             )
@@ -137,17 +215,45 @@ def measure_all(
     return grid
 
 
+def _find(rows: Sequence[Measurement], family: str, mode: str) -> Measurement | None:
+    """The row of an int8 variant, if it was timed."""
+    return next((r for r in rows if (r.family, r.mode) == (family, mode) and r.median_ms), None)
+
+
+def points_of(layers: Sequence[Layer], grid: Grid, dtype: torch.dtype) -> list[Point]:
+    """A point of the roofline for every timed call of a tier."""
+    best, cache = tiers()[0], last_level_cache()
+    points = []
+    for layer, m in itertools.product(layers, ROWS):
+        for row in grid[str(layer)].get(f"M={m}", ()):
+            if row.family != "qnn int8" or row.tops is None:
+                continue
+            tier = best if row.mode == "eager" else row.mode.removeprefix("tier ")
+            x = intensity(m, layer.n, layer.k, dtype.itemsize)
+            points.append(Point(tier, m, x, row.tops, layer.n * layer.k <= cache))
+    return points
+
+
+# -- tables --------------------------------------------------------------------------------------
+
+
 def size_table(cases: dict[str, list[Measurement]]) -> str:
     """A row a variant, a column a number of rows M: median ms and speed-up; the lowest SQNR."""
-    body = []
+    body, absent = [], []
     for measurements in zip(*cases.values(), strict=True):
+        if all(row.status == "unavailable" for row in measurements):
+            absent.append(measurements[0].variant)
+            continue
         cells = [
-            row.status if row.median_ms is None else f"{number(row.median_ms)} ({speedup(row)})"
+            ("-" if row.status == "unavailable" else row.status)
+            if row.median_ms is None
+            else f"{number(row.median_ms)} ({speedup(row)})"
             for row in measurements
         ]
         noise = [row.sqnr_db for row in measurements if row.sqnr_db is not None]
         body.append((measurements[0].variant, *cells, f"{min(noise):.1f}" if noise else "-"))
-    return table(("median ms (speed-up)", *cases, "SQNR dB"), body)
+    text = table(("median ms (speed-up)", *cases, "SQNR dB"), body)
+    return f"{text}\n\nNot measured in this size: {', '.join(absent)}." if absent else text
 
 
 def without_time(rows: list[Measurement]) -> str:
@@ -159,6 +265,90 @@ def without_time(rows: list[Measurement]) -> str:
     return "\n".join(["## Without a time", "", *(listed or ["None."])])
 
 
+def against_gemm(grid: Grid) -> str:
+    """How many times as fast as the bare GEMM the whole layer is, and whether that is the goal."""
+    body, reached, loads = [], [], []
+    for name, cases in grid.items():
+        cells = []
+        for case, rows in cases.items():
+            ours, bare = _find(rows, "qnn int8", "eager"), _find(rows, "oneDNN int8", "GEMM only")
+            if ours is None or bare is None:
+                cells.append("-")
+                continue
+            ratio = (bare.median_ms or 0.0) / (ours.median_ms or 1.0)
+            cells.append(f"{ratio:.2f}x")
+            if int(case.removeprefix("M=")) >= GOAL_ROWS:
+                reached.append(ratio)
+                loads.append(ours.other_load or 0.0)
+        body.append((name, *cells))
+    parts = [
+        "## The whole layer against the bare GEMM",
+        "The GEMM's time by the layer's: how many times as fast as oneDNN's integer product alone "
+        "the layer is, which also quantises the rows and applies scales and bias.",
+        table(("GEMM time / layer time", *next(iter(grid.values()))), body),
+    ]
+    if reached:
+        amx = tiers()[0] == "amx"
+        goal, where = (GOAL_AMX, "with") if amx else (GOAL, "without")
+        verdict = "reached" if min(reached) >= goal else "**not reached**"
+        verdict = verdict if max(loads) <= QUIET else "not judged, on a machine that was not quiet"
+        parts.append(
+            f"From {GOAL_ROWS} rows on: {min(reached):.2f}x at least, {median(reached):.2f}x in "
+            f"the middle. The goal {where} AMX, {goal}x, is {verdict}."
+        )
+    return "\n\n".join(parts)
+
+
+def shares_of_peak(grid: Grid, peaks: Peaks) -> str:
+    """The layer's TOPS, and how much that is of what the best tier's instruction does at most."""
+    tier = tiers()[0]
+    peak = peaks.int8.get(tier)
+    body = []
+    for name, cases in grid.items():
+        found = [_find(rows, "qnn int8", "eager") for rows in cases.values()]
+        cells = [
+            "-"
+            if row is None or row.tops is None
+            else f"{number(row.tops, 2)}" + (f" ({row.tops / peak * 1e14:.0f}%)" if peak else "")
+            for row in found
+        ]
+        body.append((name, *cells))
+    return "\n\n".join(
+        [
+            "## Share of the machine's peak",
+            _peaks_sentence(peaks),
+            "![Roofline](ROOFLINE.png)",
+            table((f"TOPS ({tier})", *next(iter(grid.values()))), body),
+        ]
+    )
+
+
+def _peaks_sentence(peaks: Peaks) -> str:
+    if peaks.missing:
+        return f"The peaks of this machine were not measured: {peaks.missing}."
+    products = [f"{rate / 1e12:.2f} TOPS with {name}" for name, rate in peaks.int8.items()]
+    read = [f"{rate / 1e9:.0f} GB/s over {size / 1e6:.0f} MB" for size, rate in peaks.read.items()]
+    return (
+        f"Measured on this machine, all threads: int8 products on registers, "
+        f"{', '.join(products) or 'none'}; reading, {', '.join(read)}."
+    )
+
+
+def peak_rows(peaks: Peaks) -> list[Measurement]:
+    """For the CSV file."""
+
+    def row(variant: str, mode: str, **rate: float) -> Measurement:
+        return Measurement("peak", variant, "machine", "int8", mode, "ok", "", **rate)
+
+    return [
+        *(row(name, "registers", tops=rate / 1e12) for name, rate in peaks.int8.items()),
+        *(row(f"{size} B", "reading", gb_s=rate / 1e9) for size, rate in peaks.read.items()),
+    ]
+
+
+# -- cliffs --------------------------------------------------------------------------------------
+
+
 def cliff(dtype: torch.dtype, effort: Effort) -> int:
     """No call may cost more than 3 · GEMM + 30 µs. How many do.
 
@@ -168,7 +358,7 @@ def cliff(dtype: torch.dtype, effort: Effort) -> int:
     body, worst, load = [], 0.0, OtherLoad()
     for k, n, m in itertools.product(CLIFF_SIZES, CLIFF_SIZES, CLIFF_ROWS):
         progress(f"K={k}, N={n}, M={m}")
-        layer, calibration = make_layer(k, n)
+        layer, calibration = make_layer(Layer("", k, n))
         task = Task(layer, torch.randn(m, k), calibration)
         calls = {"layer": qnn_eager(task, dtype).call, "gemm": bare_gemm(task, dtype).call}
         times = {name: median(samples) for name, samples in interleave(calls, effort).items()}
@@ -189,33 +379,72 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
         help="of the int8 layers' input",
     )
+    parser.add_argument("--everywhere", action="store_true", help="peers and tiers in every size")
     parser.add_argument("--cliff", action="store_true", help="the layer against the bare GEMM")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     precision = {"float32": "fp32", "bfloat16": "bf16"}[options.dtype]
-    effort = Effort(rounds=3, seconds=1) if options.quick else Effort(rounds=15, seconds=4)
+    dtype = DTYPES[precision]
+    quick = options.quick
+    effort = Effort(rounds=3, seconds=1) if quick else Effort(rounds=12, seconds=2.5)
     if options.cliff:
         with torch.no_grad():
-            raise SystemExit(min(1, cliff(DTYPES[precision], replace(effort, seconds=2))))
+            raise SystemExit(min(1, cliff(dtype, replace(effort, seconds=2))))
 
-    sizes, rows = (QUICK_SIZES, QUICK_ROWS) if options.quick else (SIZES, ROWS)
-    variants = select(variants_for(precision), options.only, BASELINE)
-    grid = measure_all(sizes, rows, variants, effort, options.verbose)
-    name = "bench_linear" if precision == "fp32" else f"bench_linear_{options.dtype}"
+    layers, rows = (QUICK_LAYERS, QUICK_ROWS) if quick else (LAYERS, ROWS)
+    near = ((768, 768),) if quick else ((768, 768), (1024, 4096), (4096, 4096))
+    far = ((1024, 1024),) if quick else ((4096, 4096), (4096, 14336))
+    threaded = ((768, 768),) if quick else ((768, 3072), (1024, 4096), (4096, 4096))
+    memory = memory_bytes()
+    progress("the machine's peaks")
+    peaks = measure_peaks(options.threads, (CACHE_BYTES, memory, *(n * k for k, n in near)))
+    if peaks.missing:
+        progress(f"no peaks: {peaks.missing}")
+    longer = replace(effort, seconds=2 * effort.seconds)
+    with torch.no_grad():
+        overhead, overhead_table = eager_overhead(64, effort)
+        single, single_table = one_row(near, far, memory, dtype, peaks, longer)
+        threads, threads_table = scaling(threaded, 512, dtype, longer)
+    variants = select(variants_for(precision, options.everywhere), options.only, BASELINE)
+    grid = measure_all(layers, rows, variants, effort, options.verbose)
+
+    suffix = "" if precision == "bf16" else f"_{options.dtype}"
+    name, roofline = f"bench_linear{suffix}", f"roofline{suffix}"
     title = f"One linear layer, {options.dtype}"
-    parts = [f"## {size}\n\n{size_table(cases)}" for size, cases in grid.items()]
-    measured = [row for cases in grid.values() for rows in cases.values() for row in rows]
+    measured = [row for column in grid.values() for case in column.values() for row in case]
+    points = points_of(layers, grid, dtype)
+    roofs = replace(
+        peaks, read={size: peaks.read[size] for size in (CACHE_BYTES, memory) if size in peaks.read}
+    )
+    parts = [
+        *(f"## {size}\n\n{size_table(cases)}" for size, cases in grid.items()),
+        against_gemm(grid),
+        shares_of_peak(grid, peaks).replace("ROOFLINE", roofline),
+        f"## One row: share of the read bandwidth\n\n{single_table}",
+        f"## Threads\n\n{threads_table}",
+        f"## Eager overhead\n\n{overhead_table}",
+        without_time(measured),
+    ]
+    shown = {
+        size: cases
+        for layer, (size, cases) in zip(layers, grid.items(), strict=True)
+        if options.everywhere or (layer.k, layer.n) in PEER_SIZES
+    }
+
     save(
         options.out,
         name,
         title,
-        measured,
-        [*parts, without_time(measured)],
-        lambda machine: speedups_chart(grid, title, BASELINE, machine),
+        [*measured, *single, *threads, *overhead, *peak_rows(peaks)],
+        parts,
+        {
+            name: lambda machine: speedups_chart(shown, title, BASELINE, machine),
+            roofline: lambda machine: roofline_chart(points, roofs, machine, f"Roofline: {title}"),
+        },
     )
 
 

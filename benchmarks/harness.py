@@ -135,6 +135,11 @@ class Machine:
         versions = fields.pop("versions")
         return {**fields, **versions}
 
+    def missing(self) -> str:
+        """The peers that are not installed, in a sentence; empty if all are."""
+        names = [name for name, version in self.versions.items() if version == "not installed"]
+        return f"Not installed, and so not measured: {', '.join(names)}." if names else ""
+
     def __str__(self) -> str:
         features = ["AMX" if self.amx else "no AMX", "VNNI" if self.vnni else "no VNNI"]
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
@@ -238,7 +243,8 @@ def fastest(candidates: Mapping[str, Callable[[], object]]) -> tuple[str, str]:
 class Measurement:
     """One variant in one case. Where `status` is not "ok" there is no time, and `note` says why.
 
-    `other_load` is how many cores other processes kept busy while the case was timed.
+    `tops` and `gb_s` are 10^12 operations and 10^9 bytes read, each a second. `other_load` is how
+    many cores other processes kept busy while the case was timed.
     """
 
     case: str
@@ -253,6 +259,8 @@ class Measurement:
     speedup: float | None = None
     sqnr_db: float | None = None
     tops: float | None = None
+    gb_s: float | None = None
+    megabytes: float | None = None
     samples: int = 0
     other_load: float | None = None
 

@@ -24,11 +24,11 @@ _COLOURS = {
     "OpenVINO int8": "#228833",
     "oneDNN int8": "#222222",
 }
-_HATCHES = {"eager": "////", "compiled+frozen": "...."}
+_HATCHES = {"eager": "////", "compiled+frozen": "....", "tier": "xxxx"}
 
 # Cores that other processes may take. With one busy on a machine of two, an OpenMP region of 0.1 ms
 # takes 8 to 12 ms, since its threads wait for each other.
-_QUIET = 0.1
+QUIET = 0.1
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: Iterable[int] = (0,)) -> str:
@@ -87,7 +87,7 @@ def quietness(rows: Sequence[Measurement]) -> str:
     loads = {row.case: row.other_load for row in rows if row.other_load is not None}
     if not loads:
         return "Whether other processes ran meanwhile is not known."
-    noisy = sum(load > _QUIET for load in loads.values())
+    noisy = sum(load > QUIET for load in loads.values())
     found = f"Other processes kept at most {max(loads.values()):.2f} cores busy meanwhile."
     if not noisy:
         return found
@@ -103,25 +103,29 @@ def save(
     title: str,
     rows: Sequence[Measurement],
     parts: Sequence[str],
-    chart: Callable[[Machine], Figure],
+    charts: Mapping[str, Callable[[Machine], Figure]],
 ) -> None:
-    """Write `name.csv`, `name.md` (of `parts`) and, with matplotlib, `name.png` into `out`."""
+    """Write `name.csv`, `name.md` (of `parts`) and, with matplotlib, the charts into `out`.
+
+    The chart called `name` is shown at the top, the others wherever `parts` show them.
+    """
     machine = Machine.here()
     out.mkdir(parents=True, exist_ok=True)
     _write_csv(out / f"{name}.csv", rows, machine)
     head = [
         f"# {title}",
         f"`{command_line()}`; every figure is in [{name}.csv]({name}.csv).",
-        f"{machine}. {quietness(rows)}",
+        f"{machine}. {quietness(rows)} {machine.missing()}".strip(),
         f"![{title}]({name}.png)",
     ]
     (out / f"{name}.md").write_text("\n\n".join([*head, *parts]) + "\n")
     print(f"\n{machine}\n{quietness(rows)}\nwritten: {out / name}.csv, {out / name}.md")
-    try:
-        chart(machine).savefig(out / f"{name}.png", dpi=120)
-        print(f"written: {out / name}.png")
-    except ModuleNotFoundError as error:
-        print(f"not written: {out / name}.png, since {error.name} is not installed")
+    for stem, chart in charts.items():
+        try:
+            chart(machine).savefig(out / f"{stem}.png", dpi=120)
+            print(f"written: {out / stem}.png")
+        except ModuleNotFoundError as error:
+            print(f"not written: {out / stem}.png, since {error.name} is not installed")
 
 
 def _write_csv(path: Path, rows: Sequence[Measurement], machine: Machine) -> None:
@@ -146,7 +150,7 @@ def _bar_style(row: Measurement) -> dict[str, Any]:
     return {
         "facecolor": _COLOURS[row.family],
         "alpha": 0.55 if row.precision == "bf16" else 1.0,
-        "hatch": _HATCHES.get(row.mode, ""),
+        "hatch": _HATCHES.get(row.mode.partition(" ")[0], ""),
         "edgecolor": "white",
         "linewidth": 0.3,
     }

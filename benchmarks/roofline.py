@@ -8,6 +8,7 @@ bytes a second and does P operations a second does at most min(P, intensity · B
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -49,104 +50,113 @@ def intensity(m: int, n: int, k: int, value_bytes: int) -> float:
 def roofline_chart(points: Sequence[Point], peaks: Peaks, machine: Machine, title: str) -> Figure:
     """Both axes logarithmic: the roofs of reading and of computing, and the points below them."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    figure = Figure(figsize=(10.5, 6.8), layout="constrained")
     axes = figure.add_subplot()
     axes.set_xscale("log")
     axes.set_yscale("log")
     tiers = [tier for tier in _COLOURS if any(point.tier == tier for point in points)]
-    left, right = 1.0, max(point.intensity for point in points) * 3.2
-    bottom = min(point.tops for point in points) / 1.7
-    top = max([*(rate / 1e12 for rate in peaks.int8.values()), *(p.tops for p in points)]) * 1.9
-    axes.set_xlim(left, right)
-    axes.set_ylim(bottom, top)
-    _draw_roofs(axes, peaks, tiers, left, right)
+    roofs = {tier: rate / 1e12 for tier, rate in peaks.int8.items() if tier in tiers}
+    slopes = {size: rate / 1e12 for size, rate in peaks.read.items()}
+    tops = [point.tops for point in points]
+    axes.set_xlim(0.6, max(point.intensity for point in points) * 2.2)
+    axes.set_ylim(min(tops) / 2, max([*roofs.values(), *tops]) * 2.4)
+
+    _mark_rows(axes, points)
     _draw_points(axes, points, tiers)
-    _mark_rows(axes, points, bottom)
-    axes.set_xlabel("int8 operations for each byte read (the weight once, and the rows)")
-    axes.set_ylabel("int8 operations a second, $10^{12}$")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel("int8 operations for each byte read: the weight once, and the rows")
+    axes.set_ylabel("int8 operations a second, TOPS")
+    for axis, style in ((axes.xaxis, "{:,.0f}"), (axes.yaxis, "{:g}")):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(lambda value, _, style=style: style.format(value))
+        axis.set_minor_formatter(NullFormatter())
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(which="minor", length=2, color=_GREY)
+    axes.spines[["left", "bottom"]].set_color(_GREY)
+    axes.tick_params(which="both", color=_GREY, labelcolor=_LINE)
+    axes.set_title(title, loc="left", fontsize=14, fontweight="bold", pad=26)
     where = f"{machine.cpu}, {machine.threads} threads; torch {machine.versions['torch']}"
-    figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold")
-    axes.set_title(f"{where}, {machine.date}", loc="left", fontsize=9, color=_GREY, pad=10)
+    axes.text(0, 1.025, f"{where}; {machine.date}", transform=axes.transAxes, color=_GREY)
+    handles = _handles(tiers, hollow=not all(point.in_cache for point in points))
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9.5, frameon=False
+    )
+    _draw_roofs(axes, roofs, slopes)
     return figure
 
 
-def _draw_roofs(
-    axes: Any, peaks: Peaks, tiers: Sequence[str], left: float, right: float
-) -> None:
-    """A slope a bandwidth, up to the highest roof, and a level an instruction set."""
-    roofs = {tier: rate / 1e12 for tier, rate in peaks.int8.items() if tier in tiers}
-    slopes = {size: rate / 1e12 for size, rate in peaks.read.items()}
-    highest = max(roofs.values(), default=axes.get_ylim()[1])
-    fastest = max(slopes.values(), default=float("inf"))
-    for size, rate in slopes.items():
-        end = min(highest / rate, right)
-        axes.plot([left, end], [left * rate, end * rate], color=_LINE, linewidth=1.4, zorder=1)
-        kind = "cache" if size <= CACHE_BYTES else "memory"
-        _along_slope(axes, left * 1.12, rate, f"{kind}: {rate * 1e3:,.0f} GB/s")
-    for tier, roof in roofs.items():
-        start = max(left, roof / fastest)
-        axes.plot([start, right], [roof] * 2, color=_COLOURS[tier], linewidth=1.6, zorder=1)
-        axes.annotate(
-            f"{_NAMES.get(tier, tier)} on registers: {roof:.2f} TOPS",
-            *((right, roof), (-4, 4), "data", "offset points"),
-            ha="right", va="bottom", fontsize=9, color=_COLOURS[tier],
+def _mark_rows(axes: Any, points: Sequence[Point]) -> None:
+    """A pale band for the points of as many rows, which have nearly the same intensity."""
+    for m in sorted({point.rows for point in points}):
+        columns = [point.intensity for point in points if point.rows == m]
+        left, right = min(columns) / 1.12, max(columns) * 1.12
+        axes.axvspan(left, right, color=_LINE, alpha=0.05, linewidth=0, zorder=0)
+        axes.text(
+            math.sqrt(left * right), 0.985, f"M = {m}" if m == 1 else f"{m}",
+            transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=10, color=_LINE,
         )  # fmt: skip
 
 
-def _along_slope(axes: Any, x: float, rate: float, text: str) -> None:
-    """`text` on the line y = rate · x, turned as the line is."""
-    axes.annotate(
-        text, (x, x * rate), (0, 3), textcoords="offset points", fontsize=9, color=_LINE,
-        rotation=45, rotation_mode="anchor", transform_rotates_text=True,
-    )  # fmt: skip
+def _draw_roofs(axes: Any, roofs: Mapping[str, float], slopes: Mapping[int, float]) -> None:
+    """A slope a bandwidth, up to the highest roof, and a level an instruction set."""
+    left, right = axes.get_xlim()
+    highest = max(roofs.values(), default=axes.get_ylim()[1])
+    for size, rate in slopes.items():
+        end = min(highest / rate, right)
+        axes.plot([left, end], [left * rate, end * rate], color=_LINE, linewidth=1.5, zorder=1)
+        kind = "cache" if size == CACHE_BYTES else "memory"
+        axes.annotate(
+            f"{kind}: {rate * 1e3:,.0f} GB/s",
+            *((left * 1.05, left * 1.05 * rate), (0, 4)), textcoords="offset points",
+            fontsize=9.5, color=_LINE, rotation=_slope(axes), rotation_mode="anchor",
+        )  # fmt: skip
+    steepest = max(slopes.values(), default=math.inf)
+    for tier, roof in roofs.items():
+        start = max(left, roof / steepest)
+        axes.plot([start, right], [roof, roof], color=_COLOURS[tier], linewidth=1.8, zorder=1)
+        axes.annotate(
+            f"{_NAMES.get(tier, tier)}: {roof:.2f} TOPS",
+            *((right, roof), (-2, 4)), textcoords="offset points",
+            ha="right", va="bottom", fontsize=9.5, color=_COLOURS[tier],
+        )  # fmt: skip
+
+
+def _slope(axes: Any) -> float:
+    """Degrees by which a line of constant bandwidth rises on the page."""
+    axes.figure.draw_without_rendering()  # decides how large the axes are
+    (x0, y0), (x1, y1) = axes.transData.transform([(1, 1), (10, 10)])
+    return math.degrees(math.atan2(y1 - y0, x1 - x0))
 
 
 def _draw_points(axes: Any, points: Sequence[Point], tiers: Sequence[str]) -> None:
     """Filled where the weight fits the cache, hollow where memory has to deliver it."""
-    for tier in tiers:
+    for tier in reversed(tiers):
         for in_cache in (True, False):
             chosen = [p for p in points if (p.tier, p.in_cache) == (tier, in_cache)]
             axes.scatter(
                 [p.intensity for p in chosen],
                 [p.tops for p in chosen],
-                s=42 if in_cache else 46,
+                s=46,
                 marker="o" if in_cache else "D",
                 facecolor=_COLOURS[tier] if in_cache else "white",
                 edgecolor="white" if in_cache else _COLOURS[tier],
-                linewidth=0.7 if in_cache else 1.5,
+                linewidth=0.7 if in_cache else 1.6,
                 zorder=3,
             )
-    handles = [_handle(_COLOURS[tier], f"qnn, {tier}") for tier in tiers]
-    handles.append(_handle(_GREY, "weight fits the last-level cache"))
-    if not all(point.in_cache for point in points):
-        handles.append(_handle(_GREY, "weight comes from memory", hollow=True))
-    axes.legend(handles=handles, loc="lower right", fontsize=9, frameon=False)
 
 
-def _handle(colour: str, label: str, *, hollow: bool = False) -> Any:
+def _handles(tiers: Sequence[str], *, hollow: bool) -> list[Any]:
+    """Of the legend: a colour a tier, and what a hollow point is."""
     from matplotlib.lines import Line2D
 
-    return Line2D(
-        [], [], linestyle="", label=label, marker="D" if hollow else "o", markersize=6.5,
-        markerfacecolor="white" if hollow else colour, markeredgecolor=colour,
-    )  # fmt: skip
-
-
-def _mark_rows(axes: Any, points: Sequence[Point], bottom: float) -> None:
-    """`M = 8` below the points of 8 rows, which have nearly the same intensity."""
-    columns: Mapping[int, list[Point]] = {
-        m: [p for p in points if p.rows == m] for m in sorted({p.rows for p in points})
-    }
-    for m, column in columns.items():
-        x = min(p.intensity for p in column)
-        y = min(p.tops for p in column)
-        axes.annotate(
-            f"M = {m}", (x, y), (0, -9), textcoords="offset points",
-            ha="center", va="top", fontsize=8.5, color=_GREY, annotation_clip=False,
-        )  # fmt: skip
-    axes.set_ylim(bottom=bottom / 1.4)
+    looks = [(_COLOURS[tier], _COLOURS[tier], "o", f"qnn, {tier}") for tier in tiers]
+    looks.append((_GREY, _GREY, "o", "weight in the last-level cache"))
+    if hollow:
+        looks.append(("white", _GREY, "D", "weight from memory"))
+    return [
+        Line2D(
+            [], [], linestyle="", marker=marker, markersize=7, label=label,
+            markerfacecolor=face, markeredgecolor=edge, markeredgewidth=1.4,
+        )
+        for face, edge, marker, label in looks
+    ]  # fmt: skip

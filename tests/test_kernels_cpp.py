@@ -191,14 +191,14 @@ def test_random_calls_on_real_units(drivers: Drivers, cases: int, seed: int) -> 
     check([drivers[PACKAGED]], cases, seed, ",".join(real))
 
 
-@cases(40, 600)
+@cases(40, 400)
 def test_random_calls_under_address_and_undefined_sanitizers(
     drivers: Drivers, cases: int, seed: int
 ) -> None:
     check([drivers[ADDRESSES]], cases, seed)
 
 
-@cases(20, 200)
+@cases(20, 100)
 def test_random_calls_under_the_thread_sanitizer(drivers: Drivers, cases: int, seed: int) -> None:
     driver: list[str | Path] = [drivers[THREADS]]
     if shutil.which("setarch"):  # older runtimes cannot bear how far Linux moves addresses now
@@ -206,7 +206,7 @@ def test_random_calls_under_the_thread_sanitizer(drivers: Drivers, cases: int, s
     check(driver, cases, seed)
 
 
-@cases(20, 300)
+@cases(20, 150)
 def test_random_calls_on_aarch64(drivers: Drivers, cases: int, seed: int) -> None:
     program("aarch64-linux-gnu-g++")
     assert check([program("qemu-aarch64"), drivers[AARCH64]], cases, seed) == ["portable"]
@@ -214,7 +214,7 @@ def test_random_calls_on_aarch64(drivers: Drivers, cases: int, seed: int) -> Non
 
 @on_x86
 @pytest.mark.parametrize(("cpu", "tiers"), [("Nehalem", "portable"), ("Haswell", "avx2,portable")])
-@cases(20, 200)
+@cases(20, 100)
 def test_older_cpus(drivers: Drivers, cpu: str, tiers: str, cases: int, seed: int) -> None:
     """A library with all tiers runs those that the CPU has, and they hold no newer instruction."""
     driver = [program("qemu-x86_64"), "-cpu", cpu, drivers[PACKAGED]]

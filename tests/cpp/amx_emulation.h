@@ -1,6 +1,7 @@
-// The AMX instructions that amx.cpp uses, in software, so that its code runs and is tested on any CPU with AVX-512-VNNI.
-// They do what the operation sections of Intel's manual say (volume 2: LDTILECFG, TILELOADD, TILESTORED, TDPBSSD), and end
-// the process where the CPU would raise a fault.
+// The AMX instructions that amx.cpp uses, in software, so that its code runs and is tested on any
+// CPU with AVX-512-VNNI. They do what the operation sections of Intel's manual say (volume 2:
+// LDTILECFG, TILELOADD, TILESTORED, TDPBSSD), and end the process where the CPU would raise a
+// fault.
 #pragma once
 
 #include <cstdint>
@@ -51,14 +52,17 @@ inline void loadconfig(const void* memory) {
   require(config[0] == 1, "ldtilecfg", "the palette is not 1");
   require(config[1] == 0, "ldtilecfg", "the start row is not 0");
   const auto zero = [&](int begin, int end) {
-    for (int i = begin; i < end; ++i) require(config[i] == 0, "ldtilecfg", "a reserved byte is not 0");
+    for (int i = begin; i < end; ++i)
+      require(config[i] == 0, "ldtilecfg", "a reserved byte is not 0");
   };
   zero(2, 16), zero(32, 48), zero(56, 64);
   for (int i = 0; i < 8; ++i) {
     Tile& t = tiles.tile[i];
     t.row_bytes = config[16 + 2 * i] | config[17 + 2 * i] << 8, t.rows = config[48 + i];
-    require(t.row_bytes <= 64 && t.rows <= 16, "ldtilecfg", "a tile is larger than 16 rows of 64 bytes");
-    require((t.row_bytes == 0) == (t.rows == 0), "ldtilecfg", "a tile has rows without bytes, or bytes without rows");
+    require(t.row_bytes <= 64 && t.rows <= 16, "ldtilecfg",
+            "a tile is larger than 16 rows of 64 bytes");
+    require((t.row_bytes == 0) == (t.rows == 0), "ldtilecfg",
+            "a tile has rows without bytes, or bytes without rows");
     std::memset(t.data, 0, sizeof t.data);
   }
   tiles.configured = true;
@@ -87,7 +91,8 @@ inline void loadd(int index, const void* base, int64_t stride) {
 
 inline void stored(int index, void* base, int64_t stride) {
   const Tile& t = configured(index, "tilestored");
-  for (int r = 0; r < t.rows; ++r) std::memcpy(static_cast<char*>(base) + r * stride, t.data[r], t.row_bytes);
+  for (int r = 0; r < t.rows; ++r)
+    std::memcpy(static_cast<char*>(base) + r * stride, t.data[r], t.row_bytes);
 }
 
 // sum[m][n] += a[m][4 k … 4 k + 3] · b[k][4 n … 4 n + 3], signed bytes, 32-bit sums that wrap.
@@ -95,9 +100,12 @@ inline void dpbssd(int sum_index, int a_index, int b_index) {
   constexpr const char* name = "tdpbssd";
   Tile& sum = configured(sum_index, name);
   const Tile &a = configured(a_index, name), &b = configured(b_index, name);
-  require(sum_index != a_index && a_index != b_index && sum_index != b_index, name, "the three tiles are not distinct");
-  require(sum.rows == a.rows && sum.row_bytes == b.row_bytes, name, "the sum has not the shape of the product");
-  require(a.row_bytes == 4 * b.rows && b.row_bytes % 4 == 0, name, "the operands' inner sizes differ");
+  require(sum_index != a_index && a_index != b_index && sum_index != b_index, name,
+          "the three tiles are not distinct");
+  require(sum.rows == a.rows && sum.row_bytes == b.row_bytes, name,
+          "the sum has not the shape of the product");
+  require(a.row_bytes == 4 * b.rows && b.row_bytes % 4 == 0, name,
+          "the operands' inner sizes differ");
   for (int m = 0; m < a.rows; ++m) {
     uint32_t row[16];
     std::memcpy(row, sum.data[m], sizeof row);
@@ -105,7 +113,8 @@ inline void dpbssd(int sum_index, int a_index, int b_index) {
       for (int n = 0; n < b.row_bytes / 4; ++n) {
         int32_t products = 0;
         for (int i = 0; i < 4; ++i) {
-          products += static_cast<int8_t>(a.data[m][4 * k + i]) * static_cast<int8_t>(b.data[k][4 * n + i]);
+          products +=
+              static_cast<int8_t>(a.data[m][4 * k + i]) * static_cast<int8_t>(b.data[k][4 * n + i]);
         }
         row[n] += static_cast<uint32_t>(products);
       }

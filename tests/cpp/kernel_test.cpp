@@ -1,14 +1,17 @@
 // The tiers against plain loops, on random calls; without torch.
 //
 //   kernel_test                      the tiers that this CPU can run, one a line
-//   kernel_test TIERS CASES SEED     CASES calls of each tier; TIERS: names with commas between, or all
+//   kernel_test TIERS CASES SEED     CASES calls of each tier; TIERS: names with commas between, or
+//   all
 //
-// Every operand, and the scratch memory, ends at a page that may not be touched, or begins behind one; operands are
-// read-only. With QNN_HEAP they lie on the heap instead, in blocks of exactly their size, for the sanitizers.
-// Call i is drawn from SEED + i alone, so that a failure repeats with the seed that it names and one case.
+// Every operand, and the scratch memory, ends at a page that may not be touched, or begins behind
+// one; operands are read-only. With QNN_HEAP they lie on the heap instead, in blocks of exactly
+// their size, for the sanitizers. Call i is drawn from SEED + i alone, so that a failure repeats
+// with the seed that it names and one case.
 //
-// Results are held between two bounds that go through the layer's arithmetic together. Where that is fixed to the bit they
-// are equal; an activation moves them apart by what its polynomial may err, float32 sums over K by what their order may.
+// Results are held between two bounds that go through the layer's arithmetic together. Where that
+// is fixed to the bit they are equal; an activation moves them apart by what its polynomial may
+// err, float32 sums over K by what their order may.
 #if !defined(QNN_HEAP)
 #include <sys/mman.h>
 #include <unistd.h>
@@ -56,7 +59,7 @@ const Tier* const kTiers[] = {
 
 constexpr int64_t kLongestRow = 132104;  // 128 · 127 · K stays below 2^31
 
-// -- float formats, by arithmetic on doubles ---------------------------------------------------------------------------
+// -- float formats, by arithmetic on doubles ------------------------------------------------------
 
 struct Format {
   const char* name;
@@ -64,8 +67,10 @@ struct Format {
   double most() const { return std::ldexp(2 - std::ldexp(1, 1 - digits), highest); }
 };
 
-constexpr Format kFormats[] = {
-    {"float32", 4, 24, -126, 127}, {"bfloat16", 2, 8, -126, 127}, {"float16", 2, 11, -14, 15}, {"float64", 8, 53, -1022, 1023}};
+constexpr Format kFormats[] = {{"float32", 4, 24, -126, 127},
+                               {"bfloat16", 2, 8, -126, 127},
+                               {"float16", 2, 11, -14, 15},
+                               {"float64", 8, 53, -1022, 1023}};
 
 const Format& format_of(DType dtype) { return kFormats[static_cast<int>(dtype)]; }
 
@@ -93,7 +98,8 @@ void encode(double x, const Format& f, char* to) {
     bits = special;
   } else if (x != 0) {
     const int exponent = std::max(std::ilogb(x), f.lowest);
-    bits = ((exponent - f.lowest) << (f.digits - 1)) + static_cast<int>(std::ldexp(std::fabs(x), f.digits - 1 - exponent));
+    bits = ((exponent - f.lowest) << (f.digits - 1)) +
+           static_cast<int>(std::ldexp(std::fabs(x), f.digits - 1 - exponent));
   }
   const auto half = static_cast<uint16_t>(bits | (std::signbit(x) ? 0x8000 : 0));
   std::memcpy(to, &half, 2);
@@ -108,7 +114,8 @@ double decode(const char* from, const Format& f) {
   }
   uint16_t half;
   std::memcpy(&half, from, 2);
-  const int exponent = (half & 0x7fff) >> (f.digits - 1), fraction = half & ((1 << (f.digits - 1)) - 1);
+  const int exponent = (half & 0x7fff) >> (f.digits - 1),
+            fraction = half & ((1 << (f.digits - 1)) - 1);
   if (exponent == f.highest - f.lowest + 2) {
     value = fraction == 0 ? HUGE_VAL : NAN;
   } else {
@@ -118,7 +125,7 @@ double decode(const char* from, const Format& f) {
   return half & 0x8000 ? -value : value;
 }
 
-// -- memory ------------------------------------------------------------------------------------------------------------
+// -- memory ---------------------------------------------------------------------------------------
 
 class Memory {
  public:
@@ -164,7 +171,7 @@ class Memory {
 #endif
 };
 
-// -- one call ----------------------------------------------------------------------------------------------------------
+// -- one call -------------------------------------------------------------------------------------
 
 // What is drawn; floats are held as the doubles that they are, rounded to their dtype.
 struct Call {
@@ -181,14 +188,15 @@ struct Call {
   std::string text() const {
     static const char* const kActivations[] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
     char line[400];
-    std::snprintf(line, sizeof line,
-                  "%s m=%lld k=%lld n=%lld x=%s bias=%s residual=%s activation=%s y=%s parts=%d, operands %s "
-                  "(repeat with 1 case and seed %llu)",
-                  weight_only ? "int8_weight" : "int8", static_cast<long long>(m), static_cast<long long>(k),
-                  static_cast<long long>(n), codes ? "codes" : format_of(x_dtype).name,
-                  bias.empty() ? "none" : format_of(bias_dtype).name, residual.empty() ? "none" : "given",
-                  kActivations[static_cast<int>(activation)], format_of(y_dtype).name, parts,
-                  at_end ? "end at a page" : "begin at a page", static_cast<unsigned long long>(seed));
+    std::snprintf(
+        line, sizeof line,
+        "%s m=%lld k=%lld n=%lld x=%s bias=%s residual=%s activation=%s y=%s parts=%d, operands %s "
+        "(repeat with 1 case and seed %llu)",
+        weight_only ? "int8_weight" : "int8", static_cast<long long>(m), static_cast<long long>(k),
+        static_cast<long long>(n), codes ? "codes" : format_of(x_dtype).name,
+        bias.empty() ? "none" : format_of(bias_dtype).name, residual.empty() ? "none" : "given",
+        kActivations[static_cast<int>(activation)], format_of(y_dtype).name, parts,
+        at_end ? "end at a page" : "begin at a page", static_cast<unsigned long long>(seed));
     return line;
   }
 };
@@ -217,7 +225,9 @@ class Draw {
   }
 
  private:
-  int between(int first, int last) { return std::uniform_int_distribution<int>(first, last)(random_); }
+  int between(int first, int last) {
+    return std::uniform_int_distribution<int>(first, last)(random_);
+  }
   bool one_in(int n) { return between(1, n) == 1; }
   double normal() { return normal_(random_); }
   DType dtype() { return static_cast<DType>(between(0, 3)); }
@@ -226,8 +236,10 @@ class Draw {
   int64_t size(int most) {
     static const int kBlocks[] = {4, 8, 16, 48, 64, 96, 256, 512, 1024};
     switch (between(0, 3)) {
-      case 0: return between(1, std::min(most, 20));
-      case 1: return between(1, most);
+      case 0:
+        return between(1, std::min(most, 20));
+      case 1:
+        return between(1, most);
       default: {
         const int block = kBlocks[between(0, 8)];
         return std::clamp(between(1, std::max(1, most / block)) * block + between(-1, 1), 1, most);
@@ -242,7 +254,9 @@ class Draw {
     } while (c.m * c.k * c.n > most);
     if (one_in(40)) c.m = 0;
     if (one_in(40)) c.k = 0;
-    if (one_in(60)) c.m = between(1, 20), c.n = between(1, 20), c.k = one_in(2) ? kLongestRow : between(2000, kLongestRow);
+    if (one_in(60))
+      c.m = between(1, 20), c.n = between(1, 20),
+      c.k = one_in(2) ? kLongestRow : between(2000, kLongestRow);
   }
 
   void weight(Call& c) {
@@ -252,10 +266,15 @@ class Draw {
       int8_t* row = c.w.data() + j * c.k;
       const int kind = between(0, 9);
       for (int64_t l = 0; l < c.k; ++l) {
-        row[l] = static_cast<int8_t>(kind == 0 ? -128 : kind == 1 ? 127 : kind == 2 ? (l % 2 ? 127 : -128) : random_() >> 56);
+        row[l] = static_cast<int8_t>(kind == 0   ? -128
+                                     : kind == 1 ? 127
+                                     : kind == 2 ? (l % 2 ? 127 : -128)
+                                                 : random_() >> 56);
       }
       static const float kOdd[] = {0, -0.5f, 1e-38f, 1e30f};
-      c.sw[j] = one_in(20) ? kOdd[between(0, 3)] : one_in(10) ? 1 : static_cast<float>(1e-3 + 2e-2 * std::fabs(normal()));
+      c.sw[j] = one_in(20)   ? kOdd[between(0, 3)]
+                : one_in(10) ? 1
+                             : static_cast<float>(1e-3 + 2e-2 * std::fabs(normal()));
     }
   }
 
@@ -267,17 +286,24 @@ class Draw {
     for (int64_t i = 0; i < c.m; ++i) {
       const int kind = between(0, 15);
       if (c.codes) {
-        for (int64_t l = 0; l < c.k; ++l) c.xq[i * c.k + l] = static_cast<int8_t>(kind < 2 ? (kind ? 127 : -127) : between(-127, 127));
+        for (int64_t l = 0; l < c.k; ++l)
+          c.xq[i * c.k + l] =
+              static_cast<int8_t>(kind < 2 ? (kind ? 127 : -127) : between(-127, 127));
         c.sx[i] = kind == 2 ? NAN : kind == 3 ? INFINITY : static_cast<float>(std::fabs(normal()));
         continue;
       }
       double* row = c.x.data() + i * c.k;
       // Subnormal scales, overflow in float32, and what float64 alone holds.
       static const int kPowers[] = {-320, -44, -40, -38, -20, 20, 36, 38, 300};
-      const double unit = kind < 3 ? std::pow(10, kPowers[between(0, 8)]) : kind < 8 ? std::exp(4 * normal()) : 1;
+      const double unit = kind < 3   ? std::pow(10, kPowers[between(0, 8)])
+                          : kind < 8 ? std::exp(4 * normal())
+                                     : 1;
       for (int64_t l = 0; l < c.k; ++l) {
         // Halves in a row whose scale is 1: ties. Else any number, with zeros of either sign.
-        row[l] = kind == 8 ? 0 : kind == 9 ? between(-253, 253) * 0.5 : kind == 10 ? 1 : normal() * unit;
+        row[l] = kind == 8    ? 0
+                 : kind == 9  ? between(-253, 253) * 0.5
+                 : kind == 10 ? 1
+                              : normal() * unit;
         if (kind == 11 && one_in(2)) row[l] = one_in(2) ? 0.0 : -0.0;
       }
       if (c.k == 0) continue;
@@ -293,7 +319,8 @@ class Draw {
     std::vector<double> values(count);
     const double unit = one_in(4) ? 100 : 1;
     for (double& v : values) v = rounded(normal() * unit, f);
-    if (count > 0 && one_in(8)) values[between(0, static_cast<int>(count) - 1)] = one_in(2) ? NAN : -HUGE_VAL;
+    if (count > 0 && one_in(8))
+      values[between(0, static_cast<int>(count) - 1)] = one_in(2) ? NAN : -HUGE_VAL;
     return values;
   }
 
@@ -301,7 +328,7 @@ class Draw {
   std::normal_distribution<double> normal_;
 };
 
-// -- what is right -----------------------------------------------------------------------------------------------------
+// -- what is right --------------------------------------------------------------------------------
 
 // As kernels/int8.py says it.
 void quantize(Call& c) {
@@ -316,7 +343,8 @@ void quantize(Call& c) {
     const float scale = amax == 0 ? 1 : std::isnan(amax) ? amax : std::max(amax / 127.0f, FLT_MIN);
     const float inverse = 1 / scale;
     for (int64_t l = 0; l < c.k; ++l) {
-      const float q = std::isfinite(scale) ? std::nearbyint(static_cast<float>(row[l]) * inverse) : 0;
+      const float q =
+          std::isfinite(scale) ? std::nearbyint(static_cast<float>(row[l]) * inverse) : 0;
       c.xq[i * c.k + l] = static_cast<int8_t>(std::clamp(q, -127.0f, 127.0f));
     }
     c.sx[i] = scale;
@@ -361,29 +389,38 @@ Bounds float_sum(const Call& c, int64_t i, int64_t j) {
   }
   const bool any = magnitude > FLT_MAX / 2;
   if (!std::isfinite(sum)) return {sum, sum, any};
-  // K roundings, each of at most half a unit in the last place of a partial sum, or of the smallest number.
-  const double error = static_cast<double>(c.k + 1) * (std::ldexp(magnitude, -24) + std::ldexp(1, -150));
+  // K roundings, each of at most half a unit in the last place of a partial sum, or of the smallest
+  // number.
+  const double error =
+      static_cast<double>(c.k + 1) * (std::ldexp(magnitude, -24) + std::ldexp(1, -150));
   return {static_cast<float>(sum - error), static_cast<float>(sum + error), any};
 }
 
 double activated(Activation activation, double x) {
   switch (activation) {
-    case Activation::none: return x;
-    case Activation::relu: return x < 0 ? 0 : x;
-    case Activation::gelu: return 0.5 * x * (1 + std::erf(x * M_SQRT1_2));
-    case Activation::gelu_tanh: return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
-    case Activation::silu: return x / (1 + std::exp(-x));
+    case Activation::none:
+      return x;
+    case Activation::relu:
+      return x < 0 ? 0 : x;
+    case Activation::gelu:
+      return 0.5 * x * (1 + std::erf(x * M_SQRT1_2));
+    case Activation::gelu_tanh:
+      return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+    case Activation::silu:
+      return x / (1 + std::exp(-x));
   }
   return x;
 }
 
 void activate(Bounds& y, Activation activation, const Format& f) {
-  if (activation <= Activation::relu) return y.apply([&](double x) { return activated(activation, x); });
+  if (activation <= Activation::relu)
+    return y.apply([&](double x) { return activated(activation, x); });
   if (!std::isfinite(y.low) || !std::isfinite(y.high)) {
     if (y.low != y.high && !std::isnan(y.low)) y.any = true;
     return y.apply([&](double x) { return activated(activation, x); });
   }
-  // The slopes are at most 1.13. The polynomials err by a share of x, not of the result, which may be far smaller.
+  // The slopes are at most 1.13. The polynomials err by a share of x, not of the result, which may
+  // be far smaller.
   const double most = std::max(std::fabs(y.low), std::fabs(y.high));
   const double error = 0.6 * (y.high - y.low) + most * (f.bytes == 8 ? 1e-15 : 5e-7);
   const double middle = activated(activation, (y.low + y.high) / 2);
@@ -401,7 +438,9 @@ Bounds expected(const Call& c, int64_t i, int64_t j) {
   activate(y, c.activation, f);
   if (!c.residual.empty()) {
     const double residual = c.residual[i * c.n + j];
-    y.apply([&](double v) { return f.bytes == 8 ? v + residual : rounded(single(v) + single(residual), f); });
+    y.apply([&](double v) {
+      return f.bytes == 8 ? v + residual : rounded(single(v) + single(residual), f);
+    });
   }
   return y;
 }
@@ -413,14 +452,17 @@ bool holds(const Bounds& want, double got) {
   return want.low <= got && got <= want.high;
 }
 
-// -- running -----------------------------------------------------------------------------------------------------------
+// -- running --------------------------------------------------------------------------------------
 
 char running[600];  // the call, for the last words
 
 #if !defined(QNN_HEAP)
 void last_words(int signal) {
   const char* name = signal == SIGILL ? "\nillegal instruction: " : "\nmemory out of bounds: ";
-  if (write(2, name, std::strlen(name)) + write(2, running, std::strlen(running)) + write(2, "\n", 1) < 0) _exit(2);
+  if (write(2, name, std::strlen(name)) + write(2, running, std::strlen(running)) +
+          write(2, "\n", 1) <
+      0)
+    _exit(2);
   _exit(1);
 }
 #endif
@@ -443,7 +485,8 @@ void run(const Tier& tier, const Call& c, char* y) {
   p.m = c.m, p.k = c.k, p.n = c.n;
   p.x = c.codes ? place(c.xq.data(), c.xq.size()) : place_floats(c.x, c.x_dtype);
   p.x_dtype = c.x_dtype;
-  if (c.codes) p.row_scale = reinterpret_cast<const float*>(place(c.sx.data(), c.sx.size() * sizeof(float)));
+  if (c.codes)
+    p.row_scale = reinterpret_cast<const float*>(place(c.sx.data(), c.sx.size() * sizeof(float)));
   p.w = reinterpret_cast<const int8_t*>(place(c.w.data(), c.w.size()));
   p.sw = reinterpret_cast<const float*>(place(c.sw.data(), c.sw.size() * sizeof(float)));
   if (!c.bias.empty()) p.bias = place_floats(c.bias, c.bias_dtype);
@@ -462,7 +505,8 @@ void run(const Tier& tier, const Call& c, char* y) {
     if (c.parts == 1) {
       kernel.run(p, 0, 1, scratch);
     } else {
-      threads.emplace_back([&kernel, &p, &c, part, scratch] { kernel.run(p, part, c.parts, scratch); });
+      threads.emplace_back(
+          [&kernel, &p, &c, part, scratch] { kernel.run(p, part, c.parts, scratch); });
     }
   }
   for (std::thread& thread : threads) thread.join();
@@ -481,8 +525,10 @@ bool passes(const Tier& tier, const Call& c, const std::vector<Bounds>& want) {
     const double got = decode(y.data() + i * f.bytes, f);
     if (holds(want[i], got)) continue;
     if (wrong++ == 0) {
-      std::printf("%s\n  y[%lld, %lld] = %.17g, not from %.17g to %.17g\n", running, static_cast<long long>(i) / static_cast<long long>(c.n),
-                  static_cast<long long>(i) % static_cast<long long>(c.n), got, want[i].low, want[i].high);
+      std::printf("%s\n  y[%lld, %lld] = %.17g, not from %.17g to %.17g\n", running,
+                  static_cast<long long>(i) / static_cast<long long>(c.n),
+                  static_cast<long long>(i) % static_cast<long long>(c.n), got, want[i].low,
+                  want[i].high);
     }
   }
   if (wrong > 0) std::printf("  %zu of %zu values are wrong\n", wrong, want.size());
@@ -492,7 +538,8 @@ bool passes(const Tier& tier, const Call& c, const std::vector<Bounds>& want) {
 std::vector<const Tier*> tiers_called(const std::string& names) {
   std::vector<const Tier*> found;
   for (const Tier* tier : kTiers) {
-    const bool named = ("," + names + ",").find("," + std::string(tier->name) + ",") != std::string::npos;
+    const bool named =
+        ("," + names + ",").find("," + std::string(tier->name) + ",") != std::string::npos;
     if (!named && names != "all") continue;
     if (tier->runs_here()) {
       found.push_back(tier);
@@ -521,7 +568,8 @@ int main(int argc, char** argv) {
   for (const int signal : {SIGSEGV, SIGBUS, SIGILL}) std::signal(signal, last_words);
 #endif
   const std::vector<const Tier*> tiers = tiers_called(argv[1]);
-  const uint64_t cases = std::strtoull(argv[2], nullptr, 10), seed = std::strtoull(argv[3], nullptr, 10);
+  const uint64_t cases = std::strtoull(argv[2], nullptr, 10),
+                 seed = std::strtoull(argv[3], nullptr, 10);
   std::vector<uint64_t> failed(tiers.size());
   for (uint64_t i = 0; i < cases; ++i) {
     Call c = Draw(seed + i).call(seed + i);
@@ -534,8 +582,8 @@ int main(int argc, char** argv) {
   }
   bool good = !tiers.empty();
   for (size_t t = 0; t < tiers.size(); ++t) {
-    std::printf("%s: %llu cases, %llu failed\n", tiers[t]->name, static_cast<unsigned long long>(cases),
-                static_cast<unsigned long long>(failed[t]));
+    std::printf("%s: %llu cases, %llu failed\n", tiers[t]->name,
+                static_cast<unsigned long long>(cases), static_cast<unsigned long long>(failed[t]));
     good = good && failed[t] == 0;
   }
   return good ? 0 : 1;

@@ -30,6 +30,8 @@ struct Amx : Vnni {
         config[16 + 2 * tile] = 64;  // bytes of a row
         config[48 + tile] = 16;      // rows
       }
+      // GCC's intrinsic declares 8 of the 64 bytes as read, so that it may drop the others' stores.
+      asm volatile("" : : "r"(config) : "memory");
       _tile_loadconfig(config);
     }
     ~Session() { _tile_release(); }

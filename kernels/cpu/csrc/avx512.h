@@ -33,7 +33,7 @@ struct Avx512 {
     __m512i a[16], b[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) a[i] = read<__m512i>(in + i * in_stride);
-      // Words, pairs of words, quarters: each step turns blocks of twice the size.
+    // Words, pairs of words, quarters: each step turns blocks of twice the size.
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
       b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);

@@ -1,23 +1,26 @@
 // The loops around a tier's inner kernels: rows in, quantise, products, epilogue, rows out. A tier
 // is a struct T:
 //
+// clang-format off
 //   Code, Panel, Acc    element of a row of x, of a panel of w, and of their sums (4 bytes)
+//   Sum                 a vector of sums
 //   kGroup              codes in a 32-bit word: what one lane multiplies in one instruction
 //   kQuantizes          x is quantised; else taken as float32
 //   kOffset             w is held in panels as w + kOffset
 //   kWordStep           words that `block` takes at a time
 //   kTileGroups         groups of kLanes rows of x in a tile, at most
 //   kTileBytes          a tile's size, at most, where rows are long
-//   kChunk              rows of w, so columns of y, between two epilogues
+//   kChunk              rows of w, so columns of y, between two epilogues: a multiple of 2 kLanes
 //   kDepth              codes of K in a panel
 //   kPanelRows          rows of w in a panel, where 1, 2, … groups are multiplied at once
 //   kDotRows            up to so many rows of x take the dot form
 //   kDotColumns         rows of w that `dot` takes
-//   transpose           kLanes × kLanes words, rows so many bytes apart
 //   Session             lives while a thread works on a call in blocked form
-//   block<R, G>         acc[r, g] += panel[r] · x[g] for R rows and G groups, while `next` is
-//   fetched dot<R>              R rows of x times kDotColumns rows of w fill_panel          a piece
-//   of one row of w into a panel
+//   transpose           kLanes × kLanes words, rows so many bytes apart
+//   fill_panel          a piece of one row of w into a panel
+//   block<R, G>         acc[r, g] += panel[r] · x[g] for R rows and G groups, while `next` is fetched
+//   dot<R>              R rows of x times kDotColumns rows of w
+// clang-format on
 //
 // Blocked form (many rows): a lane is a row of x. The words of kLanes rows lie side by side, and a
 // word of w is sent to all lanes, so w is read where it lies, row by row, and needs no packing: the
@@ -41,7 +44,7 @@ class Scratch {
   explicit Scratch(char* base) : base_(base) {}
   template <class V>
   V* take(int64_t count) {
-    char* here = base_ + used_;
+    char* here = base_ == nullptr ? nullptr : base_ + used_;
     used_ += round_up(count * static_cast<int64_t>(sizeof(V)), kLine);
     return reinterpret_cast<V*>(here);
   }
@@ -59,16 +62,30 @@ class Scratch {
 // through: compared as integers, the magnitudes of NaN and inf are above every number's.
 template <class Format>
 inline float row_scale(const typename Format::Value* x, int64_t k) {
-  vint most = {};
-  for (int64_t i = 0; i < k; i += kLanes) {
-    const vint magnitude = bits(load_some<Format>(x + i, k - i)) & 0x7fffffff;
-    most = magnitude > most ? magnitude : most;
-  }
-  int32_t top = 0;
-  for (int lane = 0; lane < kLanes; ++lane) top = most[lane] > top ? most[lane] : top;
   float amax;
-  std::memcpy(&amax, &top, sizeof amax);
-  if (top == 0) return 1.0f;
+  if constexpr (sizeof(typename Format::Value) == 2) {
+    vhalves most = {};
+    for (int64_t i = 0; i < k; i += 2 * kLanes) {
+      vhalves here = {};
+      std::memcpy(&here, x + i, k - i < 2 * kLanes ? (k - i) * sizeof *x : sizeof here);
+      here &= 0x7fff;
+      most = here > most ? here : most;
+    }
+    uint16_t top[kLanes] = {};
+    for (int lane = 0; lane < 2 * kLanes; ++lane)
+      top[0] = most[lane] > top[0] ? most[lane] : top[0];
+    amax = Format::load(top)[0];
+  } else {
+    vint most = {};
+    for (int64_t i = 0; i < k; i += kLanes) {
+      const vint here = bits(load_some<Format>(x + i, k - i)) & 0x7fffffff;
+      most = here > most ? here : most;
+    }
+    int32_t top = 0;
+    for (int lane = 0; lane < kLanes; ++lane) top = most[lane] > top ? most[lane] : top;
+    std::memcpy(&amax, &top, sizeof amax);
+  }
+  if (amax == 0.0f) return 1.0f;
   const float scale = amax / 127.0f, least = std::numeric_limits<float>::min();
   return scale < least ? least : scale;
 }
@@ -155,12 +172,13 @@ inline int32_t read_row(const Linear& p, int64_t row, int64_t padded, typename T
   } else if (p.row_scale != nullptr) {
     const int8_t* codes = static_cast<const int8_t*>(p.x) + row * p.k;
     *scale = p.row_scale[row];
-    int32_t sum = 0;
-    for (int64_t i = 0; i < p.k; ++i) {
-      out[i] = codes[i];
-      sum += codes[i];
-    }
+    // Loops of one purpose each: those the compiler makes vectors of.
+    for (int64_t i = 0; i < p.k; ++i) out[i] = codes[i];
     for (int64_t i = p.k; i < padded; ++i) out[i] = 0;
+    int32_t sum = 0;
+    if constexpr (T::kOffset != 0) {
+      for (int64_t i = 0; i < p.k; ++i) sum += codes[i];
+    }
     return sum;
   } else {
     int32_t sum = 0;

@@ -22,6 +22,7 @@ typedef float vfloat __attribute__((vector_size(4 * QNN_LANES)));
 typedef int32_t vint __attribute__((vector_size(4 * QNN_LANES)));
 typedef uint32_t vuint __attribute__((vector_size(4 * QNN_LANES)));
 typedef uint16_t vhalf __attribute__((vector_size(2 * QNN_LANES)));
+typedef uint16_t vhalves __attribute__((vector_size(4 * QNN_LANES)));
 typedef int16_t vshort __attribute__((vector_size(2 * QNN_LANES)));
 typedef int8_t vbyte __attribute__((vector_size(QNN_LANES)));
 typedef double vdouble __attribute__((vector_size(8 * QNN_LANES)));
@@ -181,6 +182,22 @@ inline void store_some(typename Format::Value* p, vfloat x, int64_t count) {
 // -- activations
 // -------------------------------------------------------------------------------------------------------
 
+// The lesser and the greater of x and a bound; NaN stays NaN.
+inline vfloat at_most(vfloat bound, vfloat x) {
+#if defined(__AVX512F__) && QNN_LANES == 16
+  return (vfloat)_mm512_min_ps((__m512)bound, (__m512)x);
+#else
+  return x > bound ? bound : x;
+#endif
+}
+inline vfloat at_least(vfloat bound, vfloat x) {
+#if defined(__AVX512F__) && QNN_LANES == 16
+  return (vfloat)_mm512_max_ps((__m512)bound, (__m512)x);
+#else
+  return x < bound ? bound : x;
+#endif
+}
+
 // 1 / x to 1 ulp, for finite x from 2^-126 on.
 inline vfloat reciprocal(vfloat x) {
 #if defined(__AVX512F__) && QNN_LANES == 16
@@ -206,9 +223,8 @@ inline vfloat scaled(vfloat x, vfloat n) {
 // e^x to 1 ulp: x = n · ln2 + r with |r| ≤ ln2 / 2, and a polynomial of degree 6 for e^r. x is cut
 // off where e^x has left float32's normal numbers, and NaN stays NaN.
 inline vfloat exp(vfloat x) {
-  const vfloat highest = splat(89.0f), lowest = splat(-104.0f), round = splat(0x1.8p23f);
-  vfloat c = x > highest ? highest : x;
-  c = c < lowest ? lowest : c;
+  const vfloat round = splat(0x1.8p23f);
+  const vfloat c = at_least(splat(-104.0f), at_most(splat(89.0f), x));
   const vfloat n = fma(c, splat(1.44269504f), round) - round;
   vfloat r = fma(n, splat(-0.693145752f), c);
   r = fma(n, splat(-1.42860677e-6f), r);
@@ -223,12 +239,11 @@ inline vfloat exp(vfloat x) {
   return scaled(e, n);
 }
 
-// Abramowitz and Stegun 7.1.26, |error| ≤ 1.5e-7: the polynomial that torch's own gelu uses, so
-// that a folded gelu gives what the separate one gives.
+// Abramowitz and Stegun 7.1.26, |error| ≤ 1.5e-7 before float32's roundings: the polynomial that
+// torch's own gelu uses, so that a folded gelu gives what the separate one gives.
 inline vfloat erf(vfloat x) {
   // From 10 on, where erf is 1, also for inf: the reciprocal takes finite values.
-  vfloat magnitude = (vfloat)(bits(x) & 0x7fffffff);
-  magnitude = magnitude > 10.0f ? splat(10.0f) : magnitude;
+  const vfloat magnitude = at_most(splat(10.0f), (vfloat)(bits(x) & 0x7fffffff));
   const vfloat t = reciprocal(fma(splat(0.3275911f), magnitude, splat(1.0f)));
   vfloat r = fma(splat(1.061405429f), t, splat(-1.453152027f));
   r = fma(r, t, splat(1.421413741f));
