@@ -44,9 +44,10 @@ examples: $(VENV)/.examples ## every example, with a small setting
 	$(BIN)/python examples/export_aoti.py
 	$(BIN)/python examples/lora_on_int8.py --tiny
 
-bench: $(VENV)/.bench ## the benchmarks, with every peer; takes about 20 minutes, on a quiet machine
+bench: $(VENV)/.bench ## the benchmarks, with every peer; takes about 25 minutes, on a quiet machine
 	@echo "bench: measure against every peer and write docs/benchmarks/"
 	$(BIN)/python benchmarks/bench_linear.py
+	$(BIN)/python benchmarks/bench_linear.py --dtype float32
 	$(BIN)/python benchmarks/bench_model.py
 
 $(VENV)/.base: $(INPUTS)

@@ -1,8 +1,7 @@
 // The tiers against plain loops, on random calls; without torch.
 //
 //   kernel_test                      the tiers that this CPU can run, one a line
-//   kernel_test TIERS CASES SEED     CASES calls of each tier; TIERS: names with commas between, or
-//   all
+//   kernel_test TIERS CASES SEED     CASES calls of each tier; TIERS: all, or names and commas
 //
 // Every operand, and the scratch memory, ends at a page that may not be touched, or begins behind
 // one; operands are read-only. With QNN_HEAP they lie on the heap instead, in blocks of exactly
