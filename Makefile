@@ -81,4 +81,4 @@ $(VENV)/.bench: $(VENV)/.examples
 	@touch $@
 
 clean: ## remove .venv and everything that was built
-	rm -rf $(VENV) build dist site out *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -84,8 +84,6 @@ LAYERS = (
 # measured in these sizes only, and the slower tiers of qnn in fewer yet.
 PEER_SIZES = ((768, 768), (768, 3072), (3072, 768), (1024, 4096), (4096, 4096))
 TIER_SIZES = ((768, 768), (1024, 4096), (4096, 4096))
-# The portable tier does a few G operations a second.
-PORTABLE_OPERATIONS = 1e9
 QUICK_ROWS, QUICK_LAYERS = (1, 128), (LAYERS[0], LAYERS[3])
 
 # The share of the bare GEMM's speed that the whole layer is to reach from so many rows on.
@@ -126,12 +124,15 @@ def bare_gemm(task: Task, dtype: torch.dtype) -> Run:
     return Run(gemm(layer, x), output=lambda y: y * sx + bias)
 
 
+_LEFT_OUT = "left out in this size, to keep the run short; --everywhere adds it"
+
+
 def _in_sizes(variant: Variant[Task], sizes: Sequence[tuple[int, int]]) -> Variant[Task]:
     """The variant, where a layer has one of these sizes (K, N)."""
 
     def build(task: Task, dtype: torch.dtype) -> Run:
         if (task.model.in_features, task.model.out_features) not in sizes:
-            raise Unavailable("left out in this size, to keep the run short; --everywhere adds it")
+            raise Unavailable(_LEFT_OUT)
         return variant.build(task, dtype)
 
     return replace(variant, build=build)
@@ -139,8 +140,6 @@ def _in_sizes(variant: Variant[Task], sizes: Sequence[tuple[int, int]]) -> Varia
 
 def _tier(name: str, task: Task, dtype: torch.dtype) -> Run:
     layer, x = _converted(task.model, dtype), task.input_in(dtype)
-    if name == "portable" and 2 * x.shape[0] * layer.weight.numel() > PORTABLE_OPERATIONS:
-        raise Unavailable(f"left out over {PORTABLE_OPERATIONS / 1e9:.0f} G operations")
     operands = (x, layer.weight, layer.weight_scale, layer.bias, None)
     return Run(partial(torch.ops.qnn.cpu_linear.default, *operands, "none", "int8", name))
 
@@ -253,12 +252,17 @@ def size_table(cases: dict[str, list[Measurement]]) -> str:
         noise = [row.sqnr_db for row in measurements if row.sqnr_db is not None]
         body.append((measurements[0].variant, *cells, f"{min(noise):.1f}" if noise else "-"))
     text = table(("median ms (speed-up)", *cases, "SQNR dB"), body)
-    return f"{text}\n\nNot measured in this size: {', '.join(absent)}." if absent else text
+    return (
+        f"{text}\n\nNot measured in this size (`--everywhere` adds them): {', '.join(absent)}."
+        if absent
+        else text
+    )
 
 
 def without_time(rows: list[Measurement]) -> str:
-    """Every variant that has no time somewhere, why, and in how many cases."""
-    counts = Counter((row.variant, row.remark) for row in rows if row.median_ms is None)
+    """Every variant that was tried and has no time, why, and in how many cases."""
+    absent = [row for row in rows if row.median_ms is None and row.note != _LEFT_OUT]
+    counts = Counter((row.variant, row.remark) for row in absent)
     listed = [
         f"- {variant}: {remark} (cases: {count})" for (variant, remark), count in counts.items()
     ]
@@ -334,11 +338,13 @@ def _peaks_sentence(peaks: Peaks) -> str:
     )
 
 
-def peak_rows(peaks: Peaks) -> list[Measurement]:
+def peak_rows(peaks: Peaks, other_load: float | None) -> list[Measurement]:
     """For the CSV file."""
 
-    def row(variant: str, mode: str, **rate: float) -> Measurement:
-        return Measurement("peak", variant, "machine", "int8", mode, "ok", "", **rate)
+    def row(variant: str, mode: str, **figures: float) -> Measurement:
+        return Measurement(
+            *("peak", variant, "machine", "int8", mode, "ok", ""), other_load=other_load, **figures
+        )
 
     return [
         *(row(name, "registers", tops=rate / 1e12) for name, rate in peaks.int8.items()),
@@ -401,9 +407,11 @@ def main() -> None:
     threaded = ((768, 768),) if quick else ((768, 3072), (1024, 4096), (4096, 4096))
     memory = memory_bytes()
     progress("the machine's peaks")
+    load = OtherLoad()
     peaks = measure_peaks(options.threads, (CACHE_BYTES, memory, *(n * k for k, n in near)))
     if peaks.missing:
         progress(f"no peaks: {peaks.missing}")
+    peaks_load = load.cores()
     longer = replace(effort, seconds=2 * effort.seconds)
     with torch.no_grad():
         overhead, overhead_table = eager_overhead(64, effort)
@@ -439,11 +447,13 @@ def main() -> None:
         options.out,
         name,
         title,
-        [*measured, *single, *threads, *overhead, *peak_rows(peaks)],
+        [*measured, *single, *threads, *overhead, *peak_rows(peaks, peaks_load)],
         parts,
         {
             name: lambda machine: speedups_chart(shown, title, BASELINE, machine),
-            roofline: lambda machine: roofline_chart(points, roofs, machine, f"Roofline: {title}"),
+            roofline: lambda machine: roofline_chart(
+                points, roofs, machine, f"Roofline of {title[0].lower()}{title[1:]}"
+            ),
         },
     )
 

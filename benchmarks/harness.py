@@ -95,6 +95,10 @@ def _cpuinfo() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
+def counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -143,10 +147,8 @@ class Machine:
     def __str__(self) -> str:
         features = ["AMX" if self.amx else "no AMX", "VNNI" if self.vnni else "no VNNI"]
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return (
-            f"{self.cpu}, {self.cores} cores, {self.threads} threads, {', '.join(features)}; "
-            f"Python {self.python}, {versions}; {self.date}"
-        )
+        where = f"{self.cpu}, {counted(self.cores, 'core')}, {counted(self.threads, 'thread')}"
+        return f"{where}, {', '.join(features)}; Python {self.python}, {versions}; {self.date}"
 
 
 # -- timing ------------------------------------------------------------------------------------
@@ -201,7 +203,9 @@ def interleave(calls: Mapping[str, Callable[[], object]], effort: Effort) -> dic
 
 
 def _cpu_seconds() -> tuple[float, float] | None:
-    """Core seconds spent so far by anyone, and by this process; None where there is no /proc."""
+    """Core seconds spent so far by anyone, and by this process with the children that it has
+    waited for; None where there is no /proc.
+    """
     path = Path("/proc/stat")
     if not path.exists():
         return None
@@ -210,7 +214,7 @@ def _cpu_seconds() -> tuple[float, float] | None:
     )
     anyone = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
     own = os.times()
-    return anyone, own.user + own.system
+    return anyone, own.user + own.system + own.children_user + own.children_system
 
 
 class OtherLoad:

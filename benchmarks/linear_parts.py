@@ -19,7 +19,7 @@ from torch import nn
 
 import qnn
 
-from harness import Effort, Measurement, OtherLoad, interleave, progress
+from harness import Effort, Measurement, OtherLoad, counted, interleave, progress
 from peaks import Peaks
 from report import number, table
 
@@ -169,7 +169,7 @@ def scaling(sizes: Sequence[tuple[int, int]], m: int, dtype: torch.dtype, effort
         plain = partial(nn.Linear(k, n).to(dtype), x)
         runs = {"qnn": partial(layer, x), "GEMM only": gemm(layer, x), "nn.Linear": plain}
         for (name, run), count in itertools.product(runs.items(), (1, threads)):
-            case = f"K={k}, N={n}, M={m}, {count} thread{'s' if count > 1 else ''}"
+            case = f"K={k}, N={n}, M={m}, {counted(count, 'thread')}"
             calls[f"{name} {k} {n} {count}"] = _Timed(
                 case, names[name], _PRECISIONS[dtype], _with_threads(count, run), 2 * m * n * k
             )

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import Machine, Measurement, command_line
+from harness import Machine, Measurement, command_line, counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -224,5 +224,7 @@ def _draw_group(axes: Any, x: int, rows: Sequence[Measurement]) -> None:
 def _finish(figure: Figure, all_axes: Iterable[Any], title: str, machine: Machine) -> None:
     for axes in all_axes:
         axes.spines[["top", "right"]].set_visible(False)
-    where = f"{machine.cpu}, {machine.threads} threads; torch {machine.versions['torch']}"
+    where = (
+        f"{machine.cpu}, {counted(machine.threads, 'thread')}; torch {machine.versions['torch']}"
+    )
     figure.suptitle(f"{title}\n{where}", fontsize=10)

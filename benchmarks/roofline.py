@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from harness import Machine
+from harness import Machine, counted
 from peaks import CACHE_BYTES, Peaks
 
 if TYPE_CHECKING:
@@ -60,8 +60,10 @@ def roofline_chart(points: Sequence[Point], peaks: Peaks, machine: Machine, titl
     roofs = {tier: rate / 1e12 for tier, rate in peaks.int8.items() if tier in tiers}
     slopes = {size: rate / 1e12 for size, rate in peaks.read.items()}
     tops = [point.tops for point in points]
-    axes.set_xlim(0.6, max(point.intensity for point in points) * 2.2)
-    axes.set_ylim(min(tops) / 2, max([*roofs.values(), *tops]) * 2.4)
+    left = 0.6
+    floor = min([min(tops) / 2, *(0.7 * left * rate for rate in slopes.values())])
+    axes.set_xlim(left, max(point.intensity for point in points) * 2.2)
+    axes.set_ylim(floor, max([*roofs.values(), *tops]) * 2.4)
 
     _mark_rows(axes, points)
     _draw_points(axes, points, tiers)
@@ -75,7 +77,9 @@ def roofline_chart(points: Sequence[Point], peaks: Peaks, machine: Machine, titl
     axes.spines[["left", "bottom"]].set_color(_GREY)
     axes.tick_params(which="both", color=_GREY, labelcolor=_LINE)
     axes.set_title(title, loc="left", fontsize=14, fontweight="bold", pad=26)
-    where = f"{machine.cpu}, {machine.threads} threads; torch {machine.versions['torch']}"
+    where = (
+        f"{machine.cpu}, {counted(machine.threads, 'thread')}; torch {machine.versions['torch']}"
+    )
     axes.text(0, 1.025, f"{where}; {machine.date}", transform=axes.transAxes, color=_GREY)
     handles = _handles(tiers, hollow=not all(point.in_cache for point in points))
     figure.legend(
@@ -129,7 +133,7 @@ def _slope(axes: Any) -> float:
 
 
 def _draw_points(axes: Any, points: Sequence[Point], tiers: Sequence[str]) -> None:
-    """Filled where the weight fits the cache, hollow where memory has to deliver it."""
+    """Filled where the weight fits the cache, hollow where memory delivers it, or most of it."""
     for tier in reversed(tiers):
         for in_cache in (True, False):
             chosen = [p for p in points if (p.tier, p.in_cache) == (tier, in_cache)]
@@ -150,9 +154,9 @@ def _handles(tiers: Sequence[str], *, hollow: bool) -> list[Any]:
     from matplotlib.lines import Line2D
 
     looks = [(_COLOURS[tier], _COLOURS[tier], "o", f"qnn, {tier}") for tier in tiers]
-    looks.append((_GREY, _GREY, "o", "weight in the last-level cache"))
+    looks.append((_GREY, _GREY, "o", "weight fits the last-level cache"))
     if hollow:
-        looks.append(("white", _GREY, "D", "weight from memory"))
+        looks.append(("white", _GREY, "D", "weight larger than that cache"))
     return [
         Line2D(
             [], [], linestyle="", marker=marker, markersize=7, label=label,

@@ -14,6 +14,8 @@ struct Vnni : Avx512 {
   using Panel = uint8_t;
   using Acc = int32_t;
   using Sum = vint;
+  // TOPS at 512x768x768 and 512x4096x4096: a depth of 256 0.395 0.392, 512 0.400 0.405, 1024 0.409
+  // 0.414, 2048 0.407 0.412.
   static constexpr int64_t kGroup = 4, kOffset = 128, kDepth = 1024, kWordStep = 16;
 
   static void fill_panel(Panel* to, const int8_t* w, int64_t depth) {
