@@ -399,10 +399,13 @@ struct Blocked {
   using Panel = typename T::Panel;
   static constexpr int64_t kPanelStride = T::kDepth + kLine / static_cast<int64_t>(sizeof(Panel));
 
+  // Columns that go to one thread together: whole vectors of 16-bit values of y.
+  static constexpr int64_t kPiece = 2 * kLanes;
+
   // The groups of rows, spread evenly over tiles that stay in the second-level cache; and in a tile
   // as many groups at once as the registers hold, an even share again.
   struct Grid {
-    int64_t tiles, groups, at_once, chunks;
+    int64_t tiles, groups, at_once, pieces;
     explicit Grid(const Linear& p) {
       constexpr int64_t registers = std::extent_v<decltype(T::kPanelRows)>;
       const int64_t all = div_up(p.m, kLanes);
@@ -413,7 +416,7 @@ struct Blocked {
       groups = div_up(all, div_up(all, most));
       tiles = div_up(all, groups);
       at_once = div_up(groups, div_up(groups, registers));
-      chunks = div_up(p.n, T::kChunk);
+      pieces = div_up(p.n, kPiece);
     }
   };
 
@@ -441,14 +444,20 @@ struct Blocked {
     const Grid grid(p);
     Buffers b(Scratch(scratch), p, nullptr);
     [[maybe_unused]] const typename T::Session session;
-    const int64_t units = grid.tiles * grid.chunks;
+    const int64_t units = grid.tiles * grid.pieces, end = units * (part + 1) / parts;
     int64_t filled = -1;
-    for (int64_t unit = units * part / parts; unit < units * (part + 1) / parts; ++unit) {
-      const int64_t tile = unit / grid.chunks, row = tile * grid.groups * kLanes;
+    for (int64_t unit = units * part / parts; unit < end;) {
+      const int64_t tile = unit / grid.pieces, row = tile * grid.groups * kLanes;
+      const int64_t piece = unit % grid.pieces;
       if (tile != filled) b.tile.fill(p, row);
       filled = tile;
-      b.columns.move_to(p, unit % grid.chunks * T::kChunk, T::kChunk);
+      // A chunk, or what is left of it in this tile or for this part.
+      int64_t count = T::kChunk / kPiece;
+      count = count < end - unit ? count : end - unit;
+      count = count < grid.pieces - piece ? count : grid.pieces - piece;
+      b.columns.move_to(p, piece * kPiece, count * kPiece);
       with_format(p.y_dtype, [&](auto format) { chunk<decltype(format)>(p, grid, b, row); });
+      unit += count;
     }
   }
 
@@ -473,7 +482,7 @@ struct Blocked {
       // these are multiplied.
       const bool more = k + T::kDepth < p.k;
       const int8_t* next =
-          p.w + (b.columns.begin + (more ? 0 : T::kChunk)) * p.k + (more ? k + T::kDepth : 0);
+          p.w + (b.columns.begin + (more ? 0 : b.columns.count)) * p.k + (more ? k + T::kDepth : 0);
       for (int64_t g = 0; g < grid.groups; g += grid.at_once) {
         const int64_t groups = grid.groups - g < grid.at_once ? grid.groups - g : grid.at_once,
                       rows = groups * kLanes;
