@@ -119,8 +119,18 @@ inline int32_t quantize_row(const typename Format::Value* x, int64_t k, int64_t 
   const float inverse = 1.0f / *scale;
   vint sum = {};
   int64_t i = 0;
-  if (*scale <=
-      std::numeric_limits<float>::max()) {  // else the row holds NaN or inf, and its codes are 0
+  // Else the row holds NaN or inf, and its codes are 0.
+  if (*scale <= std::numeric_limits<float>::max()) {
+    if constexpr (std::is_same_v<Format, BFloat16> && sizeof(Code) == 1) {
+      // Two values to a word are two floats by a shift and a mask, and two codes again.
+      for (; i + 2 * kLanes <= k; i += 2 * kLanes) {
+        const vuint pair = read<vuint>(x + i);
+        const vint low = codes_of((vfloat)(pair << 16), inverse);
+        const vint high = codes_of((vfloat)(pair & 0xffff0000), inverse);
+        sum += low + high;
+        write(codes + i, __builtin_convertvector(((vuint)low & 0xff) | (vuint)high << 8, vhalf));
+      }
+    }
     for (; i < k; i += kLanes) {
       const vint q = codes_of(load_some<Format>(x + i, k - i), inverse);
       sum += q;
@@ -406,13 +416,17 @@ struct Blocked {
   // as many groups at once as the registers hold, an even share again.
   struct Grid {
     int64_t tiles, groups, at_once, pieces;
-    explicit Grid(const Linear& p) {
+    Grid(const Linear& p, int parts) {
       constexpr int64_t registers = std::extent_v<decltype(T::kPanelRows)>;
       const int64_t all = div_up(p.m, kLanes);
       const int64_t group_bytes =
           (p.k + 1) * static_cast<int64_t>(sizeof(typename T::Code)) * kLanes;
       int64_t most = T::kTileBytes / group_bytes;
       most = most < 1 ? 1 : most > T::kTileGroups ? T::kTileGroups : most;
+      // A tile for each part, of no fewer groups than the registers hold: two parts that share a
+      // tile both quantise it.
+      const int64_t share = div_up(all, parts) < registers ? registers : div_up(all, parts);
+      most = most < share ? most : share;
       groups = div_up(all, div_up(all, most));
       tiles = div_up(all, groups);
       at_once = div_up(groups, div_up(groups, registers));
@@ -425,8 +439,8 @@ struct Blocked {
     Panel* panels;  // [column of the chunk][kPanelStride]
     Acc* acc;       // [groups at once][column of the chunk][row]
     Columns<T> columns;
-    Buffers(Scratch scratch, const Linear& p, size_t* used)
-        : tile(Tile<T>::take(scratch, p, Grid(p).groups)),
+    Buffers(Scratch scratch, const Linear& p, int64_t groups, size_t* used)
+        : tile(Tile<T>::take(scratch, p, groups)),
           panels(scratch.take<Panel>(T::kChunk * kPanelStride)),
           acc(scratch.take<Acc>(T::kChunk * tile.groups * kLanes)),
           columns(Columns<T>::take(scratch)) {
@@ -436,13 +450,13 @@ struct Blocked {
 
   static size_t scratch_bytes(const Linear& p) {
     size_t used = 0;
-    Buffers(Scratch(nullptr), p, &used);
+    Buffers(Scratch(nullptr), p, Grid(p, 1).groups, &used);
     return used;
   }
 
   static void run(const Linear& p, int part, int parts, char* scratch) {
-    const Grid grid(p);
-    Buffers b(Scratch(scratch), p, nullptr);
+    const Grid grid(p, parts);
+    Buffers b(Scratch(scratch), p, grid.groups, nullptr);
     [[maybe_unused]] const typename T::Session session;
     const int64_t units = grid.tiles * grid.pieces, end = units * (part + 1) / parts;
     int64_t filled = -1;
