@@ -45,7 +45,7 @@ struct Amx : Vnni {
   // Sums in tiles 0 to 3, w in 4 and 5, x in 6 and 7.
   template <int R, int G>
   QNN_KERNEL static void block(const Product<Amx>& p) {
-    constexpr int64_t panel_stride = Blocked<Amx>::kPanelStride;
+    constexpr int64_t panel_stride = kPanelStride<Amx>;
     const int64_t acc_stride = p.acc_stride * 4;
     _tile_loadd(0, p.acc, acc_stride);
     _tile_loadd(1, p.acc + 16 * p.acc_stride, acc_stride);

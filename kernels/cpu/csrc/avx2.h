@@ -59,13 +59,13 @@ struct Avx2 {
   }
 };
 
-struct Avx2Float : Avx2 {
+struct Avx2Float : Avx2, Inner<Avx2Float> {
   using Code = float;
   static constexpr bool kQuantizes = false;
   using Panel = float;
   using Acc = float;
   using Sum = vfloat;
-  static constexpr int64_t kGroup = 1, kOffset = 0, kDepth = 256, kWordStep = 1;
+  static constexpr int64_t kGroup = 1, kOffset = 0, kDepth = 256, kWordStep = 8;
 
   static __m256 widen(__m128i bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)); }
   static __m128i bytes(const int8_t* w, int64_t left) {
@@ -76,57 +76,11 @@ struct Avx2Float : Avx2 {
     for (int64_t i = 0; i < depth; i += 8) write(to + i, widen(bytes(w + i, depth - i)));
   }
 
-  template <int R, int G>
-  QNN_KERNEL static void block(const Product<Avx2Float>& p) {
-    __m256 sums[R][G];
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 3
-      for (int g = 0; g < G; ++g) sums[r][g] = read<__m256>(p.acc + r * p.acc_stride + g * 8);
-    }
-    for (int64_t word = 0; word < p.words; ++word) {
-      __m256 rows[G];
-#pragma GCC unroll 3
-      for (int g = 0; g < G; ++g) rows[g] = read<__m256>(p.x + g * p.x_stride + word * kGroup * 8);
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) {
-        const __m256 column = _mm256_set1_ps(p.panel[r * Blocked<Avx2Float>::kPanelStride + word]);
-#pragma GCC unroll 3
-        for (int g = 0; g < G; ++g) sums[r][g] = _mm256_fmadd_ps(column, rows[g], sums[r][g]);
-      }
-    }
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 3
-      for (int g = 0; g < G; ++g) write(p.acc + r * p.acc_stride + g * 8, sums[r][g]);
-    }
+  static vfloat multiply_add(vfloat sum, vfloat column, vfloat row) {
+    return fma(column, row, sum);
   }
-
-  template <int R>
-  QNN_KERNEL static void dot(const Code* x, int64_t stride, const int8_t* const* w, int64_t k,
-                             Acc* acc) {
-    __m256 sums[R][kDotColumns];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-      for (int c = 0; c < kDotColumns; ++c) sums[r][c] = _mm256_setzero_ps();
-    }
-    for (int64_t i = 0; i < k; i += 8) {
-#pragma GCC unroll 4
-      for (int c = 0; c < kDotColumns; ++c) {
-        const __m256 column = widen(bytes(w[c] + i, k - i));
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-          sums[r][c] = _mm256_fmadd_ps(column, read<__m256>(x + r * stride + i), sums[r][c]);
-        }
-      }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-      for (int c = 0; c < kDotColumns; ++c) acc[r * kChunk + c] = sum(sums[r][c]);
-    }
-  }
+  static vfloat column(const int8_t* w, int64_t left) { return (vfloat)widen(bytes(w, left)); }
+  static float sum(vfloat s) { return qnn::sum((__m256)s); }
 };
 
 }  // namespace

@@ -71,7 +71,7 @@ struct Avx512 {
   }
 };
 
-struct Avx512Float : Avx512 {
+struct Avx512Float : Avx512, Inner<Avx512Float> {
   using Code = float;
   static constexpr bool kQuantizes = false;
   using Panel = float;
@@ -88,66 +88,14 @@ struct Avx512Float : Avx512 {
       write(to + i, widen(_mm_maskz_loadu_epi8(static_cast<__mmask16>(first(depth - i)), w + i)));
   }
 
-  template <int R, int G>
-  QNN_KERNEL static void block(const Product<Avx512Float>& p) {
-    __m512 sums[R][G];
-#pragma GCC unroll 24
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) sums[r][g] = _mm512_loadu_ps(p.acc + r * p.acc_stride + g * 16);
-    }
-    for (int64_t begin = 0; begin < p.words; begin += kWordStep) {
-      if (p.next != nullptr) {
-        for (int r = 0; r < R; ++r) __builtin_prefetch(p.next + r * p.next_stride + begin * kGroup);
-      }
-      for (int64_t word = begin; word < begin + kWordStep; ++word) {
-        __m512 rows[G];
-#pragma GCC unroll 4
-        for (int g = 0; g < G; ++g)
-          rows[g] = _mm512_loadu_ps(p.x + g * p.x_stride + word * kGroup * 16);
-#pragma GCC unroll 24
-        for (int r = 0; r < R; ++r) {
-          const __m512 column =
-              _mm512_set1_ps(p.panel[r * Blocked<Avx512Float>::kPanelStride + word]);
-#pragma GCC unroll 4
-          for (int g = 0; g < G; ++g) sums[r][g] = _mm512_fmadd_ps(column, rows[g], sums[r][g]);
-        }
-      }
-    }
-#pragma GCC unroll 24
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) _mm512_storeu_ps(p.acc + r * p.acc_stride + g * 16, sums[r][g]);
-    }
+  static vfloat multiply_add(vfloat sum, vfloat column, vfloat row) {
+    return fma(column, row, sum);
   }
-
-  template <int R>
-  QNN_KERNEL static void dot(const Code* x, int64_t stride, const int8_t* const* w, int64_t k,
-                             Acc* acc) {
-    __m512 sums[R][kDotColumns];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int c = 0; c < kDotColumns; ++c) sums[r][c] = _mm512_setzero_ps();
-    }
-    for (int64_t i = 0; i < k; i += 16) {
-      const auto mask = static_cast<__mmask16>(k - i < 16 ? first(k - i) : 0xffff);
-      __m512 rows[R];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) rows[r] = _mm512_loadu_ps(x + r * stride + i);
-#pragma GCC unroll 8
-      for (int c = 0; c < kDotColumns; ++c) {
-        const __m512 column = widen(_mm_maskz_loadu_epi8(mask, w[c] + i));
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sums[r][c] = _mm512_fmadd_ps(column, rows[r], sums[r][c]);
-      }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int c = 0; c < kDotColumns; ++c) acc[r * kChunk + c] = _mm512_reduce_add_ps(sums[r][c]);
-    }
+  static vfloat column(const int8_t* w, int64_t left) {
+    const __mmask16 there = static_cast<__mmask16>(left < 16 ? first(left) : 0xffff);
+    return (vfloat)widen(_mm_maskz_loadu_epi8(there, w));
   }
+  static float sum(vfloat s) { return _mm512_reduce_add_ps((__m512)s); }
 };
 
 }  // namespace

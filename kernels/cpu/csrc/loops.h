@@ -18,8 +18,7 @@
 //   Session             lives while a thread works on a call in blocked form
 //   transpose           kLanes × kLanes words, rows so many bytes apart
 //   fill_panel          a piece of one row of w into a panel
-//   block<R, G>         acc[r, g] += panel[r] · x[g] for R rows and G groups, while `next` is fetched
-//   dot<R>              R rows of x times kDotColumns rows of w
+//   block<R, G>, dot<R> the inner kernels; inner.h has them for a tier that gives it four operations
 // clang-format on
 //
 // Blocked form (many rows): a lane is a row of x. The words of kLanes rows lie side by side, and a
@@ -31,12 +30,10 @@
 
 #include <limits>
 
-#include "vec.h"
+#include "inner.h"
 
 namespace qnn {
 namespace {
-
-constexpr int64_t kLine = 64;
 
 // A bump allocator; with no memory it only counts.
 class Scratch {
@@ -390,25 +387,10 @@ struct NoSession {
   NoSession() {}
 };
 
-// What a tier's `block` does: acc[r, g] += panel[r] · x[g] over so many words; and it fetches as
-// much of the rows of w from `next` on as it reads of the panel, where `next` is not null.
-template <class T>
-struct Product {
-  const typename T::Code* x;  // [group][word][lane]
-  int64_t x_stride, words;
-  const typename T::Panel* panel;  // [row][kPanelStride]
-  typename T::Acc* acc;            // [row][acc_stride], and kLanes sums for each group
-  int64_t acc_stride;
-  const int8_t* next;
-  int64_t next_stride;
-};
-
 template <class T>
 struct Blocked {
   using Acc = typename T::Acc;
   using Panel = typename T::Panel;
-  static constexpr int64_t kPanelStride = T::kDepth + kLine / static_cast<int64_t>(sizeof(Panel));
-
   // Columns that go to one thread together: whole vectors of 16-bit values of y.
   static constexpr int64_t kPiece = 2 * kLanes;
 
@@ -441,7 +423,7 @@ struct Blocked {
     Columns<T> columns;
     Buffers(Scratch scratch, const Linear& p, int64_t groups, size_t* used)
         : tile(Tile<T>::take(scratch, p, groups)),
-          panels(scratch.take<Panel>(T::kChunk * kPanelStride)),
+          panels(scratch.take<Panel>(T::kChunk * kPanelStride<T>)),
           acc(scratch.take<Acc>(T::kChunk * tile.groups * kLanes)),
           columns(Columns<T>::take(scratch)) {
       if (used != nullptr) *used = scratch.used();
@@ -485,7 +467,7 @@ struct Blocked {
       const int64_t depth = p.k - k < T::kDepth ? p.k - k : T::kDepth;
       const int64_t words = round_up(div_up(depth, T::kGroup), T::kWordStep);
       for (int64_t c = 0; c < columns; ++c) {
-        Panel* to = b.panels + c * kPanelStride;
+        Panel* to = b.panels + c * kPanelStride<T>;
         if (c < b.columns.count) {
           T::fill_panel(to, p.w + (b.columns.begin + c) * p.k + k, depth);
         } else {
@@ -505,7 +487,7 @@ struct Blocked {
         for (int64_t c = 0; c < columns; c += panel_rows) {
           multiply(grid.at_once, groups,
                    {b.tile.codes + g * b.tile.stride + k * kLanes, b.tile.stride, words,
-                    b.panels + c * kPanelStride, acc + c * rows, rows,
+                    b.panels + c * kPanelStride<T>, acc + c * rows, rows,
                     g == 0 ? next + c * p.k : nullptr, p.k});
         }
         if (!more) finish<Format>(p, b, acc, g * kLanes, rows, row);

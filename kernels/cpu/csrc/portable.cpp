@@ -12,7 +12,7 @@ namespace qnn {
 namespace {
 
 template <class CodeT, class AccT, class SumT>
-struct Plain {
+struct Plain : Inner<Plain<CodeT, AccT, SumT>> {
   using Code = CodeT;
   using Panel = CodeT;
   using Acc = AccT;
@@ -38,57 +38,28 @@ struct Plain {
     for (int64_t i = depth; i % kGroup != 0; ++i) to[i] = 0;
   }
 
-  // The products of one word: two 16-bit values, or one float.
-  static Sum products(const Code* x, const Panel* w) {
+  static Sum multiply_add(Sum sum, Sum column, Sum row) {
     if constexpr (kGroup == 1) {
-      return read<vfloat>(x) * w[0];
+      return sum + column * row;
     } else {
 #if defined(__SSE2__)
-      return (vint)_mm_madd_epi16(read<__m128i>(x), _mm_set1_epi32(read<int32_t>(w)));
+      return sum + (vint)_mm_madd_epi16((__m128i)column, (__m128i)row);
 #else
-      const vint pair = read<vint>(x);
-      return ((pair << 16) >> 16) * static_cast<int32_t>(w[0]) +
-             (pair >> 16) * static_cast<int32_t>(w[1]);
+      return sum + ((column << 16) >> 16) * ((row << 16) >> 16) + (column >> 16) * (row >> 16);
 #endif
     }
   }
 
-  template <int R, int G>
-  QNN_KERNEL static void block(const Product<Plain>& p) {
-    Sum sums[R][G];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-      for (int g = 0; g < G; ++g) sums[r][g] = read<Sum>(p.acc + r * p.acc_stride + g * kLanes);
-    }
-    for (int64_t word = 0; word < p.words; ++word) {
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const Panel* w = p.panel + r * Blocked<Plain>::kPanelStride + word * kGroup;
-#pragma GCC unroll 2
-        for (int g = 0; g < G; ++g)
-          sums[r][g] += products(p.x + g * p.x_stride + word * kGroup * kLanes, w);
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-      for (int g = 0; g < G; ++g) write(p.acc + r * p.acc_stride + g * kLanes, sums[r][g]);
-    }
+  static Sum column(const int8_t* w, int64_t left) {
+    Code codes[kGroup * kLanes] = {};
+    for (int64_t i = 0; i < kGroup * kLanes && i < left; ++i) codes[i] = w[i];
+    return read<Sum>(codes);
   }
 
-  template <int R>
-  QNN_KERNEL static void dot(const Code* x, int64_t stride, const int8_t* const* w, int64_t k,
-                             Acc* acc) {
-    for (int r = 0; r < R; ++r) {
-      for (int c = 0; c < kDotColumns; ++c) {
-        Acc sum = 0;
-        const int8_t* row = w[c];
-        const Code* codes = x + r * stride;
-        for (int64_t i = 0; i < k; ++i) sum += static_cast<Acc>(codes[i]) * row[i];
-        acc[r * kChunk + c] = sum;
-      }
-    }
+  static Acc sum(Sum s) {
+    Acc total = 0;
+    for (int lane = 0; lane < kLanes; ++lane) total += s[lane];
+    return total;
   }
 };
 

@@ -8,7 +8,7 @@
 namespace qnn {
 namespace {
 
-struct Vnni : Avx512 {
+struct Vnni : Avx512, Inner<Vnni> {
   using Code = int8_t;
   static constexpr bool kQuantizes = true;
   using Panel = uint8_t;
@@ -26,93 +26,39 @@ struct Vnni : Avx512 {
       write(to + i, _mm512_xor_si512(_mm512_maskz_loadu_epi8(first(depth - i), w + i), high));
   }
 
-  template <int R, int G>
-  QNN_KERNEL static void block(const Product<Vnni>& p) {
-    __m512i sums[R][G];
-#pragma GCC unroll 24
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g)
-        sums[r][g] = _mm512_loadu_si512(p.acc + r * p.acc_stride + g * 16);
-    }
-    for (int64_t begin = 0; begin < p.words; begin += kWordStep) {
-      if (p.next != nullptr) {
-        for (int r = 0; r < R; ++r) __builtin_prefetch(p.next + r * p.next_stride + begin * kGroup);
-      }
-      for (int64_t word = begin; word < begin + kWordStep; ++word) {
-        __m512i rows[G];
-#pragma GCC unroll 4
-        for (int g = 0; g < G; ++g)
-          rows[g] = _mm512_loadu_si512(p.x + g * p.x_stride + word * kGroup * 16);
-#pragma GCC unroll 24
-        for (int r = 0; r < R; ++r) {
-          const __m512i column = _mm512_set1_epi32(
-              read<int32_t>(p.panel + r * Blocked<Vnni>::kPanelStride + word * 4));
-#pragma GCC unroll 4
-          for (int g = 0; g < G; ++g) sums[r][g] = _mm512_dpbusd_epi32(sums[r][g], column, rows[g]);
-        }
-      }
-    }
-#pragma GCC unroll 24
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g)
-        _mm512_storeu_si512(p.acc + r * p.acc_stride + g * 16, sums[r][g]);
+  static vint multiply_add(vint sum, vint column, vint row) {
+    return (vint)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)column, (__m512i)row);
+  }
+  static vint column(const int8_t* w, int64_t left) {
+    const __mmask64 there = left < 64 ? first(left) : ~__mmask64{0};
+    return (vint)_mm512_xor_si512(_mm512_maskz_loadu_epi8(there, w), _mm512_set1_epi8(-128));
+  }
+  static int32_t sum(vint s) { return qnn::sum((__m512i)s); }
+
+  // One row of x takes the rows of w one behind the other, as they lie: memory gives one stream
+  // faster than several. Four sums along K hide the latency.
+  template <int R>
+  static void dot(const Code* x, int64_t stride, const int8_t* const* w, int64_t k, Acc* acc) {
+    if constexpr (R == 1) {
+      for (int c = 0; c < kDotColumns; ++c) acc[c] = stream(x, w[c], k);
+    } else {
+      Inner<Vnni>::dot<R>(x, stride, w, k, acc);
     }
   }
 
-  template <int R>
-  QNN_KERNEL static void dot(const Code* x, int64_t stride, const int8_t* const* w, int64_t k,
-                             Acc* acc) {
-    const __m512i high = _mm512_set1_epi8(-128);
-    if constexpr (R == 1) {
-      // Row after row of w, which lie behind each other: memory gives one stream faster than
-      // several.
-      for (int c = 0; c < kDotColumns; ++c) {
-        __m512i parts[4];
+  QNN_KERNEL static int32_t stream(const Code* x, const int8_t* w, int64_t k) {
+    vint sums[4] = {};
+    int64_t i = 0;
+    for (; i + 256 <= k; i += 256) {
 #pragma GCC unroll 4
-        for (int u = 0; u < 4; ++u) parts[u] = _mm512_setzero_si512();
-        int64_t i = 0;
-        for (; i + 256 <= k; i += 256) {
-#pragma GCC unroll 4
-          for (int u = 0; u < 4; ++u) {
-            const __m512i column = _mm512_xor_si512(_mm512_loadu_si512(w[c] + i + u * 64), high);
-            parts[u] = _mm512_dpbusd_epi32(parts[u], column, _mm512_loadu_si512(x + i + u * 64));
-          }
-        }
-        for (; i < k; i += 64) {
-          const __mmask64 mask = k - i < 64 ? first(k - i) : ~__mmask64{0};
-          const __m512i column = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, w[c] + i), high);
-          parts[0] = _mm512_dpbusd_epi32(parts[0], column, _mm512_loadu_si512(x + i));
-        }
-        acc[c] = sum(_mm512_add_epi32(_mm512_add_epi32(parts[0], parts[1]),
-                                      _mm512_add_epi32(parts[2], parts[3])));
-      }
-      return;
-    }
-    __m512i sums[R][kDotColumns];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int c = 0; c < kDotColumns; ++c) sums[r][c] = _mm512_setzero_si512();
-    }
-    for (int64_t i = 0; i < k; i += 64) {
-      const __mmask64 mask = k - i < 64 ? first(k - i) : ~__mmask64{0};
-      __m512i rows[R];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) rows[r] = _mm512_loadu_si512(x + r * stride + i);
-#pragma GCC unroll 8
-      for (int c = 0; c < kDotColumns; ++c) {
-        const __m512i column = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, w[c] + i), high);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sums[r][c] = _mm512_dpbusd_epi32(sums[r][c], column, rows[r]);
+      for (int u = 0; u < 4; ++u) {
+        const int64_t at = i + u * 64;
+        sums[u] = multiply_add(sums[u], column(w + at, 64), read<vint>(x + at));
       }
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int c = 0; c < kDotColumns; ++c) acc[r * kChunk + c] = sum(sums[r][c]);
-    }
+    for (; i < k; i += 64) sums[0] = multiply_add(sums[0], column(w + i, k - i), read<vint>(x + i));
+    const vuint all = ((vuint)sums[0] + (vuint)sums[1]) + ((vuint)sums[2] + (vuint)sums[3]);
+    return sum((vint)all);
   }
 };
 
