@@ -5,12 +5,14 @@ import io
 import pickle
 import unittest
 from typing import Any
+from unittest import mock
 
 import torch
 from parameterized import parameterized
 from torch import nn
 
 import qnn
+from qnn.kernels.cpu import native
 from qnn.kernels.cpu.engines import self_test
 
 from .common import DTYPES, child
@@ -261,12 +263,23 @@ class TestState(unittest.TestCase):
         self.assertTrue(torch.equal(module.weight, weight))
         self.assertEqual(module(torch.randn(3, 48).half()).dtype, torch.float16)
 
-    def test_repr_names_what_runs(self) -> None:
+    @unittest.skipUnless(native.ensure().loaded, native.ensure().reason)
+    def test_repr_names_the_tier(self) -> None:
+        best = next(name for name, state in native.ready().tiers if state == "ok")
+        for scheme in ("int8", "int8_weight"):
+            with self.subTest(scheme):
+                text = repr(qnn.QLinear(256, 256, scheme=scheme))
+                self.assertIn(f"cpu: {best}: passed the known-answer test", text)
+
+    def test_repr_names_the_engine_where_there_are_no_kernels(self) -> None:
         if not self_test("onednn").usable:
             self.skipTest("one engine runs all sizes on this CPU")
-        self.assertIn("cpu: exact up to 128 rows, then onednn:", repr(layer()))
-        self.assertIn("cpu: exact up to 8 rows, then onednn:", repr(qnn.QLinear(256, 256)))
-        self.assertIn("cpu: onednn:", repr(qnn.QLinear(512, 512)))
+        absent = native.Status("absent", reason="no C++ compiler")
+        with mock.patch.object(native, "ready", return_value=absent):
+            small, middle, large = layer(), qnn.QLinear(256, 256), qnn.QLinear(512, 512)
+            self.assertIn("cpu: exact up to 128 rows, then onednn:", repr(small))
+            self.assertIn("cpu: exact up to 8 rows, then onednn:", repr(middle))
+            self.assertRegex(repr(large), "cpu: onednn: .*; not native: no C.. compiler")
 
     def test_casts_on_meta_and_with_swapped_parameters(self) -> None:
         module = nn.Sequential(qnn.QLinear(4, 4, device="meta")).half()
