@@ -7,8 +7,8 @@ It looks at the nodes that carry `scheme=` and, where the region's op can do mor
 - hands an activation that follows a layer, and a residual that is added behind it, to the layer's
   op.
 
-No value that feeds an integer changes: the op rounds where the separate nodes do. What does not
-match exactly is left alone.
+The op rounds where the separate nodes do, so ReLU, a residual and shared rows give the same bits; a
+GELU or SiLU is torch's but for the last one. What does not match exactly is left alone.
 """
 
 from __future__ import annotations

@@ -36,7 +36,18 @@ from qnn.kernels.cpu.toolchain import (
 )
 from qnn.kernels.torch_private import plain_dispatch
 
-__all__ = ["CSRC", "BuildError", "Status", "build", "ensure", "find", "ready", "status"]
+__all__ = [
+    "CSRC",
+    "BuildError",
+    "Status",
+    "build",
+    "ensure",
+    "find",
+    "preferred",
+    "ready",
+    "replaces",
+    "status",
+]
 
 # Through the links of an editable install, to the sources themselves.
 CSRC = Path(__file__).resolve().parent / "csrc"

@@ -240,7 +240,7 @@ inline vfloat exp(vfloat x) {
 }
 
 // Abramowitz and Stegun 7.1.26, |error| ≤ 1.5e-7 before float32's roundings: the polynomial that
-// torch's own gelu uses, so that a folded gelu gives what the separate one gives.
+// torch's own gelu uses, so that a folded gelu is the separate one but for its last bit.
 inline vfloat erf(vfloat x) {
   // From 10 on, where erf is 1, also for inf: the reciprocal takes finite values.
   const vfloat magnitude = at_most(splat(10.0f), (vfloat)(bits(x) & 0x7fffffff));
