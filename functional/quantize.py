@@ -30,7 +30,7 @@ def quantize(x: torch.Tensor, scheme: str = "int8") -> tuple[torch.Tensor, torch
     >>> q.tolist(), scale.tolist()
     ([[1, -127], [0, 0]], [[1.0], [1.0]])
     """
-    op = OPS[f"{get_scheme(scheme).weight.name}_quantize"]
+    op = OPS[f"{get_scheme(scheme).weight.key}_quantize"]
     q, scale = op.overload(x.detach())
     return q, scale
 
@@ -53,6 +53,6 @@ def dequantize(
     >>> dequantize(torch.tensor([[2, -4]], dtype=torch.int8), torch.tensor([[0.5]]))
     tensor([[ 1., -2.]])
     """
-    op = OPS[f"{get_scheme(scheme).weight.name}_dequantize"]
+    op = OPS[f"{get_scheme(scheme).weight.key}_dequantize"]
     result: torch.Tensor = op.overload(q, scale.detach(), dtype)
     return result

@@ -2,8 +2,20 @@
 backend.
 """
 
-from qnn.kernels import int8, torch_private
-from qnn.kernels.formats import SCHEMES, Format, Scheme, get_scheme
+from qnn.kernels import float_ops, int8, torch_private
+from qnn.kernels.formats import Format
+from qnn.kernels.schemes import SCHEMES, Scheme, get_scheme, training_scheme
 from qnn.kernels.spec import OPS, Op
 
-__all__ = ["OPS", "SCHEMES", "Format", "Op", "Scheme", "get_scheme", "int8", "torch_private"]
+__all__ = [
+    "OPS",
+    "SCHEMES",
+    "Format",
+    "Op",
+    "Scheme",
+    "float_ops",
+    "get_scheme",
+    "int8",
+    "torch_private",
+    "training_scheme",
+]

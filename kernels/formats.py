@@ -1,16 +1,22 @@
-"""Formats and schemes: the only place where the facts about a number format stand.
+"""What a number format is: how floats become stored tensors and back.
 
-A `Format` says how floats become stored values; a `Scheme` combines a weight format and an
-activation format under the name that users write and graph nodes carry as `scheme=`.
+Each family has a file of its own (`int8.py`, `float8.py`, `mxfp8.py`, `nvfp4.py`) with its rule and
+its `Format` objects. Whatever else works with formats reads this description and needs no case for
+any of them. Schemes, which combine formats into layers, are in `schemes.py`.
 """
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import dataclass
-from typing import Literal
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
+
+from qnn.kernels.spec import size_of
 
 Granularity = Literal["tensor", "token", "channel", "group", "block"]
 
@@ -20,85 +26,171 @@ FLOATS: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16,
 
 
 @dataclass(frozen=True)
-class Format:
-    """A number format: float = stored value x scale.
+class Part:
+    """One of the tensors that a quantised value is stored in.
 
-    `token` and `channel` granularity are the same arithmetic, one scale for each row: a token is a
-    row of the activations `[..., K]`, a channel is an output row of the weight `[N, K]`.
+    Attributes:
+        suffix: behind the name of the value, in state dicts: `weight`, `weight_scale`, …
+        short: its name as an argument of an op: `xq` for `"{}q"`.
+        dtype: what it is stored as.
+        axes: in the notation of `Op`, for the value's axes `r` (rows) and `c` (columns).
     """
 
-    name: str
-    storage: torch.dtype
-    qmin: int
-    qmax: int
-    granularity: Granularity
-    scale_dtype: torch.dtype = torch.float32
+    suffix: str
+    short: str
+    dtype: torch.dtype
+    axes: str
 
-    @property
-    def bytes_per_value(self) -> int:
-        return self.storage.itemsize
+    def declared(self, name: str, rows: str, columns: str) -> str:
+        """The argument of an op that holds this part of `name`: `sx: ... k/16`."""
+        known = {"r": rows, "c": columns}
+        axes = [known.get(axis[0], axis[0]) + axis[1:] for axis in self.axes.split()]
+        return f"{self.short.format(name)}: {' '.join(axes)}"
 
-
-INT8_CHANNEL = Format("int8", torch.int8, -127, 127, "channel")
-INT8_TOKEN = Format("int8", torch.int8, -127, 127, "token")
-
-# int32 holds a sum of 127 * 128 * K exactly up to this K; a longer row could wrap around without a
-# word.
-INT8_MAX_K = (2**31 - 1) // (127 * 128)
+    def shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        """The part's shape for a value of `[rows, columns]`."""
+        known = {"r": rows, "c": columns, "1": 1}
+        return tuple(size_of(axis, known) for axis in self.axes.split())
 
 
 @dataclass(frozen=True)
-class Scheme:
-    """What a layer stores and computes.
+class Format(ABC):
+    """A number format: float = stored value x scale.
 
-    `activation` is None where activations stay as they are. `linear` names the op of a linear
-    layer's forward; the op of the gradient to its input is found through that op's own declaration.
+    `token` and `channel` granularity are the same arithmetic, one scale for each row: a token is a
+    row of the activations `[..., K]`, a channel is an output row of the weight `[N, K]`. A `group`
+    is a part of a row, a `block` a rectangle, both of the size `block`.
+
+    Attributes:
+        name: the format's name, such as `"float8_e4m3"`; several granularities share one.
+        key: the name of exactly this format, and what its ops begin with.
+        storage: the dtype that values are stored in.
+        qmin, qmax: the range of a stored value.
+        granularity: what shares a scale.
+        parts: the tensors of a quantised value; the first holds the values themselves.
+        scale_dtype: of the scales that most values share.
+        block: rows and columns of a `group` or `block`.
+        packing: values in one element of `storage`.
+        stochastic: whether `quantize` rounds by chance, from a `seed`.
     """
 
     name: str
-    weight: Format
-    activation: Format | None
-    linear: str
-    max_in_features: int | None = None
-    trainable: bool = False
+    key: str
+    storage: torch.dtype
+    qmin: float
+    qmax: float
+    granularity: Granularity
+    parts: tuple[Part, ...]
+    scale_dtype: torch.dtype = torch.float32
+    block: tuple[int, int] | None = None
+    packing: int = 1
+    stochastic: bool = False
 
-    def why_not_linear(self, in_features: int, out_features: int) -> str | None:
-        """Why a linear layer of this size cannot be held in this scheme, or None."""
-        if in_features < 1 or out_features < 1:
-            return (
-                "in_features and out_features must be at least 1, "
-                f"got {in_features} and {out_features}; leave such a layer in float"
-            )
-        if self.max_in_features is not None and in_features > self.max_in_features:
-            return (
-                f"in_features must be at most {self.max_in_features}, beyond which the int32 sum "
-                f"of a row can overflow, got {in_features}; use scheme='int8_weight' or leave the "
-                "layer in float"
-            )
-        return None
+    @abstractmethod
+    def quantize(self, x: torch.Tensor, seed: torch.Tensor | None = None) -> tuple[Any, ...]:
+        """The parts of `x [..., C]`. Nothing is shared along leading axes, but in a format with one
+        scale a tensor; a format of 128x128 or 16x16 blocks takes `[R, C]` alone.
+        """
+
+    @abstractmethod
+    def decode(
+        self, parts: Sequence[torch.Tensor], compute: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`(values, scale)` with float = values · scale.
+
+        `values` have at most 8 significant bits, so that products of two are exact in float32;
+        `scale` is `[..., 1]` or `[1]`, and None where the values have it in them already.
+        """
+
+    def dequantize(
+        self, parts: Sequence[torch.Tensor], compute: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """The floats, in `compute`."""
+        values, scale = self.decode(parts, compute)
+        return values if scale is None else values * scale.to(compute)
+
+    @property
+    def bits(self) -> int:
+        """Of a stored value, without its share of the scales."""
+        return 8 * self.storage.itemsize // self.packing
+
+    @property
+    def columns_multiple_of(self) -> int:
+        """What a weight's row must be a multiple of, so that its file can be read by others."""
+        return 1 if self.granularity != "group" or self.block is None else self.block[1]
+
+    @property
+    def compressed(self) -> dict[str, Any]:
+        """What the compressed-tensors convention calls the format."""
+        result: dict[str, Any] = {
+            "num_bits": self.bits,
+            "type": "float" if self.name != "int8" else "int",
+            "strategy": self.granularity,
+            "symmetric": True,
+        }
+        if self.granularity == "group" and self.block is not None:
+            result["group_size"] = self.block[1]
+        elif self.granularity == "block" and self.block is not None:
+            result["block_structure"] = list(self.block)
+        if self.scale_dtype != torch.float32:
+            result["scale_dtype"] = str(self.scale_dtype)
+        return result
+
+    def declared(self, name: str, rows: str, columns: str) -> str:
+        """The parts of a value of `[rows, columns]`, as arguments or results of an op."""
+        return ", ".join(part.declared(name, rows, columns) for part in self.parts)
+
+    def stored(self, name: str, rows: str, axis: str) -> tuple[str, str]:
+        """The parts as arguments that say by themselves how many columns the value has: `axis` is
+        that of the stored elements; and the axis of the columns that they decode to.
+        """
+        if self.packing == 1:
+            return self.declared(name, rows, axis), axis
+        first, *scales = self.parts
+        words = [replace(first, axes="r c").declared(name, rows, axis)]
+        for part in scales:  # a group counted in elements of storage
+            axes = re.sub(r"c/(\d+)", lambda m: f"c/{int(m[1]) // self.packing}", part.axes)
+            words.append(replace(part, axes=axes).declared(name, rows, axis))
+        return ", ".join(words), f"{axis}*{self.packing}"
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether a row is quantised by itself, whatever the others are."""
+        one_scale = any(part.axes == "1" for part in self.parts)
+        return not (one_scale or self.tall or self.stochastic)
+
+    @property
+    def tall(self) -> bool:
+        """Whether several rows share a scale, so that the value must be a matrix."""
+        return self.block is not None and self.block[0] > 1
+
+    def names(self, name: str) -> tuple[str, ...]:
+        """The names of those arguments."""
+        return tuple(part.short.format(name) for part in self.parts)
 
 
-SCHEMES: dict[str, Scheme] = {
-    scheme.name: scheme
-    for scheme in (
-        Scheme("int8", INT8_CHANNEL, INT8_TOKEN, "int8_linear", max_in_features=INT8_MAX_K),
-        Scheme("int8_weight", INT8_CHANNEL, None, "int8_weight_linear"),
-    )
-}
+def finite_amax(x: torch.Tensor, dims: int | Sequence[int] | None = None) -> torch.Tensor:
+    """The largest finite magnitude along `dims`, which are kept, in float32; 0 where there is none.
 
-
-def get_scheme(name: str) -> Scheme:
-    """The scheme called `name`; a `ValueError` that lists the known ones, or a `TypeError` for what
-    is no string.
+    What is not finite has its own code and takes no part in the scale, so that it spoils only the
+    outputs that it enters.
     """
-    if not isinstance(name, str):
-        known = ", ".join(map(repr, SCHEMES))
-        raise TypeError(
-            f"scheme must be a string, one of {known}; got {type(name).__name__} {name!r}."
-        )
-    if name not in SCHEMES:
-        close = difflib.get_close_matches(name, SCHEMES, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        known = ", ".join(map(repr, SCHEMES))
-        raise ValueError(f"unknown scheme {name!r}: the known schemes are {known}.{hint}")
-    return SCHEMES[name]
+    dims = list(range(x.dim())) if dims is None else [dims] if isinstance(dims, int) else list(dims)
+    if math.prod(x.shape[d] for d in dims) == 0:
+        shape = [1 if d in {e % x.dim() for e in dims} else s for d, s in enumerate(x.shape)]
+        return x.new_zeros(shape, dtype=torch.float32)
+    magnitude = x.abs()
+    magnitude = torch.where(magnitude.isfinite(), magnitude, 0)
+    return magnitude.amax(dims, keepdim=True).float()
+
+
+def spread(scale: torch.Tensor, block: int, columns: int) -> torch.Tensor:
+    """A scale for each of `columns`, from one a group of `block`."""
+    return scale.repeat_interleave(block, -1)[..., :columns]
+
+
+def grouped(x: torch.Tensor, block: int) -> torch.Tensor:
+    """`[..., C]` as `[..., ⌈C / block⌉, block]`, with zeros behind the end."""
+    missing = -x.shape[-1] % block
+    x = torch.nn.functional.pad(x, (0, missing)) if missing else x
+    return x.unflatten(-1, (x.shape[-1] // block, block))

@@ -6,18 +6,50 @@ stored integer is the float; all scale arithmetic is float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
 import torch
 from einops import einsum, rearrange
 
 from qnn.kernels.cpu import int8_linear as cpu
 from qnn.kernels.cpu import native
 from qnn.kernels.epilogue import ACTIVATIONS, finish
-from qnn.kernels.formats import FLOATS, INT8_TOKEN
+from qnn.kernels.formats import FLOATS, Format, Part
 from qnn.kernels.spec import Op
 
 INT8, SCALE = (torch.int8,), (torch.float32,)
 EPILOGUE = {"activation": tuple(ACTIVATIONS)}
-FORMAT = INT8_TOKEN
+QMAX = 127
+# int32 holds a sum of 127 * 128 * K exactly up to this K; a longer row could wrap around without a
+# word.
+INT8_MAX_K = (2**31 - 1) // (QMAX * 128)
+
+
+@dataclass(frozen=True)
+class Int8(Format):
+    def quantize(
+        self, x: torch.Tensor, seed: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return quantize_reference(x)
+
+    def decode(
+        self, parts: Sequence[torch.Tensor], compute: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        q, scale = parts
+        return q.to(compute), scale
+
+
+INT8_CHANNEL = Int8(
+    "int8",
+    "int8",
+    torch.int8,
+    -QMAX,
+    QMAX,
+    "channel",
+    (Part("", "{}q", torch.int8, "r c"), Part("_scale", "s{}", torch.float32, "r 1")),
+)
+INT8_TOKEN = replace(INT8_CHANNEL, granularity="token")
 
 
 def row_scale(x: torch.Tensor) -> torch.Tensor:
@@ -25,14 +57,14 @@ def row_scale(x: torch.Tensor) -> torch.Tensor:
     row.
     """
     amax = x.abs().amax(-1, keepdim=True).float()
-    scale = (amax / float(FORMAT.qmax)).clamp_min(torch.finfo(torch.float32).tiny)
+    scale = (amax / float(QMAX)).clamp_min(torch.finfo(torch.float32).tiny)
     return torch.where(amax == 0, 1.0, scale)
 
 
 def quantize_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = row_scale(x)
-    q = (x.float() * (1 / scale)).round().clamp(FORMAT.qmin, FORMAT.qmax)
-    return torch.where(scale.isfinite(), q, 0).to(FORMAT.storage), scale
+    q = (x.float() * (1 / scale)).round().clamp(-QMAX, QMAX)
+    return torch.where(scale.isfinite(), q, 0).to(torch.int8), scale
 
 
 def dequantize_reference(

@@ -8,7 +8,9 @@ documentation.
     x: ... k, w: n k, sw: n 1, bias: n? -> ... n
 
 reads: `x` has any leading axes and ends in `k`; `w` is `[n, k]`; `sw` is `[n, 1]`; `bias` is `[n]`
-or None; the result has the leading axes of `x` and ends in `n`.
+or None; the result has the leading axes of `x` and ends in `n`. `k/128` is ⌈k / 128⌉, `p*2` is
+twice `p` and `k/16*8` eight for each 16 begun, where the axis is known from an argument before;
+otherwise it is a name like any other.
 
 An argument without axes is a torch.dtype, `dtype: dtype`, or one of the names in `choices`,
 `activation: str`. What is marked with `?` may be left out, and so may all that follows: a tensor is
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -101,9 +104,30 @@ def describe(value: object) -> str:
     return repr(value)
 
 
+_AXIS = re.compile(r"(\w+)(?:/(\d+))?(?:\*(\d+))?")
+
+
+def size_of(axis: str, sizes: Mapping[str, Any]) -> Any:
+    """The size of an axis such as `k`, `k/128` or `p*2`, or None where `sizes` does not say it."""
+    if axis in sizes:
+        return sizes[axis]
+    base, divisor, factor = cast(re.Match[str], _AXIS.fullmatch(axis)).groups()
+    if base not in sizes:
+        return None
+    return -(-sizes[base] // int(divisor or 1)) * int(factor or 1)
+
+
 def _dtype(value: Any) -> torch.dtype:
     """The dtype that `value` is or has."""
     return cast(torch.dtype, value if isinstance(value, torch.dtype) else value.dtype)
+
+
+def _sample_range(dtype: torch.dtype, positive: bool) -> tuple[int, int]:
+    """The integers to draw samples from; a byte that is positive is an exponent of E8M0."""
+    if positive:
+        return 118, 126
+    info = torch.iinfo(dtype)
+    return info.min, min(info.max, 2**31) + (info.bits <= 8)
 
 
 class Op:
@@ -122,6 +146,8 @@ class Op:
         backward: for a differentiable argument, the op that gives its gradient.
         positive: float arguments whose samples must be positive (scales).
         choices: the values that each str argument may have, the default first.
+        rowwise: whether the leading axes are independent of each other; a scale for the whole
+            tensor ties them.
     """
 
     def __init__(
@@ -137,7 +163,9 @@ class Op:
         backward: Mapping[str, str] | None = None,
         positive: Sequence[str] = (),
         choices: Mapping[str, Sequence[str]] | None = None,
+        rowwise: bool = True,
     ) -> None:
+        self.rowwise = rowwise
         self.name, self.signature, self.doc = name, signature, doc
         self.inputs, self.outputs = parse_signature(signature)
         self.dtypes: dict[str, tuple[torch.dtype, ...] | str] = {
@@ -226,7 +254,7 @@ class Op:
                 k = shape[-1]
                 ...
         """
-        known = {"1"}
+        known = {"1": "1"}  # the expression for the size of each axis
         lines = [f"device = {self.inputs[0].name}.device"]
         for arg in self.inputs:
             if arg.axes is None:
@@ -247,17 +275,22 @@ class Op:
                 body.append(
                     f"if lead != {lead}: return False" if _LEAD in known else f"lead = {lead}"
                 )
-                known.add(_LEAD)
+                known[_LEAD] = "lead"
             for position, axis in enumerate(arg.tail, -len(arg.tail)):
-                if arg.optional and axis not in known:
+                size = f"shape[{position}]"
+                base, divisor, factor = cast(re.Match[str], _AXIS.fullmatch(axis)).groups()
+                if axis in known:
+                    body.append(f"if {known[axis]} != {size}: return False")
+                elif base in known:
+                    wanted = f"-(-{base} // {divisor or 1}) * {factor or 1}"
+                    body.append(f"if {wanted} != {size}: return False")
+                elif arg.optional:
                     raise ValueError(
                         f"{self.name}: the optional {arg.name} is the first with {axis}."
                     )
-                size = f"shape[{position}]"
-                body.append(
-                    f"if {axis} != {size}: return False" if axis in known else f"{axis} = {size}"
-                )
-                known.add(axis)
+                else:
+                    known[axis] = re.sub(r"\W", "_", axis)
+                    body.append(f"{known[axis]} = {size}")
             lines += (
                 [f"if {arg.name} is not None:", *(f"    {line}" for line in body)]
                 if arg.optional
@@ -314,13 +347,12 @@ class Op:
                         f"{arg.name} must begin with {sizes[_LEAD]}, got {list(shape)}",
                     )
             for axis, size in zip(arg.tail, shape[len(shape) - tail :], strict=True):
-                bound_by.setdefault(axis, arg.name)
-                if sizes.setdefault(axis, size) != size:
-                    given = (
-                        ""
-                        if axis == "1"
-                        else f" with {axis} = {sizes[axis]} as in {bound_by[axis]}"
-                    )
+                wanted = size_of(axis, sizes)
+                if wanted is None:
+                    sizes[axis], bound_by[axis] = size, arg.name
+                elif wanted != size:
+                    by = bound_by.get(axis) or bound_by.get(axis.split("/")[0].split("*")[0])
+                    given = "" if axis == "1" else f" with {axis} = {wanted} as in {by}"
                     self._fail(
                         ValueError, args, f"{arg.name} must be {arg}{given}, got {list(shape)}"
                     )
@@ -367,7 +399,7 @@ class Op:
         def make(result: Arg, rule: torch.dtype | str) -> torch.Tensor:
             dtype = _dtype(by_name[rule] if isinstance(rule, str) else rule)
             lead = sizes[_LEAD] if result.has_lead else ()
-            shape = (*lead, *(sizes[axis] for axis in result.tail))
+            shape = (*lead, *(size_of(axis, sizes) for axis in result.tail))
             return cast(torch.Tensor, args[0].new_empty(shape, dtype=dtype))
 
         results = tuple(
@@ -382,7 +414,7 @@ class Op:
         args += self._tails[len(args)]
         in_dims = (*in_dims, *[None] * (len(args) - len(in_dims)))
         mapped = [arg for arg, axis in zip(self.inputs, in_dims, strict=True) if axis is not None]
-        if all(arg.has_lead for arg in mapped):
+        if self.rowwise and all(arg.has_lead for arg in mapped):
             moved = []
             for arg, axis, value in zip(self.inputs, in_dims, args, strict=True):
                 if axis is not None:
@@ -434,7 +466,9 @@ class Op:
     ) -> tuple[Any, ...]:
         """One sample; without `choices`, every tensor and name that can be is left out."""
         generator = torch.Generator().manual_seed(seed)
-        axes = dict.fromkeys(axis for arg in self.inputs for axis in arg.tail if axis != "1")
+        axes = dict.fromkeys(
+            axis for arg in self.inputs for axis in arg.tail if axis.isidentifier()
+        )
         sizes = {"1": 1, **dict(zip(axes, _SAMPLE_SIZES, strict=False))}
         args: list[Any] = []
         for arg in self.inputs:
@@ -447,14 +481,15 @@ class Op:
             if arg.kind == "str":
                 args.append((choices or {}).get(arg.name, self.choices[arg.name][0]))
                 continue
-            shape = (*(lead if arg.has_lead else ()), *(sizes[axis] for axis in arg.tail))
+            shape = (*(lead if arg.has_lead else ()), *(size_of(axis, sizes) for axis in arg.tail))
             allowed = self.dtypes[arg.name]
-            if allowed == (torch.int8,):
-                args.append(torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator))
+            if isinstance(allowed[0], torch.dtype) and not allowed[0].is_floating_point:
+                low, high = _sample_range(allowed[0], arg.name in self.positive)
+                args.append(torch.randint(low, high, shape, dtype=allowed[0], generator=generator))
                 continue
             value = torch.randn(shape, generator=generator)
             # Small: two scales times a sum of products must stay within float16.
-            value = (value.abs() + 0.01) / 16 if arg.name in self.positive else value
+            value = (value.abs() + 0.5) / 16 if arg.name in self.positive else value
             shared = isinstance(allowed, str) or dtype in allowed
             args.append(value.to(dtype if shared else cast(torch.dtype, allowed[0])))
         return tuple(args)

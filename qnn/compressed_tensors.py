@@ -12,28 +12,19 @@ from typing import Any
 from torch import nn
 
 from qnn.kernels import Scheme, get_scheme
-from qnn.kernels.formats import Format
 from qnn.qlinear import QLinear
-
-
-def _arguments(form: Format, *, dynamic: bool) -> dict[str, Any]:
-    return {
-        "num_bits": 8 * form.bytes_per_value,
-        "type": "float" if form.storage.is_floating_point else "int",
-        "strategy": form.granularity,
-        "symmetric": True,
-        "dynamic": dynamic,
-    }
 
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     activation = scheme.activation
     return {
         "targets": targets,
-        "weights": _arguments(scheme.weight, dynamic=False),
-        "input_activations": None if activation is None else _arguments(activation, dynamic=True),
+        "weights": {**scheme.weight.compressed, "dynamic": False},
+        "input_activations": None
+        if activation is None
+        else {**activation.compressed, "dynamic": True},
         "output_activations": None,
-        "format": "int-quantized",
+        "format": scheme.compressed_format,
     }
 
 
@@ -52,9 +43,10 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
             ignore.append(name)
     if not targets:
         raise ValueError("qnn: the model has no quantised layer to describe; convert it first.")
+    formats = {get_scheme(scheme).compressed_format for scheme in targets}
     return {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": {
             f"group_{i}": _group(get_scheme(scheme), names)

@@ -7,7 +7,7 @@ import torch
 from parameterized import parameterized
 
 from qnn.kernels import OPS, SCHEMES, get_scheme
-from qnn.kernels.formats import INT8_MAX_K
+from qnn.kernels.int8 import INT8_MAX_K
 
 
 class TestSchemes(unittest.TestCase):
@@ -20,8 +20,8 @@ class TestSchemes(unittest.TestCase):
             op = OPS[scheme.linear]
             self.assertTrue(op.backward)
             self.assertTrue(all(name in OPS for name in op.backward.values()))
-            self.assertIn(f"{scheme.weight.name}_quantize", OPS)
-            self.assertIn(f"{scheme.weight.name}_dequantize", OPS)
+            self.assertIn(f"{scheme.weight.key}_quantize", OPS)
+            self.assertIn(f"{scheme.weight.key}_dequantize", OPS)
 
     def test_unknown_name_lists_the_known_and_the_nearest(self) -> None:
         with self.assertRaisesRegex(ValueError, r"'int8', 'int8_weight'.*Did you mean 'int8'"):

@@ -1,0 +1,213 @@
+"""The ops of the float formats, all derived from the formats: for each format a cast there and
+back, for each scheme its linear layers and its product of quantised operands.
+
+The references are the meaning of the ops. Stored values are multiplied as float32, which holds the
+products exactly, and summed in float32; then `acc · sw · sx + bias` in float32 and one cast, with
+the scales of blocks inside the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from qnn.kernels.float8 import E4M3, E5M2, FLOAT8
+from qnn.kernels.formats import FLOATS, Format
+from qnn.kernels.schemes import SCHEMES
+from qnn.kernels.spec import Op
+
+Reference = Callable[..., Any]
+
+
+def quantize_reference(form: Format, transposed: Format | None = None) -> Reference:
+    """The parts of `x` in `form` and, with `transposed`, those of `xᵀ` in that format."""
+
+    def reference(x: torch.Tensor, seed: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        parts = form.quantize(x, seed)
+        if transposed is not None:
+            # Another draw: the two forms of an element are rounded independently.
+            parts += transposed.quantize(x.mT, None if seed is None else seed + 1)
+        return tuple(p.contiguous() if p.numel() else p.new_empty(p.shape) for p in parts)
+
+    return reference
+
+
+def dequantize_reference(form: Format) -> Reference:
+    def reference(*args: Any, compute: torch.dtype = torch.float32) -> torch.Tensor:
+        *parts, dtype = args
+        return form.dequantize(parts, compute).to(dtype if compute == torch.float32 else compute)
+
+    return reference
+
+
+def product(
+    x: tuple[torch.Tensor, torch.Tensor | None],
+    w: tuple[torch.Tensor, torch.Tensor | None],
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """`x · wᵀ + bias` of decoded operands, in the dtype of their values; one cast, unless that is
+    float64. A packed weight may have zeros behind the columns of `x`.
+    """
+    (xv, sx), (wv, sw) = x, w
+    compute = wv.dtype
+    y = xv.to(compute) @ wv[:, : xv.shape[-1]].mT
+    if sw is not None:
+        y = y * sw.flatten().to(compute)
+    if sx is not None:
+        y = y * sx.to(compute)
+    if bias is not None:
+        y = y + bias.to(compute)
+    return y.to(dtype if compute == torch.float32 else compute)
+
+
+def matmul_reference(x: Format, w: Format) -> Reference:
+    split = len(x.parts), len(x.parts) + len(w.parts)
+
+    def reference(*args: Any, compute: torch.dtype = torch.float32) -> torch.Tensor:
+        given, weight, (bias, dtype) = args[: split[0]], args[split[0] : split[1]], args[split[1] :]
+        return product(x.decode(given, compute), w.decode(weight, compute), bias, dtype)
+
+    return reference
+
+
+def linear_reference(activation: Format | None, weight: Format) -> Reference:
+    def reference(
+        x: torch.Tensor, *args: Any, compute: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        *parts, bias = args
+        left = (
+            (x.to(compute), None)
+            if activation is None
+            else activation.decode(activation.quantize(x), compute)
+        )
+        return product(left, weight.decode(parts, compute), bias, x.dtype)
+
+    return reference
+
+
+def linear_dgrad_reference(weight: Format) -> Reference:
+    def reference(
+        dy: torch.Tensor, *parts: torch.Tensor, compute: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        w = weight.dequantize(parts, compute)
+        return (dy.to(compute) @ w).to(dy.dtype if compute == torch.float32 else compute)
+
+    return reference
+
+
+def _stored_dtypes(form: Format, name: str) -> dict[str, tuple[torch.dtype, ...]]:
+    return {part.short.format(name): (part.dtype,) for part in form.parts}
+
+
+def _scales(form: Format, *names: str) -> tuple[str, ...]:
+    return tuple(scale for name in names for scale in form.names(name)[1:])
+
+
+def declare_format(form: Format, transposed: Format | None) -> None:
+    """The casts of a format; `transposed` is that of a training operand's other form."""
+    lead, seed = ("n" if form.tall else "..."), (", seed: 1" if form.stochastic else "")
+    dtypes = {"x": FLOATS, "seed": (torch.int64,)}
+    Op(
+        f"{form.key}_quantize",
+        f"x: {lead} k{seed} -> {form.declared('', lead, 'k')}",
+        doc=f"the parts of x in {form.key}",
+        dtypes=dtypes,
+        out=[part.dtype for part in form.parts],
+        reference=quantize_reference(form),
+        rowwise=form.rowwise,
+    )
+    stored, columns = form.stored("", lead, "p")
+    Op(
+        f"{form.key}_dequantize",
+        f"{stored}, dtype: dtype -> {lead} {columns}",
+        doc="the floats that the parts stand for, in float32, then one cast to dtype",
+        dtypes={**_stored_dtypes(form, ""), "dtype": FLOATS},
+        out=("dtype",),
+        reference=dequantize_reference(form),
+        positive=_scales(form, ""),
+        rowwise=form.rowwise,
+    )
+    if transposed is not None:
+        Op(
+            f"{form.key}_quantize_both",
+            f"x: m k{seed} -> {form.declared('', 'm', 'k')}, {transposed.declared('t', 'k', 'm')}",
+            doc=f"the parts of x in {form.key}, and those of xᵀ in {transposed.key}",
+            dtypes=dtypes,
+            out=[part.dtype for part in (*form.parts, *transposed.parts)],
+            reference=quantize_reference(form, transposed),
+        )
+
+
+def declare_matmul(name: str, x: Format, w: Format) -> None:
+    """The product of two quantised matrices; one of float8 takes either kind."""
+    (left, _), (right, _) = x.stored("x", "m", "p"), w.stored("w", "n", "p")
+    either = {"xq": (E4M3, E5M2), "wq": (E4M3, E5M2)} if x.storage in (E4M3, E5M2) else {}
+    Op(
+        name,
+        f"{left}, {right}, bias: n?, dtype: dtype? -> m n",
+        doc="x · wᵀ + bias of what the parts stand for, in float32, then one cast to dtype",
+        dtypes={
+            **_stored_dtypes(x, "x"), **_stored_dtypes(w, "w"), **either,
+            "bias": FLOATS, "dtype": FLOATS,
+        },
+        out=("dtype",),
+        reference=matmul_reference(x, w),
+        positive=_scales(x, "x") + _scales(w, "w"),
+        rowwise=False,
+    )  # fmt: skip
+
+
+def declare_linear(prefix: str, weight: Format, activation: Format | None) -> None:
+    """The layers over a quantised weight: with quantised activations, and with those as they are;
+    and the gradient to the input, which both share.
+    """
+    given, (stored, columns) = weight.declared("w", "n", "k"), weight.stored("w", "n", "p")
+    dtypes = {**dict.fromkeys(("x", "dy", "bias"), FLOATS), **_stored_dtypes(weight, "w")}
+    for name, form in {"linear": activation, "weight_linear": None}.items():
+        if name == "linear" and form is None:
+            continue
+        Op(
+            f"{prefix}_{name}",
+            f"x: ... k, {given}, bias: n? -> ... n",
+            doc="x · wᵀ + bias with the weight that the parts stand for, in float32, then one cast"
+            + (f"; x is quantised in {form.key} first" if form else ""),
+            dtypes=dtypes,
+            out=("x",),
+            reference=linear_reference(form, weight),
+            backward={"x": f"{prefix}_linear_dgrad"},
+            positive=_scales(weight, "w"),
+            rowwise=form is None or form.rowwise,
+        )
+    Op(
+        f"{prefix}_linear_dgrad",
+        f"dy: ... n, {stored} -> ... {columns}",
+        doc="dy · w with the weight that the parts stand for, straight through the rounding of x",
+        dtypes=dtypes,
+        out=("dy",),
+        reference=linear_dgrad_reference(weight),
+        backward={"dy": f"{prefix}_weight_linear"},
+        positive=_scales(weight, "w"),
+    )
+
+
+def _declare_all() -> None:
+    trained = [scheme.training for scheme in SCHEMES.values() if scheme.training is not None]
+    # Which form of a training operand goes with which other.
+    pairs = {t.x.key: t.x_of_wgrad for t in trained} | {t.dy.key: t.dy_of_wgrad for t in trained}
+    forms = dict(FLOAT8)
+    for t in trained:
+        forms |= {f.key: f for f in (t.x, t.weight, t.dy, t.x_of_wgrad, t.dy_of_wgrad)}
+    for key, form in forms.items():
+        declare_format(form, pairs.get(key))
+    for scheme in SCHEMES.values():
+        if (t := scheme.training) is not None:
+            declare_matmul(t.matmul, t.x, t.weight)
+            if t.wgrad != t.matmul:
+                declare_matmul(t.wgrad, t.dy_of_wgrad, t.x_of_wgrad)
+            declare_linear(scheme.name, scheme.weight, scheme.activation)
+
+
+_declare_all()

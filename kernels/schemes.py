@@ -1,0 +1,162 @@
+"""Schemes: the formats of a layer's operands, under the name that users write and that graph nodes
+carry as `scheme=`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+
+from qnn.kernels import nvfp4
+from qnn.kernels.float8 import FLOAT8
+from qnn.kernels.formats import Format
+from qnn.kernels.int8 import INT8_CHANNEL, INT8_MAX_K, INT8_TOKEN
+from qnn.kernels.mxfp8 import MX
+
+
+@dataclass(frozen=True)
+class Training:
+    """The formats of the three products of a training step. Each operand is quantised along the
+    axis that its product sums over, so a tensor has two forms: `x` along K and, for the weight's
+    gradient, along M; `dy` along N and along M; `weight` along K and along N. `matmul` names the op
+    of the output and of the input's gradient, `wgrad` that of the weight's gradient.
+    """
+
+    x: Format
+    weight: Format
+    dy: Format
+    x_of_wgrad: Format
+    dy_of_wgrad: Format
+    matmul: str
+    wgrad: str
+
+    @property
+    def stochastic(self) -> bool:
+        return self.dy.stochastic or self.dy_of_wgrad.stochastic
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a layer stores and computes.
+
+    `activation` is None where activations stay as they are, `training` where the scheme has no
+    training layer. `linear` names the op of a quantised layer's forward; the op of the gradient to
+    its input is found through that op's own declaration.
+    """
+
+    name: str
+    weight: Format
+    activation: Format | None
+    linear: str
+    compressed_format: str
+    training: Training | None = None
+    max_in_features: int | None = None
+
+    @property
+    def trainable(self) -> bool:
+        return self.training is not None
+
+    def why_not_linear(self, in_features: int, out_features: int) -> str | None:
+        """Why a linear layer of this size cannot be held in this scheme, or None."""
+        if in_features < 1 or out_features < 1:
+            return (
+                "in_features and out_features must be at least 1, "
+                f"got {in_features} and {out_features}; leave such a layer in float"
+            )
+        if self.max_in_features is not None and in_features > self.max_in_features:
+            return (
+                f"in_features must be at most {self.max_in_features}, beyond which the int32 sum "
+                f"of a row can overflow, got {in_features}; use scheme='int8_weight' or leave the "
+                "layer in float"
+            )
+        multiple = self.weight.columns_multiple_of
+        if in_features % multiple:
+            padded = in_features + -in_features % multiple
+            return (
+                f"in_features must be a multiple of {multiple}, got {in_features} (out_features "
+                f"{out_features}); pad to {padded} or exclude the layer"
+            )
+        return None
+
+
+def _training(
+    scheme: str, x: Format, weight: Format, dy: Format | None = None, wgrad: str = "matmul"
+) -> Training:
+    """The same rule for both forms of a tensor; that of `x` for `dy` too, unless it is given."""
+    dy = dy or x
+    return Training(x, weight, dy, x, dy, f"{scheme}_matmul", f"{scheme}_{wgrad}")
+
+
+_ROW = FLOAT8["float8_e4m3"]
+_TENSOR = FLOAT8["float8_e4m3_tensor"]
+_GROUP, _BLOCK = FLOAT8["float8_e4m3_group"], FLOAT8["float8_e4m3_block"]
+
+SCHEMES: dict[str, Scheme] = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme(
+            "int8", INT8_CHANNEL, INT8_TOKEN, "int8_linear", "int-quantized",
+            max_in_features=INT8_MAX_K,
+        ),
+        Scheme("int8_weight", INT8_CHANNEL, None, "int8_weight_linear", "int-quantized"),
+        Scheme(
+            "fp8", _ROW, replace(_ROW, granularity="token"), "fp8_linear", "float-quantized",
+            _training("fp8", _ROW, _ROW),
+        ),
+        Scheme(
+            "fp8_tensor", _TENSOR, _TENSOR, "fp8_tensor_linear", "float-quantized",
+            _training("fp8_tensor", _TENSOR, _TENSOR, FLOAT8["float8_e5m2_tensor"]),
+        ),
+        Scheme(
+            "fp8_block", _BLOCK, _GROUP, "fp8_block_linear", "float-quantized",
+            _training("fp8_block", _GROUP, _BLOCK, wgrad="wgrad"),
+        ),
+        Scheme(
+            "mxfp8", MX, MX, "mxfp8_linear", "mxfp8-quantized", _training("mxfp8", MX, MX),
+        ),
+        Scheme(
+            "nvfp4", nvfp4.ROWS, nvfp4.ROWS, "nvfp4_linear", "nvfp4-pack-quantized",
+            Training(
+                x=nvfp4.ROWS,
+                weight=nvfp4.SQUARES,
+                dy=nvfp4.GRADIENT,
+                x_of_wgrad=nvfp4.TRANSFORMED,
+                dy_of_wgrad=nvfp4.TRANSFORMED_GRADIENT,
+                matmul="nvfp4_matmul",
+                wgrad="nvfp4_matmul",
+            ),
+        ),
+        Scheme("fp8_weight", _ROW, None, "fp8_weight_linear", "float-quantized"),
+        Scheme("nvfp4_weight", nvfp4.ROWS, None, "nvfp4_weight_linear", "nvfp4-pack-quantized"),
+    )
+}  # fmt: skip
+
+
+def get_scheme(name: str) -> Scheme:
+    """The scheme called `name`; a `ValueError` that lists the known ones, or a `TypeError` for what
+    is no string.
+    """
+    if not isinstance(name, str):
+        known = ", ".join(map(repr, SCHEMES))
+        raise TypeError(
+            f"scheme must be a string, one of {known}; got {type(name).__name__} {name!r}."
+        )
+    if name not in SCHEMES:
+        close = difflib.get_close_matches(name, SCHEMES, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        known = ", ".join(map(repr, SCHEMES))
+        raise ValueError(f"unknown scheme {name!r}: the known schemes are {known}.{hint}")
+    return SCHEMES[name]
+
+
+def training_scheme(name: str) -> Scheme:
+    """`get_scheme`, for a scheme that has a training layer; a `ValueError` that names those."""
+    scheme = get_scheme(name)
+    if scheme.training is None:
+        known = ", ".join(repr(s.name) for s in SCHEMES.values() if s.trainable)
+        raise ValueError(
+            f"scheme {name!r} quantises weights that stay as they are and has no training layer; "
+            f"train with one of {known}. To train adapters over a frozen base, use qnn.QLinear "
+            f"(convert with training=False): gradients flow to the input."
+        )
+    return scheme
