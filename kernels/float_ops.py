@@ -197,17 +197,19 @@ def _declare_all() -> None:
     trained = [scheme.training for scheme in SCHEMES.values() if scheme.training is not None]
     # Which form of a training operand goes with which other.
     pairs = {t.x.key: t.x_of_wgrad for t in trained} | {t.dy.key: t.dy_of_wgrad for t in trained}
-    forms = dict(FLOAT8)
+    forms: dict[str, Format] = {**FLOAT8}
     for t in trained:
         forms |= {f.key: f for f in (t.x, t.weight, t.dy, t.x_of_wgrad, t.dy_of_wgrad)}
     for key, form in forms.items():
         declare_format(form, pairs.get(key))
     for scheme in SCHEMES.values():
-        if (t := scheme.training) is not None:
-            declare_matmul(t.matmul, t.x, t.weight)
-            if t.wgrad != t.matmul:
-                declare_matmul(t.wgrad, t.dy_of_wgrad, t.x_of_wgrad)
-            declare_linear(scheme.name, scheme.weight, scheme.activation)
+        training = scheme.training
+        if training is None:
+            continue
+        declare_matmul(training.matmul, training.x, training.weight)
+        if training.wgrad != training.matmul:
+            declare_matmul(training.wgrad, training.dy_of_wgrad, training.x_of_wgrad)
+        declare_linear(scheme.name, scheme.weight, scheme.activation)
 
 
 _declare_all()

@@ -193,4 +193,5 @@ def grouped(x: torch.Tensor, block: int) -> torch.Tensor:
     """`[..., C]` as `[..., ⌈C / block⌉, block]`, with zeros behind the end."""
     missing = -x.shape[-1] % block
     x = torch.nn.functional.pad(x, (0, missing)) if missing else x
-    return x.unflatten(-1, (x.shape[-1] // block, block))
+    result: torch.Tensor = x.unflatten(-1, (x.shape[-1] // block, block))
+    return result

@@ -87,8 +87,7 @@ def e2m1(x: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
     """Two codes a byte, the even element in the low nibble."""
-    low, high = codes.unflatten(-1, (-1, 2)).unbind(-1)
-    return low | (high << 4)
+    return codes[..., ::2] | (codes[..., 1::2] << 4)
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:

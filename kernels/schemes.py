@@ -155,8 +155,7 @@ def training_scheme(name: str) -> Scheme:
     if scheme.training is None:
         known = ", ".join(repr(s.name) for s in SCHEMES.values() if s.trainable)
         raise ValueError(
-            f"scheme {name!r} quantises weights that stay as they are and has no training layer; "
-            f"train with one of {known}. To train adapters over a frozen base, use qnn.QLinear "
-            f"(convert with training=False): gradients flow to the input."
+            f"scheme {name!r} has no layer for training; use one of {known}. To train adapters "
+            "over a frozen base, convert with training=False: gradients flow to the input."
         )
     return scheme

@@ -16,6 +16,7 @@ from qnn import functional, kernels
 from qnn.compare import Comparison, compare, sqnr
 from qnn.convert import convert
 from qnn.kernels import SCHEMES, Format, Scheme
+from qnn.linear import Linear
 from qnn.qlinear import QLinear
 from qnn.summary import Summary, summary
 
@@ -24,6 +25,7 @@ __all__ = [
     "SCHEMES",
     "Comparison",
     "Format",
+    "Linear",
     "QLinear",
     "Scheme",
     "Summary",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from qnn.kernels import OPS, Scheme, get_scheme
 from qnn.kernels.cpu import native
 from qnn.kernels.cpu.engines import ENGINES, engine_choice, self_test
+
+if TYPE_CHECKING:
+    from qnn.qlinear import QLinear
 
 
 def native_tier() -> str | None:
@@ -38,15 +40,18 @@ def int8_engine(weights: int) -> str:
     return "; ".join(parts)
 
 
-def linear_backend(layer: nn.Module) -> str:
+def linear_backend(layer: QLinear) -> str:
     """The backend of a quantised linear layer on the device where it is."""
-    scheme, weight = get_scheme(str(layer.scheme)), layer.weight
-    if not isinstance(weight, torch.Tensor) or weight.is_meta:
+    scheme, values = get_scheme(layer.scheme), layer.stored[0]
+    if values.is_meta:
         return "meta: no values yet"
-    device = weight.device.type
+    device = values.device.type
     if device.upper() not in OPS[scheme.linear].kernels:
-        return f"{device}: reference, since there is no {scheme.name} kernel for this device yet"
-    return f"{device}: {native_tier() or _without_native(scheme, weight.numel())}"
+        return (
+            f"{device}: reference, float32 GEMM on decoded values, since there is no {scheme.name} "
+            "kernel for this device"
+        )
+    return f"{device}: {native_tier() or _without_native(scheme, values.numel())}"
 
 
 def _without_native(scheme: Scheme, weights: int) -> str:

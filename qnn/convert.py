@@ -12,10 +12,11 @@ from torch import nn
 
 from qnn import patterns
 from qnn.compressed_tensors import describe
-from qnn.kernels import SCHEMES, get_scheme
+from qnn.kernels import get_scheme, training_scheme
 from qnn.kernels.formats import FLOATS
+from qnn.linear import Linear
 from qnn.patterns import Pattern, Patterns
-from qnn.qlinear import QLinear
+from qnn.qlinear import QLinear, not_finite
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 SchemeMap = Mapping[Pattern, str | None]
@@ -30,6 +31,7 @@ class _Plan:
     they may be shared.
     """
 
+    training: bool
     schemes: dict[int, str] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)
     unsupported: dict[str, str] = field(default_factory=dict)
@@ -47,6 +49,10 @@ def convert(
 ) -> ModelT:
     """Replace the `nn.Linear` layers of `model` by quantised ones of `scheme`.
 
+    They become `QLinear`; with `training=True` they become `qnn.Linear`, which keeps the float
+    parameters and trains in the scheme's arithmetic. A model that was trained so is converted once
+    more to be deployed.
+
     A pattern is a name with wildcards (`"encoder.layer.*.output"`), a module type, or a callable
     `(name, module) -> bool`; names and types pick everything inside the module that they match.
     Layers of other kinds, and subclasses of `nn.Linear` with a meaning of their own, are left
@@ -62,7 +68,8 @@ def convert(
             leaves a layer alone.
         include: only layers that match; all if None.
         exclude: no layers that match.
-        training: make layers that train in the scheme's arithmetic; int8 has none.
+        training: make layers that train in the scheme's arithmetic, around the same parameters;
+            the schemes that quantise weights alone, and int8, have none.
         inplace: change `model` itself, one layer at a time; otherwise it is copied, and untouched.
         on_unsupported: `"error"`, or `"skip"` to leave out what a scheme cannot take.
 
@@ -87,7 +94,8 @@ def convert(
             f"qnn.convert: on_unsupported must be 'error' or 'skip', got {on_unsupported!r}."
         )
     modules = dict(model.named_modules(remove_duplicate=False))
-    plan = _make_plan(modules, _scheme_rules(scheme, modules, training), include, exclude)
+    rules = _scheme_rules(scheme, modules, training)
+    plan = _make_plan(modules, rules, include, exclude, training)
     if plan.unsupported and on_unsupported == "error":
         listed = "\n".join(f"  {name}: {reason}" for name, reason in plan.unsupported.items())
         raise ValueError(
@@ -107,20 +115,14 @@ def _scheme_rules(
     if isinstance(scheme, Mapping):
         patterns.check("scheme", scheme, modules)
         rules = list(scheme.items())
+        names = [name for _, name in rules if name is not None]
     else:
-        get_scheme(scheme)
-        rules = [(nn.Module, scheme)]
-    for _, name in rules:
-        if name is not None and training and not get_scheme(name).trainable:
-            known = [repr(s.name) for s in SCHEMES.values() if s.trainable]
-            instead = f"use one of {', '.join(known)}" if known else "no scheme has one yet"
-            raise ValueError(
-                f"qnn.convert: scheme {name!r} has no layer for training=True; {instead}. To train "
-                "adapters over a frozen int8 base, convert with training=False: gradients flow to "
-                "the input."
-            )
-        if name is not None:
-            get_scheme(name)
+        rules, names = [(nn.Module, scheme)], [scheme]
+    for name in names:
+        try:
+            training_scheme(name) if training else get_scheme(name)
+        except ValueError as error:
+            raise ValueError(f"qnn.convert: {error}") from None
     return rules
 
 
@@ -129,14 +131,16 @@ def _make_plan(
     rules: list[tuple[Pattern, str | None]],
     include: Patterns | None,
     exclude: Patterns | None,
+    training: bool,
 ) -> _Plan:
     included, excluded = patterns.as_list(include), patterns.as_list(exclude)
     patterns.check("include", included, modules)
     patterns.check("exclude", excluded, modules)
-    plan = _Plan()
+    plan = _Plan(training)
+    done = Linear if training else QLinear
     selected: dict[str, str] = {}
     for name, module in modules.items():
-        if not isinstance(module, nn.Linear) or isinstance(module, QLinear):
+        if not isinstance(module, nn.Linear) or isinstance(module, (QLinear, done)):
             continue
         out = next((p for p in excluded if patterns.matches(p, name, modules)), None)
         schemes = [rule for pattern, rule in rules if patterns.matches(pattern, name, modules)]
@@ -156,7 +160,7 @@ def _make_plan(
         reason = plan.reasons.get(id(module))
         if reason is not None:
             continue
-        if type(module) is not nn.Linear and not hasattr(module, "parametrizations"):
+        if type(module) not in (nn.Linear, Linear) and not hasattr(module, "parametrizations"):
             plan.reasons[id(module)] = (
                 f"{type(module).__name__} is a subclass of nn.Linear with a meaning of its own"
             )
@@ -164,7 +168,8 @@ def _make_plan(
             plan.unsupported[name] = plan.reasons[id(module)] = why
         else:
             plan.schemes[id(module)] = chosen
-    _keep_ties_to_float(modules, plan)
+    if not training:
+        _keep_ties_to_float(modules, plan)
     return plan
 
 
@@ -189,7 +194,7 @@ def _why_not(linear: nn.Module, scheme: str) -> str | None:
     if weight.dtype not in FLOATS:
         return f"its weight is {weight.dtype}; {', '.join(map(str, FLOATS))} can be quantised"
     reason = get_scheme(scheme).why_not_linear(*reversed(weight.shape))
-    if reason is None and not weight.is_meta and not _all_finite(weight):
+    if reason is None and not_finite(weight) is not None:
         bad = int((~weight.detach().isfinite()).sum())
         return f"its weight holds {bad} NaN or inf of {weight.numel()} values"
     return reason
@@ -197,14 +202,6 @@ def _why_not(linear: nn.Module, scheme: str) -> str | None:
 
 def _linear(module: nn.Module | None) -> nn.Linear:
     return cast(nn.Linear, module)
-
-
-def _all_finite(weight: torch.Tensor) -> bool:
-    """Without a mask as large as the weight: a sum meets every NaN and inf, though a finite one may
-    overflow.
-    """
-    values = weight.detach()
-    return bool(values.sum(dtype=torch.float64).isfinite()) or bool(values.isfinite().all())
 
 
 def _keep_ties_to_float(modules: dict[str, nn.Module], plan: _Plan) -> None:
@@ -235,11 +232,12 @@ def _keep_ties_to_float(modules: dict[str, nn.Module], plan: _Plan) -> None:
 
 
 def _nothing_to_convert(modules: dict[str, nn.Module], plan: _Plan) -> str:
-    done = [module for module in modules.values() if isinstance(module, QLinear)]
+    done = [module for module in modules.values() if isinstance(module, (QLinear, Linear))]
     if done:
         return (
             f"qnn.convert: nothing to convert: the model is converted already ({len(done)} "
-            f"QLinear, scheme {done[0].scheme!r}). To change the scheme, convert the float model."
+            f"{type(done[0]).__name__}, scheme {done[0].scheme!r}). To change the scheme, convert "
+            "the float model."
         )
     if plan.reasons:
         names = {id(module): name for name, module in modules.items()}
@@ -251,21 +249,28 @@ def _nothing_to_convert(modules: dict[str, nn.Module], plan: _Plan) -> str:
     return f"qnn.convert: nothing to convert: the model has no nn.Linear, only {', '.join(kinds)}."
 
 
-class _Quantizer:
-    """Makes the `QLinear` of a float layer, once a layer, and quantises a tied weight once."""
+class _Maker:
+    """Makes the layer that stands for a float layer, once a layer, and quantises a tied weight
+    once.
+    """
 
     def __init__(self, plan: _Plan) -> None:
         self.plan = plan
-        self.made: dict[int, QLinear] = {}
-        self.weights: dict[int, tuple[nn.Parameter | None, nn.Parameter | None]] = {}
+        self.made: dict[int, QLinear | Linear] = {}
+        self.weights: dict[int, tuple[nn.Parameter, ...]] = {}
 
-    def __call__(self, linear: nn.Linear, own: Callable[[Any], Any]) -> QLinear:
+    def __call__(self, linear: nn.Linear, own: Callable[[Any], Any]) -> QLinear | Linear:
         """`own` hands over what the new layer takes from the old one: as it is, or copied."""
         if id(linear) not in self.made:
-            layer = QLinear.from_float(linear, self.plan.schemes[id(linear)])
-            fresh = (layer._parameters["weight"], layer._parameters["weight_scale"])
-            tied = self.weights.setdefault(id(linear.weight), fresh)
-            layer._parameters["weight"], layer._parameters["weight_scale"] = tied
+            scheme = self.plan.schemes[id(linear)]
+            layer: QLinear | Linear
+            if self.plan.training:
+                layer = Linear.from_float(linear, scheme)
+                layer.weight = own(linear.weight)
+            else:
+                layer = QLinear.from_float(linear, scheme)
+                tied = self.weights.setdefault(id(linear.weight), layer.stored)
+                layer._parameters.update(zip(layer._stored, tied, strict=True))
             if linear.bias is not None:
                 layer.bias = own(linear.bias)
             # Hooks, their bookkeeping, and whatever users have hung on the layer. Shared dicts keep
@@ -277,24 +282,22 @@ class _Quantizer:
         return self.made[id(linear)]
 
 
-# What a QLinear has of its own; all other attributes are taken over from the float layer.
+# What the new layer has of its own; all other attributes are taken over from the float layer.
 _OWN_STATE = frozenset(
-    {"_parameters", "_buffers", "_modules", "in_features", "out_features", REASON}
+    {"_parameters", "_buffers", "_modules", "in_features", "out_features", "scheme", REASON}
 )
 
 
 def _in_place(model: ModelT, plan: _Plan) -> ModelT:
-    quantizer = _Quantizer(plan)
+    maker = _Maker(plan)
     if id(model) in plan.schemes:
-        return cast(ModelT, quantizer(_linear(model), lambda value: value))
+        return cast(ModelT, maker(_linear(model), lambda value: value))
     # Nothing here may hold a float layer once it is replaced: peak memory is the float model and
     # one layer.
     for parent in [module for module in model.modules() if id(module) not in plan.schemes]:
         for name in parent._modules:
             if id(parent._modules[name]) in plan.schemes:
-                parent._modules[name] = quantizer(
-                    _linear(parent._modules[name]), lambda value: value
-                )
+                parent._modules[name] = maker(_linear(parent._modules[name]), lambda value: value)
         if id(parent) in plan.reasons:
             setattr(parent, REASON, plan.reasons[id(parent)])
     return _finished(model)
@@ -303,10 +306,10 @@ def _in_place(model: ModelT, plan: _Plan) -> ModelT:
 def _copied(model: ModelT, plan: _Plan) -> ModelT:
     # deepcopy asks its memo first, so the float weights are never copied.
     memo: dict[int, Any] = {}
-    quantizer = _Quantizer(plan)
+    maker = _Maker(plan)
     for module in model.modules():
         if id(module) in plan.schemes:
-            memo[id(module)] = quantizer(_linear(module), lambda value: copy.deepcopy(value, memo))
+            memo[id(module)] = maker(_linear(module), lambda value: copy.deepcopy(value, memo))
     result = copy.deepcopy(model, memo)
     for module in model.modules():
         if id(module) in plan.reasons:
@@ -326,10 +329,10 @@ def _leave_fast_path(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and any(
-            isinstance(child, QLinear) for child in module.modules()
+            isinstance(child, (QLinear, Linear)) for child in module.modules()
         ):
             module.activation_relu_or_gelu = 0
         if isinstance(module, nn.TransformerEncoder) and any(
-            isinstance(child, QLinear) for child in module.modules()
+            isinstance(child, (QLinear, Linear)) for child in module.modules()
         ):
             module.use_nested_tensor = False

@@ -11,7 +11,7 @@ from torch import nn
 from qnn import functional as F
 from qnn.backends import linear_backend
 from qnn.kernels import Scheme, get_scheme
-from qnn.kernels.formats import FLOATS
+from qnn.kernels.formats import FLOATS, Part
 
 
 class QLinear(nn.Linear):
@@ -20,18 +20,26 @@ class QLinear(nn.Linear):
     Its tensors are plain and are all in the state dict, under the names that the compressed-tensors
     convention and the serving engines use:
 
-    - `weight`: stored values, `[out_features, in_features]`;
-    - `weight_scale`: float32 `[out_features, 1]`; `weight * weight_scale` is the float weight;
+    - `weight`: stored values, `[out_features, in_features]`; in the nvfp4 schemes `weight_packed`,
+      uint8 `[out_features, in_features / 2]`, and `weight` is None;
+    - `weight_scale`: float32 `[out_features, 1]` for int8 and fp8, `[1]` for fp8_tensor,
+      `[⌈out_features / 128⌉, ⌈in_features / 128⌉]` for fp8_block; uint8 exponents
+      `[out_features, in_features / 32]` for mxfp8; float8_e4m3fn `[out_features, in_features / 16]`
+      for nvfp4. `weight * weight_scale` is the float weight;
+    - `weight_global_scale`: nvfp4's second scale, float32 `[1]`, a divisor;
     - `bias`: `[out_features]`, in `dtype`.
 
-    `weight` and `weight_scale` are parameters that need no gradient. The scale stays float32
-    through `.half()` and `.to(dtype)`. `load_state_dict` takes quantised state, or a float
-    `weight`, which it quantises on the way in.
+    All but `bias` are parameters that need no gradient. They keep their dtypes through `.half()`
+    and `.to(dtype)`. `load_state_dict` takes quantised state, or a float `weight`, which it
+    quantises on the way in.
 
     Args:
-        in_features, out_features, bias, device: as in `nn.Linear`.
+        in_features, out_features, bias, device: as in `nn.Linear`. `in_features` must be a multiple
+            of 32 for mxfp8 and of 16 for nvfp4.
         dtype: of the bias, and of what `dequantize()` returns; torch's default dtype if None.
-        scheme: `"int8"` (activations quantised a row) or `"int8_weight"` (activations as they are).
+        scheme: `"int8"`, `"fp8"`, `"fp8_tensor"`, `"fp8_block"`, `"mxfp8"`, `"nvfp4"` (activations
+            quantised, from the tensor at hand), or `"int8_weight"`, `"fp8_weight"`,
+            `"nvfp4_weight"` (activations as they are).
 
     Shape:
         input `[..., in_features]`, any number of leading axes, also empty;
@@ -47,6 +55,7 @@ class QLinear(nn.Linear):
     """
 
     weight_scale: nn.Parameter
+    weight_global_scale: nn.Parameter | None
 
     def __init__(
         self,
@@ -69,13 +78,13 @@ class QLinear(nn.Linear):
         reason = self._scheme.why_not_linear(in_features, out_features)
         if reason is not None:
             raise ValueError(f"{who}: {reason}.")
-        form = self._scheme.weight
-        self.weight = _frozen(
-            torch.empty(out_features, in_features, dtype=form.storage, device=device)
-        )
-        self.weight_scale = _frozen(
-            torch.empty(out_features, 1, dtype=form.scale_dtype, device=device)
-        )
+        # Those that a scheme does not have are there as None: `layer.weight` never fails.
+        for name in ("weight", "weight_packed", "weight_scale", "weight_global_scale"):
+            self.register_parameter(name, None)
+        self._stored = tuple("weight" + part.suffix for part in self._scheme.weight.parts)
+        for name, part in self._parts():
+            shape = part.shape(out_features, in_features)
+            setattr(self, name, _frozen(torch.empty(shape, dtype=part.dtype, device=device)))
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, dtype=self.dtype, device=device))
         else:
@@ -86,11 +95,20 @@ class QLinear(nn.Linear):
     def _scheme(self) -> Scheme:
         return get_scheme(self.scheme)
 
+    def _parts(self) -> list[tuple[str, Part]]:
+        """The parts of the weight, each with the name of its parameter."""
+        return list(zip(self._stored, self._scheme.weight.parts, strict=True))
+
+    @property
+    def stored(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that the weight is stored in, the values first."""
+        return tuple([self._parameters[name] for name in self._stored])  # type: ignore[misc]
+
     def reset_parameters(self) -> None:
         """Draw the weights that `nn.Linear` would draw, and quantise them."""
-        if self.weight.is_meta:
+        if self.stored[0].is_meta:
             return
-        device = self.weight.device
+        device = self.stored[0].device
         fresh = nn.Linear(
             self.in_features,
             self.out_features,
@@ -98,12 +116,10 @@ class QLinear(nn.Linear):
             device=device,
             dtype=self.dtype,
         )
-        self._assign(*_quantize(fresh.weight, self.scheme))
+        for parameter, part in zip(self.stored, _quantize(fresh.weight, self.scheme), strict=True):
+            parameter.data = part
         if self.bias is not None and fresh.bias is not None:
             self.bias.data = fresh.bias.data
-
-    def _assign(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
-        self.weight.data, self.weight_scale.data = weight, scale
 
     @classmethod
     def from_float(cls, linear: nn.Linear, scheme: str = "int8") -> QLinear:
@@ -129,10 +145,10 @@ class QLinear(nn.Linear):
             dtype=weight.dtype,
             scheme=scheme,
         )
-        quantized, scale = _quantize(weight, scheme)
-        if not scale.is_meta and not scale.isfinite().all():
-            raise ValueError(f"{who}: the weight holds NaN or inf in {_rows(~scale.isfinite())}.")
-        layer.weight, layer.weight_scale = _frozen(quantized), _frozen(scale)
+        if (bad := not_finite(weight)) is not None:
+            raise ValueError(f"{who}: the weight holds NaN or inf in {_rows(bad)}.")
+        for (name, _), part in zip(layer._parts(), _quantize(weight, scheme), strict=True):
+            setattr(layer, name, _frozen(part))
         if bias is not None:
             layer.bias = nn.Parameter(_normal(bias), requires_grad=bias.requires_grad)
         return layer.train(linear.training)
@@ -143,7 +159,10 @@ class QLinear(nn.Linear):
         linear = nn.Linear(
             self.in_features, self.out_features, has_bias, device="meta", dtype=self.dtype
         )
-        weight = F.dequantize(self.weight, self.weight_scale, self.dtype, scheme=self.scheme)
+        q, scale, *rest = self.stored
+        weight = F.dequantize(
+            q, scale, self.dtype, global_scale=rest[0] if rest else None, scheme=self.scheme
+        )
         linear.weight = nn.Parameter(weight)
         if self.bias is not None:
             linear.bias = nn.Parameter(
@@ -152,39 +171,21 @@ class QLinear(nn.Linear):
         return linear.train(self.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if input.dtype not in FLOATS or input.dim() == 0 or input.shape[-1] != self.in_features:
-            self._refuse(input.dtype, tuple(input.shape))
-        if input.device != self.weight.device:
-            raise ValueError(
-                f"{self._name()}: the input is on {input.device}, the layer on "
-                f"{self.weight.device}; move one of them with .to(device)."
-            )
-        return F.linear(input, self.weight, self.weight_scale, self.bias, scheme=self.scheme)
-
-    def _name(self) -> str:
-        return f"qnn.QLinear({self.in_features}, {self.out_features}, scheme={self.scheme!r})"
-
-    def _refuse(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-        if dtype in (torch.int8, torch.uint8) or (dtype.itemsize == 1 and dtype.is_floating_point):
-            raise TypeError(
-                f"{self._name()}: the input is {dtype}, a storage dtype; some models cast "
-                "activations to weight.dtype. Pass float32, bfloat16 or float16 activations, or "
-                "exclude this layer from convert()."
-            )
-        if dtype not in FLOATS:
-            raise TypeError(
-                f"{self._name()}: the input must be float32, bfloat16, float16 or float64, got "
-                f"{dtype}; cast it with .float()."
-            )
-        raise ValueError(
-            f"{self._name()}: the input must be [..., {self.in_features}], got {shape}; "
-            f"its last axis must have in_features = {self.in_features} elements."
+        q, scale, *rest = self.stored
+        check_input(self, input, q.device)
+        return F.linear(
+            input,
+            q,
+            scale,
+            self.bias,
+            weight_global_scale=rest[0] if rest else None,
+            scheme=self.scheme,
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QLinear:
-        # A cast of the whole model reaches the scale, and `.type()` the weight too. Their values
-        # stay as they are; only their device follows.
-        kept = [(name, getattr(self, name).data) for name in ("weight", "weight_scale")]
+        # A cast of the whole model reaches the scales, and a weight of float8. Their values stay as
+        # they are; only their device follows.
+        kept = [(name, getattr(self, name).data) for name, _ in self._parts()]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, data in kept:
             parameter = getattr(self, name)
@@ -203,66 +204,89 @@ class QLinear(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        key = prefix + "weight"
-        try:
-            loaded = self._read_state(state_dict.get(key), state_dict.get(key + "_scale"))
-        except (TypeError, ValueError) as error:
-            error_msgs.append(f"{prefix.removesuffix('.') or self._name()}: {error}")
-            return
-        if loaded is not None:
-            state_dict = {**state_dict, key: loaded[0], key + "_scale": loaded[1]}
-        foreign = [k for k in _FOREIGN_KEYS if prefix + k in state_dict]
+        who = prefix.removesuffix(".") or name_of(self)
+        names = [name for name, _ in self._parts()]
+        given = {n: state_dict[prefix + n] for n in ("weight", *names) if prefix + n in state_dict}
+        foreign = [k for k in _FOREIGN_KEYS if k not in names and prefix + k in state_dict]
         if foreign:
             error_msgs.append(
-                f"{prefix.removesuffix('.') or self._name()}: {', '.join(foreign)} belongs to "
-                f"another scheme than {self.scheme!r}; build the model with the scheme that the "
-                "checkpoint was saved in."
+                f"{who}: {', '.join(foreign)} belongs to another scheme than {self.scheme!r}; "
+                "build the model with the scheme that the checkpoint was saved in."
             )
             return
+        try:
+            loaded = self._read_state(given)
+        except (TypeError, ValueError) as error:
+            error_msgs.append(f"{who}: {error}")
+            return
+        if loaded:
+            state_dict = {k: v for k, v in state_dict.items() if k != prefix + "weight"}
+            state_dict |= {prefix + n: part for n, part in zip(names, loaded, strict=True)}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        for parameter in (self.weight, self.weight_scale):
+        for parameter in self.stored:
             parameter.requires_grad_(False)
 
-    def _read_state(self, weight: Any, scale: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """A checkpoint's weight and scale as this layer holds them; None where it has neither."""
-        if weight is None and scale is None:
-            return None
+    def _read_state(self, given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        """A checkpoint's weight as this layer holds it; nothing where it has none."""
+        if not given:
+            return ()
+        parts = self._parts()
+        first = next(iter(parts))[0]
+        weight = given.get("weight", given.get(first))
         if weight is None:
-            raise ValueError("the state has a weight_scale but no weight.")
-        shape, storage = (self.out_features, self.in_features), self._scheme.weight.storage
-        if tuple(weight.shape) != shape:
-            raise ValueError(f"weight must be {list(shape)}, got {list(weight.shape)}.")
+            raise ValueError(f"the state has a {next(iter(given))} but no {first}.")
+        shape = (self.out_features, self.in_features)
         if weight.dtype in FLOATS:
-            if scale is not None:
+            if tuple(weight.shape) != shape:
+                raise ValueError(f"weight must be {list(shape)}, got {list(weight.shape)}.")
+            if len(given) > 1:
                 raise ValueError(
-                    f"weight is {weight.dtype} and so float, yet the state has a weight_scale too."
+                    f"weight is {weight.dtype} and so float, yet the state has a "
+                    f"{list(given)[1]} too."
                 )
-            weight, scale = _quantize(weight, self.scheme)
-            if not scale.is_meta and not scale.isfinite().all():
-                raise ValueError(f"weight holds NaN or inf in {_rows(~scale.isfinite())}.")
-            return weight, scale
-        if weight.dtype != storage:
+            if (bad := not_finite(weight)) is not None:
+                raise ValueError(f"weight holds NaN or inf in {_rows(bad)}.")
+            return _quantize(weight, self.scheme)
+        if "weight" in given and first != "weight":
             raise TypeError(
-                f"weight is {weight.dtype}, but scheme {self.scheme!r} stores {storage}; build the "
+                f"weight is {weight.dtype}, but scheme {self.scheme!r} stores {first}; build the "
                 "model with the scheme that the checkpoint was saved in."
             )
-        if scale is None:
+        return tuple(self._read_part(name, part, given) for name, part in parts)
+
+    def _read_part(self, name: str, part: Part, given: dict[str, Any]) -> torch.Tensor:
+        shape = part.shape(self.out_features, self.in_features)
+        tensor: torch.Tensor | None = given.get(name)
+        if tensor is None:
+            first = next(iter(given))
             raise ValueError(
-                f"weight is {weight.dtype}, yet the state has no weight_scale: the checkpoint is "
+                f"{first} is {given[first].dtype}, yet the state has no {name}: the checkpoint is "
                 "truncated."
             )
-        if tuple(scale.shape) != (self.out_features, 1) or scale.dtype not in FLOATS:
-            got = f"{scale.dtype} {list(scale.shape)}"
-            raise ValueError(f"weight_scale must be float [{self.out_features}, 1], got {got}.")
-        scale = scale.float()
-        bad = ~(scale.isfinite() & (scale > 0))
-        if not scale.is_meta and bad.any():
-            raise ValueError(
-                f"weight_scale must be positive and finite; it is not in {_rows(bad)}."
+        if part.dtype == torch.float32 and tensor.dtype in FLOATS:
+            tensor = tensor.float()
+        elif tensor.dtype != part.dtype:
+            raise TypeError(
+                f"{name} is {tensor.dtype}, but scheme {self.scheme!r} stores {part.dtype}; build "
+                "the model with the scheme that the checkpoint was saved in."
             )
-        return weight, scale
+        if tuple(tensor.shape) != shape:
+            # A scale of the whole tensor is a scalar in some files.
+            if tensor.numel() == 1 and shape == (1,):
+                tensor = tensor.reshape(1)
+            else:
+                kind = str(part.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"{name} must be {kind} {list(shape)}, got {kind} {list(tensor.shape)}."
+                )
+        if part.suffix.endswith("_scale") and tensor.dtype.is_floating_point:
+            value = tensor.float()
+            bad = ~(value.isfinite() & (value > 0 if part.dtype == torch.float32 else value >= 0))
+            if not tensor.is_meta and bad.any():
+                raise ValueError(f"{name} must be positive and finite; it is not in {_rows(bad)}.")
+        return tensor
 
     def extra_repr(self) -> str:
         dtype = "" if self.dtype == torch.float32 else f", dtype={self.dtype}"
@@ -271,24 +295,77 @@ class QLinear(nn.Linear):
 
     def __repr__(self) -> str:
         if torch.compiler.is_compiling():  # torch.vmap asks for the name of what it maps
-            return self._name()
+            return name_of(self)
         return f"{type(self).__name__}({self.extra_repr()})  # {linear_backend(self)}"
 
 
-# What other schemes of the compressed-tensors convention store beside or instead of `weight`.
+# What schemes of the compressed-tensors convention and of its neighbours store beside `weight` and
+# `weight_scale`.
 _FOREIGN_KEYS = (
     "weight_packed",
     "weight_global_scale",
     "weight_zero_point",
     "input_scale",
+    "input_global_scale",
     "weight_scale_inv",
+    "weight_scale_2",
 )
 
 
-def _quantize(weight: torch.Tensor, scheme: str) -> tuple[torch.Tensor, torch.Tensor]:
+def name_of(layer: Any) -> str:
+    """The call that makes the layer, for errors."""
+    kind = f"qnn.{type(layer).__name__}"
+    return f"{kind}({layer.in_features}, {layer.out_features}, scheme={layer.scheme!r})"
+
+
+def check_input(layer: Any, input: torch.Tensor, device: torch.device) -> None:
+    """Raise a TypeError or ValueError where `layer`, on `device`, cannot take `input`."""
+    if (
+        input.dtype in FLOATS
+        and input.dim() > 0
+        and input.shape[-1] == layer.in_features
+        and input.device == device
+    ):
+        return
+    who, dtype = name_of(layer), input.dtype
+    if dtype in (torch.int8, torch.uint8) or (dtype.itemsize == 1 and dtype.is_floating_point):
+        raise TypeError(
+            f"{who}: the input is {dtype}, a storage dtype; some models cast activations to "
+            "weight.dtype. Pass float32, bfloat16 or float16 activations, or exclude this layer "
+            "from convert()."
+        )
+    if dtype not in FLOATS:
+        raise TypeError(
+            f"{who}: the input must be float32, bfloat16, float16 or float64, got {dtype}; cast it "
+            "with .float()."
+        )
+    if input.device != device:
+        raise ValueError(
+            f"{who}: the input is on {input.device}, the layer on {device}; move one of them with "
+            ".to(device)."
+        )
+    raise ValueError(
+        f"{who}: the input must be [..., {layer.in_features}], got {tuple(input.shape)}; its last "
+        f"axis must have in_features = {layer.in_features} elements."
+    )
+
+
+def not_finite(weight: torch.Tensor) -> torch.Tensor | None:
+    """Where a weight holds NaN or inf, `[N]`; None where it has none, or has no values yet.
+
+    Without a mask as large as the weight: a sum meets every NaN and inf, though a finite one may
+    overflow.
+    """
+    values = weight.detach()
+    if values.is_meta or bool(values.sum(dtype=torch.float64).isfinite()):
+        return None
+    bad = ~values.isfinite()
+    return bad.any(-1) if bool(bad.any()) else None
+
+
+def _quantize(weight: torch.Tensor, scheme: str) -> tuple[torch.Tensor, ...]:
     with torch.inference_mode(False), torch.no_grad():
-        weight, scale = F.quantize(_normal(weight), scheme)
-    return weight, scale
+        return F.quantize(_normal(weight), scheme)
 
 
 def _normal(tensor: torch.Tensor) -> torch.Tensor:
@@ -307,6 +384,7 @@ def _frozen(tensor: torch.Tensor) -> nn.Parameter:
 
 
 def _rows(bad: torch.Tensor) -> str:
-    """`row 3 and 2 more`, from a mask `[N, 1]`."""
-    rows = bad.flatten().nonzero().flatten().tolist()
-    return f"row {rows[0]}" + (f" and {len(rows) - 1} more" if len(rows) > 1 else "")
+    """`row 3 and 2 more`, from a mask whose first axis is that of the rows."""
+    rows = bad.flatten(1).any(-1) if bad.dim() > 1 else bad
+    found = rows.nonzero().flatten().tolist()
+    return f"row {found[0]}" + (f" and {len(found) - 1} more" if len(found) > 1 else "")

@@ -11,6 +11,7 @@ from torch import nn
 
 from qnn.backends import linear_backend
 from qnn.convert import REASON
+from qnn.linear import Linear
 from qnn.qlinear import QLinear
 
 # Layers that people expect to be quantised too, and why they are not.
@@ -29,6 +30,8 @@ _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.RMSNorm, "normalisation stays in float"),
     (nn.GroupNorm, "normalisation stays in float"),
 )
+
+_TRAINING = "float parameters, quantised in each step; convert to deploy"
 
 
 @dataclass(frozen=True)
@@ -144,11 +147,18 @@ def _rows(model: nn.Module) -> Iterator[Row]:
         after = sum(map(_nbytes, fresh))
         kind = type(module).__name__
         if isinstance(module, QLinear):
-            before = sum(
-                module.dtype.itemsize * t.numel() for t in fresh if t is not module.weight_scale
+            held = [module.stored[0], module.bias]
+            sizes = [module.in_features * module.out_features, module.out_features]
+            before = module.dtype.itemsize * sum(
+                size
+                for tensor, size in zip(held, sizes, strict=True)
+                if any(tensor is each for each in fresh)
             )
             shape = (module.out_features, module.in_features)
             yield Row(name, kind, module.scheme, shape, before, after, linear_backend(module), None)
+        elif isinstance(module, Linear):
+            shape = (module.out_features, module.in_features)
+            yield Row(name, kind, module.scheme, shape, after, after, _TRAINING, None)
         else:
             weight = module._parameters.get("weight")
             largest = tuple((weight if weight is not None else max(tensors, key=torch.numel)).shape)

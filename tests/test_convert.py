@@ -93,7 +93,7 @@ class TestSelection(unittest.TestCase):
             (("int8",), {"exclude": nn.Conv2d}, ValueError, "exclude pattern Conv2d matches no"),
             (("int8",), {"include": 3}, TypeError, "include takes names with wildcards.*got int 3"),
             (("int8",), {"include": ["2", None]}, TypeError, "got NoneType None"),
-            (("int8",), {"training": True}, ValueError, "no layer for training=True"),
+            (("int8",), {"training": True}, ValueError, "no layer for training; use one of"),
             (
                 ("int8",),
                 {"on_unsupported": "warn"},
