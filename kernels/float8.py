@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qnn.kernels.formats import Format, Granularity, Part, finite_amax, grouped, spread
+from qnn.kernels.formats import Format, Granularity, Part, finite_amax, grouped, over, spread
 
 # Keeps 1 / r a normal number, which no flush to zero takes away.
 MAX_RECIPROCAL = 2.0**126
@@ -31,7 +31,7 @@ def power_of_two(r: torch.Tensor) -> torch.Tensor:
 
 def reciprocal_scale(amax: torch.Tensor, qmax: float) -> torch.Tensor:
     """`qmax / amax`, at most 2^126; 1 for zero."""
-    return torch.where(amax == 0, 1.0, (qmax / amax).clamp(max=MAX_RECIPROCAL))
+    return torch.where(amax == 0, 1.0, over(qmax, amax).clamp(max=MAX_RECIPROCAL))
 
 
 def cast(x: torch.Tensor, r: torch.Tensor, storage: torch.dtype) -> torch.Tensor:

@@ -8,24 +8,37 @@ the scales of blocks inside the sum.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from qnn.kernels import nvfp4
+from qnn.kernels.cpu import native
+from qnn.kernels.cpu.float_linear import weight_linear
+from qnn.kernels.cuda import kernels_for
 from qnn.kernels.float8 import E4M3, E5M2, FLOAT8
 from qnn.kernels.formats import FLOATS, Format
 from qnn.kernels.schemes import SCHEMES
-from qnn.kernels.spec import Op
+from qnn.kernels.spec import OPS, Op
 
 Reference = Callable[..., Any]
 
+_CPU_KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
+    name: {"CPU": native.preferred(name, weight_linear(form))}
+    for name, form in (
+        ("fp8_weight_linear", FLOAT8["float8_e4m3"]),
+        ("nvfp4_weight_linear", nvfp4.ROWS),
+    )
+}
 
-def quantize_reference(form: Format, transposed: Format | None = None) -> Reference:
-    """The parts of `x` in `form` and, with `transposed`, those of `xᵀ` in that format."""
+
+def quantize_reference(form: Format | None, transposed: Format | None = None) -> Reference:
+    """The parts of `x` in `form`, those of `xᵀ` in `transposed`, or both, one behind the other."""
 
     def reference(x: torch.Tensor, seed: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-        parts = form.quantize(x, seed)
+        parts = () if form is None else form.quantize(x, seed)
         if transposed is not None:
             # Another draw: the two forms of an element are rounded independently.
             parts += transposed.quantize(x.mT, None if seed is None else seed + 1)
@@ -117,6 +130,7 @@ def declare_format(form: Format, transposed: Format | None) -> None:
         dtypes=dtypes,
         out=[part.dtype for part in form.parts],
         reference=quantize_reference(form),
+        kernels=kernels_for(f"{form.key}_quantize"),
         rowwise=form.rowwise,
     )
     stored, columns = form.stored("", lead, "p")
@@ -130,24 +144,62 @@ def declare_format(form: Format, transposed: Format | None) -> None:
         positive=_scales(form, ""),
         rowwise=form.rowwise,
     )
-    if transposed is not None:
+    if transposed is None:
+        return
+    columns = _two_groups(transposed.declared("t", "k", "m"), "m")
+    for name, rows in {"columns": None, "both": form}.items():
+        first = f"{form.declared('', 'm', 'k')}, " if rows else ""
+        kernels = kernels_for(f"{form.key}_quantize_{name}")
         Op(
-            f"{form.key}_quantize_both",
-            f"x: m k{seed} -> {form.declared('', 'm', 'k')}, {transposed.declared('t', 'k', 'm')}",
-            doc=f"the parts of x in {form.key}, and those of xᵀ in {transposed.key}",
+            f"{form.key}_quantize_{name}",
+            f"x: m k{seed} -> {first}{columns}",
+            doc=(f"the parts of x in {form.key}, and " if rows else "")
+            + f"those of xᵀ in {transposed.key}",
             dtypes=dtypes,
-            out=[part.dtype for part in (*form.parts, *transposed.parts)],
-            reference=quantize_reference(form, transposed),
+            out=[p.dtype for p in (*(form.parts if rows else ()), *transposed.parts)],
+            reference=_widened(quantize_reference(rows, transposed), transposed),
+            kernels={key: _widened(kernel, transposed) for key, kernel in kernels.items()},
         )
 
 
-def declare_matmul(name: str, x: Format, w: Format) -> None:
-    """The product of two quantised matrices; one of float8 takes either kind."""
+def _two_groups(declared: str, axis: str) -> str:
+    """Parts along the rows of a batch, with room for two groups' scales at least.
+
+    One group would be an axis of size 1, on which torch's tracing puts a guard: a batch of more
+    than one group would be compiled anew.
+    """
+    return re.sub(rf"\b{axis}/(\d+)(?![\d*])", rf"{axis}/\1>2", declared)
+
+
+def _widened(function: Reference, form: Format) -> Reference:
+    """`function`, whose last results are the parts of `form`, with room for two groups."""
+    count = len(form.parts)
+    grouped = [
+        i - count for i, part in enumerate(form.parts) if re.fullmatch(r"r c/\d+", part.axes)
+    ]
+
+    def run(*args: Any) -> tuple[torch.Tensor, ...]:
+        results = list(function(*args))
+        for i in grouped:
+            scale = results[i]
+            if scale.shape[-1] < 2:
+                results[i] = scale.new_zeros(scale.shape[0], 2)
+                results[i][:, : scale.shape[-1]] = scale
+        return tuple(results)
+
+    return run
+
+
+def declare_matmul(name: str, x: Format, w: Format, *, over_rows: bool = False) -> None:
+    """The product of two quantised matrices; one of float8 takes either kind. With `over_rows` it
+    sums over the rows of a batch, as the gradient of a weight does.
+    """
     (left, _), (right, _) = x.stored("x", "m", "p"), w.stored("w", "n", "p")
+    operands = f"{left}, {right}"
     either = {"xq": (E4M3, E5M2), "wq": (E4M3, E5M2)} if x.storage in (E4M3, E5M2) else {}
     Op(
         name,
-        f"{left}, {right}, bias: n?, dtype: dtype? -> m n",
+        f"{_two_groups(operands, 'p') if over_rows else operands}, bias: n?, dtype: dtype? -> m n",
         doc="x · wᵀ + bias of what the parts stand for, in float32, then one cast to dtype",
         dtypes={
             **_stored_dtypes(x, "x"), **_stored_dtypes(w, "w"), **either,
@@ -155,6 +207,7 @@ def declare_matmul(name: str, x: Format, w: Format) -> None:
         },
         out=("dtype",),
         reference=matmul_reference(x, w),
+        kernels=kernels_for(name),
         positive=_scales(x, "x") + _scales(w, "w"),
         rowwise=False,
     )  # fmt: skip
@@ -177,6 +230,7 @@ def declare_linear(prefix: str, weight: Format, activation: Format | None) -> No
             dtypes=dtypes,
             out=("x",),
             reference=linear_reference(form, weight),
+            kernels=_CPU_KERNELS.get(f"{prefix}_{name}", {}) | kernels_for(f"{prefix}_{name}"),
             backward={"x": f"{prefix}_linear_dgrad"},
             positive=_scales(weight, "w"),
             rowwise=form is None or form.rowwise,
@@ -208,8 +262,11 @@ def _declare_all() -> None:
             continue
         declare_matmul(training.matmul, training.x, training.weight)
         if training.wgrad != training.matmul:
-            declare_matmul(training.wgrad, training.dy_of_wgrad, training.x_of_wgrad)
+            declare_matmul(
+                training.wgrad, training.dy_of_wgrad, training.x_of_wgrad, over_rows=True
+            )
         declare_linear(scheme.name, scheme.weight, scheme.activation)
 
 
 _declare_all()
+native.replaces(*(OPS[name] for name in _CPU_KERNELS))

@@ -7,7 +7,6 @@ any of them. Schemes, which combine formats into layers, are in `schemes.py`.
 
 from __future__ import annotations
 
-import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -176,12 +175,21 @@ def finite_amax(x: torch.Tensor, dims: int | Sequence[int] | None = None) -> tor
     outputs that it enters.
     """
     dims = list(range(x.dim())) if dims is None else [dims] if isinstance(dims, int) else list(dims)
-    if math.prod(x.shape[d] for d in dims) == 0:
+    # A size that is traced is not zero: torch compiles empty tensors apart.
+    if any(isinstance(x.shape[d], int) and x.shape[d] == 0 for d in dims):
         shape = [1 if d in {e % x.dim() for e in dims} else s for d, s in enumerate(x.shape)]
         return x.new_zeros(shape, dtype=torch.float32)
-    magnitude = x.abs()
+    # float64 beyond the range of float32 is infinite to the casts.
+    magnitude = (x.float() if x.dtype == torch.float64 else x).abs()
     magnitude = torch.where(magnitude.isfinite(), magnitude, 0)
     return magnitude.amax(dims, keepdim=True).float()
+
+
+def over(number: float, x: torch.Tensor) -> torch.Tensor:
+    """`number / x`, correctly rounded. Torch's own `number / x` is a product with the reciprocal,
+    which has two roundings; 448 / 448 must be 1 where it is rounded down to a power of two.
+    """
+    return torch.full_like(x, number) / x
 
 
 def spread(scale: torch.Tensor, block: int, columns: int) -> torch.Tensor:

@@ -57,7 +57,8 @@ def row_scale(x: torch.Tensor) -> torch.Tensor:
     row.
     """
     amax = x.abs().amax(-1, keepdim=True).float()
-    scale = (amax / float(QMAX)).clamp_min(torch.finfo(torch.float32).tiny)
+    # By a tensor: on a GPU torch divides by a number as a product with its reciprocal.
+    scale = (amax / torch.full_like(amax, QMAX)).clamp_min(torch.finfo(torch.float32).tiny)
     return torch.where(amax == 0, 1.0, scale)
 
 

@@ -27,10 +27,11 @@ _BIAS = 127
 
 def exponent_byte(amax: torch.Tensor) -> torch.Tensor:
     """The E8M0 byte of `amax / 448`, rounded up; 127, which is 1, for zero. int32."""
-    bits = (amax / 448.0).view(torch.int32)
+    # By a tensor: on a GPU torch divides by a number as a product with its reciprocal.
+    bits = (amax / torch.full_like(amax, 448.0)).view(torch.int32)
     up = (bits >> _MANTISSA_BITS) + ((bits & ((1 << _MANTISSA_BITS) - 1)) != 0)
-    # A subnormal counts as 2^-127, the smallest scale.
-    up = torch.where(bits < 1 << _MANTISSA_BITS, 0, up)
+    # 2^-127, the smallest scale, is subnormal, and what is below it counts as it.
+    up = torch.where(bits <= 1 << (_MANTISSA_BITS - 1), 0, up)
     return torch.where(amax == 0, _BIAS, up)
 
 

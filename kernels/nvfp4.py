@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qnn.kernels.formats import Format, Part, finite_amax, grouped
+from qnn.kernels.formats import Format, Part, finite_amax, grouped, over
 
 BLOCK = 16
 _E2M1_MAX, _E4M3_MAX = 6.0, 448.0
@@ -56,7 +56,8 @@ def hashed(count: int, seed: torch.Tensor) -> torch.Tensor:
     and on their position alone.
 
     Two rounds of a 32-bit mixing function (xor-shift and multiply), a half of the seed ahead of
-    each; int64 arithmetic on values below 2^32 gives the same bits everywhere.
+    each; ahead of the second the lower half too, mixed, since seeds with the same upper half would
+    permute the same numbers. int64 arithmetic on values below 2^32 gives the same bits everywhere.
     """
     word = 0xFFFFFFFF
 
@@ -66,7 +67,7 @@ def hashed(count: int, seed: torch.Tensor) -> torch.Tensor:
         return h ^ (h >> 15)
 
     index = torch.arange(count, device=seed.device)
-    h = mix((mix((index ^ seed) & word) + (seed >> 32)) & word)
+    h = mix((mix((index ^ seed) & word) + (seed >> 32) + mix(seed & word)) & word)
     return (h >> 8).float() * 2.0**-24
 
 
@@ -80,7 +81,9 @@ def e2m1(x: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         magnitude < 2, magnitude * 2, torch.where(magnitude < 4, magnitude, magnitude * 0.5)
     )
     below = torch.where(magnitude < 2, 0, torch.where(magnitude < 4, 2, 4))
-    count = steps.round() if noise is None else (steps + noise).floor()
+    # A comparison and not `(steps + noise).floor()`, whose rounding would move exact values too.
+    whole = steps.floor()
+    count = steps.round() if noise is None else whole + (noise < steps - whole)
     code = (count.to(torch.int32) + below).clamp(max=7)
     return (code | torch.where(x.signbit(), 8, 0)).to(torch.uint8)
 
@@ -107,7 +110,7 @@ class NVFP4(Format):
         x = hadamard(x) if self.transformed else x.float()
         x = grouped(x, BLOCK)
         amax = finite_amax(x).reshape(1)
-        s = torch.where(amax == 0, 1.0, (_E4M3_MAX * _E2M1_MAX / amax).clamp(max=_FLT_MAX))
+        s = torch.where(amax == 0, 1.0, over(_E4M3_MAX * _E2M1_MAX, amax).clamp(max=_FLT_MAX))
         bmax = finite_amax(x, -1)
         if self.tall:  # a block of rows shares its scale
             tall = grouped(bmax.squeeze(-1).mT, BLOCK)

@@ -48,7 +48,7 @@ class Scheme:
     weight: Format
     activation: Format | None
     linear: str
-    compressed_format: str
+    compressed_format: str = "naive-quantized"
     training: Training | None = None
     max_in_features: int | None = None
 
@@ -112,7 +112,8 @@ SCHEMES: dict[str, Scheme] = {
             _training("fp8_block", _GROUP, _BLOCK, wgrad="wgrad"),
         ),
         Scheme(
-            "mxfp8", MX, MX, "mxfp8_linear", "mxfp8-quantized", _training("mxfp8", MX, MX),
+            "mxfp8", MX, MX, "mxfp8_linear", "mxfp8-quantized",
+            _training("mxfp8", MX, MX, wgrad="wgrad"),
         ),
         Scheme(
             "nvfp4", nvfp4.ROWS, nvfp4.ROWS, "nvfp4_linear", "nvfp4-pack-quantized",
@@ -123,7 +124,7 @@ SCHEMES: dict[str, Scheme] = {
                 x_of_wgrad=nvfp4.TRANSFORMED,
                 dy_of_wgrad=nvfp4.TRANSFORMED_GRADIENT,
                 matmul="nvfp4_matmul",
-                wgrad="nvfp4_matmul",
+                wgrad="nvfp4_wgrad",
             ),
         ),
         Scheme("fp8_weight", _ROW, None, "fp8_weight_linear", "float-quantized"),

@@ -8,9 +8,9 @@ documentation.
     x: ... k, w: n k, sw: n 1, bias: n? -> ... n
 
 reads: `x` has any leading axes and ends in `k`; `w` is `[n, k]`; `sw` is `[n, 1]`; `bias` is `[n]`
-or None; the result has the leading axes of `x` and ends in `n`. `k/128` is ⌈k / 128⌉, `p*2` is
-twice `p` and `k/16*8` eight for each 16 begun, where the axis is known from an argument before;
-otherwise it is a name like any other.
+or None; the result has the leading axes of `x` and ends in `n`. `k/128` is ⌈k / 128⌉, `k/128>2` the
+same but at least 2, `p*2` is twice `p` and `k/16*8` eight for each 16 begun, where the axis is
+known from an argument before; otherwise it is a name like any other.
 
 An argument without axes is a torch.dtype, `dtype: dtype`, or one of the names in `choices`,
 `activation: str`. What is marked with `?` may be left out, and so may all that follows: a tensor is
@@ -104,17 +104,18 @@ def describe(value: object) -> str:
     return repr(value)
 
 
-_AXIS = re.compile(r"(\w+)(?:/(\d+))?(?:\*(\d+))?")
+_AXIS = re.compile(r"(\w+)(?:/(\d+))?(?:>(\d+))?(?:\*(\d+))?")
 
 
 def size_of(axis: str, sizes: Mapping[str, Any]) -> Any:
     """The size of an axis such as `k`, `k/128` or `p*2`, or None where `sizes` does not say it."""
     if axis in sizes:
         return sizes[axis]
-    base, divisor, factor = cast(re.Match[str], _AXIS.fullmatch(axis)).groups()
+    base, divisor, least, factor = cast(re.Match[str], _AXIS.fullmatch(axis)).groups()
     if base not in sizes:
         return None
-    return -(-sizes[base] // int(divisor or 1)) * int(factor or 1)
+    size = -(-sizes[base] // int(divisor or 1))
+    return (torch.sym_max(size, int(least)) if least else size) * int(factor or 1)
 
 
 def _dtype(value: Any) -> torch.dtype:
@@ -278,11 +279,11 @@ class Op:
                 known[_LEAD] = "lead"
             for position, axis in enumerate(arg.tail, -len(arg.tail)):
                 size = f"shape[{position}]"
-                base, divisor, factor = cast(re.Match[str], _AXIS.fullmatch(axis)).groups()
+                base, divisor, least, factor = cast(re.Match[str], _AXIS.fullmatch(axis)).groups()
                 if axis in known:
                     body.append(f"if {known[axis]} != {size}: return False")
                 elif base in known:
-                    wanted = f"-(-{base} // {divisor or 1}) * {factor or 1}"
+                    wanted = f"max(-(-{base} // {divisor or 1}), {least or 0}) * {factor or 1}"
                     body.append(f"if {wanted} != {size}: return False")
                 elif arg.optional:
                     raise ValueError(
@@ -446,8 +447,10 @@ class Op:
         free = self.dtypes.get("dtype", self.dtypes[self.inputs[0].name])
         names = itertools.cycle(itertools.product(*self.choices.values()))
         count = math.prod(map(len, self.choices.values()))
+        leads = _SAMPLE_LEADS if any(arg.has_lead for arg in self.inputs) else _SAMPLE_LEADS[:1]
         for dtype in free:
-            for lead in _SAMPLE_LEADS:
+            # Every lead with the first dtype; with the others one that has rows, and the empty one.
+            for lead in leads if dtype == free[0] else dict.fromkeys((leads[0], leads[-1])):
                 label = f"{dtype}-{'x'.join(map(str, lead)) or 'scalar'}".removeprefix("torch.")
                 # Every choice with the first lead, then one a lead in turn.
                 for picked in itertools.islice(names, count if lead == _SAMPLE_LEADS[0] else 1):

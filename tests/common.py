@@ -43,6 +43,13 @@ def mlp(scheme: str = "int8", dtype: torch.dtype = torch.float32) -> nn.Module:
     return qnn.convert(model, scheme).to(dtype).eval()
 
 
+def same_bits(got: torch.Tensor, want: torch.Tensor) -> bool:
+    """Equal in shape, dtype and every bit: codes, NaN and the sign of zero."""
+    return (got.shape, got.dtype) == (want.shape, want.dtype) and torch.equal(
+        got.detach().flatten().view(torch.uint8), want.detach().flatten().view(torch.uint8)
+    )
+
+
 @contextmanager
 def python_kernels() -> Iterator[None]:
     """The int8 ops as they run where no library could be built: through torch calls."""

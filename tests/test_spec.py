@@ -15,6 +15,8 @@ import qnn.functional as F
 from qnn.kernels import OPS, Op
 from qnn.kernels.spec import Arg, parse_signature
 
+from .common import same_bits
+
 SAMPLES = [(f"{op.name}-{label}", op, args) for op in OPS.values() for label, args in op.samples()]
 # Two roundings of the dtype; the arithmetic of float64 results is float32.
 EPS = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float64: 1e-6}
@@ -24,13 +26,6 @@ CODES = (torch.int8, torch.uint8, *FLOAT8)
 
 def as_tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
-
-
-def same_bits(got: torch.Tensor, want: torch.Tensor) -> bool:
-    """Equal, NaN and the sign of zero included."""
-    return got.shape == want.shape and torch.equal(
-        got.flatten().view(torch.uint8), want.flatten().view(torch.uint8)
-    )
 
 
 def alike(got: torch.Tensor, want: torch.Tensor) -> None:

@@ -83,18 +83,33 @@ class Status:
 
 
 class _Replaceable(Protocol):
+    name: str
+
     def enable(self, key: str) -> None: ...
 
     def disable(self, key: str) -> None: ...
 
 
+# The ops whose CPU kernels the library brings. It is loaded once all of them are declared: else the
+# kernel of a later declaration would lie over its own.
+_BROUGHT = {
+    "int8_quantize",
+    "int8_linear",
+    "int8_rows_linear",
+    "int8_weight_linear",
+    "fp8_weight_linear",
+    "nvfp4_weight_linear",
+}
 _replaced: list[_Replaceable] = []
 
 
 def replaces(*ops: _Replaceable) -> None:
-    """Name the ops whose CPU kernels the library brings, and load it if it is there."""
+    """Name declared ops whose CPU kernels the library brings; with the last of them it is loaded,
+    if it is there.
+    """
     _replaced.extend(ops)
-    ready()
+    if {op.name for op in _replaced} >= _BROUGHT:
+        ready()
 
 
 def preferred(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:

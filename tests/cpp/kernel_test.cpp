@@ -37,6 +37,7 @@ using qnn::Activation;
 using qnn::DType;
 using qnn::Linear;
 using qnn::Tier;
+using qnn::Weight;
 
 const Tier* const kTiers[] = {
 #if defined(__x86_64__)
@@ -124,6 +125,21 @@ double decode(const char* from, const Format& f) {
   return half & 0x8000 ? -value : value;
 }
 
+// -- formats of weights ---------------------------------------------------------------------------
+
+double value_of_e4m3(uint8_t code) {
+  const int exponent = code >> 3 & 15, mantissa = code & 7;
+  const double magnitude = (code & 127) == 127 ? NAN
+                           : exponent == 0     ? std::ldexp(mantissa, -9)
+                                               : std::ldexp(8 + mantissa, exponent - 10);
+  return code & 128 ? -magnitude : magnitude;
+}
+
+double value_of_e2m1(int code) {
+  static const double kMagnitudes[] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
+  return code & 8 ? -kMagnitudes[code & 7] : kMagnitudes[code & 7];
+}
+
 // -- memory ---------------------------------------------------------------------------------------
 
 class Memory {
@@ -177,12 +193,18 @@ struct Call {
   uint64_t seed = 0;
   bool weight_only = false, codes = false, at_end = false;
   int parts = 1;
+  Weight weight{};
   int64_t m = 0, k = 0, n = 0;
   DType x_dtype{}, bias_dtype{}, y_dtype{};
   Activation activation{};
   std::vector<double> x, bias, residual;  // the last two: empty, or given
-  std::vector<int8_t> xq, w;
+  std::vector<int8_t> xq, w;              // w: bytes of any format
+  std::vector<uint8_t> block_scale;
+  std::vector<double> values;  // of a float weight
   std::vector<float> sx, sw;
+
+  int64_t blocks() const { return (k + 15) / 16; }
+  int64_t w_stride() const { return weight == Weight::e2m1 ? blocks() * 8 : k; }
 
   std::string text() const {
     static const char* const kActivations[] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
@@ -191,8 +213,12 @@ struct Call {
         line, sizeof line,
         "%s m=%lld k=%lld n=%lld x=%s bias=%s residual=%s activation=%s y=%s parts=%d, operands %s "
         "(repeat with 1 case and seed %llu)",
-        weight_only ? "int8_weight" : "int8", static_cast<long long>(m), static_cast<long long>(k),
-        static_cast<long long>(n), codes ? "codes" : format_of(x_dtype).name,
+        !weight_only             ? "int8"
+        : weight == Weight::e4m3 ? "e4m3 weight"
+        : weight == Weight::e2m1 ? "e2m1 weight"
+                                 : "int8_weight",
+        static_cast<long long>(m), static_cast<long long>(k), static_cast<long long>(n),
+        codes ? "codes" : format_of(x_dtype).name,
         bias.empty() ? "none" : format_of(bias_dtype).name, residual.empty() ? "none" : "given",
         kActivations[static_cast<int>(activation)], format_of(y_dtype).name, parts,
         at_end ? "end at a page" : "begin at a page", static_cast<unsigned long long>(seed));
@@ -208,7 +234,8 @@ class Draw {
     Call c;
     c.seed = seed;
     sizes(c);
-    c.weight_only = one_in(3);
+    c.weight_only = one_in(2);
+    if (c.weight_only) c.weight = static_cast<Weight>(between(0, 2));
     c.codes = !c.weight_only && one_in(3);
     c.at_end = !one_in(3);
     c.parts = one_in(2) ? 1 : between(2, 5);
@@ -258,6 +285,38 @@ class Draw {
       c.k = one_in(2) ? kLongestRow : between(2000, kLongestRow);
   }
 
+  // Bytes of any kind; few codes of NaN, which spoil a column of y each.
+  uint8_t e4m3() {
+    const auto code = static_cast<uint8_t>(random_() >> 56);
+    return (code & 127) == 127 && !one_in(30) ? code ^ 1 : code;
+  }
+
+  void float_weight(Call& c) {
+    const bool packed = c.weight == Weight::e2m1;
+    c.w.resize(c.n * c.w_stride());
+    c.block_scale.resize(packed ? c.n * c.blocks() : 0);
+    c.values.resize(c.n * c.k);
+    for (int8_t& byte : c.w)
+      byte = static_cast<int8_t>(packed ? static_cast<uint8_t>(random_() >> 56) : e4m3());
+    for (uint8_t& scale : c.block_scale) scale = e4m3();
+    for (int64_t j = 0; j < c.n; ++j) {
+      // Of long rows of e4m3 few are without one of NaN.
+      const bool clean = !one_in(6);
+      for (int64_t l = 0; l < c.k; ++l) {
+        int8_t& byte = c.w[j * c.w_stride() + (packed ? l / 2 : l)];
+        if (!packed) {
+          if (clean && (byte & 127) == 127) byte ^= 1;
+          c.values[j * c.k + l] = value_of_e4m3(static_cast<uint8_t>(byte));
+          continue;
+        }
+        uint8_t& scale = c.block_scale[j * c.blocks() + l / 16];
+        if (clean && (scale & 127) == 127) scale ^= 1;
+        c.values[j * c.k + l] = value_of_e2m1(byte >> (l % 2 * 4) & 15) * value_of_e4m3(scale);
+      }
+    }
+    if (packed) std::fill(c.sw.begin(), c.sw.end(), c.sw.empty() ? 1.0f : c.sw[0]);
+  }
+
   void weight(Call& c) {
     c.w.resize(c.n * c.k);
     c.sw.resize(c.n);
@@ -275,6 +334,7 @@ class Draw {
                 : one_in(10) ? 1
                              : static_cast<float>(1e-3 + 2e-2 * std::fabs(normal()));
     }
+    if (c.weight != Weight::int8) float_weight(c);
   }
 
   void rows(Call& c) {
@@ -382,16 +442,18 @@ Bounds float_sum(const Call& c, int64_t i, int64_t j) {
   const int8_t* w = c.w.data() + j * c.k;
   double sum = 0, magnitude = 0;
   for (int64_t l = 0; l < c.k; ++l) {
-    const double product = static_cast<double>(static_cast<float>(x[l])) * w[l];
+    const double value = c.values.empty() ? w[l] : c.values[j * c.k + l];
+    const double product = static_cast<double>(static_cast<float>(x[l])) * value;
     sum += product;
     if (std::isfinite(product)) magnitude += std::fabs(product);
   }
   const bool any = magnitude > FLT_MAX / 2;
   if (!std::isfinite(sum)) return {sum, sum, any};
   // K roundings, each of at most half a unit in the last place of a partial sum, or of the smallest
-  // number.
+  // number; e4m3 may be summed as 1/256 of its value.
+  const int smallest = c.weight == Weight::e4m3 ? -142 : -150;
   const double error =
-      static_cast<double>(c.k + 1) * (std::ldexp(magnitude, -24) + std::ldexp(1, -150));
+      static_cast<double>(c.k + 1) * (std::ldexp(magnitude, -24) + std::ldexp(1, smallest));
   return {static_cast<float>(sum - error), static_cast<float>(sum + error), any};
 }
 
@@ -486,8 +548,13 @@ void run(const Tier& tier, const Call& c, char* y) {
   p.x_dtype = c.x_dtype;
   if (c.codes)
     p.row_scale = reinterpret_cast<const float*>(place(c.sx.data(), c.sx.size() * sizeof(float)));
+  p.weight = c.weight;
   p.w = reinterpret_cast<const int8_t*>(place(c.w.data(), c.w.size()));
-  p.sw = reinterpret_cast<const float*>(place(c.sw.data(), c.sw.size() * sizeof(float)));
+  p.w_stride = c.w_stride();
+  p.block_scale =
+      reinterpret_cast<const uint8_t*>(place(c.block_scale.data(), c.block_scale.size()));
+  const size_t scales = c.weight == Weight::e2m1 ? std::min<size_t>(1, c.sw.size()) : c.sw.size();
+  p.sw = reinterpret_cast<const float*>(place(c.sw.data(), scales * sizeof(float)));
   if (!c.bias.empty()) p.bias = place_floats(c.bias, c.bias_dtype);
   p.bias_dtype = c.bias_dtype;
   if (!c.residual.empty()) p.residual = place_floats(c.residual, c.y_dtype);
@@ -495,7 +562,7 @@ void run(const Tier& tier, const Call& c, char* y) {
   p.y = y;
   p.y_dtype = c.y_dtype;
 
-  const qnn::Kernel& kernel = c.weight_only ? tier.int8_weight : tier.int8;
+  const qnn::Kernel& kernel = c.weight_only ? tier.weight_only : tier.int8;
   const size_t bytes = kernel.scratch_bytes(p);
   std::vector<std::thread> threads;
   for (int part = 0; part < c.parts; ++part) {

@@ -31,11 +31,14 @@ struct Product {
   int64_t acc_stride;
   const int8_t* next;
   int64_t next_stride;
+  int next_shift;  // 1: two codes a byte
 };
 
 template <class T>
 struct Inner {
-  // Every loop over the sums is written out, so that they stay in registers.
+  // Every loop over the sums is written out, so that they stay in registers. Float sums of a panel
+  // begin at zero and are added at the end: of 4,096 terms one behind the other the error is 3.5
+  // times that of torch's float32 product, of 16 panels of 256 it is about the same.
   template <int R, int G>
   QNN_KERNEL static void block(const Product<T>& p) {
     using Sum = typename T::Sum;
@@ -43,12 +46,15 @@ struct Inner {
 #pragma GCC unroll 24
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) sums[r][g] = read<Sum>(p.acc + r * p.acc_stride + g * kLanes);
+      for (int g = 0; g < G; ++g) {
+        sums[r][g] = Sum{};
+        if constexpr (T::kQuantizes) sums[r][g] = read<Sum>(p.acc + r * p.acc_stride + g * kLanes);
+      }
     }
     for (int64_t begin = 0; begin < p.words; begin += T::kWordStep) {
       if (p.next != nullptr && begin * T::kGroup % kLine == 0) {
         for (int r = 0; r < R; ++r) {
-          __builtin_prefetch(p.next + r * p.next_stride + begin * T::kGroup);
+          __builtin_prefetch(p.next + r * p.next_stride + (begin * T::kGroup >> p.next_shift));
         }
       }
       for (int64_t word = begin; word < begin + T::kWordStep; ++word) {
@@ -69,7 +75,11 @@ struct Inner {
 #pragma GCC unroll 24
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) write(p.acc + r * p.acc_stride + g * kLanes, sums[r][g]);
+      for (int g = 0; g < G; ++g) {
+        typename T::Acc* to = p.acc + r * p.acc_stride + g * kLanes;
+        if constexpr (!T::kQuantizes) sums[r][g] += read<Sum>(to);
+        write(to, sums[r][g]);
+      }
     }
   }
 

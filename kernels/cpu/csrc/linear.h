@@ -9,17 +9,23 @@ namespace qnn {
 
 enum class DType { float32, bfloat16, float16, float64 };
 enum class Activation { none, relu, gelu, gelu_tanh, silu };
+// What w is stored in. e2m1: two codes a byte, the even one in the low nibble, in blocks of 16.
+enum class Weight { int8, e4m3, e2m1 };
 
 // y = act(x · (w · sw)ᵀ + bias) + residual. Row-major and dense: x [m, k], w [n, k], sw and bias
-// [n], residual and y [m, n]. The meaning, to the bit, is the reference in kernels/int8.py.
+// [n], residual and y [m, n]. The meaning, to the bit, is the reference in kernels/int8.py; that of
+// a float weight, but for the order of its sums, the one in kernels/float_ops.py.
 struct Linear {
   int64_t m, n, k;
   const void* x;           // floats, or int8 codes where `row_scale` is given
   DType x_dtype;           // of the floats
   const float* row_scale;  // [m], or null: the rows are quantised here
-  const int8_t* w;
-  const float* sw;
-  const void* bias;  // or null
+  Weight weight;
+  const int8_t* w;             // codes of any format, in bytes
+  int64_t w_stride;            // bytes from a row of w to the next
+  const uint8_t* block_scale;  // of e2m1: e4m3 codes [n, k/16]
+  const float* sw;             // of e2m1: [1]
+  const void* bias;            // or null
   DType bias_dtype;
   const void* residual;  // or null; in y_dtype
   Activation activation;
@@ -47,8 +53,8 @@ struct Quantize {
 struct Tier {
   const char* name;
   bool (*runs_here)();
-  Kernel int8;         // rows quantised to int8
-  Kernel int8_weight;  // rows as they are, float32 accumulation
+  Kernel int8;         // rows quantised to int8, and w so too
+  Kernel weight_only;  // rows as they are, float32 accumulation, w in any format
   void (*quantize)(const Quantize&, int part, int parts);
 };
 

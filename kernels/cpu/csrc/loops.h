@@ -15,6 +15,7 @@
 //   kPanelRows          rows of w in a panel, where 1, 2, … groups are multiplied at once
 //   kDotRows            up to so many rows of x take the dot form
 //   kDotColumns         rows of w that `dot` takes
+//   Row, row(p, n)      a row of w, for fill_panel and dot; bytes where x is quantised
 //   Session             lives while a thread works on a call in blocked form
 //   transpose           kLanes × kLanes words, rows so many bytes apart
 //   fill_panel          a piece of one row of w into a panel
@@ -30,7 +31,7 @@
 
 #include <limits>
 
-#include "inner.h"
+#include "decode.h"
 
 namespace qnn {
 namespace {
@@ -215,7 +216,11 @@ struct Columns {
   void move_to(const Linear& p, int64_t first, int64_t most) {
     begin = first;
     count = p.n - first < most ? p.n - first : most;
-    fill<Float32>(sw, p.sw + first);
+    if (p.weight == Weight::e2m1) {
+      for (int64_t i = 0; i < T::kChunk; i += kLanes) write(sw + i, splat(*p.sw));
+    } else {
+      fill<Float32>(sw, p.sw + first);
+    }
     if (p.bias == nullptr) return;
     with_format(p.bias_dtype, [&](auto format) {
       using Format = decltype(format);
@@ -469,7 +474,7 @@ struct Blocked {
       for (int64_t c = 0; c < columns; ++c) {
         Panel* to = b.panels + c * kPanelStride<T>;
         if (c < b.columns.count) {
-          T::fill_panel(to, p.w + (b.columns.begin + c) * p.k + k, depth);
+          fill_panel(to, p, b.columns.begin + c, k, depth);
         } else {
           std::memset(to, 0, words * T::kGroup * sizeof(Panel));
         }
@@ -477,8 +482,9 @@ struct Blocked {
       // The panels after these: more of K, or the next chunk. Their rows of w are fetched while
       // these are multiplied.
       const bool more = k + T::kDepth < p.k;
-      const int8_t* next =
-          p.w + (b.columns.begin + (more ? 0 : b.columns.count)) * p.k + (more ? k + T::kDepth : 0);
+      const int shift = p.weight == Weight::e2m1;
+      const int8_t* next = p.w + (b.columns.begin + (more ? 0 : b.columns.count)) * p.w_stride +
+                           (more ? (k + T::kDepth) >> shift : 0);
       for (int64_t g = 0; g < grid.groups; g += grid.at_once) {
         const int64_t groups = grid.groups - g < grid.at_once ? grid.groups - g : grid.at_once,
                       rows = groups * kLanes;
@@ -488,10 +494,18 @@ struct Blocked {
           multiply(grid.at_once, groups,
                    {b.tile.codes + g * b.tile.stride + k * kLanes, b.tile.stride, words,
                     b.panels + c * kPanelStride<T>, acc + c * rows, rows,
-                    g == 0 ? next + c * p.k : nullptr, p.k});
+                    g == 0 ? next + c * p.w_stride : nullptr, p.w_stride, shift});
         }
         if (!more) finish<Format>(p, b, acc, g * kLanes, rows, row);
       }
+    }
+  }
+
+  static void fill_panel(Panel* to, const Linear& p, int64_t n, int64_t k, int64_t depth) {
+    if constexpr (T::kQuantizes) {
+      T::fill_panel(to, p.w + n * p.w_stride + k, depth);
+    } else {
+      T::fill_panel(to, T::row(p, n), k, depth);
     }
   }
 
@@ -574,6 +588,8 @@ struct Dots {
     for (int64_t row = 0; row < p.m; ++row) {
       b.start[row] = -T::kOffset * read_row<T>(p, row, round_up(p.k, kLine),
                                                b.codes + row * b.stride, b.scale + row);
+      if constexpr (!T::kQuantizes)
+        T::arrange(p.weight, b.codes + row * b.stride, round_up(p.k, kLine));
     }
     for (int64_t n = begin; n < end; n += T::kChunk) {
       b.columns.move_to(p, n, end - n < T::kChunk ? end - n : T::kChunk);
@@ -582,13 +598,21 @@ struct Dots {
     }
   }
 
+  static auto row_of(const Linear& p, int64_t n) {
+    if constexpr (T::kQuantizes) {
+      return p.w + n * p.w_stride;
+    } else {
+      return T::row(p, n);
+    }
+  }
+
   static void multiply(const Linear& p, Buffers& b) {
     for (int64_t c = 0; c < b.columns.count; c += T::kDotColumns) {
       // Behind the last row of w its last row again: the same memory, and sums that nobody reads.
-      const int8_t* w[T::kDotColumns];
+      decltype(row_of(p, 0)) w[T::kDotColumns];
       for (int64_t i = 0; i < T::kDotColumns; ++i) {
         const int64_t column = c + i < b.columns.count ? c + i : b.columns.count - 1;
-        w[i] = p.w + (b.columns.begin + column) * p.k;
+        w[i] = row_of(p, b.columns.begin + column);
       }
       int64_t row = 0;
       const auto rest = [&](auto rows) {

@@ -1,4 +1,5 @@
-// The ops of kernels/int8.py on the CPU, registered through torch's stable interface, and the
+// The ops of kernels/int8.py, and those of kernels/float_ops.py over a float weight, on the CPU,
+// registered through torch's stable interface, and the
 // choice of the tier. The only file here that knows torch.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -7,6 +8,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -55,7 +57,7 @@ void run_alone(const Kernel& kernel, const Linear& p) {
 }
 
 // Full-range operands whose product plain loops know, in both forms of the kernel.
-bool known_answers(const Tier& tier) {
+bool known_integers(const Tier& tier) {
   for (const auto& [m, k, n] : {std::array<int64_t, 3>{3, 301, 50}, {40, 1100, 33}}) {
     std::vector<int8_t> x(m * k), w(n * k);
     uint32_t state = 1;
@@ -69,20 +71,11 @@ bool known_answers(const Tier& tier) {
     std::fill_n(w.end() - k, k, int8_t{-128});
     const std::vector<float> ones(std::max(m, n), 1.0f);
     std::vector<float> y(m * n);
-    const Linear p{m,
-                   n,
-                   k,
-                   x.data(),
-                   DType::float32,
-                   ones.data(),
-                   w.data(),
-                   ones.data(),
-                   nullptr,
-                   DType::float32,
-                   nullptr,
-                   Activation::none,
-                   y.data(),
-                   DType::float32};
+    Linear p{};
+    p.m = m, p.k = k, p.n = n;
+    p.x = x.data(), p.row_scale = ones.data();
+    p.w = w.data(), p.w_stride = k, p.sw = ones.data();
+    p.y = y.data();
     run_alone(tier.int8, p);
     for (int64_t i = 0; i < m; ++i) {
       for (int64_t j = 0; j < n; ++j) {
@@ -95,14 +88,85 @@ bool known_answers(const Tier& tier) {
   return true;
 }
 
+double value_of_e4m3(uint8_t code) {
+  const int exponent = code >> 3 & 15, mantissa = code & 7;
+  const double magnitude = (code & 127) == 127 ? std::nan("")
+                           : exponent == 0     ? std::ldexp(mantissa, -9)
+                                               : std::ldexp(8 + mantissa, exponent - 10);
+  return code & 128 ? -magnitude : magnitude;
+}
+
+double value_of_e2m1(int code) {
+  const double magnitude =
+      (code & 7) < 2 ? 0.5 * (code & 7) : std::ldexp(2 + (code & 1), (code >> 1 & 3) - 2);
+  return code & 8 ? -magnitude : magnitude;
+}
+
+// All codes of both float formats, in both forms of the kernel. Two rows of w hold a NaN; the other
+// sums may err by the order of their terms. 1 ms a tier, when the library is loaded.
+bool known_floats(const Tier& tier) {
+  for (const auto& [m, k, n] : {std::array<int64_t, 3>{3, 301, 20}, {20, 560, 9}}) {
+    for (const Weight weight : {Weight::e4m3, Weight::e2m1}) {
+      const bool packed = weight == Weight::e2m1;
+      const int64_t blocks = div_up(k, 16), stride = packed ? blocks * 8 : k;
+      std::vector<float> x(m * k), y(m * n);
+      std::vector<uint8_t> w(n * stride), scales(n * blocks);
+      uint32_t state = 1;
+      const auto next = [&] {
+        return static_cast<uint8_t>((state = state * 1664525 + 1013904223) >> 24);
+      };
+      for (auto& v : x) v = static_cast<float>(next() - 128) / 64;
+      for (auto* codes : {&w, &scales}) {
+        const bool e4m3 = codes == &scales || !packed;
+        for (auto& v : *codes) {
+          do {
+            v = next();
+          } while (e4m3 && (v & 127) == 127);
+        }
+      }
+      auto& holds_nan = packed ? scales : w;
+      holds_nan.front() = 127;
+      holds_nan.back() = 255;
+      const std::vector<float> ones(n, 1.0f);
+      Linear p{};
+      p.m = m, p.k = k, p.n = n;
+      p.x = x.data();
+      p.weight = weight, p.w = reinterpret_cast<const int8_t*>(w.data()), p.w_stride = stride;
+      p.block_scale = scales.data(), p.sw = ones.data();
+      p.y = y.data();
+      run_alone(tier.weight_only, p);
+      for (int64_t j = 0; j < n; ++j) {
+        std::vector<double> values(k);
+        for (int64_t l = 0; l < k; ++l) {
+          values[l] = packed ? value_of_e2m1(w[j * stride + l / 2] >> 4 * (l % 2) & 15) *
+                                   value_of_e4m3(scales[j * blocks + l / 16])
+                             : value_of_e4m3(w[j * stride + l]);
+        }
+        for (int64_t i = 0; i < m; ++i) {
+          double sum = 0, size = 0;
+          for (int64_t l = 0; l < k; ++l) {
+            sum += x[i * k + l] * values[l];
+            size += std::fabs(x[i * k + l] * values[l]);
+          }
+          const float got = y[i * n + j];
+          if (std::isnan(sum) ? !std::isnan(got) : !(std::fabs(got - sum) <= 1e-5 * size))
+            return false;
+        }
+      }
+    }
+  }
+  return true;
+}
+
 // Why a tier may not be used, or null; tried once a process.
 const char* why_not(size_t index) {
   static const auto reasons = [] {
     std::array<const char*, std::size(kTiers)> found{};
     for (size_t i = 0; i < std::size(kTiers); ++i) {
-      found[i] = !kTiers[i]->runs_here()      ? "this CPU lacks the instructions"
-                 : !known_answers(*kTiers[i]) ? "wrong integers in the known-answer test"
-                                              : nullptr;
+      found[i] = !kTiers[i]->runs_here()       ? "this CPU lacks the instructions"
+                 : !known_integers(*kTiers[i]) ? "wrong integers in the known-answer test"
+                 : !known_floats(*kTiers[i])   ? "wrong floats in the known-answer test"
+                                               : nullptr;
     }
     return found;
   }();
@@ -114,7 +178,7 @@ const Tier& best_tier() {
     for (size_t i = 0; i < std::size(kTiers); ++i) {
       if (why_not(i) == nullptr) return *kTiers[i];
     }
-    throw std::runtime_error("qnn: no int8 kernel gives right integers on this CPU.");
+    throw std::runtime_error("qnn: no kernel gives right results on this CPU.");
   }();
   return best;
 }
@@ -217,6 +281,10 @@ std::string name_of(ScalarType dtype) {
       return "int8";
     case ScalarType::Byte:
       return "uint8";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
+    case ScalarType::Float8_e5m2:
+      return "float8_e5m2";
     case ScalarType::Int:
       return "int32";
     case ScalarType::Long:
@@ -414,11 +482,80 @@ Tensor linear(const Call& call, const Tier& tier, const Tensor& x, const Tensor&
   if (p.m == 0 || p.n == 0) return y;
   p.x = dense_x.data_ptr(), p.w = static_cast<const int8_t*>(dense_w.data_ptr()),
   p.y = y.data_ptr();
+  p.w_stride = p.k;
   p.sw = static_cast<const float*>(dense_sw.data_ptr());
   if (codes) p.row_scale = static_cast<const float*>(dense_scale.data_ptr());
   if (bias.has_value()) p.bias = dense_bias.data_ptr();
   if (residual.has_value()) p.residual = dense_residual.data_ptr();
-  run_parallel(call.weight_only ? tier.int8_weight : tier.int8, p);
+  run_parallel(call.weight_only ? tier.weight_only : tier.int8, p);
+  return y;
+}
+
+// The layers over a float weight: of e4m3 with a scale a row, or, where `gw` is given, of e2m1 with
+// a scale a block and one divisor.
+Tensor float_weight_linear(const char* op, const Tier& tier, const Tensor& x, const Tensor& wq,
+                           const Tensor& sw, const Tensor* gw, const Maybe& bias) {
+  std::vector<std::pair<const char*, const Tensor*>> tensors{{"x", &x}, {"wq", &wq}, {"sw", &sw}};
+  if (gw != nullptr) tensors.emplace_back("gw", gw);
+  if (bias.has_value()) tensors.emplace_back("bias", &*bias);
+  const size_t at_bias = tensors.size() - 1;
+  const Arguments args(op, std::move(tensors));
+
+  Linear p{};
+  p.x_dtype = p.y_dtype = args.float_dtype(0);
+  args.shape(0, x.dim() >= 1, "[..., k]");
+  const int64_t last = x.dim() - 1;
+  p.k = x.size(last);
+  if (gw == nullptr) {
+    p.weight = Weight::e4m3, p.w_stride = p.k;
+    args.dtype(1, ScalarType::Float8_e4m3fn);
+    args.shape(1, wq.dim() == 2, "[n, k]");
+    args.shape(1, wq.size(1) == p.k, "[n, k]", "k", p.k, "x");
+    p.n = wq.size(0);
+    args.dtype(2, ScalarType::Float);
+    args.shape(2, sw.dim() == 2 && sw.size(1) == 1, "[n, 1]");
+    args.shape(2, sw.size(0) == p.n, "[n, 1]", "n", p.n, "wq");
+  } else {
+    const int64_t blocks = div_up(p.k, 16);
+    p.weight = Weight::e2m1, p.w_stride = blocks * 8;
+    args.dtype(1, ScalarType::Byte);
+    args.shape(1, wq.dim() == 2, "[n, k/16*8]");
+    args.shape(1, wq.size(1) == p.w_stride, "[n, k/16*8]", "k/16*8", p.w_stride, "x");
+    p.n = wq.size(0);
+    args.dtype(2, ScalarType::Float8_e4m3fn);
+    args.shape(2, sw.dim() == 2, "[n, k/16]");
+    args.shape(2, sw.size(0) == p.n, "[n, k/16]", "n", p.n, "wq");
+    args.shape(2, sw.size(1) == blocks, "[n, k/16]", "k/16", blocks, "x");
+    args.dtype(3, ScalarType::Float);
+    args.shape(3, gw->dim() == 1 && gw->size(0) == 1, "[1]");
+  }
+  if (bias.has_value()) {
+    p.bias_dtype = args.float_dtype(at_bias);
+    args.shape(at_bias, bias->dim() == 1, "[n]");
+    args.shape(at_bias, bias->size(0) == p.n, "[n]", "n", p.n, "wq");
+  }
+
+  // Dense operands, alive until the end of the call.
+  const Tensor dense_x = args.dense(0), dense_wq = args.dense(1), dense_sw = args.dense(2);
+  const Tensor dense_gw = gw != nullptr ? args.dense(3) : dense_x,
+               dense_bias = bias.has_value() ? args.dense(at_bias) : dense_x;
+  p.m = 1;
+  std::vector<int64_t> sizes(x.dim(), p.n);
+  for (int64_t i = 0; i < last; ++i) p.m *= sizes[i] = x.size(i);
+  Tensor y = empty(sizes, x.scalar_type());
+  if (p.m == 0 || p.n == 0) return y;
+  float scale = 1.0f;
+  p.x = dense_x.data_ptr(), p.y = y.data_ptr();
+  p.w = static_cast<const int8_t*>(dense_wq.data_ptr());
+  if (gw == nullptr) {
+    p.sw = static_cast<const float*>(dense_sw.data_ptr());
+  } else {
+    p.block_scale = static_cast<const uint8_t*>(dense_sw.data_ptr());
+    scale = 1.0f / *static_cast<const float*>(dense_gw.data_ptr());
+    p.sw = &scale;
+  }
+  if (bias.has_value()) p.bias = dense_bias.data_ptr();
+  run_parallel(tier.weight_only, p);
   return y;
 }
 
@@ -441,6 +578,14 @@ Tensor int8_rows_linear(Tensor q, Tensor scale, Tensor w, Tensor sw, Maybe bias,
                         std::string activation, ScalarType dtype) {
   return linear({"int8_rows_linear", false, dtype, &scale}, best_tier(), q, w, sw, bias, residual,
                 activation);
+}
+
+Tensor fp8_weight_linear(Tensor x, Tensor wq, Tensor sw, Maybe bias) {
+  return float_weight_linear("fp8_weight_linear", best_tier(), x, wq, sw, nullptr, bias);
+}
+
+Tensor nvfp4_weight_linear(Tensor x, Tensor wq, Tensor sw, Tensor gw, Maybe bias) {
+  return float_weight_linear("nvfp4_weight_linear", best_tier(), x, wq, sw, &gw, bias);
 }
 
 std::tuple<Tensor, Tensor> int8_quantize(Tensor x) {
@@ -478,6 +623,12 @@ Tensor cpu_linear(Tensor x, Tensor w, Tensor sw, Maybe bias, Maybe residual, std
                 bias, residual, activation);
 }
 
+// The same for a float weight: of nvfp4 where `gw` is given, else of fp8.
+Tensor cpu_float_linear(Tensor x, Tensor wq, Tensor sw, Maybe gw, Maybe bias, std::string tier) {
+  return float_weight_linear("cpu_float_linear", tier_called(tier), x, wq, sw,
+                             gw.has_value() ? &*gw : nullptr, bias);
+}
+
 }  // namespace
 }  // namespace qnn
 
@@ -486,6 +637,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qnn, m) {
   m.def(
       "cpu_linear(Tensor x, Tensor w, Tensor sw, Tensor? bias, Tensor? residual, str activation, "
       "str scheme, str tier) "
+      "-> Tensor");
+  m.def(
+      "cpu_float_linear(Tensor x, Tensor wq, Tensor sw, Tensor? gw, Tensor? bias, str tier) "
       "-> Tensor");
 }
 
@@ -498,5 +652,8 @@ STABLE_TORCH_LIBRARY_IMPL(qnn, CPU, m) {
   m.impl("int8_linear", TORCH_BOX(&qnn::int8_linear));
   m.impl("int8_weight_linear", TORCH_BOX(&qnn::int8_weight_linear));
   m.impl("int8_rows_linear", TORCH_BOX(&qnn::int8_rows_linear));
+  m.impl("fp8_weight_linear", TORCH_BOX(&qnn::fp8_weight_linear));
+  m.impl("nvfp4_weight_linear", TORCH_BOX(&qnn::nvfp4_weight_linear));
   m.impl("cpu_linear", TORCH_BOX(&qnn::cpu_linear));
+  m.impl("cpu_float_linear", TORCH_BOX(&qnn::cpu_float_linear));
 }

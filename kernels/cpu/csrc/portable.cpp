@@ -11,15 +11,9 @@
 namespace qnn {
 namespace {
 
-template <class CodeT, class AccT, class SumT>
-struct Plain : Inner<Plain<CodeT, AccT, SumT>> {
-  using Code = CodeT;
-  using Panel = CodeT;
-  using Acc = AccT;
-  using Sum = SumT;
+struct PlainMachine {
   using Session = NoSession;
-  static constexpr bool kQuantizes = sizeof(Code) < 4;
-  static constexpr int64_t kGroup = 4 / sizeof(Code), kOffset = 0, kDepth = 512, kWordStep = 1;
+  static constexpr int64_t kDepth = 512, kWordStep = 1;
   static constexpr int64_t kTileGroups = 32, kTileBytes = 1 << 18, kChunk = 32, kDotRows = 4,
                            kDotColumns = 2;
   static constexpr int kPanelRows[2] = {8, 4};
@@ -33,40 +27,76 @@ struct Plain : Inner<Plain<CodeT, AccT, SumT>> {
     }
   }
 
-  static void fill_panel(Panel* to, const int8_t* w, int64_t depth) {
-    for (int64_t i = 0; i < depth; ++i) to[i] = w[i];
-    for (int64_t i = depth; i % kGroup != 0; ++i) to[i] = 0;
-  }
-
-  static Sum multiply_add(Sum sum, Sum column, Sum row) {
-    if constexpr (kGroup == 1) {
-      return sum + column * row;
-    } else {
-#if defined(__SSE2__)
-      return sum + (vint)_mm_madd_epi16((__m128i)column, (__m128i)row);
-#else
-      return sum + ((column << 16) >> 16) * ((row << 16) >> 16) + (column >> 16) * (row >> 16);
-#endif
-    }
-  }
-
-  static Sum column(const int8_t* w, int64_t left) {
-    Code codes[kGroup * kLanes] = {};
-    for (int64_t i = 0; i < kGroup * kLanes && i < left; ++i) codes[i] = w[i];
-    return read<Sum>(codes);
-  }
-
-  static Acc sum(Sum s) {
-    Acc total = 0;
+  static float sum(vfloat s) {
+    float total = 0;
     for (int lane = 0; lane < kLanes; ++lane) total += s[lane];
     return total;
   }
 };
 
+struct Plain : PlainMachine, Inner<Plain> {
+  using Code = int16_t;
+  using Panel = int16_t;
+  using Acc = int32_t;
+  using Sum = vint;
+  static constexpr bool kQuantizes = true;
+  static constexpr int64_t kGroup = 2, kOffset = 0;
+
+  static void fill_panel(Panel* to, const int8_t* w, int64_t depth) {
+    for (int64_t i = 0; i < depth; ++i) to[i] = w[i];
+    for (int64_t i = depth; i % kGroup != 0; ++i) to[i] = 0;
+  }
+
+  static vint multiply_add(vint sum, vint column, vint row) {
+#if defined(__SSE2__)
+    return sum + (vint)_mm_madd_epi16((__m128i)column, (__m128i)row);
+#else
+    return sum + ((column << 16) >> 16) * ((row << 16) >> 16) + (column >> 16) * (row >> 16);
+#endif
+  }
+
+  static vint column(const int8_t* w, int64_t left) {
+    Code codes[kGroup * kLanes] = {};
+    for (int64_t i = 0; i < kGroup * kLanes && i < left; ++i) codes[i] = w[i];
+    return read<vint>(codes);
+  }
+
+  static int32_t sum(vint s) {
+    int32_t total = 0;
+    for (int lane = 0; lane < kLanes; ++lane) total += s[lane];
+    return total;
+  }
+};
+
+struct Int8Codes : InOrder {
+  static void decode(const WeightRow& w, int64_t i, int64_t left, vfloat* v, State) {
+    v[0] = vfloat{};
+    for (int64_t j = 0; j < kLanes && j < left; ++j) v[0][j] = static_cast<int8_t>(w.codes[i + j]);
+  }
+};
+
+struct E4m3Codes : InOrder {
+  static void decode(const WeightRow& w, int64_t i, int64_t left, vfloat* v, State) {
+    v[0] = vfloat{};
+    for (int64_t j = 0; j < kLanes && j < left; ++j) v[0][j] = kE4m3.values[w.codes[i + j]];
+  }
+};
+
+struct E2m1Codes : InOrder {
+  static void decode(const WeightRow& w, int64_t i, int64_t, vfloat* v, State) {
+    const uint8_t* bytes = w.codes + i / 2;
+    for (int64_t j = 0; j < kLanes; j += 2) {
+      v[0][j] = kE2m1[bytes[j / 2] & 15];
+      v[0][j + 1] = kE2m1[bytes[j / 2] >> 4];
+    }
+    v[0] *= kE4m3.values[w.scales[i / kBlock]];
+  }
+};
+
 }  // namespace
 
-extern const Tier portable = {"portable", [] { return true; },
-                              kernel<Plain<int16_t, int32_t, vint>>(),
-                              kernel<Plain<float, float, vfloat>>(), quantize};
+extern const Tier portable = {"portable", [] { return true; }, kernel<Plain>(),
+                              kernel<FloatTier<PlainMachine, Int8Codes, E4m3Codes, E2m1Codes>>(),
+                              quantize};
 
 }  // namespace qnn

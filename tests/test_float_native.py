@@ -1,0 +1,389 @@
+"""The C++ kernels over a float weight as torch ops, tier by tier, and the Python kernels that serve
+without them, against the references in `kernels/float_ops.py`.
+
+What the kernels do with memory and on other CPUs is `test_kernels_cpp.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qnn.kernels import OPS, nvfp4
+from qnn.kernels.cpu import native
+from qnn.kernels.cpu.float_linear import weight_linear
+from qnn.kernels.float8 import FLOAT8
+
+from .common import DTYPES, child
+
+TIERS = ("amx", "avx512_vnni", "avx_vnni", "avx2", "portable")
+FORMS = {"fp8": FLOAT8["float8_e4m3"], "nvfp4": nvfp4.ROWS}
+E4M3 = torch.float8_e4m3fn
+# Columns of x: both sides of blocks and vectors; those of nvfp4 files are multiples of 16.
+COLUMNS = {"fp8": (1, 37, 63, 760), "nvfp4": (16, 48, 752, 37)}
+ROWS = (1, 3, 4, 7, 12, 13, 32, 70)
+
+Parts = tuple[torch.Tensor, ...]
+Run = Callable[..., torch.Tensor]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _library() -> None:
+    status = native.ensure()
+    if not status.loaded:
+        pytest.skip(status.reason)
+
+
+def forced(tier: str) -> Run:
+    """The kernels of one tier, called as the ops are."""
+
+    def run(x: torch.Tensor, *args: torch.Tensor | None) -> torch.Tensor:
+        *parts, bias = args
+        if len(parts) == 2:
+            parts.append(None)
+        y: torch.Tensor = torch.ops.qnn.cpu_float_linear(x, *parts, bias, tier)
+        return y
+
+    return run
+
+
+def in_python(x: torch.Tensor, *args: torch.Tensor | None) -> torch.Tensor:
+    return weight_linear(FORMS["fp8" if len(args) == 3 else "nvfp4"])(x, *args)
+
+
+@pytest.fixture(params=[*TIERS, "python"])
+def run(request: pytest.FixtureRequest) -> Run:
+    if request.param == "python":
+        return in_python
+    tiers = dict(pair.split(":", 1) for pair in torch.ops.qnn.cpu_tiers().split(","))
+    why = tiers.get(request.param, "not in this library")
+    if why != "ok":
+        pytest.skip(f"{request.param}: {why}")
+    return forced(request.param)
+
+
+@pytest.fixture
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def reference(form: str, *args: Any, **options: torch.dtype) -> torch.Tensor:
+    y: torch.Tensor = OPS[f"{form}_weight_linear"].reference(*args, **options)
+    return y
+
+
+def codes(form: str, n: int, k: int) -> Parts:
+    """A weight of any codes but NaN, and its scales."""
+    if form == "fp8":
+        return finite(n, k), torch.rand(n, 1) * 0.02 + 1e-3
+    blocks = -(-k // 16)
+    packed = torch.randint(0, 256, (n, 8 * blocks), dtype=torch.uint8)
+    return packed, finite(n, blocks), torch.tensor([37.0])
+
+
+def finite(*shape: int) -> torch.Tensor:
+    bits = torch.randint(0, 256, shape, dtype=torch.uint8)
+    return torch.where(bits & 127 == 127, bits ^ 1, bits).view(E4M3)
+
+
+def assert_within(
+    got: torch.Tensor, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None
+) -> None:
+    """At most twice the error of plain float32, and what the cast to the dtype of `x` rounds.
+
+    Where torch happens to err less than usual: what as many roundings as its blocks have may do to
+    the sizes of all terms of a sum.
+    """
+    form = "fp8" if len(parts) == 2 else "nvfp4"
+    exact = reference(form, x, *parts, bias, compute=torch.float64)
+    plain = reference(form, x.float(), *parts, bias).double()
+    sizes = reference(form, x.abs(), *absolute(form, parts), None, compute=torch.float64)
+    assert (got.dtype, got.shape) == (x.dtype, exact.shape)
+    assert got.is_contiguous()
+    error, limit = (got.double() - exact).abs(), (plain - exact).abs().amax()
+    info = torch.finfo(x.dtype)
+    rounding = info.eps * (exact.abs() / 2 + info.smallest_normal)
+    assert bool((error <= 2 * limit + 4e-7 * sizes + rounding).all()), (error - rounding).max()
+
+
+def absolute(form: str, parts: Parts) -> Parts:
+    if form == "fp8":
+        return (parts[0].float().abs().to(E4M3), parts[1].abs())
+    return (parts[0] & 0x77, parts[1].float().abs().to(E4M3), parts[2].abs())
+
+
+# -- codes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("m", [1, 32])
+def test_every_e4m3_code(run: Run, m: int) -> None:
+    """A code a row, behind and before zeros: nothing is rounded, NaN stays NaN."""
+    every = torch.arange(256, dtype=torch.uint8)
+    for k in (1, 2, 17, 40):
+        for at in {0, k // 2, k - 1}:
+            w = torch.zeros(256, k, dtype=torch.uint8)
+            w[:, at] = every
+            x = torch.ones(m, k) * (torch.arange(m)[:, None] + 1)
+            got = run(x, w.view(E4M3), torch.ones(256, 1), None)
+            want = every.view(E4M3).float() * x[:, at, None]
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("m", [1, 32])
+def test_every_e2m1_code(run: Run, m: int) -> None:
+    """All bytes at each place of a block, and each finite block scale."""
+    every = torch.arange(256, dtype=torch.uint8)
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values = torch.cat([values, -values])
+    low, high = values[(every & 15).int()], values[(every >> 4).int()]
+    x = torch.randint(-8, 9, (m, 48)).float()
+    one = torch.ones(1)
+    for at in range(24):
+        w = torch.zeros(256, 24, dtype=torch.uint8)
+        w[:, at] = every
+        scale = torch.ones(256, 3).to(E4M3)
+        got = run(x, w, scale, one, None)
+        want = low * x[:, 2 * at, None] + high * x[:, 2 * at + 1, None]
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    ones = torch.full((256, 24), 0x22, dtype=torch.uint8)
+    scale = torch.zeros(256, 3, dtype=torch.uint8)
+    scale[:, 1] = every
+    got = run(torch.ones(m, 48), ones, scale.view(E4M3), torch.tensor([4.0]), None)
+    want = (every.view(E4M3).float() * 16 / 4).expand(m, 256)
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("m", [1, 32])
+def test_denormals_count_in_every_mode(run: Run, m: int) -> None:
+    """The subnormal codes are no subnormal floats: a CPU that flushes those must not lose them."""
+    if run is in_python:
+        pytest.skip("torch's own cast and product")
+    w = torch.arange(8, dtype=torch.uint8).view(E4M3)[:, None].expand(8, 40).contiguous()
+    want = run(torch.ones(m, 40), w, torch.ones(8, 1), None)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU flushes nothing")
+    try:
+        got = run(torch.ones(m, 40), w, torch.ones(8, 1), None)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(got, want)
+    assert got[0].tolist() == [code * 40 / 512 for code in range(8)]
+
+
+# -- calls -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_sizes(run: Run, form: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    for k in COLUMNS[form]:
+        for n in (5, 67):
+            parts = codes(form, n, k)
+            for m in ROWS:
+                bias = torch.randn(n).to(DTYPES[m % 4]) if m % 2 else None
+                x = torch.randn(m, k).to(dtype)
+                assert_within(run(x, *parts, bias), x, parts, bias)
+
+
+@pytest.mark.parametrize("m", [1, 8, 40])
+@pytest.mark.parametrize("form", FORMS)
+def test_long_rows(run: Run, form: str, m: int) -> None:
+    """Twice the largest error of plain float32, and nothing else."""
+    torch.manual_seed(2)
+    x, parts = torch.randn(m, 4096), codes(form, 96, 4096)
+    exact = reference(form, x, *parts, None, compute=torch.float64)
+    plain = (reference(form, x, *parts, None) - exact).abs().max()
+    assert float((run(x, *parts, None) - exact).abs().max()) <= 2 * float(plain)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_leading_axes_and_layouts(run: Run, form: str) -> None:
+    torch.manual_seed(3)
+    k, n = 48, 21
+    parts, bias = codes(form, n, k), torch.randn(2 * n)[::2]
+    for x in (
+        torch.randn(k), torch.randn(2, 3, k), torch.randn(k, 5).T, torch.randn(4, 2 * k)[:, ::2],
+        torch.randn(1, k).expand(20, k), torch.randn(3, k, 2).mT,
+    ):  # fmt: skip
+        strided = tuple(
+            torch.stack([part, part], -1)[..., 0] if part.dim() == 2 else part for part in parts
+        )
+        got = run(x, *strided, bias)
+        assert_within(got, x, parts, bias)
+        # Torch's own product may sum in another order.
+        assert run is in_python or torch.equal(got, run(x.contiguous(), *parts, bias))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_empty(run: Run, form: str) -> None:
+    parts, bias = codes(form, 5, 16), torch.randn(5)
+    for lead in ((0,), (2, 0), (0, 3)):
+        assert run(torch.randn(*lead, 16), *parts, bias).shape == (*lead, 5)
+    assert run(torch.randn(3, 16), *codes(form, 0, 16), None).shape == (3, 0)
+    nothing = run(torch.randn(3, 0), *codes(form, 5, 0), bias)
+    assert torch.equal(nothing, bias.expand(3, 5))
+
+
+@pytest.mark.parametrize("m", [3, 30])
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_not_finite_reaches_its_outputs_only(run: Run, form: str, m: int) -> None:
+    torch.manual_seed(4)
+    k, n = 300, 40
+    for row, column, where in ((1, 7, 0), (0, 0, 299), (m - 1, n - 1, 155)):
+        for poison in (math.nan, math.inf, -math.inf):
+            for code in (0x7F, 0xFF):
+                parts, x = codes(form, n, k), torch.randn(m, k)
+                x[row, where] = poison
+                holder, at = (parts[0], where) if form == "fp8" else (parts[1], where // 16)
+                holder.view(torch.uint8)[column, at] = code
+                y = run(x, *parts, None)
+                assert not bool(y[row].isfinite().any())
+                assert bool(y[:, column].isnan().all())
+                y[row], y[:, column] = 0, 0
+                assert bool(y.isfinite().all())
+
+
+def test_zeros(run: Run) -> None:
+    """-0 is no sign, and what lies behind the last column counts for nothing."""
+    zeros = torch.tensor([0, 128], dtype=torch.uint8).repeat(3, 20)
+    for m in (1, 20):
+        x = torch.full((m, 40), -0.0)
+        assert not bool(run(x, zeros.view(E4M3), torch.ones(3, 1), None).any())
+        packed = torch.full((3, 24), 0x77, dtype=torch.uint8)
+        packed[:, :20] = 0x80
+        scales = torch.full((3, 3), 448.0).to(E4M3)
+        assert not bool(run(torch.randn(m, 40), packed, scales, torch.ones(1), None).any())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_random_calls(run: Run, form: str) -> None:
+    @settings(
+        max_examples=60, deadline=None, derandomize=True, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(
+        m=st.integers(0, 40), n=st.integers(1, 130), k=st.integers(1, 600),
+        dtype=st.sampled_from(DTYPES), bias=st.none() | st.sampled_from(DTYPES),
+        unit=st.sampled_from((1.0, 1e-6, 1e3)), seed=st.integers(0, 2**32 - 1),
+    )  # fmt: skip
+    def check(
+        m: int, n: int, k: int, dtype: torch.dtype, bias: torch.dtype | None, unit: float, seed: int
+    ) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            parts = codes(form, n, k)
+            x = (torch.randn(m, k) * unit).to(dtype)
+            added = None if bias is None else torch.randn(n).to(bias)
+        if dtype == torch.float16 and unit > 1:
+            return  # beyond its largest number
+        if m == 0:
+            assert run(x, *parts, added).shape == (0, n)
+            return
+        assert_within(run(x, *parts, added), x, parts, added)
+
+    check()
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("m", [1, 7, 70, 257])
+def test_thread_counts_change_no_bit(run: Run, form: str, m: int) -> None:
+    if run is in_python:
+        pytest.skip("torch's own product")
+    k, n = 700, 1100
+    parts, x, results = codes(form, n, k), torch.randn(m, k), []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        results.append(run(x, *parts, None))
+    assert all(torch.equal(result, results[0]) for result in results[1:])
+
+
+# -- ops -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_op_runs_the_best_tier(form: str) -> None:
+    best = next(p.split(":")[0] for p in torch.ops.qnn.cpu_tiers().split(",") if p.endswith(":ok"))
+    x, parts, bias = torch.randn(2, 3, 48), codes(form, 9, 48), torch.randn(9)
+    op = getattr(torch.ops.qnn, f"{form}_weight_linear")
+    assert torch.equal(op(x, *parts, bias), forced(best)(x, *parts, bias))
+    assert torch.equal(op(x, *parts), forced(best)(x, *parts, None))
+
+
+def test_without_the_library() -> None:
+    """The Python kernels serve where nothing can be built, with no word about it."""
+    out = child(
+        """
+        import os, torch, qnn
+        from qnn.kernels import OPS, nvfp4
+        from qnn.kernels.cpu import native
+        x, w = torch.randn(3, 48), torch.randn(7, 48)
+        parts = nvfp4.ROWS.quantize(w)
+        y = torch.ops.qnn.nvfp4_weight_linear(x, *parts, None)
+        want = OPS["nvfp4_weight_linear"].reference(x, *parts, None)
+        torch.testing.assert_close(y, want)
+        print(native.status().state, "CPU" in OPS["nvfp4_weight_linear"].kernels)
+        """,
+        XDG_CACHE_HOME="/nowhere/at/all",
+        CXX="no-such-compiler",
+    )
+    assert out.strip() == "absent True", out
+
+
+X = torch.randn(3, 40)
+FP8 = {"x": X, "wq": torch.zeros(5, 40).to(E4M3), "sw": torch.ones(5, 1), "bias": None}
+NVFP4 = {
+    "x": X, "wq": torch.zeros(5, 24, dtype=torch.uint8), "sw": torch.ones(5, 3).to(E4M3),
+    "gw": torch.ones(1), "bias": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "wrong", "message"),
+    [
+        (FP8, {"x": torch.tensor(1.0)}, r"x must be \[\.\.\., k\], got \[\]"),
+        (FP8, {"x": X.long()}, r"x must be one of torch\.float32"),
+        (FP8, {"wq": FP8["wq"][:, :7]}, r"wq must be \[n, k\] with k = 40 as in x, got \[5, 7\]"),
+        (FP8, {"wq": torch.zeros(5, 40)}, r"wq must be one of torch\.float8_e4m3fn"),
+        (FP8, {"sw": torch.ones(4, 1)}, r"sw must be \[n, 1\] with n = 5 as in wq, got \[4, 1\]"),
+        (FP8, {"sw": torch.ones(5)}, r"sw must be \[n, 1\], got \[5\]"),
+        (FP8, {"sw": torch.ones(5, 1).half()}, r"sw must be one of torch\.float32"),
+        (FP8, {"bias": torch.ones(4)}, r"bias must be \[n\] with n = 5 as in wq, got \[4\]"),
+        (FP8, {"bias": torch.ones(5).int()}, r"bias must be one of torch\.float32"),
+        (NVFP4, {"wq": NVFP4["wq"][:, :20]},
+         r"wq must be \[n, k/16\*8\] with k/16\*8 = 24 as in x, got \[5, 20\]"),
+        (NVFP4, {"wq": NVFP4["wq"].char()}, r"wq must be one of torch\.uint8"),
+        (NVFP4, {"sw": torch.ones(5, 2).to(E4M3)},
+         r"sw must be \[n, k/16\] with k/16 = 3 as in x, got \[5, 2\]"),
+        (NVFP4, {"sw": torch.ones(4, 3).to(E4M3)},
+         r"sw must be \[n, k/16\] with n = 5 as in wq, got \[4, 3\]"),
+        (NVFP4, {"sw": torch.ones(5, 3)}, r"sw must be one of torch\.float8_e4m3fn"),
+        (NVFP4, {"gw": torch.ones(2)}, r"gw must be \[1\], got \[2\]"),
+        (NVFP4, {"gw": torch.ones(1).double()}, r"gw must be one of torch\.float32"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) and len(value) == 1 else "",
+)  # fmt: skip
+def test_wrong_arguments(
+    given: dict[str, Any], wrong: dict[str, torch.Tensor], message: str
+) -> None:
+    """In words that the op's spec would use, whose wrong dtype is a TypeError."""
+    form = "fp8" if given is FP8 else "nvfp4"
+    args = {**given, **wrong}.values()
+    with pytest.raises(ValueError, match=rf"^qnn::{form}_weight_linear\(x=.*{message}"):
+        getattr(torch.ops.qnn, f"{form}_weight_linear")(*args)
+    with pytest.raises((ValueError, TypeError), match=message):
+        OPS[f"{form}_weight_linear"].check(*args)
+
+
+def test_unknown_tier() -> None:
+    with pytest.raises(ValueError, match=r"unknown tier 'avx10'"):
+        forced("avx10")(X, *list(FP8.values())[1:])
