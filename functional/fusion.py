@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from qnn.functional import cast_fusion
 from qnn.kernels import OPS, Op, torch_private
 from qnn.kernels.epilogue import ACTIVATIONS
 from qnn.kernels.formats import FLOATS
@@ -253,10 +254,20 @@ def _replace(graph: Graph, layer: _Layer, replaced: dict[Node, Node]) -> None:
     layer.end.replace_all_uses_with(replaced[layer.end])
 
 
-@functools.cache
+def _run(graph: Graph) -> None:
+    fold(graph)
+    cast_fusion.unfold(graph)
+
+
 def _uuid() -> bytes:
+    return b" ".join([_digest(), *map(str.encode, sorted(cast_fusion.DEVICES))])
+
+
+@functools.cache
+def _digest() -> bytes:
     """Of the pass and of the ops that it calls: part of the key of Inductor's caches."""
-    sources = [Path(str(file)).read_bytes() for file in (__file__, torch_private.__file__)]
+    files = (__file__, cast_fusion.__file__, torch_private.__file__)
+    sources = [Path(str(file)).read_bytes() for file in files]
     declared = "\n".join(f"{op.schema} {op.choices}" for op in OPS.values())
     return hashlib.sha256(b"\n".join([*sources, declared.encode()])).digest()
 
@@ -268,4 +279,4 @@ def install() -> None:
     Called whenever a qnn op is traced, so that `import qnn` needs no Inductor, and so that the pass
     comes back when a setting is replaced or belongs to another thread.
     """
-    append_post_grad_pass(fold, _uuid)
+    append_post_grad_pass(_run, _uuid)

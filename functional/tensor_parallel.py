@@ -28,12 +28,16 @@ def linear(
 
     | weight | x | result | gradient to x |
     |---|---|---|---|
-    | rows sharded (`ColwiseParallel`) | replicated | last axis sharded | partial |
-    | columns sharded (`RowwiseParallel`) | last axis sharded | partial | last axis sharded |
-    | replicated | any but partial | as `x` | as `x` |
+    | rows sharded (`ColwiseParallel`) | gathered | last axis sharded | as `x` |
+    | columns sharded (`RowwiseParallel`) | made sharded along the last axis | partial | as `x` |
+    | replicated | any; gathered if partial or last axis sharded | as `x` | as `x` |
 
-    The result is a `DTensor`. A plain `x` counts as replicated. `bias` is added to a partial result
-    once, behind the sum over the processes.
+    The result is a `DTensor`, and so are the gradients to `weight` and `bias`, placed as these are.
+    A plain `x` counts as replicated. To a partial result each process adds its share of `bias`, so
+    that the sum may be an all-reduce or, for a sequence-parallel result, a reduce-scatter.
+
+    Raises:
+        ValueError: a mesh of several axes, or a `bias` that is no `DTensor`.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -42,6 +46,11 @@ def linear(
         raise ValueError(
             f"qnn: a weight on a mesh of {mesh.ndim} axes ({placements}) is not supported; "
             "parallelize over one axis, and wrap with fully_shard for the other."
+        )
+    if bias is not None and not is_distributed(bias):
+        raise ValueError(
+            f"qnn: the weight is a DTensor ({placements}) and the bias a plain tensor; distribute "
+            "both, as parallelize_module does."
         )
     if not isinstance(x, DTensor):
         x = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
@@ -60,13 +69,15 @@ def linear(
     if placement == Shard(1):
         given = x.redistribute(mesh, [Shard(last)]).to_local()
         y = whole(function(given, weight.to_local(), None, **options), Partial())
-        return y if bias is None else y.redistribute(mesh, [Replicate()]) + bias
+        return y if bias is None else y + bias.redistribute(mesh, [Replicate()]).to(y.dtype)
     (kept,) = x.placements
-    w = weight.redistribute(mesh, [Replicate()])
     if kept.is_partial() or kept == Shard(last):
         kept = Replicate()
         x = x.redistribute(mesh, [kept])
     partial = [Replicate() if kept == Replicate() else Partial()]
-    b = None if bias is None else bias.to_local(grad_placements=partial)
-    y = function(x.to_local(), w.to_local(grad_placements=partial), b, **options)
-    return whole(y, kept)
+
+    def local(parameter: Any) -> Any:
+        return parameter.redistribute(mesh, [Replicate()]).to_local(grad_placements=partial)
+
+    b = None if bias is None else local(bias)
+    return whole(function(x.to_local(), local(weight), b, **options), kept)

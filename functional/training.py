@@ -23,20 +23,15 @@ def _training(scheme: str) -> Training:
     return training
 
 
-def _cast(form: Format, x: torch.Tensor, seed: torch.Tensor | None) -> Parts:
-    """The parts of a matrix."""
-    op = OPS[f"{form.key}_quantize"].overload
+def _cast(
+    form: Format, x: torch.Tensor, seed: torch.Tensor | None = None, *, which: str = ""
+) -> Parts:
+    """The parts of a matrix; `which="_columns"`: those of its transpose, as the gradient of a
+    weight takes it; `"_both"`: first the ones, then the others.
+    """
+    op = OPS[f"{form.key}_quantize{which}"].overload
     parts: Parts = op(x, seed) if form.stochastic else op(x)
     return parts
-
-
-def _cast_both(
-    rows: Format, columns: Format, x: torch.Tensor, seed: torch.Tensor | None
-) -> tuple[Parts, Parts]:
-    """The parts of a matrix, and those of its transpose."""
-    op = OPS[f"{rows.key}_quantize_both"].overload
-    parts: Parts = op(x, seed) if rows.stochastic else op(x)
-    return parts[: len(rows.parts)], parts[len(rows.parts) :]
 
 
 def _multiply(
@@ -90,19 +85,15 @@ class _TrainingLinear(torch.autograd.Function):
         t = _training(ctx.scheme)
         of_x, of_w, of_bias = ctx.needs_input_grad[:3]
         dx = dw = dbias = None
-        rows, columns = dy, dy.mT
-        if of_x and of_w:
-            by_row, by_column = _cast_both(t.dy, t.dy_of_wgrad, rows, seed)
-        elif of_x:
-            by_row = _cast(t.dy, rows, seed)
-        elif of_w:
-            by_column = _cast(t.dy_of_wgrad, columns, seed)
+        if of_x or of_w:
+            which = "_both" if of_x and of_w else "_columns" if of_w else ""
+            dyq = _cast(t.dy, dy, seed, which=which)
         if of_x:
-            wq = _cast(t.weight, w.mT, None)
+            by_row, wq = dyq[: len(t.dy.parts)], _cast(t.weight, w.mT)
             dx = _multiply(t.matmul, by_row, wq, None, ctx.x_dtype, ctx.scheme)
         if of_w:
-            xq = tuple(transposed)
-            dw = _multiply(t.wgrad, by_column, xq, None, w.dtype, ctx.scheme)
+            by_column = dyq[-len(t.dy_of_wgrad.parts) :]
+            dw = _multiply(t.wgrad, by_column, tuple(transposed), None, w.dtype, ctx.scheme)
         if of_bias:
             dbias = dy.sum(0, dtype=ctx.bias_dtype)
         return dx, dw, dbias, None, None, *[None] * ctx.parts
@@ -150,13 +141,12 @@ def training_linear(
     x = autocast(x)
     lead = x.shape[:-1]
     rows = x.reshape(-1, x.shape[-1])
-    tracked = torch.is_grad_enabled()
+    # An exported graph keeps no autograd.Function: it is for inference.
+    tracked = torch.is_grad_enabled() and not torch.compiler.is_exporting()
     of_w = tracked and weight.requires_grad
-    wq = _cast(t.weight, weight.detach(), None)
-    if of_w:
-        xq, transposed = _cast_both(t.x, t.x_of_wgrad, rows.detach(), None)
-    else:
-        xq, transposed = _cast(t.x, rows.detach(), None), ()
+    wq = _cast(t.weight, weight.detach())
+    xq = _cast(t.x, rows.detach(), which="_both" if of_w else "")
+    xq, transposed = xq[: len(t.x.parts)], xq[len(t.x.parts) :]
     if torch.compiler.is_compiling() and in_functorch_transform():
         y = _multiply(t.matmul, xq, wq, bias, x.dtype, scheme)
         b = None if bias is None else bias.to(x.dtype)
@@ -173,6 +163,11 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sch
     who = f"qnn.functional.training_linear(scheme={scheme!r})"
     given = {"x": x, "weight": weight, **({} if bias is None else {"bias": bias})}
     for name, tensor in given.items():
+        if tensor_parallel.is_distributed(tensor):
+            raise ValueError(
+                f"{who}: {name} is a DTensor, weight a plain tensor; parallelize the layer too, or "
+                "pass the local tensor."
+            )
         if tensor.dtype not in FLOATS:
             raise TypeError(
                 f"{who}: {name} must be one of {', '.join(map(str, FLOATS))}, got {tensor.dtype}."

@@ -38,6 +38,7 @@ __all__ = [
     "invoke_quant_packed",
     "plain_dispatch",
     "post_grad_form",
+    "replace_node",
     "statically_equal",
     "unregister",
     "without_autocast",
@@ -113,6 +114,31 @@ def post_grad_form(
         graph = fwd_only(lambda x: function(x), [example]).graph
     (result,) = graph.output_node().all_input_nodes
     return result
+
+
+def replace_node(node: torch.fx.Node, function: Callable[..., tuple[torch.Tensor, ...]]) -> None:
+    """Put the graph of `function`, as Inductor decomposes it, in the place of a node with several
+    results.
+    """
+    from torch._inductor.pattern_matcher import fwd_only
+    from torch._inductor.virtualized import V
+
+    graph = node.graph
+    given = [arg.meta["val"] for arg in node.args if isinstance(arg, torch.fx.Node)]
+    with V.set_fake_mode(given[0].fake_mode), given[0].fake_mode:
+        inner = fwd_only(function, given).graph
+    made: dict[torch.fx.Node, Any] = dict(
+        zip(inner.find_nodes(op="placeholder"), node.args, strict=True)
+    )
+    with graph.inserting_before(node):
+        for each in inner.nodes:
+            if each.op == "call_function":
+                made[each] = graph.node_copy(each, lambda old: made[old])
+    results: Any = inner.output_node().args[0]
+    for user in list(node.users):
+        user.replace_all_uses_with(made[results[user.args[1]]])
+        graph.erase_node(user)
+    graph.erase_node(node)
 
 
 def statically_equal(first: Sequence[Any], second: Sequence[Any]) -> bool:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from qnn.kernels import OPS, Scheme, get_scheme
 from qnn.kernels.cpu import native
 from qnn.kernels.cpu.engines import ENGINES, engine_choice, self_test
+from qnn.kernels.cuda.backends import has_kernel, state
 
 if TYPE_CHECKING:
     from qnn.qlinear import QLinear
@@ -40,12 +43,22 @@ def int8_engine(weights: int) -> str:
     return "; ".join(parts)
 
 
+def cuda_backend(op: str, device: torch.device) -> str:
+    """The kernel that serves an op on a GPU: `cuda: scaled_mm: float8 tensor cores`."""
+    found = state(op, device)
+    passed_over = [f"not {entry.kernel}: {why}" for entry, why in found.passed_over]
+    name = f"{found.entry.kernel or 'reference'}: {found.entry.reason}"
+    return f"cuda: {'; '.join([name, *passed_over])}"
+
+
 def linear_backend(layer: QLinear) -> str:
     """The backend of a quantised linear layer on the device where it is."""
     scheme, values = get_scheme(layer.scheme), layer.stored[0]
     if values.is_meta:
         return "meta: no values yet"
     device = values.device.type
+    if device == "cuda" and has_kernel(scheme.linear):
+        return cuda_backend(scheme.linear, values.device)
     if device.upper() not in OPS[scheme.linear].kernels:
         return (
             f"{device}: reference, float32 GEMM on decoded values, since there is no {scheme.name} "

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
+from qnn.backends import cuda_backend
 from qnn.kernels import OPS, SCHEMES
 from qnn.kernels.cpu import native
 from qnn.kernels.cpu.engines import ENGINES, self_test
+from qnn.kernels.cuda import backends
 
 # What a package brings, for those that qnn can use but does not need.
 _OPTIONAL = {
@@ -39,6 +41,11 @@ def _native_advice(status: native.Status) -> list[str]:
     if status.loaded:
         return []
     return [f"no native int8 kernels: {status.reason}; qnn runs through the engines meanwhile"]
+
+
+def _on_gpu(device: torch.device) -> dict[str, str]:
+    """What serves each op on a GPU; the first call runs the known-answer tests."""
+    return {op: cuda_backend(op, device) for op in OPS if backends.has_kernel(op)}
 
 
 def report() -> dict[str, Any]:
@@ -93,6 +100,10 @@ def report() -> dict[str, Any]:
             "missing": list(kernels.missing),
             "tiers": dict(kernels.tiers),
         },
+        "cuda_kernels": {
+            "table": [list(row) for row in backends.table()],
+            "devices": [_on_gpu(torch.device("cuda", i)) for i in range(torch.cuda.device_count())],
+        },
         "schemes": {
             scheme.name: {device.lower(): "kernel" for device in OPS[scheme.linear].kernels}
             | {"other": "reference"}
@@ -111,6 +122,15 @@ def _native_lines(data: dict[str, Any]) -> list[str]:
         "tiers": ", ".join(f"{name}: {state}" for name, state in data["tiers"].items()),
     }
     return [f"  {name:8} {text}" for name, text in rows.items() if text]
+
+
+def _columns(rows: list[Any]) -> list[str]:
+    """Rows of text, in columns as wide as they need."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def render(data: dict[str, Any]) -> str:
@@ -132,6 +152,10 @@ def render(data: dict[str, Any]) -> str:
         state = "used" if engine["used"] else "ready" if engine["usable"] else "not used"
         lines.append(f"  {engine['name']:8} {state:9} {engine['reason']}")
     lines += ["", "native int8 kernels of the CPU", *_native_lines(data["native"])]
+    lines += ["", "kernels of GPUs: the first row that fits, if it passes its known-answer test"]
+    lines += _columns(data["cuda_kernels"]["table"])
+    for number, found in enumerate(data["cuda_kernels"]["devices"]):
+        lines += ["", f"kernels of GPU {number}", *_columns(list(found.items()))]
     lines += ["", "schemes"]
     for name, devices in data["schemes"].items():
         lines.append(

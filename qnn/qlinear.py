@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ class QLinear(nn.Linear):
     convention and the serving engines use:
 
     - `weight`: stored values, `[out_features, in_features]`; in the nvfp4 schemes `weight_packed`,
-      uint8 `[out_features, in_features / 2]`, and `weight` is None;
+      uint8 `[out_features, in_features / 2]`, which `layer.weight` is a name for;
     - `weight_scale`: float32 `[out_features, 1]` for int8 and fp8, `[1]` for fp8_tensor,
       `[⌈out_features / 128⌉, ⌈in_features / 128⌉]` for fp8_block; uint8 exponents
       `[out_features, in_features / 32]` for mxfp8; float8_e4m3fn `[out_features, in_features / 16]`
@@ -55,7 +55,6 @@ class QLinear(nn.Linear):
     """
 
     weight_scale: nn.Parameter
-    weight_global_scale: nn.Parameter | None
 
     def __init__(
         self,
@@ -78,9 +77,6 @@ class QLinear(nn.Linear):
         reason = self._scheme.why_not_linear(in_features, out_features)
         if reason is not None:
             raise ValueError(f"{who}: {reason}.")
-        # Those that a scheme does not have are there as None: `layer.weight` never fails.
-        for name in ("weight", "weight_packed", "weight_scale", "weight_global_scale"):
-            self.register_parameter(name, None)
         self._stored = tuple("weight" + part.suffix for part in self._scheme.weight.parts)
         for name, part in self._parts():
             shape = part.shape(out_features, in_features)
@@ -98,6 +94,17 @@ class QLinear(nn.Linear):
     def _parts(self) -> list[tuple[str, Part]]:
         """The parts of the weight, each with the name of its parameter."""
         return list(zip(self._stored, self._scheme.weight.parts, strict=True))
+
+    @property
+    def weight(self) -> nn.Parameter:  # type: ignore[override]
+        """The values as they are stored: the parameter `weight` or `weight_packed`. Other libraries
+        ask it for its device and dtype.
+        """
+        parameters = self.__dict__["_parameters"]
+        for name in ("weight", "weight_packed"):
+            if name in parameters:
+                return cast(nn.Parameter, parameters[name])
+        raise AttributeError("weight")
 
     @property
     def stored(self) -> tuple[nn.Parameter, ...]:

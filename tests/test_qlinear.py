@@ -211,7 +211,11 @@ class TestState(unittest.TestCase):
             ("no weight", {"weight": None}, "a weight_scale but no weight"),
             ("shape", {"weight": torch.zeros(3, 48, dtype=torch.int8)}, r"must be int8 \[64, 48\]"),
             ("scale shape", {"weight_scale": torch.ones(64)}, r"float32 \[64, 1\], got .*\[64\]"),
-            ("scale dtype", {"weight_scale": torch.ones(64, 1).int()}, "is torch.int32, but scheme .int8. stores torch.float32"),
+            (
+                "scale dtype",
+                {"weight_scale": torch.ones(64, 1).int()},
+                "is torch.int32, but scheme .int8. stores torch.float32",
+            ),
             ("negative", {"weight_scale": -torch.ones(64, 1)}, "positive and finite.*row 0 and 63"),
             ("zero", {"weight_scale": torch.zeros(64, 1)}, "positive and finite"),
             ("nan", {"weight_scale": torch.full((64, 1), torch.nan)}, "positive and finite"),
