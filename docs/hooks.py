@@ -1,7 +1,8 @@
 """MkDocs hook: tables made from qnn's registry, and figures from `docs/benchmarks/`.
 
 In a page, `<!-- op table -->` becomes a table of `qnn.kernels.OPS`, `<!-- scheme table -->` one of
-`qnn.SCHEMES`, and `<!-- benchmark: NAME -->` the content of `benchmarks/NAME.md` with its picture.
+`qnn.SCHEMES`, `<!-- sqnr table -->` that of `sqnr.py`, and `<!-- benchmark: NAME -->` the content
+of `benchmarks/NAME.md` with its picture.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import sqnr
 import torch
 
 from qnn.kernels import OPS, SCHEMES, Format, Op, Scheme
@@ -23,6 +25,8 @@ _LOCAL_LINK = re.compile(r"\]\((?![a-z]+:|[/#])")
 def on_page_markdown(markdown: str, **_: Any) -> str:
     markdown = markdown.replace("<!-- op table -->", op_table())
     markdown = markdown.replace("<!-- scheme table -->", scheme_table())
+    if "<!-- sqnr table -->" in markdown:
+        markdown = markdown.replace("<!-- sqnr table -->", sqnr.table())
     return _BENCHMARK.sub(lambda match: benchmark(match[1]), markdown)
 
 
