@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from qnn.functional import tensor_parallel
 from qnn.functional.invoke import invoke_quant
 from qnn.functional.quantize import dequantize, stored_parts
 from qnn.kernels import OPS, get_scheme
@@ -143,6 +144,12 @@ def linear(
         ValueError, TypeError: an argument of the wrong shape, dtype or device; an unknown scheme.
     """
     op = get_scheme(scheme).linear
+    for name, tensor in (("x", x), ("weight", weight)):
+        if tensor_parallel.is_distributed(tensor):
+            raise ValueError(
+                f"qnn.functional.linear(scheme={scheme!r}): {name} is a DTensor; quantised weights "
+                "are sharded by fully_shard alone, and tensor parallelism is for qnn.Linear."
+            )
     parts = stored_parts(scheme, weight, weight_scale, weight_global_scale)
     if not torch.compiler.is_compiling():
         # Of a kernel in C++ a wrong dtype is a ValueError; traced, the fake checks.
