@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from qnn.kernels import nvfp4
 from qnn.kernels.cpu import native
-from qnn.kernels.cpu.float_linear import weight_linear
+from qnn.kernels.cpu.float_linear import quantized_linear, weight_linear
 from qnn.kernels.cuda import kernels_for
 from qnn.kernels.float8 import E4M3, E5M2, FLOAT8
 from qnn.kernels.formats import FLOATS, Format
@@ -25,13 +24,8 @@ from qnn.kernels.spec import OPS, Op
 
 Reference = Callable[..., Any]
 
-_CPU_KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
-    name: {"CPU": native.preferred(name, weight_linear(form))}
-    for name, form in (
-        ("fp8_weight_linear", FLOAT8["float8_e4m3"]),
-        ("nvfp4_weight_linear", nvfp4.ROWS),
-    )
-}
+# Those that the library of C++ kernels brings too.
+_NATIVE = ("fp8_weight_linear", "nvfp4_weight_linear")
 
 
 def quantize_reference(form: Format | None, transposed: Format | None = None) -> Reference:
@@ -219,18 +213,23 @@ def declare_linear(prefix: str, weight: Format, activation: Format | None) -> No
     """
     given, (stored, columns) = weight.declared("w", "n", "k"), weight.stored("w", "n", "p")
     dtypes = {**dict.fromkeys(("x", "dy", "bias"), FLOATS), **_stored_dtypes(weight, "w")}
-    for name, form in {"linear": activation, "weight_linear": None}.items():
-        if name == "linear" and form is None:
-            continue
+    plain = f"{prefix}_weight_linear"
+    cpu = weight_linear(weight)
+    layers: dict[str, tuple[Format | None, Reference]] = {
+        plain: (None, native.preferred(plain, cpu) if plain in _NATIVE else cpu)
+    }
+    if activation is not None:
+        layers[f"{prefix}_linear"] = (activation, quantized_linear(activation, plain))
+    for name, (form, kernel) in layers.items():
         Op(
-            f"{prefix}_{name}",
+            name,
             f"x: ... k, {given}, bias: n? -> ... n",
             doc="x · wᵀ + bias with the weight that the parts stand for, in float32, then one cast"
             + (f"; x is quantised in {form.key} first" if form else ""),
             dtypes=dtypes,
             out=("x",),
             reference=linear_reference(form, weight),
-            kernels=_CPU_KERNELS.get(f"{prefix}_{name}", {}) | kernels_for(f"{prefix}_{name}"),
+            kernels={"CPU": kernel, **kernels_for(name)},
             backward={"x": f"{prefix}_linear_dgrad"},
             positive=_scales(weight, "w"),
             rowwise=form is None or form.rowwise,
@@ -242,7 +241,7 @@ def declare_linear(prefix: str, weight: Format, activation: Format | None) -> No
         dtypes=dtypes,
         out=("dy",),
         reference=linear_dgrad_reference(weight),
-        backward={"dy": f"{prefix}_weight_linear"},
+        backward={"dy": plain},
         positive=_scales(weight, "w"),
     )
 
@@ -269,4 +268,4 @@ def _declare_all() -> None:
 
 
 _declare_all()
-native.replaces(*(OPS[name] for name in _CPU_KERNELS))
+native.replaces(*(OPS[name] for name in _NATIVE))

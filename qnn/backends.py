@@ -14,6 +14,8 @@ from qnn.kernels.cuda.backends import has_kernel, state
 if TYPE_CHECKING:
     from qnn.qlinear import QLinear
 
+_DECODED = "float32 GEMM on decoded blocks of the weight"
+
 
 def native_tier() -> str | None:
     """What runs the layers of a CPU where the native kernels are loaded, and what is passed over
@@ -64,11 +66,20 @@ def linear_backend(layer: QLinear) -> str:
             f"{device}: reference, float32 GEMM on decoded values, since there is no {scheme.name} "
             "kernel for this device"
         )
-    return f"{device}: {native_tier() or _without_native(scheme, values.numel())}"
+    return f"{device}: {_on_cpu(scheme, values.numel())}"
+
+
+def _on_cpu(scheme: Scheme, weights: int) -> str:
+    op = OPS[scheme.linear]
+    if native.serves(op):
+        return native_tier() or _without_native(scheme, weights)
+    # The product is that of the op without activations' casts.
+    (gradient,) = op.backward.values()
+    (product,) = OPS[gradient].backward.values()
+    tier = native_tier() if native.serves(OPS[product]) else None
+    return f"{tier or _DECODED}; activations cast in torch operations"
 
 
 def _without_native(scheme: Scheme, weights: int) -> str:
-    engine = (
-        "float32 GEMM on widened weights" if scheme.activation is None else int8_engine(weights)
-    )
+    engine = _DECODED if scheme.activation is None else int8_engine(weights)
     return f"{engine}; not native: {native.ready().reason}"

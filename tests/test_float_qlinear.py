@@ -16,7 +16,7 @@ from parameterized import parameterized
 from torch import nn
 
 import qnn
-from qnn.kernels import SCHEMES
+from qnn.kernels import OPS, SCHEMES
 
 from .common import DTYPES, child, same_bits
 from .test_invoke_quant import schemes_of
@@ -85,6 +85,14 @@ class TestState(unittest.TestCase):
         back = module.dequantize()
         self.assertEqual(back.weight.dtype, dtype)
         self.assertGreater(qnn.sqnr(float_layer.weight, back.weight.float()), 19)
+
+    @parameterized.expand(NAMES)
+    def test_a_weight_of_several_blocks(self, scheme: str) -> None:
+        """More values than are decoded at a time."""
+        module, x = layer(scheme, 2048, 1100), torch.randn(2, 3, 2048)
+        op = OPS[SCHEMES[scheme].linear]
+        want = op.reference(x, *module.stored, module.bias)
+        torch.testing.assert_close(module(x), want, rtol=1e-4, atol=1e-5)
 
     def test_normal_weights_alone_in_nvfp4(self) -> None:
         linear = plain(384, 512, False)

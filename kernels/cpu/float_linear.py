@@ -1,6 +1,7 @@
-"""CPU kernels of the layers over a weight in a float format, for where the library of the C++
-kernels is not loaded. Their meaning is `linear_reference` in `kernels/float_ops.py`, which decodes
-the whole weight at once.
+"""CPU kernels of the layers over a weight in a float format, in torch calls. Their meaning is
+`linear_reference` in `kernels/float_ops.py`, which decodes the whole weight at once.
+
+Where the library of the C++ kernels is loaded, it serves the layers over fp8 and nvfp4 weights.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ _DECODE_BLOCK = 1 << 20
 Kernel = Callable[..., torch.Tensor]
 
 
+def _height(axes: str, tall: int) -> int:
+    first = axes.split()[0]
+    return 1 if first == "r" else tall if first.startswith("r/") else 0
+
+
 def weight_linear(form: Format) -> Kernel:
     """The layer over a weight in `form`, a block of rows of the weight after the other."""
 
@@ -30,16 +36,17 @@ def weight_linear(form: Format) -> Kernel:
         if x.numel() == 0 or n == 0:
             return y if bias is None else y.add_(bias)
         rows, columns = x.reshape(-1, k).float(), y.view(-1, n)
-        step = max(1, _DECODE_BLOCK // k)
+        tall = form.block[0] if form.tall and form.block else 1
+        step = tall * max(1, _DECODE_BLOCK // (k * tall))
+        # Rows that a row of each part stands for; 0 for a scale of the whole weight.
+        height = [_height(part.axes, tall) for part in form.parts]
         for begin in range(0, n, step):
             block = slice(begin, begin + step)
-            values, scale = form.decode(
-                [
-                    part[block] if declared.axes.startswith("r") else part
-                    for part, declared in zip(parts, form.parts, strict=True)
-                ],
-                torch.float32,
-            )
+            some = [
+                part[begin // h : -(-(begin + step) // h)] if h else part
+                for part, h in zip(parts, height, strict=True)
+            ]
+            values, scale = form.decode(some, torch.float32)
             acc = rows @ values[:, :k].T
             if scale is not None:
                 acc *= scale.flatten()
@@ -47,5 +54,24 @@ def weight_linear(form: Format) -> Kernel:
                 acc += bias[block]
             columns[:, block] = acc
         return y
+
+    return kernel
+
+
+def quantized_linear(activation: Format, product: str) -> Kernel:
+    """The layer with quantised activations: `x` is cast, and the op `qnn::<product>`, which takes
+    activations as they are, multiplies what the codes stand for. A CPU has no products of float8.
+    """
+
+    def kernel(x: torch.Tensor, *args: torch.Tensor | None) -> torch.Tensor:
+        *parts, bias = args
+        values, scale = activation.decode(activation.quantize(x), torch.float32)
+        values = values[..., : x.shape[-1]]
+        y: torch.Tensor = getattr(torch.ops.qnn, product).default(values, *parts, None)
+        if scale is not None:
+            y *= scale
+        if bias is not None:
+            y += bias
+        return y.to(x.dtype)
 
     return kernel

@@ -46,6 +46,7 @@ __all__ = [
     "preferred",
     "ready",
     "replaces",
+    "serves",
     "status",
 ]
 
@@ -110,6 +111,11 @@ def replaces(*ops: _Replaceable) -> None:
     _replaced.extend(ops)
     if {op.name for op in _replaced} >= _BROUGHT:
         ready()
+
+
+def serves(op: _Replaceable) -> bool:
+    """Whether the library, where it is loaded, brings the CPU kernel of an op."""
+    return op in _replaced
 
 
 def preferred(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
