@@ -123,7 +123,7 @@ class Format(ABC):
         """What the compressed-tensors convention calls the format."""
         result: dict[str, Any] = {
             "num_bits": self.bits,
-            "type": "float" if self.name != "int8" else "int",
+            "type": "float",
             "strategy": self.granularity,
             "symmetric": True,
         }

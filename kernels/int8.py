@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from einops import einsum, rearrange
@@ -38,6 +39,10 @@ class Int8(Format):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         q, scale = parts
         return q.to(compute), scale
+
+    @property
+    def compressed(self) -> dict[str, Any]:
+        return {**super().compressed, "type": "int"}
 
 
 INT8_CHANNEL = Int8(

@@ -178,8 +178,8 @@ class QLinear(nn.Linear):
         return linear.train(self.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        check_input(self, input)
         q, scale, *rest = self.stored
-        check_input(self, input, q.device)
         return F.linear(
             input,
             q,
@@ -325,16 +325,16 @@ def name_of(layer: Any) -> str:
     return f"{kind}({layer.in_features}, {layer.out_features}, scheme={layer.scheme!r})"
 
 
-def check_input(layer: Any, input: torch.Tensor, device: torch.device) -> None:
-    """Raise a TypeError or ValueError where `layer`, on `device`, cannot take `input`."""
+def check_input(layer: Any, input: torch.Tensor) -> None:
+    """Raise a TypeError or ValueError where `layer` cannot take `input`."""
     if (
         input.dtype in FLOATS
         and input.dim() > 0
         and input.shape[-1] == layer.in_features
-        and input.device == device
+        and input.device == layer.weight.device
     ):
         return
-    who, dtype = name_of(layer), input.dtype
+    who, dtype, device = name_of(layer), input.dtype, layer.weight.device
     if dtype in (torch.int8, torch.uint8) or (dtype.itemsize == 1 and dtype.is_floating_point):
         raise TypeError(
             f"{who}: the input is {dtype}, a storage dtype; some models cast activations to "
