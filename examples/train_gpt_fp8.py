@@ -320,6 +320,7 @@ def work(a: argparse.Namespace) -> None:
 
 def rank_of_many(rank: int, a: argparse.Namespace, address: str) -> None:
     a.rank = rank
+    torch.set_num_threads(max(1, torch.get_num_threads() // a.world))
     if a.device.type == "cuda":
         a.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
         torch.cuda.set_device(a.device)
@@ -356,6 +357,8 @@ def main() -> None:
     a.rank, a.world = 0, int(os.environ.get("WORLD_SIZE", 2)) if a.fsdp else 1
     if a.batch % a.world:
         parser.error(f"{a.world} processes cannot share a batch of {a.batch} evenly")
+    if a.tiny:
+        torch.set_num_threads(1)  # so little work costs more to share than to do
     if not a.fsdp:
         work(a)
     elif "RANK" in os.environ:  # torchrun
