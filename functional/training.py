@@ -156,7 +156,11 @@ def training_linear(
         y = _TrainingLinear.apply(rows, weight, bias, seed, scheme, *xq, *wq, *transposed)  # type: ignore[no-untyped-call]
     else:
         y = _multiply(t.matmul, xq, wq, bias, x.dtype, scheme)
-    return y.view(*lead, y.shape[-1])
+    if len(lead) == 1:
+        return y
+    # Not a view to autograd: FSDP2 warns of those.
+    result: torch.Tensor = torch.ops.aten._unsafe_view.default(y, [*lead, y.shape[-1]])
+    return result
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scheme: str) -> None:
