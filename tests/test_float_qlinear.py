@@ -206,7 +206,9 @@ class TestSpecialValues(unittest.TestCase):
 
 
 class TestGradients(unittest.TestCase):
-    @parameterized.expand(itertools.product(NAMES, (None, "aot_eager", "inductor")))
+    @parameterized.expand(
+        [*itertools.product(NAMES, (None, "aot_eager")), ("fp8", "inductor"), ("nvfp4", "inductor")]
+    )
     def test_through_a_frozen_layer(self, scheme: str, backend: str | None) -> None:
         module = layer(scheme)
         call = torch.compile(module, fullgraph=True, backend=backend) if backend else module
