@@ -143,15 +143,14 @@ def linear(
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or device; an unknown scheme.
     """
-    op = get_scheme(scheme).linear
-    for name, tensor in (("x", x), ("weight", weight)):
-        if tensor_parallel.is_distributed(tensor):
-            raise ValueError(
-                f"qnn.functional.linear(scheme={scheme!r}): {name} is a DTensor; quantised weights "
-                "are sharded by fully_shard alone, and tensor parallelism is for qnn.Linear."
-            )
-    parts = stored_parts(scheme, weight, weight_scale, weight_global_scale)
+    known = get_scheme(scheme)
+    op = known.linear
+    parts: tuple[torch.Tensor, ...] = (weight, weight_scale)
+    if weight_global_scale is not None or len(known.weight.parts) != 2:
+        parts = stored_parts(scheme, weight, weight_scale, weight_global_scale)
     if not torch.compiler.is_compiling():
+        if type(x) not in _PLAIN or type(weight) not in _PLAIN:
+            _refuse_distributed(scheme, x=x, weight=weight)
         # Of a kernel in C++ a wrong dtype is a ValueError; traced, the fake checks.
         OPS[op].require(x, *parts, bias)
     x = autocast(x)
@@ -164,6 +163,18 @@ def linear(
         line = torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype))
         return straight_through(y, line)
     return _apply(x, parts, bias, op, scheme)
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _refuse_distributed(scheme: str, **given: torch.Tensor) -> None:
+    for name, tensor in given.items():
+        if tensor_parallel.is_distributed(tensor):
+            raise ValueError(
+                f"qnn.functional.linear(scheme={scheme!r}): {name} is a DTensor; quantised weights "
+                "are sharded by fully_shard alone, and tensor parallelism is for qnn.Linear."
+            )
 
 
 def autocast(x: torch.Tensor) -> torch.Tensor:

@@ -84,7 +84,7 @@ class Linear(nn.Linear):
         return layer.train(linear.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        check_input(self, input)
+        check_input(self, input, "weight")
         return F.training_linear(input, self.weight, self.bias, scheme=self.scheme)
 
     def extra_repr(self) -> str:

@@ -178,14 +178,15 @@ class QLinear(nn.Linear):
         return linear.train(self.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        check_input(self, input)
-        q, scale, *rest = self.stored
+        first, second, *rest = self._stored
+        check_input(self, input, first)
+        parameters = self._parameters
         return F.linear(
             input,
-            q,
-            scale,
-            self.bias,
-            weight_global_scale=rest[0] if rest else None,
+            cast(torch.Tensor, parameters[first]),
+            cast(torch.Tensor, parameters[second]),
+            parameters["bias"],
+            weight_global_scale=parameters[rest[0]] if rest else None,
             scheme=self.scheme,
         )
 
@@ -325,16 +326,18 @@ def name_of(layer: Any) -> str:
     return f"{kind}({layer.in_features}, {layer.out_features}, scheme={layer.scheme!r})"
 
 
-def check_input(layer: Any, input: torch.Tensor) -> None:
-    """Raise a TypeError or ValueError where `layer` cannot take `input`."""
+def check_input(layer: Any, input: torch.Tensor, weight: str) -> None:
+    """Raise a TypeError or ValueError where `layer` cannot take `input`; `weight` is the parameter
+    that says where the layer is.
+    """
     if (
         input.dtype in FLOATS
         and input.dim() > 0
         and input.shape[-1] == layer.in_features
-        and input.device == layer.weight.device
+        and input.device == layer._parameters[weight].device
     ):
         return
-    who, dtype, device = name_of(layer), input.dtype, layer.weight.device
+    who, dtype, device = name_of(layer), input.dtype, layer._parameters[weight].device
     if dtype in (torch.int8, torch.uint8) or (dtype.itemsize == 1 and dtype.is_floating_point):
         raise TypeError(
             f"{who}: the input is {dtype}, a storage dtype; some models cast activations to "
