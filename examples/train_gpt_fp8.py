@@ -5,7 +5,7 @@ makes the three products of every linear layer but the last quantised ones; each
 with `fullgraph=True`. All runs take the same weights and the same batches. At the end every model
 is converted once more, to be deployed, judged on the validation text, and asked for some text.
 
-    python examples/train_gpt_fp8.py                     # all, less than 10 minutes on two cores
+    python examples/train_gpt_fp8.py                     # all, some 9 minutes of processor time
     python examples/train_gpt_fp8.py --tiny              # bfloat16 and fp8, half a minute
     python examples/train_gpt_fp8.py --scheme nvfp4      # one scheme, beside bfloat16
     python examples/train_gpt_fp8.py --resume            # go on after an interruption

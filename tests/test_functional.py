@@ -9,12 +9,19 @@ from parameterized import parameterized
 import qnn
 import qnn.functional as F
 import qnn.functional.quantize as quantize_module
+import qnn.linear
 import qnn.qlinear
 
 
 class TestQuantize(unittest.TestCase):
     def test_docstring_examples(self) -> None:
-        for name in ("qnn.functional.quantize", "qnn.qlinear", "qnn.convert", "qnn.compare"):
+        for name in (
+            "qnn.functional.quantize",
+            "qnn.qlinear",
+            "qnn.linear",
+            "qnn.convert",
+            "qnn.compare",
+        ):
             module = __import__("sys").modules[name]
             result = doctest.testmod(
                 module,
@@ -85,3 +92,25 @@ class TestLinear(unittest.TestCase):
             F.linear(x, q, scale, bias).sum().backward()
             assert x.grad is not None
             self.assertEqual(x.grad.shape, shape)
+
+    def test_a_distributed_tensor_is_refused_by_name(self) -> None:
+        class Placed(torch.Tensor):
+            placements = ()
+
+        q, scale = F.quantize(torch.randn(8, 4))
+        for name, given in (
+            ("x", (torch.randn(3, 4).as_subclass(Placed), q, scale)),
+            ("weight", (torch.randn(3, 4), q.as_subclass(Placed), scale)),
+        ):
+            with self.assertRaisesRegex(ValueError, rf"scheme='int8'\): {name} is a DTensor"):
+                F.linear(*given)
+
+    def test_a_global_scale_where_there_is_one_and_only_there(self) -> None:
+        x, (q, scale) = torch.randn(3, 16), F.quantize(torch.randn(8, 16))
+        with self.assertRaisesRegex(ValueError, "scheme 'int8' has no global scale"):
+            F.linear(x, q, scale, weight_global_scale=torch.ones(1))
+        packed = F.quantize(torch.randn(8, 16), "nvfp4_weight")
+        with self.assertRaisesRegex(ValueError, "scheme 'nvfp4_weight' needs a global scale"):
+            F.linear(x, *packed[:2], scheme="nvfp4_weight")
+        with self.assertRaisesRegex(ValueError, "scheme 'nvfp4_weight' needs a global scale"):
+            F.dequantize(*packed[:2], scheme="nvfp4_weight")
