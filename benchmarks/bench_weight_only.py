@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import qnn
+
 from harness import Machine
 
 SIZE = 4096
