@@ -48,7 +48,7 @@ class Part:
 
     def shape(self, rows: int, columns: int) -> tuple[int, ...]:
         """The part's shape for a value of `[rows, columns]`."""
-        known = {"r": rows, "c": columns, "1": 1}
+        known = {"r": rows, "c": columns}
         return tuple(size_of(axis, known) for axis in self.axes.split())
 
 

@@ -10,7 +10,8 @@ documentation.
 reads: `x` has any leading axes and ends in `k`; `w` is `[n, k]`; `sw` is `[n, 1]`; `bias` is `[n]`
 or None; the result has the leading axes of `x` and ends in `n`. `k/128` is ⌈k / 128⌉, `k/128>2` the
 same but at least 2, `p*2` is twice `p` and `k/16*8` eight for each 16 begun, where the axis is
-known from an argument before; otherwise it is a name like any other.
+known from an argument before; otherwise it is a name like any other. `t*b*p+b*h` is a sum of
+products of known axes: of several tensors laid behind each other.
 
 An argument without axes is a torch.dtype, `dtype: dtype`, or one of the names in `choices`,
 `activation: str`. What is marked with `?` may be left out, and so may all that follows: a tensor is
@@ -107,10 +108,22 @@ def describe(value: object) -> str:
 _AXIS = re.compile(r"(\w+)(?:/(\d+))?(?:>(\d+))?(?:\*(\d+))?")
 
 
+def _is_sum(axis: str) -> bool:
+    """Whether an axis is a sum of products of others, `t*b*p+b*h`."""
+    return "+" in axis or bool(re.search(r"\*[a-z]", axis))
+
+
 def size_of(axis: str, sizes: Mapping[str, Any]) -> Any:
     """The size of an axis such as `k`, `k/128` or `p*2`, or None where `sizes` does not say it."""
     if axis in sizes:
         return sizes[axis]
+    if axis.isdecimal():
+        return int(axis)
+    if _is_sum(axis):
+        terms = [[size_of(name, sizes) for name in term.split("*")] for term in axis.split("+")]
+        if any(size is None for term in terms for size in term):
+            return None
+        return sum(map(math.prod, terms))
     base, divisor, least, factor = cast(re.Match[str], _AXIS.fullmatch(axis)).groups()
     if base not in sizes:
         return None
@@ -147,6 +160,10 @@ class Op:
         backward: for a differentiable argument, the op that gives its gradient.
         positive: float arguments whose samples must be positive (scales).
         choices: the values that each str argument may have, the default first.
+        rule: what the notation cannot say: called with the arguments, it returns what is wrong with
+            them, or None.
+        sample: for the samples, the size of an axis, or a function of the sizes that makes an
+            argument.
         rowwise: whether the leading axes are independent of each other; a scale for the whole
             tensor ties them.
     """
@@ -164,9 +181,11 @@ class Op:
         backward: Mapping[str, str] | None = None,
         positive: Sequence[str] = (),
         choices: Mapping[str, Sequence[str]] | None = None,
+        rule: Callable[..., str | None] | None = None,
+        sample: Mapping[str, int | Callable[[Mapping[str, int]], torch.Tensor]] | None = None,
         rowwise: bool = True,
     ) -> None:
-        self.rowwise = rowwise
+        self.rowwise, self.rule, self.sample = rowwise, rule, dict(sample or {})
         self.name, self.signature, self.doc = name, signature, doc
         self.inputs, self.outputs = parse_signature(signature)
         self.dtypes: dict[str, tuple[torch.dtype, ...] | str] = {
@@ -255,7 +274,7 @@ class Op:
                 k = shape[-1]
                 ...
         """
-        known = {"1": "1"}  # the expression for the size of each axis
+        known: dict[str, str] = {}  # the expression for the size of each axis
         lines = [f"device = {self.inputs[0].name}.device"]
         for arg in self.inputs:
             if arg.axes is None:
@@ -279,9 +298,12 @@ class Op:
                 known[_LEAD] = "lead"
             for position, axis in enumerate(arg.tail, -len(arg.tail)):
                 size = f"shape[{position}]"
+                if _is_sum(axis) and axis not in known:
+                    body.append(f"if {axis} != {size}: return False")
+                    continue
                 base, divisor, least, factor = cast(re.Match[str], _AXIS.fullmatch(axis)).groups()
-                if axis in known:
-                    body.append(f"if {known[axis]} != {size}: return False")
+                if axis in known or axis.isdecimal():
+                    body.append(f"if {known.get(axis, axis)} != {size}: return False")
                 elif base in known:
                     wanted = f"max(-(-{base} // {divisor or 1}), {least or 0}) * {factor or 1}"
                     body.append(f"if {wanted} != {size}: return False")
@@ -312,7 +334,7 @@ class Op:
     def require(self, *args: Any) -> None:
         """Raise what `check` raises, in 1 µs where nothing is wrong."""
         args += self._tails[len(args)]
-        if not self._fits(*args):
+        if not self._fits(*args) or (self.rule is not None and self.rule(*args) is not None):
             self.check(*args)
 
     def check(self, *args: Any) -> dict[str, Any]:
@@ -321,7 +343,7 @@ class Op:
         """
         args += self._tails[len(args)]
         by_name = {arg.name: value for arg, value in zip(self.inputs, args, strict=True)}
-        sizes: dict[str, Any] = {"1": 1}
+        sizes: dict[str, Any] = {}
         bound_by: dict[str, str] = {}
         first = args[0]
         for value, arg in zip(args, self.inputs, strict=True):
@@ -352,11 +374,14 @@ class Op:
                 if wanted is None:
                     sizes[axis], bound_by[axis] = size, arg.name
                 elif wanted != size:
-                    by = bound_by.get(axis) or bound_by.get(axis.split("/")[0].split("*")[0])
-                    given = "" if axis == "1" else f" with {axis} = {wanted} as in {by}"
+                    by = bound_by.get(axis) or bound_by.get(re.split("[/*]", axis)[0])
+                    given = "" if axis.isdecimal() else f" with {axis} = {wanted} as in {by}"
                     self._fail(
                         ValueError, args, f"{arg.name} must be {arg}{given}, got {list(shape)}"
                     )
+        reason = None if self.rule is None else self.rule(*args)
+        if reason is not None:
+            self._fail(ValueError, args, reason)
         return sizes
 
     def _check_choice(self, args: Sequence[Any], arg: Arg, value: str) -> None:
@@ -472,7 +497,8 @@ class Op:
         axes = dict.fromkeys(
             axis for arg in self.inputs for axis in arg.tail if axis.isidentifier()
         )
-        sizes = {"1": 1, **dict(zip(axes, _SAMPLE_SIZES, strict=False))}
+        sizes = dict(zip(axes, _SAMPLE_SIZES, strict=False))
+        sizes |= {axis: size for axis, size in self.sample.items() if isinstance(size, int)}
         args: list[Any] = []
         for arg in self.inputs:
             if arg.kind == "ScalarType":
@@ -483,6 +509,9 @@ class Op:
                 continue
             if arg.kind == "str":
                 args.append((choices or {}).get(arg.name, self.choices[arg.name][0]))
+                continue
+            if callable(make := self.sample.get(arg.name)):
+                args.append(make(sizes))
                 continue
             shape = (*(lead if arg.has_lead else ()), *(size_of(axis, sizes) for axis in arg.tail))
             allowed = self.dtypes[arg.name]
