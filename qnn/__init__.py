@@ -18,10 +18,13 @@ from qnn.convert import convert
 from qnn.kernels import SCHEMES, Format, Scheme
 from qnn.linear import Linear
 from qnn.qlinear import QLinear
+from qnn.qlstm import QGRU, QLSTM
 from qnn.summary import Summary, summary
 
 __version__ = "0.1.0"
 __all__ = [
+    "QGRU",
+    "QLSTM",
     "SCHEMES",
     "Comparison",
     "Format",

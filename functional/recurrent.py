@@ -1,0 +1,196 @@
+"""The quantised recurrent layers: an LSTM or a GRU, one layer in one direction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qnn.functional.invoke import invoke_quant
+from qnn.functional.linear import autocast
+from qnn.kernels import OPS
+from qnn.kernels.recurrent import SCHEMES, split_result
+
+Tensors = tuple[torch.Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class RecurrentWeights:
+    """The weights of one layer and direction, as an op takes them.
+
+    Attributes:
+        ih, hh: int8 `[G·H, I]` and `[G·H, P]`, for the G gates i, f, g, o of an LSTM (`[4H, …]`)
+            or r, z, n of a GRU.
+        ih_scale, hh_scale: float32, a scale a row, `[G·H, 1]`.
+        bias_ih, bias_hh: float, `[G·H]`, or None.
+        hr, hr_scale: the projection of an LSTM, int8 `[P, H]` and float32 `[P, 1]`, or None.
+        table: for `int8_static`: a row `(scale, zero_point, qmin, qmax)` for each part of the cell,
+            in the order of `qnn.kernels.recurrent.CELLS[...].parts`.
+    """
+
+    ih: torch.Tensor
+    ih_scale: torch.Tensor
+    hh: torch.Tensor
+    hh_scale: torch.Tensor
+    bias_ih: torch.Tensor | None = None
+    bias_hh: torch.Tensor | None = None
+    hr: torch.Tensor | None = None
+    hr_scale: torch.Tensor | None = None
+    table: torch.Tensor | None = None
+
+
+def _call(op: str, direction: str, scheme: str, tensors: Tensors) -> torch.Tensor:
+    """The op, in a region; `tensors` are all of its arguments but the last."""
+    overload = OPS[op].overload
+
+    def run(*operands: torch.Tensor | None) -> torch.Tensor:
+        result: torch.Tensor = overload(*operands, direction)
+        return result
+
+    return invoke_quant(run, *tensors, scheme=scheme)
+
+
+class _Recurrent(torch.autograd.Function):
+    """An op of a cell in a region of its own, and its gradients in another: those to `x`, the
+    states and the biases, of the float cell over the dequantised weights.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        op: str, direction: str, scheme: str, *tensors: torch.Tensor | None
+    ) -> torch.Tensor:
+        return _call(op, direction, scheme, tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.op, ctx.direction, ctx.scheme, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, dresult: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        names = [arg.name for arg in OPS[ctx.op].inputs[:-1]]
+        given = dict(zip(names, ctx.saved_tensors, strict=True))
+        (gradient,) = OPS[ctx.op].backward.values()
+        wanted = [arg.name for arg in OPS[gradient].inputs[:-1]]
+        values = {**given, "dresult": dresult.contiguous()}
+        flat = _call(gradient, ctx.direction, ctx.scheme, tuple(values[name] for name in wanted))
+        found: dict[str, torch.Tensor] = {}
+        at, rows = 0, given["w_hh"].shape[0]
+        for name in ("x", "h0", "c0", "b_ih", "b_hh"):
+            if name not in names:
+                continue
+            tensor = given[name]
+            count = rows if tensor is None else tensor.numel()
+            if tensor is not None:
+                found[name] = flat[at : at + count].view(tensor.shape).to(tensor.dtype)
+            at += count
+        asked = zip(names, ctx.needs_input_grad[3:], strict=True)
+        return None, None, None, *(found.get(name) if wants else None for name, wants in asked)
+
+
+def _run(
+    cell: str,
+    x: torch.Tensor,
+    states: tuple[torch.Tensor, ...],
+    weights: RecurrentWeights,
+    scheme: str,
+    lengths: torch.Tensor | None,
+    reverse: bool,
+) -> tuple[torch.Tensor, ...]:
+    op = OPS[_op_name(cell, scheme, weights)]
+    x = autocast(x)
+    w = weights
+    table = () if w.table is None else (w.table,)
+    projection = (w.hr, w.hr_scale) if cell == "lstm" else ()
+    tensors: Tensors = (
+        x, *(state.to(x.dtype) for state in states), w.ih, w.ih_scale, w.hh, w.hh_scale, *table,
+        w.bias_ih, w.bias_hh, *projection, lengths,
+    )  # fmt: skip
+    direction = "reverse" if reverse else "forward"
+    if not torch.compiler.is_compiling():
+        op.require(*tensors, direction)  # a kernel in C++ words its errors otherwise
+    wanted = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in tensors
+    )
+    call: Callable[..., torch.Tensor] = _Recurrent.apply if wanted else _plain
+    result = call(op.name, direction, scheme, *tensors)
+    return split_result(result, x.shape[0], x.shape[1], *(state.shape[1] for state in states))
+
+
+def _plain(op: str, direction: str, scheme: str, *tensors: torch.Tensor | None) -> torch.Tensor:
+    return _call(op, direction, scheme, tensors)
+
+
+def _op_name(cell: str, scheme: str, weights: RecurrentWeights) -> str:
+    if scheme not in SCHEMES:
+        able = ", ".join(map(repr, SCHEMES))
+        raise ValueError(f"qnn.functional.{cell}: scheme must be one of {able}, got {scheme!r}.")
+    if (weights.table is not None) != (scheme == "int8_static"):
+        verb = "has no" if weights.table is not None else "needs a"
+        raise ValueError(f"qnn.functional.{cell}: scheme {scheme!r} {verb} table of parts.")
+    return f"{scheme}_{cell}"
+
+
+def lstm(
+    x: torch.Tensor,
+    hx: tuple[torch.Tensor, torch.Tensor],
+    weights: RecurrentWeights,
+    *,
+    scheme: str = "int8",
+    lengths: torch.Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One layer of an LSTM in one direction, computed as `scheme` says.
+
+        i, f, o = sigmoid(W_ih,k x + b_ih,k + W_hh,k h + b_hh,k) for k = i, f, o; g = tanh(…)
+        c = f · c + i · g;  h = o · tanh(c), or W_hr (o · tanh(c)) with a projection
+
+    `int8` quantises `x` and `h` a row of the batch in each step, and multiplies integers;
+    `int8_static` rounds every part of the cell to the grid that `weights.table` gives it;
+    `int8_weight` takes activations as they are. docs/numerics.md has the arithmetic. Gradients to
+    `x`, the states and the biases are those of the float cell over the dequantised weights.
+
+    Args:
+        x: float32, bfloat16, float16 or float64, `[T, B, I]`.
+        hx: `(h [B, P], c [B, H])`, where P is H without a projection.
+        weights: of this layer and direction.
+        scheme: `"int8"`, `"int8_static"` or `"int8_weight"`.
+        lengths: int64 `[B]`; behind a sequence's length its output is 0 and its states stay.
+        reverse: from the last step to the first.
+
+    Returns:
+        `(y [T, B, P], h [B, P], c [B, H])` in the dtype of `x`; views of one tensor.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype or device; a scheme without
+            recurrent layers.
+    """
+    y, h, c = _run("lstm", x, hx, weights, scheme, lengths, reverse)
+    return y, h, c
+
+
+def gru(
+    x: torch.Tensor,
+    hx: torch.Tensor,
+    weights: RecurrentWeights,
+    *,
+    scheme: str = "int8",
+    lengths: torch.Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One layer of a GRU in one direction, computed as `scheme` says.
+
+        r, z = sigmoid(W_ih,k x + b_ih,k + W_hh,k h + b_hh,k) for k = r, z
+        n = tanh(W_ih,n x + b_ih,n + r · (W_hh,n h + b_hh,n));  h = (h − n) · z + n
+
+    All else is as in `lstm`, with `hx` the hidden state `[B, H]`.
+
+    Returns:
+        `(y [T, B, H], h [B, H])` in the dtype of `x`.
+    """
+    y, h = _run("gru", x, (hx,), weights, scheme, lengths, reverse)
+    return y, h
