@@ -1,0 +1,115 @@
+"""What the quantisable recurrent layers and cells share: their observation points."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from qnn.fake_quantize import FakeQuantize
+from qnn.functional.float_recurrent import Points
+from qnn.parts import Specs, choose, points_of
+
+ObservedT = TypeVar("ObservedT", bound="Observed")
+
+
+class Observed(nn.Module):
+    """A layer whose parts can be observed and fake-quantised."""
+
+    mode: str
+    split_gates: bool
+    qat: bool
+    points: nn.ModuleDict | None
+
+    def _begin(self, split_gates: bool) -> None:
+        if not isinstance(split_gates, bool):
+            raise TypeError(
+                f"split_gates should be of type bool, got: {type(split_gates).__name__}"
+            )
+        self.split_gates, self.qat = split_gates, False
+        self.register_module("points", None)
+
+    def observe(self: ObservedT, parts: Specs | None = None, *, qat: bool = False) -> ObservedT:
+        """Insert the observation points, or new ones in the place of those that were there.
+
+        The parts that a layer has are `parts()`'s keys. Each is quantised as `qnn.parts.EIGHT_BIT`
+        says: to 8 bits, with fixed scales for the gates and observed ones for the rest.
+
+        Without `qat` the layer's outputs and gradients stay what they were, to the bit: each call
+        runs as before, and where that is torch's fused kernel, the same steps once more in a loop,
+        without gradients or dropout, for the observers alone.
+
+        With `qat` every call runs the loop, with int8 weights and with each part fake-quantised by
+        what its observer knew before the call; in training mode the observers then see all steps.
+
+        Args:
+            parts: specs by part name with wildcards, over the defaults: the last key that matches a
+                part counts, and None leaves it in float. `"input"` and `"hidden_state"` must have
+                8 bits. `SIXTEEN_BIT` and `FIXED` of `qnn.parts` fit here.
+            qat: whether to fake-quantise.
+
+        Returns:
+            The layer itself.
+
+        Raises:
+            TypeError: `parts` is no mapping from names to specs.
+            ValueError: a key that matches no part, or a spec that its part cannot have.
+        """
+        who = f"qnn.{type(self).__name__}.observe"
+        specs = choose(parts, self._names(), who)
+        device = next(self.parameters()).device
+        self.points = nn.ModuleDict(
+            {
+                f"{name}{suffix}": FakeQuantize(spec, name=f"{name}{suffix}", qat=qat).to(device)
+                for suffix in self._suffixes()
+                for name, spec in specs.items()
+            }
+        ).train(self.training)
+        self.qat = qat
+        return self
+
+    def _suffixes(self) -> list[str]:
+        raise NotImplementedError
+
+    def _names(self) -> dict[str, str]:
+        projection = bool(getattr(self, "proj_size", 0))
+        return points_of(self.mode, split_gates=self.split_gates, projection=projection)
+
+    def _parts(self, suffix: str) -> dict[str, FakeQuantize]:
+        if self.points is None:
+            return {}
+        found = ((part, f"{name}{suffix}") for part, name in self._names().items())
+        return {part: self._point(key) for part, key in found if key in self.points}
+
+    def _point(self, key: str) -> FakeQuantize:
+        assert self.points is not None  # noqa: S101  # for the type checker
+        point = self.points[key]
+        assert isinstance(point, FakeQuantize)  # noqa: S101
+        return point
+
+    @property
+    def _observes(self) -> bool:
+        """Whether any point is to see this call."""
+        if self.points is None or (self.qat and not self.training):
+            return False
+        return any(self._point(key).observing for key in self.points)
+
+    def _points(self, suffix: str) -> Points:
+        """The points of one layer and direction, as its loop takes them."""
+        own: dict[str, FakeQuantize] = {}
+        for part, point in self._parts(suffix).items():
+            own[self._names()[part]] = point
+        quantize = {name: point.quantize for name, point in own.items()} if self.qat else {}
+        watched = [name for name, point in own.items() if point.observing]
+        return Points(quantize, watched if self._observes else [])
+
+    def _observe(
+        self, suffix: str, points: Points, *, reverse: bool, lengths: torch.Tensor | None
+    ) -> None:
+        for name, seen in points.observed(reverse=reverse, lengths=lengths).items():
+            self._point(f"{name}{suffix}").observe(seen)
+
+    def _extra(self) -> str:
+        text = ", split_gates=True" if self.split_gates else ""
+        return text + (", qat=True" if self.qat else "")
