@@ -41,8 +41,6 @@ COMMON = (
 )
 # No rpath: the libtorch_cpu that `import torch` has loaded satisfies the library.
 LINK = ("-shared", "-ltorch_cpu", "-ltorch")
-# The file that registers the ops, and hears which of the others were left out.
-OPS = "ops.cpp"
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (
@@ -187,7 +185,8 @@ def build_library(
     objects = [scratch / f"{path.stem}.o" for path in compiled]
     commands = {}
     for path, out in zip(compiled, objects, strict=True):
-        flags = MACHINE_FLAGS.get(path.name, ()) if path.name != OPS else defines
+        # Files for every machine hear which of the others were left out.
+        flags = MACHINE_FLAGS.get(path.name, defines)
         commands[path.name] = [
             *(*compiler.command, *COMMON, *flags, "-isystem", str(include)),
             *("-c", str(path), "-o", str(out)),

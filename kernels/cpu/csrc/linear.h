@@ -1,5 +1,5 @@
-// What one call of a quantised linear layer is, and what a tier offers: the border between ops.cpp,
-// which knows torch, and the tiers, which know the CPU.
+// What one call of a quantised linear layer is, and what a tier offers: the border between the ops,
+// which know torch, and the tiers, which know the CPU.
 #pragma once
 
 #include <cstddef>

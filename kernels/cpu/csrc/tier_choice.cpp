@@ -1,0 +1,190 @@
+// The tiers, their known-answer tests, and the choice among them. Compiled with a define for each
+// tier that this library is without.
+#include "tier_choice.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+namespace qnn {
+namespace {
+
+const Tier* const kTiers[] = {
+#if defined(__x86_64__)
+#ifndef QNN_NO_AMX
+    &amx,
+#endif
+#ifndef QNN_NO_AVX512_VNNI
+    &avx512_vnni,
+#endif
+#ifndef QNN_NO_AVX_VNNI
+    &avx_vnni,
+#endif
+#ifndef QNN_NO_AVX2
+    &avx2,
+#endif
+#endif
+    &portable,
+};
+
+void run_alone(const Kernel& kernel, const Linear& p) {
+  const size_t bytes = kernel.scratch_bytes(p);
+  std::vector<char> scratch(bytes + 64);
+  void* aligned = scratch.data();
+  size_t space = scratch.size();
+  kernel.run(p, 0, 1, static_cast<char*>(std::align(64, bytes, aligned, space)));
+}
+
+// Full-range operands whose product plain loops know, in both forms of the kernel.
+bool known_integers(const Tier& tier) {
+  for (const auto& [m, k, n] : {std::array<int64_t, 3>{3, 301, 50}, {40, 1100, 33}}) {
+    std::vector<int8_t> x(m * k), w(n * k);
+    uint32_t state = 1;
+    const auto next = [&] {
+      return static_cast<int>((state = state * 1664525 + 1013904223) >> 24);
+    };
+    for (auto& v : x) v = static_cast<int8_t>(std::max(next() - 128, -127));
+    for (auto& v : w) v = static_cast<int8_t>(next() - 128);
+    std::fill_n(x.begin(), k, int8_t{127});
+    std::fill_n(w.begin(), k, int8_t{127});
+    std::fill_n(w.end() - k, k, int8_t{-128});
+    const std::vector<float> ones(std::max(m, n), 1.0f);
+    std::vector<float> y(m * n);
+    Linear p{};
+    p.m = m, p.k = k, p.n = n;
+    p.x = x.data(), p.row_scale = ones.data();
+    p.w = w.data(), p.w_stride = k, p.sw = ones.data();
+    p.y = y.data();
+    run_alone(tier.int8, p);
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t j = 0; j < n; ++j) {
+        int32_t sum = 0;
+        for (int64_t l = 0; l < k; ++l) sum += x[i * k + l] * w[j * k + l];
+        if (y[i * n + j] != static_cast<float>(sum)) return false;
+      }
+    }
+  }
+  return true;
+}
+
+double value_of_e4m3(uint8_t code) {
+  const int exponent = code >> 3 & 15, mantissa = code & 7;
+  const double magnitude = (code & 127) == 127 ? std::nan("")
+                           : exponent == 0     ? std::ldexp(mantissa, -9)
+                                               : std::ldexp(8 + mantissa, exponent - 10);
+  return code & 128 ? -magnitude : magnitude;
+}
+
+double value_of_e2m1(int code) {
+  const double magnitude =
+      (code & 7) < 2 ? 0.5 * (code & 7) : std::ldexp(2 + (code & 1), (code >> 1 & 3) - 2);
+  return code & 8 ? -magnitude : magnitude;
+}
+
+// All codes of both float formats, in both forms of the kernel. Two rows of w hold a NaN; the other
+// sums may err by the order of their terms. 1 ms a tier, when the library is loaded.
+bool known_floats(const Tier& tier) {
+  for (const auto& [m, k, n] : {std::array<int64_t, 3>{3, 301, 20}, {20, 560, 9}}) {
+    for (const Weight weight : {Weight::e4m3, Weight::e2m1}) {
+      const bool packed = weight == Weight::e2m1;
+      const int64_t blocks = div_up(k, 16), stride = packed ? blocks * 8 : k;
+      std::vector<float> x(m * k), y(m * n);
+      std::vector<uint8_t> w(n * stride), scales(n * blocks);
+      uint32_t state = 1;
+      const auto next = [&] {
+        return static_cast<uint8_t>((state = state * 1664525 + 1013904223) >> 24);
+      };
+      for (auto& v : x) v = static_cast<float>(next() - 128) / 64;
+      for (auto* codes : {&w, &scales}) {
+        const bool e4m3 = codes == &scales || !packed;
+        for (auto& v : *codes) {
+          do {
+            v = next();
+          } while (e4m3 && (v & 127) == 127);
+        }
+      }
+      auto& holds_nan = packed ? scales : w;
+      holds_nan.front() = 127;
+      holds_nan.back() = 255;
+      const std::vector<float> ones(n, 1.0f);
+      Linear p{};
+      p.m = m, p.k = k, p.n = n;
+      p.x = x.data();
+      p.weight = weight, p.w = reinterpret_cast<const int8_t*>(w.data()), p.w_stride = stride;
+      p.block_scale = scales.data(), p.sw = ones.data();
+      p.y = y.data();
+      run_alone(tier.weight_only, p);
+      for (int64_t j = 0; j < n; ++j) {
+        std::vector<double> values(k);
+        for (int64_t l = 0; l < k; ++l) {
+          values[l] = packed ? value_of_e2m1(w[j * stride + l / 2] >> 4 * (l % 2) & 15) *
+                                   value_of_e4m3(scales[j * blocks + l / 16])
+                             : value_of_e4m3(w[j * stride + l]);
+        }
+        for (int64_t i = 0; i < m; ++i) {
+          double sum = 0, size = 0;
+          for (int64_t l = 0; l < k; ++l) {
+            sum += x[i * k + l] * values[l];
+            size += std::fabs(x[i * k + l] * values[l]);
+          }
+          const float got = y[i * n + j];
+          if (std::isnan(sum) ? !std::isnan(got) : !(std::fabs(got - sum) <= 1e-5 * size))
+            return false;
+        }
+      }
+    }
+  }
+  return true;
+}
+
+// Why a tier may not be used, or null; tried once a process.
+const char* why_not(size_t index) {
+  static const auto reasons = [] {
+    std::array<const char*, std::size(kTiers)> found{};
+    for (size_t i = 0; i < std::size(kTiers); ++i) {
+      found[i] = !kTiers[i]->runs_here()       ? "this CPU lacks the instructions"
+                 : !known_integers(*kTiers[i]) ? "wrong integers in the known-answer test"
+                 : !known_floats(*kTiers[i])   ? "wrong floats in the known-answer test"
+                                               : nullptr;
+    }
+    return found;
+  }();
+  return reasons[index];
+}
+
+}  // namespace
+
+const Tier& best_tier() {
+  static const Tier& best = []() -> const Tier& {
+    for (size_t i = 0; i < std::size(kTiers); ++i) {
+      if (why_not(i) == nullptr) return *kTiers[i];
+    }
+    throw std::runtime_error("qnn: no kernel gives right results on this CPU.");
+  }();
+  return best;
+}
+
+const Tier& tier_called(const std::string& name) {
+  for (size_t i = 0; i < std::size(kTiers); ++i) {
+    if (name != kTiers[i]->name) continue;
+    if (why_not(i) != nullptr)
+      throw std::invalid_argument("qnn: tier '" + name + "' cannot run: " + why_not(i) + ".");
+    return *kTiers[i];
+  }
+  throw std::invalid_argument("qnn: unknown tier '" + name + "'.");
+}
+
+std::string cpu_tiers() {
+  std::string text;
+  for (size_t i = 0; i < std::size(kTiers); ++i) {
+    const char* reason = why_not(i);
+    text += std::string(i == 0 ? "" : ",") + kTiers[i]->name + ":" +
+            (reason == nullptr ? "ok" : reason);
+  }
+  return text;
+}
+
+}  // namespace qnn
