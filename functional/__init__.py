@@ -3,6 +3,7 @@
 """
 
 from qnn.functional import fusion
+from qnn.functional.fake_quantize import fake_quantize
 from qnn.functional.invoke import invoke_quant
 from qnn.functional.linear import linear
 from qnn.functional.quantize import dequantize, quantize
@@ -12,6 +13,7 @@ from qnn.functional.training import training_linear
 __all__ = [
     "RecurrentWeights",
     "dequantize",
+    "fake_quantize",
     "fusion",
     "gru",
     "invoke_quant",

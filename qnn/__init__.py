@@ -15,10 +15,12 @@ if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels" / "spec.py").i
 from qnn import functional, kernels
 from qnn.compare import Comparison, compare, sqnr
 from qnn.convert import convert
+from qnn.fake_quantize import FakeQuantize, freeze_observers
 from qnn.kernels import SCHEMES, Format, Scheme
 from qnn.linear import Linear
 from qnn.qlinear import QLinear
 from qnn.qlstm import QGRU, QLSTM
+from qnn.quant_spec import QuantSpec
 from qnn.summary import Summary, summary
 
 __version__ = "0.1.0"
@@ -27,13 +29,16 @@ __all__ = [
     "QLSTM",
     "SCHEMES",
     "Comparison",
+    "FakeQuantize",
     "Format",
     "Linear",
     "QLinear",
+    "QuantSpec",
     "Scheme",
     "Summary",
     "compare",
     "convert",
+    "freeze_observers",
     "functional",
     "kernels",
     "sqnr",

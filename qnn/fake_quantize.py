@@ -1,0 +1,210 @@
+"""`FakeQuantize`: one observation point of a model that is being prepared for quantisation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from qnn.functional.fake_quantize import fake_quantize
+from qnn.observers import Observer, Statistics, make_observer
+from qnn.quant_spec import QuantSpec
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+class FakeQuantize(Statistics):
+    """Records the range of what passes, and in quantisation-aware training fake-quantises it.
+
+    Without `qat` it returns its input itself, and records in training and evaluation alike until
+    it is frozen. With `qat` it records in training mode, and fake-quantises in both: in evaluation
+    it changes nothing. Fake-quantising is `qnn.functional.fake_quantize`, with the range of all
+    that was recorded up to and with this input; nothing recorded leaves the input as it is, and a
+    NaN or infinite range makes it NaN.
+
+    Args:
+        spec: how to quantise, and how to find the range.
+        name: of the part, for errors.
+        qat: whether to fake-quantise.
+        channels: the size of `spec.channel_axis`; found at the first observation if None.
+
+    >>> point = FakeQuantize(QuantSpec(torch.int8, symmetric=True), name="input", qat=True)
+    >>> point(torch.tensor([0.3, -1.27]))
+    tensor([ 0.3000, -1.2700])
+    >>> point.eval()(torch.tensor([0.304, 9.0]))
+    tensor([0.3000, 1.2700])
+    """
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+    observer: Observer | None
+
+    def __init__(
+        self,
+        spec: QuantSpec,
+        *,
+        name: str = "",
+        qat: bool = False,
+        channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(spec, QuantSpec):
+            raise TypeError(f"qnn.FakeQuantize takes a QuantSpec, got {type(spec).__name__}.")
+        self.spec, self.name, self.qat = spec, name, qat
+        self.observing = not spec.fixed
+        self.observer = None
+        size = 1 if spec.channel_axis is None else channels or 0
+        if spec.fixed:
+            scale = torch.tensor(spec.scale, dtype=torch.float32).reshape(-1)
+            point = torch.tensor(spec.zero_point, dtype=torch.int32).reshape(-1).expand_as(scale)
+            self.register_buffer("scale", scale)
+            self.register_buffer("zero_point", point.clone())
+        else:
+            self.observer = make_observer(spec, name=name, channels=channels)
+            if spec.learnable and qat and not size:
+                raise ValueError(f"{self.who}: a learnable scale for each channel needs channels=.")
+            self._declare("scale", (size,), torch.float32, 0.0)
+            self._declare("zero_point", (size,), torch.int32, 0)
+        if spec.learnable and qat:
+            scale = self.scale
+            del self.scale
+            self.scale = nn.Parameter(scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training or not self.qat:
+            self.observe(x)
+        return self.quantize(x)
+
+    def observe(self, x: torch.Tensor) -> None:
+        """Record the range of `x`, while `observing`."""
+        if not self.observing or self.observer is None:
+            return
+        self.observer.observe(x)
+        if self.qat:
+            self._refresh(self.observer)
+
+    @torch.no_grad()
+    def _refresh(self, observer: Observer) -> None:
+        """Take scale and zero point from the observer; a scale that is learned, once."""
+        scale, point = self.spec.qparams(*observer.low_high())
+        self._grow(scale.shape[0], self.who)
+        nothing = observer.count == 0
+        if self.spec.learnable:
+            scale = torch.where(self.scale == 0, scale, self.scale)
+            point = torch.where(self.scale == 0, point, self.zero_point)
+        self.scale.copy_(torch.where(nothing, 0, scale))
+        self.zero_point.copy_(torch.where(nothing, 0, point))
+
+    def quantize(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` fake-quantised with what is known by now; `x` itself without `qat`."""
+        if not self.qat or not self.scale.shape[0]:
+            return x
+        scale = self.scale
+        unknown = scale.detach() == 0
+        if self.spec.learnable:
+            # A scale may have been trained to the other side of zero.
+            scale = scale.abs().clamp_min(torch.finfo(torch.float32).tiny)
+            scale = _scale_gradient(scale, x, self.spec.qmax)
+        scale = torch.where(unknown, 1.0, scale)
+        axis = self.spec.channel_axis
+        y = fake_quantize(
+            x, scale, self.zero_point, self.spec.qmin, self.spec.qmax, channel_axis=axis
+        )
+        if self.spec.fixed:
+            return y
+        if axis is not None:
+            shape = [1] * x.dim()
+            shape[axis] = -1
+            unknown = unknown.reshape(shape)
+        return torch.where(unknown, x, y)
+
+    def qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero point, float32 and int32, `[1]` or `[C]`.
+
+        Raises:
+            ValueError: nothing was observed, or the range is infinite or NaN; with the part's name.
+        """
+        if self.observer is not None and not (self.spec.learnable and self.qat):
+            return self.observer.qparams()
+        scale = self.scale.detach().abs()
+        if not self.spec.fixed and bool((scale == 0).any()):
+            raise ValueError(f"{self.who}: no scale yet; train for a step first.")
+        if not bool(scale.isfinite().all()):
+            raise ValueError(f"{self.who}: the scale is {self.scale.tolist()}; it must be finite.")
+        return scale.clamp_min(torch.finfo(torch.float32).tiny), self.zero_point.clone()
+
+    def row(self) -> torch.Tensor:
+        """`(scale, zero_point, qmin, qmax)`, float32 `[4]`: a row of a recurrent op's table.
+
+        Raises:
+            ValueError: as `qparams`, or there is more than one scale.
+        """
+        scale, point = self.qparams()
+        if scale.numel() != 1:
+            raise ValueError(f"{self.who}: {scale.numel()} scales; a table has room for one.")
+        return torch.cat([scale, point.float(), scale.new_tensor([self.spec.qmin, self.spec.qmax])])
+
+    def merge(self, other: FakeQuantize) -> None:
+        """Add what `other` has observed, such as the same point in another process."""
+        if (self.observer is None) != (other.observer is None):
+            raise ValueError(f"{self.who}.merge: one of the two is fixed.")
+        if self.observer is not None:
+            self.observer.merge(other.observer)
+            if self.qat:
+                self._refresh(self.observer)
+
+    def reset(self) -> None:
+        """Forget what was observed; a fixed scale stays."""
+        if self.observer is not None:
+            self.observer.reset()
+            with torch.no_grad():
+                self.scale.zero_()
+                self.zero_point.zero_()
+
+    @property
+    def who(self) -> str:
+        """The point, for errors."""
+        return f"qnn.FakeQuantize {self.name!r}" if self.name else "qnn.FakeQuantize"
+
+    def extra_repr(self) -> str:
+        state = ", qat=True" if self.qat else ""
+        state += "" if self.observing or self.spec.fixed else ", frozen"
+        return (f"{self.name!r}, " if self.name else "") + f"{self.spec}{state}"
+
+
+def _scale_gradient(scale: torch.Tensor, x: torch.Tensor, qmax: int) -> torch.Tensor:
+    """`scale`, whose gradient is multiplied by `1 / sqrt(values · qmax)`, where `values` share one
+    scale (LSQ, section 2.2).
+    """
+    values = torch.sym_max(x.numel(), 1) / scale.numel()
+    fixed = scale.detach()
+    result: torch.Tensor = fixed + (scale - fixed) * (values * qmax) ** -0.5
+    return result
+
+
+def freeze_observers(model: ModelT) -> ModelT:
+    """Stop recording at every observation point in `model`; returns it.
+
+    In quantisation-aware training the scales then stay as they are, but for learned ones.
+
+    Raises:
+        ValueError: the model has no observation points.
+    """
+    points = list(observation_points(model))
+    if not points:
+        raise ValueError(
+            "qnn.freeze_observers: the model has no observation points; qnn.prepare inserts them."
+        )
+    for point in points:
+        point.observing = False
+    return model
+
+
+def observation_points(model: nn.Module) -> Iterable[FakeQuantize]:
+    """The observation points of `model`."""
+    return (module for module in model.modules() if isinstance(module, FakeQuantize))
+
+
+__all__ = ["FakeQuantize", "freeze_observers", "observation_points"]
