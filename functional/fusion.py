@@ -58,7 +58,7 @@ class _Layer:
     node: Node  # invoke_quant(region, …, scheme=…)
     result: Node  # the node itself or, where its value is a tuple, the only item of it
     op: Op
-    operands: dict[str, Any]  # x, w, sw, bias
+    operands: dict[str, Any]  # x, w, sw, bias, and what an op has between
     end: Node = field(init=False)  # the last node that is folded
     views: list[Node] = field(default_factory=list)  # between the layer and its activation
     activation: str = "none"
@@ -116,10 +116,11 @@ def _layers(graph: Graph, node: Node) -> Iterator[_Layer]:
     outer = dict(zip(region.find_nodes(op="placeholder"), node.args[1:], strict=True))
     names = [arg.name for arg in op.inputs]
     given = {name: outer.get(arg) for name, arg in zip(names, call.args, strict=False)}
-    operands = {"bias": None, **given}
-    x = operands["x"]
-    if set(operands) != {"x", "w", "sw", "bias"} or not isinstance(_tensor(x), torch.Tensor):
+    wanted = names[: names.index("residual")]
+    if not set(given) <= set(wanted) or not isinstance(_tensor(given.get("x")), torch.Tensor):
         return
+    operands = {name: given.get(name) for name in wanted}
+    x = operands["x"]
     # The reference, which runs where a device has no kernel, gains nothing.
     if _tensor(x).device.type.upper() not in op.kernels:
         return
@@ -237,7 +238,7 @@ def _replace(graph: Graph, layer: _Layer, replaced: dict[Node, Node]) -> None:
     """One call for the layer and all that is folded into it; `replaced` maps the ends of earlier
     layers to what stands for them now.
     """
-    given = (*(layer.operands[name] for name in ("x", "w", "sw", "bias")), layer.residual)
+    given = (*layer.operands.values(), layer.residual)
     x, *rest = (replaced.get(each, each) for each in given)
     op, args = layer.op, (x, *rest, layer.activation)
     if layer.rows is not None:

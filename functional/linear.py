@@ -14,8 +14,8 @@ from qnn.kernels.torch_private import in_forward_mode, in_functorch_transform
 
 
 class _Linear(torch.autograd.Function):
-    """One op of linear kind, `op(x, *weight[, bias])` with the parts of a quantised weight, in a
-    region of its own; so are its gradients, to any order.
+    """One op of linear kind, `op(x, *weight[, bias])` with the parts of a quantised weight and,
+    where it is static, the grid of `x`, in a region of its own; so are its gradients, to any order.
 
     The gradient to `x` is the op that the declaration names (`Op.backward`). That op is linear in
     `dy` and of the same kind, so its own gradient is again this Function.
@@ -46,7 +46,7 @@ class _Linear(torch.autograd.Function):
         dx = dbias = None
         if ctx.needs_input_grad[0]:
             (gradient,) = OPS[ctx.op].backward.values()
-            dx = _apply(dy, weight, None, gradient, ctx.scheme)
+            dx = _apply(dy, _weight_of(gradient, weight), None, gradient, ctx.scheme)
         if ctx.needs_input_grad[1]:
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=ctx.bias_dtype)
         return dx, dbias, None, None, *[None] * len(weight)
@@ -63,7 +63,15 @@ class _ForwardModeLinear(_Linear):
         # linearisation.
         (gradient,) = OPS[ctx.op].backward.values()
         (linearised,) = OPS[gradient].backward.values()
-        return _apply(tx, ctx.saved_tensors, tbias, linearised, ctx.scheme)
+        weight = _weight_of(gradient, ctx.saved_tensors)
+        return _apply(tx, weight, tbias, linearised, ctx.scheme)
+
+
+def _weight_of(gradient: str, parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The parts that an op that gives a gradient takes, `op(dy, *parts)`: those of the weight,
+    without the grid of a static input behind them.
+    """
+    return parts[: len(OPS[gradient].inputs) - 1]
 
 
 def _call(
@@ -116,13 +124,16 @@ def linear(
     bias: torch.Tensor | None = None,
     *,
     weight_global_scale: torch.Tensor | None = None,
+    input_scale: torch.Tensor | None = None,
+    input_zero_point: torch.Tensor | None = None,
     scheme: str = "int8",
 ) -> torch.Tensor:
     """`y = x · dequantize(weight, weight_scale)ᵀ + bias`, computed as `scheme` says.
 
     `int8` quantises `x` a row and multiplies integers: `y = int32(xq · weightᵀ) · weight_scale · sx
-    + bias`; `fp8`, `fp8_tensor`, `fp8_block`, `mxfp8` and `nvfp4` quantise `x` in the scheme's
-    format of activations; `int8_weight`, `fp8_weight` and `nvfp4_weight` take `x` as it is. The
+    + bias`; `int8_static` does so on the grid of `input_scale` and `input_zero_point`; `fp8`,
+    `fp8_tensor`, `fp8_block`, `mxfp8` and `nvfp4` quantise `x` in the scheme's format of
+    activations; `int8_weight`, `fp8_weight` and `nvfp4_weight` take `x` as it is. The
     arithmetic behind the sums is float32, with one cast at the end.
 
     The gradient to `x` is `dy · dequantize(weight)`, straight through the rounding of `x`; `bias`
@@ -135,6 +146,8 @@ def linear(
         weight_scale: `[N, 1]` float32 for int8 and fp8; see `quantize` for the others.
         bias: any float dtype, `[N]`.
         weight_global_scale: nvfp4's divisor, float32 `[1]`.
+        input_scale, input_zero_point: of int8_static alone: the grid of `x`, float32 and int8
+            `[1]`, with `x ≈ (q − input_zero_point) · input_scale` for q from −128 to 127.
         scheme: the name of a scheme.
 
     Returns:
@@ -148,6 +161,8 @@ def linear(
     parts: tuple[torch.Tensor, ...] = (weight, weight_scale)
     if weight_global_scale is not None or len(known.weight.parts) != 2:
         parts = stored_parts(scheme, weight, weight_scale, weight_global_scale)
+    if known.static or input_scale is not None or input_zero_point is not None:
+        parts += _grid(scheme, input_scale, input_zero_point)
     if not torch.compiler.is_compiling():
         if type(x) not in _PLAIN or type(weight) not in _PLAIN:
             _refuse_distributed(scheme, x=x, weight=weight)
@@ -163,6 +178,18 @@ def linear(
         line = torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype))
         return straight_through(y, line)
     return _apply(x, parts, bias, op, scheme)
+
+
+def _grid(
+    scheme: str, scale: torch.Tensor | None, zero_point: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if not get_scheme(scheme).static:
+        raise ValueError(f"qnn.functional.linear: scheme {scheme!r} takes no input_scale.")
+    if scale is None or zero_point is None:
+        raise ValueError(
+            f"qnn.functional.linear: scheme {scheme!r} needs input_scale and input_zero_point."
+        )
+    return scale, zero_point
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)

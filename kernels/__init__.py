@@ -2,7 +2,7 @@
 backend.
 """
 
-from qnn.kernels import float_ops, int8, recurrent, torch_private
+from qnn.kernels import float_ops, int8, int8_static, recurrent, torch_private
 from qnn.kernels.formats import Format
 from qnn.kernels.schemes import SCHEMES, Scheme, get_scheme, training_scheme
 from qnn.kernels.spec import OPS, Op
@@ -16,6 +16,7 @@ __all__ = [
     "float_ops",
     "get_scheme",
     "int8",
+    "int8_static",
     "recurrent",
     "torch_private",
     "training_scheme",

@@ -11,6 +11,7 @@ from qnn.kernels import nvfp4
 from qnn.kernels.float8 import FLOAT8
 from qnn.kernels.formats import Format
 from qnn.kernels.int8 import INT8_CHANNEL, INT8_MAX_K, INT8_TOKEN
+from qnn.kernels.int8_static import INT8_STATIC_MAX_K, INT8_TENSOR
 from qnn.kernels.mxfp8 import MX
 
 
@@ -40,8 +41,10 @@ class Scheme:
     """What a layer stores and computes.
 
     `activation` is None where activations stay as they are, `training` where the scheme has no
-    training layer. `linear` names the op of a quantised layer's forward; the op of the gradient to
-    its input is found through that op's own declaration.
+    training layer. `static` says that the activations' scale and zero point are tensors of the
+    layer, which calibration finds, and not taken from the tensor at hand. `linear` names the op of
+    a quantised layer's forward; the op of the gradient to its input is found through that op's own
+    declaration.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Scheme:
     compressed_format: str = "naive-quantized"
     training: Training | None = None
     max_in_features: int | None = None
+    static: bool = False
 
     @property
     def trainable(self) -> bool:
@@ -97,6 +101,10 @@ SCHEMES: dict[str, Scheme] = {
         Scheme(
             "int8", INT8_CHANNEL, INT8_TOKEN, "int8_linear", "int-quantized",
             max_in_features=INT8_MAX_K,
+        ),
+        Scheme(
+            "int8_static", INT8_CHANNEL, INT8_TENSOR, "int8_static_linear", "int-quantized",
+            max_in_features=INT8_STATIC_MAX_K, static=True,
         ),
         Scheme("int8_weight", INT8_CHANNEL, None, "int8_weight_linear", "int-quantized"),
         Scheme(

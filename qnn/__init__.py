@@ -13,11 +13,13 @@ if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels" / "spec.py").i
     __path__.append(str(_HERE.parent))
 
 from qnn import functional, kernels
+from qnn.calibrate import calibrate
 from qnn.compare import Comparison, compare, sqnr
 from qnn.convert import convert
 from qnn.fake_quantize import FakeQuantize, freeze_observers
 from qnn.kernels import SCHEMES, Format, Scheme
 from qnn.linear import Linear
+from qnn.observed_linear import ObservedLinear
 from qnn.qlinear import QLinear
 from qnn.qlstm import QGRU, QLSTM
 from qnn.quant_spec import QuantSpec
@@ -32,10 +34,12 @@ __all__ = [
     "FakeQuantize",
     "Format",
     "Linear",
+    "ObservedLinear",
     "QLinear",
     "QuantSpec",
     "Scheme",
     "Summary",
+    "calibrate",
     "compare",
     "convert",
     "freeze_observers",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any, TypeVar
 
 import torch
@@ -92,7 +92,7 @@ class _Meter:
 
     def __init__(self, batches: Iterable[Any], progress: bool | str) -> None:
         self.batches, self.done = batches, 0
-        self.total = f"/{len(batches)}" if hasattr(batches, "__len__") else ""
+        self.total = f"/{len(batches)}" if isinstance(batches, Sized) else ""
         self.shown = progress == "always" or (bool(progress) and sys.stderr.isatty())
 
     def __iter__(self) -> Any:

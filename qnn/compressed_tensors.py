@@ -22,7 +22,7 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         "weights": {**scheme.weight.compressed, "dynamic": False},
         "input_activations": None
         if activation is None
-        else {**activation.compressed, "dynamic": True},
+        else {**activation.compressed, "dynamic": not scheme.static},
         "output_activations": None,
         "format": scheme.compressed_format,
     }

@@ -16,7 +16,7 @@ from qnn.kernels import get_scheme, training_scheme
 from qnn.kernels.formats import FLOATS
 from qnn.linear import Linear
 from qnn.patterns import Pattern, Patterns
-from qnn.qlinear import QLinear, not_finite
+from qnn.qlinear import QLinear, needs_calibration, not_finite
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 SchemeMap = Mapping[Pattern, str | None]
@@ -193,6 +193,8 @@ def _why_not(linear: nn.Module, scheme: str) -> str | None:
         )
     if weight.dtype not in FLOATS:
         return f"its weight is {weight.dtype}; {', '.join(map(str, FLOATS))} can be quantised"
+    if get_scheme(scheme).static:
+        return needs_calibration(scheme)
     reason = get_scheme(scheme).why_not_linear(*reversed(weight.shape))
     if reason is None and not_finite(weight) is not None:
         bad = int((~weight.detach().isfinite()).sum())

@@ -12,6 +12,7 @@ from qnn import functional as F
 from qnn.backends import linear_backend
 from qnn.kernels import Scheme, get_scheme
 from qnn.kernels.formats import FLOATS, Part
+from qnn.observed_linear import ObservedLinear, grid
 
 
 class QLinear(nn.Linear):
@@ -27,6 +28,8 @@ class QLinear(nn.Linear):
       `[out_features, in_features / 32]` for mxfp8; float8_e4m3fn `[out_features, in_features / 16]`
       for nvfp4. `weight * weight_scale` is the float weight;
     - `weight_global_scale`: nvfp4's second scale, float32 `[1]`, a divisor;
+    - `input_scale`, float32 `[1]`, and `input_zero_point`, int8 `[1]`: of int8_static, the grid of
+      the input. A scale of 0 says that there is none yet, and gives NaN;
     - `bias`: `[out_features]`, in `dtype`.
 
     All but `bias` are parameters that need no gradient. They keep their dtypes through `.half()`
@@ -38,8 +41,9 @@ class QLinear(nn.Linear):
             of 32 for mxfp8 and of 16 for nvfp4.
         dtype: of the bias, and of what `dequantize()` returns; torch's default dtype if None.
         scheme: `"int8"`, `"fp8"`, `"fp8_tensor"`, `"fp8_block"`, `"mxfp8"`, `"nvfp4"` (activations
-            quantised, from the tensor at hand), or `"int8_weight"`, `"fp8_weight"`,
-            `"nvfp4_weight"` (activations as they are).
+            quantised, from the tensor at hand), `"int8_static"` (on a grid from calibration: see
+            `from_observed`), or `"int8_weight"`, `"fp8_weight"`, `"nvfp4_weight"` (activations as
+            they are).
 
     Shape:
         input `[..., in_features]`, any number of leading axes, also empty;
@@ -81,6 +85,8 @@ class QLinear(nn.Linear):
         for name, part in self._parts():
             shape = part.shape(out_features, in_features)
             setattr(self, name, _frozen(torch.empty(shape, dtype=part.dtype, device=device)))
+        for name, part in self._grid():
+            setattr(self, name, _frozen(torch.zeros(1, dtype=part.dtype, device=device)))
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, dtype=self.dtype, device=device))
         else:
@@ -94,6 +100,13 @@ class QLinear(nn.Linear):
     def _parts(self) -> list[tuple[str, Part]]:
         """The parts of the weight, each with the name of its parameter."""
         return list(zip(self._stored, self._scheme.weight.parts, strict=True))
+
+    def _grid(self) -> list[tuple[str, Part]]:
+        """The grid of a static input, as `_parts`; nothing in the other schemes."""
+        scheme = self._scheme
+        if not scheme.static or scheme.activation is None:
+            return []
+        return [("input" + part.suffix, part) for part in scheme.activation.parts[1:]]
 
     @property
     def weight(self) -> nn.Parameter:  # type: ignore[override]
@@ -140,6 +153,31 @@ class QLinear(nn.Linear):
             raise TypeError(
                 f"qnn.QLinear.from_float takes an nn.Linear, got {type(linear).__name__}."
             )
+        if get_scheme(scheme).static:
+            raise ValueError(f"qnn.QLinear.from_float({linear!r}): {needs_calibration(scheme)}.")
+        return cls._around(linear, scheme)
+
+    @classmethod
+    def from_observed(cls, observed: ObservedLinear) -> QLinear:
+        """The `int8_static` layer of one that was calibrated or trained.
+
+        Raises:
+            TypeError: `observed` is no `ObservedLinear`.
+            ValueError: it has observed nothing, or a NaN or infinite value; the weight holds NaN or
+                inf, or has a size that the scheme does not take.
+        """
+        if not isinstance(observed, ObservedLinear):
+            raise TypeError(
+                "qnn.QLinear.from_observed takes a qnn.ObservedLinear, got "
+                f"{type(observed).__name__}."
+            )
+        layer = cls._around(observed, "int8_static")
+        for (name, _), part in zip(layer._grid(), grid(observed.input_quantize), strict=True):
+            setattr(layer, name, _frozen(part.to(observed.weight.device)))
+        return layer
+
+    @classmethod
+    def _around(cls, linear: nn.Linear, scheme: str) -> QLinear:
         weight, bias = linear.weight, linear.bias
         who = f"qnn.QLinear.from_float({linear!r})"
         if weight.dtype not in FLOATS:
@@ -187,13 +225,15 @@ class QLinear(nn.Linear):
             cast(torch.Tensor, parameters[second]),
             parameters["bias"],
             weight_global_scale=parameters[rest[0]] if rest else None,
+            input_scale=parameters.get("input_scale"),
+            input_zero_point=parameters.get("input_zero_point"),
             scheme=self.scheme,
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QLinear:
         # A cast of the whole model reaches the scales, and a weight of float8. Their values stay as
         # they are; only their device follows.
-        kept = [(name, getattr(self, name).data) for name, _ in self._parts()]
+        kept = [(name, getattr(self, name).data) for name, _ in self._parts() + self._grid()]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, data in kept:
             parameter = getattr(self, name)
@@ -213,9 +253,12 @@ class QLinear(nn.Linear):
         error_msgs: list[str],
     ) -> None:
         who = prefix.removesuffix(".") or name_of(self)
+        grid = [name for name, _ in self._grid()]
         names = [name for name, _ in self._parts()]
         given = {n: state_dict[prefix + n] for n in ("weight", *names) if prefix + n in state_dict}
-        foreign = [k for k in _FOREIGN_KEYS if k not in names and prefix + k in state_dict]
+        foreign = [
+            k for k in _FOREIGN_KEYS if k not in (*names, *grid) and prefix + k in state_dict
+        ]
         if foreign:
             error_msgs.append(
                 f"{who}: {', '.join(foreign)} belongs to another scheme than {self.scheme!r}; "
@@ -224,6 +267,10 @@ class QLinear(nn.Linear):
             return
         try:
             loaded = self._read_state(given)
+            given = {n: state_dict[prefix + n] for n in grid if prefix + n in state_dict}
+            if grid and (loaded or given):
+                read = self._read_grid(given)
+                state_dict = state_dict | {prefix + n: part for n, part in read.items()}
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{who}: {error}")
             return
@@ -233,8 +280,8 @@ class QLinear(nn.Linear):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        for parameter in self.stored:
-            parameter.requires_grad_(False)
+        for name in (*self._stored, *grid):
+            getattr(self, name).requires_grad_(False)
 
     def _read_state(self, given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         """A checkpoint's weight as this layer holds it; nothing where it has none."""
@@ -263,6 +310,15 @@ class QLinear(nn.Linear):
                 "model with the scheme that the checkpoint was saved in."
             )
         return tuple(self._read_part(name, part, given) for name, part in parts)
+
+    def _read_grid(self, given: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """A checkpoint's grid of the input; without a zero point it is symmetric."""
+        (scale, scale_part), (point, point_part) = self._grid()
+        if scale not in given:
+            raise ValueError(f"the state has no {scale}; {needs_calibration(self.scheme)}.")
+        given = {scale: given[scale], point: given.get(point, torch.zeros(1, dtype=torch.int8))}
+        read = self._read_part(scale, scale_part, given)
+        return {scale: read, point: self._read_part(point, point_part, given)}
 
     def _read_part(self, name: str, part: Part, given: dict[str, Any]) -> torch.Tensor:
         shape = part.shape(self.out_features, self.in_features)
@@ -299,7 +355,11 @@ class QLinear(nn.Linear):
     def extra_repr(self) -> str:
         dtype = "" if self.dtype == torch.float32 else f", dtype={self.dtype}"
         features = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{features}, bias={self.bias is not None}{dtype}, scheme={self.scheme!r}"
+        words = f"{features}, bias={self.bias is not None}{dtype}, scheme={self.scheme!r}"
+        scale = self._parameters.get("input_scale")
+        if scale is None or scale.is_meta or torch.compiler.is_compiling():
+            return words
+        return words if bool(scale > 0) else f"{words}, not calibrated"
 
     def __repr__(self) -> str:
         if torch.compiler.is_compiling():  # torch.vmap asks for the name of what it maps
@@ -318,6 +378,14 @@ _FOREIGN_KEYS = (
     "weight_scale_inv",
     "weight_scale_2",
 )
+
+
+def needs_calibration(scheme: str) -> str:
+    """Why a float layer cannot become one of a static scheme at once."""
+    return (
+        f"scheme {scheme!r} needs calibration: qnn.prepare(model), qnn.calibrate(model, batches), "
+        "qnn.convert(model)"
+    )
 
 
 def name_of(layer: Any) -> str:

@@ -1,13 +1,15 @@
 """Engines for the int8 GEMM of a CPU, and the choice between them.
 
-An engine computes `float32((xq − zero_point) · wᵀ) · sw` for `xq [M, K]`, int8 with zero point 0 or
-uint8 with 128, int8 `w [N, K]` and float32 `sw [N]`. The integer sums must be exact, and on many
+An engine computes `float32((xq − zero_point − offset) · wᵀ) · sw` for `xq [M, K]`, int8 with zero
+point 0 or uint8 with 128, int8 `w [N, K]` and float32 `sw [N]`; `offset` is an int8, the zero point
+of a static grid. The integer sums must be exact, and on many
 CPUs the fast one's are not, so an engine is used only after it has passed a known-answer test here.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,8 +26,10 @@ class Engine(Protocol):
     def why_not(self) -> str | None:
         """Why this engine cannot run here at all, or None."""
 
-    def matmul(self, xq: torch.Tensor, w: torch.Tensor, sw: torch.Tensor) -> torch.Tensor:
-        """float32((xq - zero_point) · wᵀ) · sw."""
+    def matmul(
+        self, xq: torch.Tensor, w: torch.Tensor, sw: torch.Tensor, offset: int = 0
+    ) -> torch.Tensor:
+        """float32((xq - zero_point - offset) · wᵀ) · sw."""
 
 
 def _prepack(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,21 +55,35 @@ class OneDNN:
             return "this build of torch has no onednn::qlinear_prepack"
         return None
 
-    def matmul(self, xq: torch.Tensor, w: torch.Tensor, sw: torch.Tensor) -> torch.Tensor:
+    def matmul(
+        self, xq: torch.Tensor, w: torch.Tensor, sw: torch.Tensor, offset: int = 0
+    ) -> torch.Tensor:
         pack, zero_points = packed(w, _prepack)
         sw = sw.contiguous()  # oneDNN reads the scales by their address, whatever the strides
         y: torch.Tensor = torch.ops.onednn.qlinear_pointwise.default(
-            xq, 1.0, 128, pack, sw, zero_points, None, 1.0, 0, torch.float32, "none", [], ""
+            xq,
+            1.0,
+            128 + offset,
+            pack,
+            sw,
+            zero_points,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
         )
         return y
 
 
 class Exact:
-    """float32 GEMMs over at most 1,024 of K, whose sums stay below 2^24 and so are integers; right
-    on every CPU.
+    """float32 GEMMs over at most 1,024 of K, 512 with an offset, whose sums stay below 2^24 and so
+    are integers; right on every CPU.
 
-    Lower float32 matmul precisions do not harm: int8 values are exact in bfloat16 and TF32, and
-    sums are kept in float32.
+    Lower float32 matmul precisions do not harm: int8 values, and their differences, are exact in
+    bfloat16 and TF32, and sums are kept in float32.
     """
 
     name = "exact"
@@ -78,15 +96,19 @@ class Exact:
     def why_not(self) -> str | None:
         return None
 
-    def matmul(self, xq: torch.Tensor, w: torch.Tensor, sw: torch.Tensor) -> torch.Tensor:
+    def matmul(
+        self, xq: torch.Tensor, w: torch.Tensor, sw: torch.Tensor, offset: int = 0
+    ) -> torch.Tensor:
         (m, k), n = xq.shape, w.shape[0]
-        if k <= self._DEPTH and w.numel() <= self._BLOCK:
-            return (xq.float() @ w.float().T).mul_(sw)
-        depth = min(k, self._DEPTH)
+        depth = min(k, self._DEPTH // 2 if offset else self._DEPTH)
+        if k <= depth and w.numel() <= self._BLOCK:
+            x = xq.float().sub_(offset) if offset else xq.float()
+            return (x @ w.float().T).mul_(sw)
         acc = w.new_zeros(m, n, dtype=torch.int32)
         width = max(1, self._BLOCK // depth)
         for k0 in range(0, k, depth):
             x = xq[:, k0 : k0 + depth].float()
+            x = x.sub_(offset) if offset else x
             for n0 in range(0, n, width):
                 block = w[n0 : n0 + width, k0 : k0 + depth].float()
                 acc[:, n0 : n0 + width] += (x @ block.T).int()
@@ -129,11 +151,11 @@ def self_test(name: str) -> Report:
     reason = engine.why_not()
     if reason is not None:
         return Report(name, False, reason)
-    for x, w in _known_answers():
-        expected = (x.double() @ w.double().T).float()
+    for (x, w), offset in itertools.product(_known_answers(), (0, -77)):
+        expected = ((x.double() - offset) @ w.double().T).float()
         try:
             xq = (x.int() + engine.zero_point).to(torch.uint8 if engine.zero_point else torch.int8)
-            got = engine.matmul(xq, w, w.new_ones(w.shape[0], dtype=torch.float32))
+            got = engine.matmul(xq, w, w.new_ones(w.shape[0], dtype=torch.float32), offset)
         except (RuntimeError, NotImplementedError) as error:
             return Report(name, False, f"raised {type(error).__name__}: {error}")
         if not torch.equal(got, expected):

@@ -111,6 +111,35 @@ def rows_linear(
     return finish(_output(y, bias, q, dtype), residual, activation)
 
 
+def static_linear(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    sw: torch.Tensor,
+    sx: torch.Tensor,
+    zx: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    *,
+    engine: Engine | None = None,
+) -> torch.Tensor:
+    rows = x.reshape(-1, x.shape[-1]).float()
+    good = rows.isfinite().all(-1, keepdim=True) & (sx > 0) & sx.isfinite()
+    scale = torch.where(good, sx, torch.nan)
+    if x.numel() == 0 or w.numel() == 0:
+        y = rows.new_zeros(rows.shape[0], w.shape[0]).mul_(scale)
+    else:
+        engine = engine or best_engine(rows.shape[0], w)
+        zero_point = int(zx)
+        q = (rows * sx.reciprocal()).round_().clamp_(-128 - zero_point, 127 - zero_point)
+        storage = torch.uint8 if engine.zero_point else torch.int8
+        # The integers of a bad row are arbitrary, but int8: a NaN has no defined cast.
+        q = torch.where(good, q.add_(zero_point + engine.zero_point), 0).to(storage)
+        y = engine.matmul(q, w, sw.view(-1), zero_point).mul_(scale)
+    y = _output(y, bias, x, x.dtype)
+    return finish(y, residual, activation)
+
+
 def weight_linear(
     x: torch.Tensor,
     w: torch.Tensor,
