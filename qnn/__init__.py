@@ -12,7 +12,7 @@ _HERE = _Path(__file__).resolve().parent
 if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels" / "spec.py").is_file():
     __path__.append(str(_HERE.parent))
 
-from qnn import functional, kernels
+from qnn import functional, kernels, parts
 from qnn.calibrate import calibrate
 from qnn.compare import Comparison, compare, sqnr
 from qnn.convert import convert
@@ -20,9 +20,12 @@ from qnn.fake_quantize import FakeQuantize, freeze_observers
 from qnn.kernels import SCHEMES, Format, Scheme
 from qnn.linear import Linear
 from qnn.observed_linear import ObservedLinear
+from qnn.prepare import prepare
 from qnn.qlinear import QLinear
 from qnn.qlstm import QGRU, QLSTM
 from qnn.quant_spec import QuantSpec
+from qnn.quantizable import QuantizableGRU, QuantizableLSTM
+from qnn.quantizable_cell import QuantizableGRUCell, QuantizableLSTMCell
 from qnn.summary import Summary, summary
 
 __version__ = "0.1.0"
@@ -37,6 +40,10 @@ __all__ = [
     "ObservedLinear",
     "QLinear",
     "QuantSpec",
+    "QuantizableGRU",
+    "QuantizableGRUCell",
+    "QuantizableLSTM",
+    "QuantizableLSTMCell",
     "Scheme",
     "Summary",
     "calibrate",
@@ -45,6 +52,8 @@ __all__ = [
     "freeze_observers",
     "functional",
     "kernels",
+    "parts",
+    "prepare",
     "sqnr",
     "summary",
 ]

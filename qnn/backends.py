@@ -13,6 +13,7 @@ from qnn.kernels.cuda.backends import has_kernel, state
 
 if TYPE_CHECKING:
     from qnn.qlinear import QLinear
+    from qnn.qlstm import QRecurrent
 
 _DECODED = "float32 GEMM on decoded blocks of the weight"
 
@@ -67,6 +68,18 @@ def linear_backend(layer: QLinear) -> str:
             "kernel for this device"
         )
     return f"{device}: {_on_cpu(scheme, values.numel())}"
+
+
+def recurrent_backend(layer: QRecurrent) -> str:
+    """The backend of a quantised recurrent layer on the device where it is."""
+    op = OPS[f"{layer.scheme}_{layer.mode.lower()}"]
+    device = next(layer.parameters()).device.type
+    if device == "meta":
+        return "meta: no values yet"
+    if device != "cpu":
+        return f"{device}: reference, step by step, since there is no kernel for this device"
+    tier = native_tier() if native.serves(op) else None
+    return f"cpu: {tier or f'reference, step by step; not native: {native.ready().reason}'}"
 
 
 def _on_cpu(scheme: Scheme, weights: int) -> str:

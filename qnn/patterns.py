@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from torch import nn
+from torch.nn.modules.rnn import RNNBase
 
 Pattern: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Patterns: TypeAlias = Pattern | Iterable[Pattern]
@@ -43,8 +44,8 @@ def _path(name: str) -> list[str]:
     return [".".join(parts[: end + 1]) for end in range(len(parts))]
 
 
-def _linears(modules: dict[str, nn.Module]) -> list[str]:
-    return [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+def _layers(modules: dict[str, nn.Module]) -> list[str]:
+    return [n for n, module in modules.items() if isinstance(module, nn.Linear | RNNBase)]
 
 
 def describe(pattern: Pattern) -> str:
@@ -53,7 +54,9 @@ def describe(pattern: Pattern) -> str:
     return getattr(pattern, "__name__", repr(pattern))
 
 
-def check(argument: str, patterns: Iterable[Pattern], modules: dict[str, nn.Module]) -> None:
+def check(
+    who: str, argument: str, patterns: Iterable[Pattern], modules: dict[str, nn.Module]
+) -> None:
     """Raise unless every pattern is of a known kind and picks something.
 
     Raises:
@@ -63,18 +66,19 @@ def check(argument: str, patterns: Iterable[Pattern], modules: dict[str, nn.Modu
     for pattern in patterns:
         if not isinstance(pattern, str) and not callable(pattern):
             raise TypeError(
-                f"qnn.convert: {argument} takes names with wildcards, module types or callables "
+                f"{who}: {argument} takes names with wildcards, module types or callables "
                 f"(name, module) -> bool, got {type(pattern).__name__} {pattern!r}."
             )
-        # A callable is asked about linear layers only: it may read what other modules do not have.
-        asked = modules if isinstance(pattern, str | type) else _linears(modules)
+        # A callable is asked about linear and recurrent layers only: it may read what other modules
+        # do not have.
+        asked = modules if isinstance(pattern, str | type) else _layers(modules)
         if not any(matches(pattern, name, modules) for name in asked):
             close = (
                 difflib.get_close_matches(pattern, modules, n=3) if isinstance(pattern, str) else []
             )
             hint = f" Close names: {', '.join(map(repr, close))}." if close else ""
             raise ValueError(
-                f"qnn.convert: {argument} pattern {describe(pattern)} matches no module of the "
+                f"{who}: {argument} pattern {describe(pattern)} matches no module of the "
                 f"model.{hint} Names are those of model.named_modules(); wildcards are *, ? and "
                 "[seq]."
             )

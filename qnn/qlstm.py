@@ -11,6 +11,7 @@ from torch.nn import functional as torch_F
 from torch.nn.modules.rnn import RNNBase
 
 from qnn import functional as F
+from qnn.backends import recurrent_backend
 from qnn.functional import RecurrentWeights
 from qnn.kernels.formats import FLOATS
 from qnn.kernels.recurrent import CELLS, SCHEMES
@@ -323,6 +324,11 @@ class QRecurrent(Sequences):
         text = RNNBase.extra_repr(self)  # type: ignore[arg-type]
         text += f", split_gates={self.split_gates}" if self.split_gates else ""
         return f"{text}, scheme={self.scheme!r}"
+
+    def __repr__(self) -> str:
+        if torch.compiler.is_compiling():  # torch.vmap asks for the name of what it maps
+            return self._who
+        return f"{type(self).__name__}({self.extra_repr()})  # {recurrent_backend(self)}"
 
 
 class QLSTM(QRecurrent):

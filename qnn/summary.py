@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from qnn.backends import linear_backend
-from qnn.convert import REASON
+from qnn.backends import linear_backend, recurrent_backend
+from qnn.convert import is_prepared
 from qnn.linear import Linear
+from qnn.observers import Statistics
 from qnn.qlinear import QLinear
+from qnn.qlstm import QRecurrent
+from qnn.quantizable import QuantizableRecurrent
+from qnn.swap import REASON
 
 # Layers that people expect to be quantised too, and why they are not.
 _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
@@ -20,8 +24,8 @@ _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
         nn.MultiheadAttention,
         "its q, k and v projections are one fused parameter, not linear layers",
     ),
-    (nn.RNNBase, "there is no quantised recurrent layer yet"),
-    (nn.RNNCellBase, "there is no quantised recurrent layer yet"),
+    (nn.RNN, "there is no quantised nn.RNN, only LSTM and GRU"),
+    (nn.RNNCellBase, "there is no quantised cell; a QLSTM or QGRU takes one step at a time"),
     (nn.Embedding, "embeddings are looked up, not multiplied: left in float"),
     (nn.EmbeddingBag, "embeddings are looked up, not multiplied: left in float"),
     (nn.modules.conv._ConvNd, "there is no quantised convolution yet"),
@@ -31,6 +35,7 @@ _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.GroupNorm, "normalisation stays in float"),
 )
 
+_PREPARED = "prepared: run it on data or qnn.calibrate it, then qnn.convert"
 _TRAINING = "float parameters, quantised in each step; convert to deploy"
 
 
@@ -137,6 +142,8 @@ def summary(model: nn.Module) -> Summary:
 def _rows(model: nn.Module) -> Iterator[Row]:
     seen: set[int] = set()
     for name, module in model.named_modules():
+        if isinstance(module, Statistics):
+            continue
         tensors = [
             t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None
         ]
@@ -156,6 +163,12 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             )
             shape = (module.out_features, module.in_features)
             yield Row(name, kind, module.scheme, shape, before, after, linear_backend(module), None)
+        elif isinstance(module, QRecurrent):
+            values = [t for t in fresh if t.dtype == torch.int8 or t.dim() == 1]
+            before = module.dtype.itemsize * sum(map(torch.numel, values))
+            shape = tuple(module._parameters["weight_hh_l0"].shape)  # type: ignore[union-attr]
+            backend = recurrent_backend(module)
+            yield Row(name, kind, module.scheme, shape, before, after, backend, None)
         elif isinstance(module, Linear):
             shape = (module.out_features, module.in_features)
             yield Row(name, kind, module.scheme, shape, after, after, _TRAINING, None)
@@ -173,10 +186,12 @@ def _reason(module: nn.Module) -> str:
     told = getattr(module, REASON, None)
     if told is not None:
         return str(told)
+    if is_prepared(module):
+        return _PREPARED
     for kind, reason in _KINDS:
         if isinstance(module, kind):
             return reason
-    if type(module) is nn.Linear:
+    if type(module) in (nn.Linear, nn.LSTM, nn.GRU) or isinstance(module, QuantizableRecurrent):
         return "not converted"
     if isinstance(module, nn.Linear):
         return f"{type(module).__name__} is a subclass of nn.Linear with a meaning of its own"

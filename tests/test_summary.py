@@ -15,7 +15,7 @@ class Mixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.emb = nn.Embedding(10, 16)
-        self.lstm = nn.LSTM(16, 16)
+        self.rnn = nn.RNN(16, 16)
         self.attention = nn.MultiheadAttention(16, 2)
         self.conv = nn.Conv1d(16, 16, 3)
         self.norm = nn.LayerNorm(16)
@@ -50,14 +50,14 @@ class TestSummary(unittest.TestCase):
     def test_nothing_is_skipped_without_a_reason(self) -> None:
         for row in self.summary.rows:
             self.assertTrue(row.backend or row.reason, row)
-        for name in ("lstm", "attention", "conv", "emb", "norm", ""):
+        for name in ("rnn", "attention", "conv", "emb", "norm", ""):
             self.assertIn(name, self.rows)
 
     def test_text_and_dict(self) -> None:
         text = str(self.summary)
         self.assertEqual(text, repr(self.summary))
         self.assertTrue(text.startswith("name"))
-        self.assertIn("there is no quantised recurrent layer yet", text)
+        self.assertIn("there is no quantised nn.RNN", text)
         self.assertLessEqual(len(text.splitlines()), len(self.rows) + 4)
         data = json.loads(json.dumps(self.summary.to_dict()))
         self.assertEqual(len(data["rows"]), len(self.rows))
