@@ -1,0 +1,108 @@
+"""`calibrate`: batches of every form, modes, progress, errors."""
+
+from __future__ import annotations
+
+import io
+import sys
+import unittest
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from parameterized import parameterized
+from torch import nn
+
+import qnn
+from qnn import FakeQuantize, QuantSpec
+
+SPEC = QuantSpec(torch.int8, symmetric=True)
+
+
+class Scaled(nn.Module):
+    def __init__(self, qat: bool = False) -> None:
+        super().__init__()
+        self.point = FakeQuantize(SPEC, name="scaled", qat=qat)
+        self.dropout = nn.Dropout(0.5)
+        self.norm = nn.BatchNorm1d(3)
+        self.calls: list[tuple[bool, bool]] = []
+
+    def forward(self, x: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        self.calls.append((self.training, torch.is_grad_enabled()))
+        return self.norm(self.dropout(self.point(x * factor)))
+
+
+class TestCalibrate(unittest.TestCase):
+    @parameterized.expand(
+        [
+            ("tensors", [torch.ones(2, 3), torch.full((1, 3), 2.54)]),
+            ("tuples", [(torch.ones(2, 3),), (torch.full((1, 3), 1.27), 2.0)]),
+            ("lists", [[torch.full((1, 3), 1.27), 2.0]]),
+            ("dicts", [{"x": torch.full((1, 3), 1.27), "factor": 2.0}]),
+        ]
+    )
+    def test_batches(self, _: str, batches: list[Any]) -> None:
+        for given in (batches, iter(batches)):
+            model = Scaled()
+            self.assertIs(qnn.calibrate(model, given), model)
+            self.assertAlmostEqual(model.point.qparams()[0].item(), 0.02, 6)
+
+    @parameterized.expand([(False,), (True,)])
+    def test_modes(self, qat: bool) -> None:
+        """Evaluation, no gradients; then every module as it was, and no statistics moved."""
+        model = Scaled(qat)
+        model.norm.eval()
+        qnn.calibrate(model, [torch.ones(2, 3)])
+        self.assertEqual(model.calls, [(False, False)])
+        modes = [module.training for module in (model, model.point, model.dropout, model.norm)]
+        self.assertEqual(modes, [True, True, True, False])
+        self.assertEqual(model.norm.num_batches_tracked.item(), 0)
+        self.assertAlmostEqual(model.point.qparams()[0].item(), 1 / 127, 8)
+
+    def test_modes_are_restored_after_an_error(self) -> None:
+        model = Scaled()
+        with self.assertRaises(RuntimeError):
+            qnn.calibrate(model, [torch.ones(2, 3), torch.ones(2, 4)])
+        self.assertTrue(model.training)
+        self.assertTrue(model.point.training)
+
+    def test_batches_come_one_at_a_time(self) -> None:
+        model = Scaled()
+
+        def batches() -> Iterator[torch.Tensor]:
+            for i in range(3):
+                self.assertEqual(len(model.calls), i)
+                yield torch.ones(2, 3)
+
+        qnn.calibrate(model, batches())
+
+    def test_progress(self) -> None:
+        for progress, terminal, shown in (
+            (True, True, True), (True, False, False), (False, True, False), ("always", False, True),
+        ):  # fmt: skip
+            stream = io.StringIO()
+            with (
+                mock.patch.object(sys, "stderr", stream),
+                mock.patch.object(stream, "isatty", lambda terminal=terminal: terminal),
+            ):
+                qnn.calibrate(Scaled(), [torch.ones(2, 3)] * 2, progress=progress)
+            self.assertEqual("qnn.calibrate: batch 2/2" in stream.getvalue(), shown)
+            self.assertEqual(bool(stream.getvalue()), shown)
+
+    def test_errors(self) -> None:
+        one = [torch.ones(2, 3)]
+        with self.assertRaisesRegex(ValueError, r"no observation points; qnn.prepare\(model\)"):
+            qnn.calibrate(nn.Linear(3, 3), one)
+        for empty in ([], iter([])):
+            with self.assertRaisesRegex(ValueError, "no batches"):
+                qnn.calibrate(Scaled(), empty)
+        with self.assertRaisesRegex(ValueError, "all 1 observation points are frozen or fixed"):
+            qnn.calibrate(qnn.freeze_observers(Scaled()), one)
+        with self.assertRaisesRegex(TypeError, r"batches is a Tensor, one batch; pass \[batch\]"):
+            qnn.calibrate(Scaled(), one[0])
+        with self.assertRaisesRegex(TypeError, "batches is a dict"):
+            qnn.calibrate(Scaled(), {"x": one[0]})
+        with self.assertRaisesRegex(TypeError, "takes an nn.Module, got str"):
+            qnn.calibrate("model", one)  # type: ignore[type-var]
+        with self.assertRaisesRegex(ValueError, "progress must be True, False or 'always'"):
+            qnn.calibrate(Scaled(), one, progress="never")
