@@ -2,7 +2,7 @@
 
 `zx` is the integer that stands for 0.0, as `input_zero_point` of the compressed-tensors convention.
 The sums of products are exact. A row of `x` with a NaN or inf gives a row of NaN, and so does every
-row where `sx` is not a positive number, such as the 0 of a layer that was never calibrated.
+row where `sx` is not a positive normal number, such as the 0 of a layer that was never calibrated.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from qnn.kernels.cpu import int8_linear as cpu
+from qnn.kernels.cpu import native
 from qnn.kernels.formats import FLOATS, Part
 from qnn.kernels.int8 import EPILOGUE, INT8, QMAX, SCALE, Int8, rows_linear_reference
 from qnn.kernels.spec import Op
@@ -70,7 +71,8 @@ def static_linear_reference(
     compute: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     rows, zero_point = x.float(), zx.float()
-    good = rows.isfinite().all(-1, keepdim=True) & (sx > 0) & sx.isfinite()
+    tiny = torch.finfo(torch.float32).tiny
+    good = rows.isfinite().all(-1, keepdim=True) & (sx >= tiny) & sx.isfinite()
     q = ((rows * (1 / sx)).round() + zero_point).clamp(INT8_TENSOR.qmin, INT8_TENSOR.qmax)
     q = torch.where(good, q - zero_point, 0)
     scale = torch.where(good, sx, torch.nan)
@@ -91,8 +93,10 @@ int8_static_linear = Op(
     },
     out=("x",),
     reference=static_linear_reference,
-    kernels={"CPU": cpu.static_linear},
+    kernels={"CPU": native.preferred("int8_static_linear", cpu.static_linear)},
     backward={"x": "int8_linear_dgrad"},
     positive=("sw", "sx"),
     choices=EPILOGUE,
 )  # fmt: skip
+
+native.replaces(int8_static_linear)

@@ -124,7 +124,7 @@ def static_linear(
     engine: Engine | None = None,
 ) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1]).float()
-    good = rows.isfinite().all(-1, keepdim=True) & (sx > 0) & sx.isfinite()
+    good = rows.isfinite().all(-1, keepdim=True) & (sx >= _TINY) & sx.isfinite()
     scale = torch.where(good, sx, torch.nan)
     if x.numel() == 0 or w.numel() == 0:
         y = rows.new_zeros(rows.shape[0], w.shape[0]).mul_(scale)

@@ -97,6 +97,7 @@ _BROUGHT = {
     "int8_quantize",
     "int8_linear",
     "int8_rows_linear",
+    "int8_static_linear",
     "int8_weight_linear",
     "fp8_weight_linear",
     "nvfp4_weight_linear",

@@ -57,7 +57,8 @@ const Tier* const kTiers[] = {
     &qnn::portable,
 };
 
-constexpr int64_t kLongestRow = 132104;  // 128 · 127 · K stays below 2^31
+constexpr int64_t kLongestRow = 132104;   // 128 · 127 · K stays below 2^31
+constexpr int64_t kLongestFixed = 65793;  // 255 · 128 · K does
 
 // -- float formats, by arithmetic on doubles ------------------------------------------------------
 
@@ -191,7 +192,9 @@ class Memory {
 // What is drawn; floats are held as the doubles that they are, rounded to their dtype.
 struct Call {
   uint64_t seed = 0;
-  bool weight_only = false, codes = false, at_end = false;
+  bool weight_only = false, codes = false, fixed = false, at_end = false;
+  int zero_point = 0;
+  float grid_scale = 0;
   int parts = 1;
   Weight weight{};
   int64_t m = 0, k = 0, n = 0;
@@ -208,20 +211,22 @@ struct Call {
 
   std::string text() const {
     static const char* const kActivations[] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
-    char line[400];
-    std::snprintf(
-        line, sizeof line,
-        "%s m=%lld k=%lld n=%lld x=%s bias=%s residual=%s activation=%s y=%s parts=%d, operands %s "
-        "(repeat with 1 case and seed %llu)",
-        !weight_only             ? "int8"
-        : weight == Weight::e4m3 ? "e4m3 weight"
-        : weight == Weight::e2m1 ? "e2m1 weight"
-                                 : "int8_weight",
-        static_cast<long long>(m), static_cast<long long>(k), static_cast<long long>(n),
-        codes ? "codes" : format_of(x_dtype).name,
-        bias.empty() ? "none" : format_of(bias_dtype).name, residual.empty() ? "none" : "given",
-        kActivations[static_cast<int>(activation)], format_of(y_dtype).name, parts,
-        at_end ? "end at a page" : "begin at a page", static_cast<unsigned long long>(seed));
+    char line[400], grid[80] = "";
+    if (fixed) std::snprintf(grid, sizeof grid, " fixed %g from %d", grid_scale, zero_point);
+    std::snprintf(line, sizeof line,
+                  "%s%s m=%lld k=%lld n=%lld x=%s bias=%s residual=%s activation=%s y=%s parts=%d, "
+                  "operands %s "
+                  "(repeat with 1 case and seed %llu)",
+                  !weight_only             ? "int8"
+                  : weight == Weight::e4m3 ? "e4m3 weight"
+                  : weight == Weight::e2m1 ? "e2m1 weight"
+                                           : "int8_weight",
+                  grid, static_cast<long long>(m), static_cast<long long>(k),
+                  static_cast<long long>(n), codes ? "codes" : format_of(x_dtype).name,
+                  bias.empty() ? "none" : format_of(bias_dtype).name,
+                  residual.empty() ? "none" : "given", kActivations[static_cast<int>(activation)],
+                  format_of(y_dtype).name, parts, at_end ? "end at a page" : "begin at a page",
+                  static_cast<unsigned long long>(seed));
     return line;
   }
 };
@@ -237,6 +242,7 @@ class Draw {
     c.weight_only = one_in(2);
     if (c.weight_only) c.weight = static_cast<Weight>(between(0, 2));
     c.codes = !c.weight_only && one_in(3);
+    if (!c.weight_only && !c.codes && one_in(2)) grid(c);
     c.at_end = !one_in(3);
     c.parts = one_in(2) ? 1 : between(2, 5);
     c.x_dtype = dtype();
@@ -317,6 +323,14 @@ class Draw {
     if (packed) std::fill(c.sw.begin(), c.sw.end(), c.sw.empty() ? 1.0f : c.sw[0]);
   }
 
+  void grid(Call& c) {
+    static const float kOdd[] = {NAN, FLT_MIN, 1e30f, 1, 0.5f};
+    c.fixed = true;
+    c.k = std::min(c.k, kLongestFixed);
+    c.zero_point = one_in(3) ? 0 : one_in(3) ? (one_in(2) ? -128 : 127) : between(-128, 127);
+    c.grid_scale = one_in(3) ? kOdd[between(0, 4)] : static_cast<float>(0.03 * std::exp(normal()));
+  }
+
   void weight(Call& c) {
     c.w.resize(c.n * c.k);
     c.sw.resize(c.n);
@@ -389,8 +403,25 @@ class Draw {
 
 // -- what is right --------------------------------------------------------------------------------
 
+// As kernels/int8_static.py says it.
+void quantize_on_grid(Call& c) {
+  const float inverse = 1 / c.grid_scale;
+  for (int64_t i = 0; i < c.m; ++i) {
+    bool good = std::isfinite(c.grid_scale);
+    for (int64_t l = 0; l < c.k; ++l)
+      good = good && std::isfinite(static_cast<float>(c.x[i * c.k + l]));
+    c.sx[i] = good ? c.grid_scale : NAN;
+    for (int64_t l = 0; good && l < c.k; ++l) {
+      const float q = std::nearbyint(static_cast<float>(c.x[i * c.k + l]) * inverse);
+      c.xq[i * c.k + l] =
+          static_cast<int8_t>(std::clamp(q + static_cast<float>(c.zero_point), -128.0f, 127.0f));
+    }
+  }
+}
+
 // As kernels/int8.py says it.
 void quantize(Call& c) {
+  if (c.fixed) return quantize_on_grid(c);
   for (int64_t i = 0; i < c.m; ++i) {
     const double* row = c.x.data() + i * c.k;
     float amax = 0;
@@ -430,7 +461,8 @@ Bounds integer_sum(const Call& c, int64_t i, int64_t j) {
   int64_t sum = 0;
   for (int64_t begin = 0; begin < c.k; begin += 1024) {
     int32_t some = 0;
-    for (int64_t l = begin; l < std::min(begin + 1024, c.k); ++l) some += x[l] * w[l];
+    for (int64_t l = begin; l < std::min(begin + 1024, c.k); ++l)
+      some += (x[l] - c.zero_point) * w[l];
     sum += some;
   }
   const double value = static_cast<float>(sum);
@@ -548,6 +580,7 @@ void run(const Tier& tier, const Call& c, char* y) {
   p.x_dtype = c.x_dtype;
   if (c.codes)
     p.row_scale = reinterpret_cast<const float*>(place(c.sx.data(), c.sx.size() * sizeof(float)));
+  p.fixed = c.fixed, p.grid_scale = c.grid_scale, p.zero_point = c.zero_point;
   p.weight = c.weight;
   p.w = reinterpret_cast<const int8_t*>(place(c.w.data(), c.w.size()));
   p.w_stride = c.w_stride();

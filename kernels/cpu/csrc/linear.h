@@ -13,13 +13,17 @@ enum class Activation { none, relu, gelu, gelu_tanh, silu };
 enum class Weight { int8, e4m3, e2m1 };
 
 // y = act(x · (w · sw)ᵀ + bias) + residual. Row-major and dense: x [m, k], w [n, k], sw and bias
-// [n], residual and y [m, n]. The meaning, to the bit, is the reference in kernels/int8.py; that of
-// a float weight, but for the order of its sums, the one in kernels/float_ops.py.
+// [n], residual and y [m, n]. The meaning, to the bit, is the reference in kernels/int8.py, and of
+// a fixed grid that in kernels/int8_static.py; that of a float weight, but for the order of its
+// sums, the one in kernels/float_ops.py.
 struct Linear {
   int64_t m, n, k;
   const void* x;           // floats, or int8 codes where `row_scale` is given
   DType x_dtype;           // of the floats
   const float* row_scale;  // [m], or null: the rows are quantised here
+  bool fixed;              // on one grid for all rows, of `grid_scale`; NaN where that is unusable
+  float grid_scale;
+  int32_t zero_point;  // the code of 0; y is of (code - zero_point) · w. 0 but on a fixed grid
   Weight weight;
   const int8_t* w;             // codes of any format, in bytes
   int64_t w_stride;            // bytes from a row of w to the next

@@ -141,6 +141,38 @@ inline int32_t quantize_row(const typename Format::Value* x, int64_t k, int64_t 
   return total;
 }
 
+// One row on the call's own grid; as above.
+template <class Format, class Code>
+inline int32_t quantize_on_grid(const Linear& p, const typename Format::Value* x, int64_t padded,
+                                Code* codes, float* scale) {
+  const float inverse = 1.0f / p.grid_scale;
+  const vfloat low = splat(static_cast<float>(-128 - p.zero_point)),
+               high = splat(static_cast<float>(127 - p.zero_point)), round = splat(0x1.8p23f);
+  vint lanes, most = {}, sum = {};
+  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
+  int64_t i = 0;
+  for (; i < p.k; i += kLanes) {
+    const vfloat value = load_some<Format>(x + i, p.k - i);
+    const vint magnitude = bits(value) & 0x7fffffff;
+    most = magnitude > most ? magnitude : most;
+    vfloat v = value * inverse;
+    v = v < low ? low : v;
+    v = v > high ? high : v;
+    vint q = bits(v + round) - bits(round) + p.zero_point;
+    if (p.k - i < kLanes) q = lanes < static_cast<int32_t>(p.k - i) ? q : vint{};
+    sum += q;
+    write_codes(codes + i, q);
+  }
+  for (; i < padded; i += kLanes) write_codes(codes + i, vint{});
+  bool good = p.grid_scale == p.grid_scale;
+  for (int lane = 0; lane < kLanes; ++lane) good = good && most[lane] < 0x7f800000;
+  *scale = good ? p.grid_scale : std::numeric_limits<float>::quiet_NaN();
+  if (!good) return 0;  // whatever the codes are
+  int32_t total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
+  return total;
+}
+
 inline void quantize(const Quantize& p, int part, int parts) {
   with_format(p.x_dtype, [&](auto format) {
     using Format = decltype(format);
@@ -193,7 +225,8 @@ inline int32_t read_row(const Linear& p, int64_t row, int64_t padded, typename T
     with_format(p.x_dtype, [&](auto format) {
       using Format = decltype(format);
       const auto* x = static_cast<const typename Format::Value*>(p.x) + row * p.k;
-      sum = quantize_row<Format>(x, p.k, padded, out, scale);
+      sum = p.fixed ? quantize_on_grid<Format>(p, x, padded, out, scale)
+                    : quantize_row<Format>(x, p.k, padded, out, scale);
     });
     return sum;
   }
@@ -208,9 +241,11 @@ struct Columns {
   int64_t begin, count;
   float* sw;
   float* bias;
+  int32_t* start;  // of the blocked form: -zero_point times the sum of a row of w
 
   static Columns take(Scratch& scratch) {
-    return {0, 0, scratch.take<float>(T::kChunk), scratch.take<float>(T::kChunk)};
+    return {0, 0, scratch.take<float>(T::kChunk), scratch.take<float>(T::kChunk),
+            scratch.take<int32_t>(T::kChunk)};
   }
 
   void move_to(const Linear& p, int64_t first, int64_t most) {
@@ -254,8 +289,9 @@ struct Output {
   static constexpr bool kDouble = std::is_same_v<Format, Float64>;
 
   const float* sw;
-  const float* bias;  // or null
-  Value* y;           // of the chunk's first column, in row 0
+  const float* bias;     // or null
+  const int32_t* start;  // or null
+  Value* y;              // of the chunk's first column, in row 0
   const Value* residual;
   int64_t stride, count;
   Activation activation;
@@ -263,6 +299,7 @@ struct Output {
   Output(const Linear& p, const Columns<T>& columns)
       : sw(columns.sw),
         bias(p.bias == nullptr ? nullptr : columns.bias),
+        start(p.zero_point == 0 ? nullptr : columns.start),
         y(static_cast<Value*>(p.y) + columns.begin),
         residual(p.residual == nullptr ? nullptr
                                        : static_cast<const Value*>(p.residual) + columns.begin),
@@ -288,7 +325,11 @@ struct Output {
     alignas(64) float values[kTurned * kLanes];
     alignas(64) int32_t words[kLanes * kLanes], turned[kLanes * kLanes];
     const auto scaled = [&](int64_t i) {
-      vfloat value = sum_as_float(read<Sum>(acc + i * acc_stride)) * sw[c + i];
+      Sum sum = read<Sum>(acc + i * acc_stride);
+      if constexpr (T::kQuantizes) {
+        if (start != nullptr) sum = (vint)((vuint)sum + static_cast<uint32_t>(start[c + i]));
+      }
+      vfloat value = sum_as_float(sum) * sw[c + i];
       if constexpr (T::kQuantizes) value = value * sx;
       return bias == nullptr ? value : value + bias[c + i];
     };
@@ -471,10 +512,14 @@ struct Blocked {
     for (int64_t k = 0; k == 0 || k < p.k; k += T::kDepth) {
       const int64_t depth = p.k - k < T::kDepth ? p.k - k : T::kDepth;
       const int64_t words = round_up(div_up(depth, T::kGroup), T::kWordStep);
+      if (k == 0 && p.zero_point != 0) std::memset(b.columns.start, 0, T::kChunk * 4);
       for (int64_t c = 0; c < columns; ++c) {
         Panel* to = b.panels + c * kPanelStride<T>;
         if (c < b.columns.count) {
           fill_panel(to, p, b.columns.begin + c, k, depth);
+          if constexpr (T::kQuantizes) {
+            if (p.zero_point != 0) b.columns.start[c] -= p.zero_point * sum_of_panel(to, depth);
+          }
         } else {
           std::memset(to, 0, words * T::kGroup * sizeof(Panel));
         }
@@ -507,6 +552,13 @@ struct Blocked {
     } else {
       T::fill_panel(to, T::row(p, n), k, depth);
     }
+  }
+
+  // Of the codes of w, while they are in the first-level cache.
+  static int32_t sum_of_panel(const Panel* panel, int64_t depth) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < depth; ++i) sum += panel[i];
+    return sum - static_cast<int32_t>(T::kOffset * depth);
   }
 
   static void start(const int32_t* from, int64_t rows, Acc* acc) {
@@ -553,6 +605,10 @@ struct Dots {
   using Code = typename T::Code;
   static constexpr int64_t kCodeStep = kLine / static_cast<int64_t>(sizeof(Code));
 
+  // Those of x and, where zero has a code, a row of ones, whose products are the sums of the rows
+  // of w: w is read once, and memory is what the time goes to.
+  static int64_t rows_of(const Linear& p) { return p.m + (T::kQuantizes && p.zero_point != 0); }
+
   struct Buffers {
     int64_t stride;  // codes from a row to the next
     Code* codes;
@@ -562,10 +618,10 @@ struct Dots {
     Columns<T> columns;
     Buffers(Scratch scratch, const Linear& p, size_t* used)
         : stride(round_up(p.k, kLine) + kCodeStep),
-          codes(scratch.take<Code>(p.m * stride)),
-          scale(scratch.take<float>(p.m)),
-          start(scratch.take<int32_t>(p.m)),
-          acc(scratch.take<typename T::Acc>(p.m * T::kChunk)),
+          codes(scratch.take<Code>(rows_of(p) * stride)),
+          scale(scratch.take<float>(rows_of(p))),
+          start(scratch.take<int32_t>(rows_of(p))),
+          acc(scratch.take<typename T::Acc>(rows_of(p) * T::kChunk)),
           columns(Columns<T>::take(scratch)) {
       if (used != nullptr) *used = scratch.used();
     }
@@ -590,6 +646,11 @@ struct Dots {
                                                b.codes + row * b.stride, b.scale + row);
       if constexpr (!T::kQuantizes)
         T::arrange(p.weight, b.codes + row * b.stride, round_up(p.k, kLine));
+    }
+    if (rows_of(p) > p.m) {
+      Code* ones = b.codes + p.m * b.stride;
+      for (int64_t i = 0; i < round_up(p.k, kLine); ++i) ones[i] = i < p.k;
+      b.start[p.m] = static_cast<int32_t>(-T::kOffset * p.k);
     }
     for (int64_t n = begin; n < end; n += T::kChunk) {
       b.columns.move_to(p, n, end - n < T::kChunk ? end - n : T::kChunk);
@@ -616,7 +677,7 @@ struct Dots {
       }
       int64_t row = 0;
       const auto rest = [&](auto rows) {
-        for (; row + rows() <= p.m; row += rows()) {
+        for (; row + rows() <= rows_of(p); row += rows()) {
           T::template dot<rows()>(b.codes + row * b.stride, b.stride, w, p.k,
                                   b.acc + row * T::kChunk + c);
         }
@@ -636,6 +697,13 @@ struct Dots {
         // Of long rows the two terms may wrap, their sum does not.
         if constexpr (T::kOffset != 0)
           sums = (vint)((vuint)sums + static_cast<uint32_t>(b.start[row]));
+        if constexpr (T::kQuantizes) {
+          if (p.zero_point != 0) {
+            vuint columns = read<vuint>(b.acc + p.m * T::kChunk + c);
+            if constexpr (T::kOffset != 0) columns += static_cast<uint32_t>(b.start[p.m]);
+            sums = (vint)((vuint)sums - columns * static_cast<uint32_t>(p.zero_point));
+          }
+        }
         output.row(row, c, sums, b.scale[row]);
       }
     }

@@ -1,8 +1,10 @@
 // The ops of kernels/int8.py, and those of kernels/float_ops.py over a float weight, on the CPU,
 // registered through torch's stable interface.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <iterator>
+#include <limits>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -30,14 +32,15 @@ void run_parallel(const Kernel& kernel, const Linear& p) {
 struct Call {
   const char* op;
   bool weight_only;
-  ScalarType dtype;         // of y
-  const Tensor* row_scale;  // where the rows are codes
+  ScalarType dtype;                           // of y
+  const Tensor* row_scale;                    // where the rows are codes
+  const Tensor *sx = nullptr, *zx = nullptr;  // of a fixed grid
 };
 
 Tensor linear(const Call& call, const Tier& tier, const Tensor& x, const Tensor& w,
               const Tensor& sw, const Maybe& bias, const Maybe& residual,
               const std::string& activation) {
-  const bool codes = call.row_scale != nullptr;
+  const bool codes = call.row_scale != nullptr, fixed = call.sx != nullptr;
   const char* first = codes ? "q" : "x";
   std::vector<std::pair<const char*, const Tensor*>> tensors{{first, &x}};
   const auto add = [&](const char* name, const Tensor* t) {
@@ -46,6 +49,7 @@ Tensor linear(const Call& call, const Tier& tier, const Tensor& x, const Tensor&
   };
   const size_t at_scale = codes ? add("scale", call.row_scale) : 0, at_w = add("w", &w),
                at_sw = add("sw", &sw);
+  const size_t at_sx = fixed ? add("sx", call.sx) : 0, at_zx = fixed ? add("zx", call.zx) : 0;
   const size_t at_bias = bias.has_value() ? add("bias", &*bias) : 0;
   const size_t at_residual = residual.has_value() ? add("residual", &*residual) : 0;
   const Arguments args(call.op, std::move(tensors),
@@ -73,6 +77,12 @@ Tensor linear(const Call& call, const Tier& tier, const Tensor& x, const Tensor&
   args.dtype(at_sw, ScalarType::Float);
   args.shape(at_sw, sw.dim() == 2 && sw.size(1) == 1, "[n, 1]");
   args.shape(at_sw, sw.size(0) == p.n, "[n, 1]", "n", p.n, "w");
+  if (fixed) {
+    args.dtype(at_sx, ScalarType::Float);
+    args.shape(at_sx, call.sx->dim() == 1 && call.sx->size(0) == 1, "[1]");
+    args.dtype(at_zx, ScalarType::Char);
+    args.shape(at_zx, call.zx->dim() == 1 && call.zx->size(0) == 1, "[1]");
+  }
   if (bias.has_value()) {
     p.bias_dtype = args.float_dtype(at_bias);
     args.shape(at_bias, bias->dim() == 1, "[n]");
@@ -108,6 +118,14 @@ Tensor linear(const Call& call, const Tier& tier, const Tensor& x, const Tensor&
   p.w_stride = p.k;
   p.sw = static_cast<const float*>(dense_sw.data_ptr());
   if (codes) p.row_scale = static_cast<const float*>(dense_scale.data_ptr());
+  if (fixed) {
+    const Tensor dense_sx = args.dense(at_sx), dense_zx = args.dense(at_zx);
+    const float sx = *static_cast<const float*>(dense_sx.data_ptr());
+    const bool usable = sx >= std::numeric_limits<float>::min() && std::isfinite(sx);
+    p.fixed = true;
+    p.grid_scale = usable ? sx : std::numeric_limits<float>::quiet_NaN();
+    p.zero_point = *static_cast<const int8_t*>(dense_zx.data_ptr());
+  }
   if (bias.has_value()) p.bias = dense_bias.data_ptr();
   if (residual.has_value()) p.residual = dense_residual.data_ptr();
   run_parallel(call.weight_only ? tier.weight_only : tier.int8, p);
@@ -197,6 +215,12 @@ Tensor int8_weight_linear(Tensor x, Tensor w, Tensor sw, Maybe bias, Maybe resid
                 residual, activation);
 }
 
+Tensor int8_static_linear(Tensor x, Tensor w, Tensor sw, Tensor sx, Tensor zx, Maybe bias,
+                          Maybe residual, std::string activation) {
+  return linear({"int8_static_linear", false, x.scalar_type(), nullptr, &sx, &zx}, best_tier(), x,
+                w, sw, bias, residual, activation);
+}
+
 Tensor int8_rows_linear(Tensor q, Tensor scale, Tensor w, Tensor sw, Maybe bias, Maybe residual,
                         std::string activation, ScalarType dtype) {
   return linear({"int8_rows_linear", false, dtype, &scale}, best_tier(), q, w, sw, bias, residual,
@@ -246,6 +270,12 @@ Tensor cpu_linear(Tensor x, Tensor w, Tensor sw, Maybe bias, Maybe residual, std
                 bias, residual, activation);
 }
 
+Tensor cpu_static_linear(Tensor x, Tensor w, Tensor sw, Tensor sx, Tensor zx, Maybe bias,
+                         Maybe residual, std::string activation, std::string tier) {
+  return linear({"cpu_static_linear", false, x.scalar_type(), nullptr, &sx, &zx}, tier_called(tier),
+                x, w, sw, bias, residual, activation);
+}
+
 // The same for a float weight: of nvfp4 where `gw` is given, else of fp8.
 Tensor cpu_float_linear(Tensor x, Tensor wq, Tensor sw, Maybe gw, Maybe bias, std::string tier) {
   return float_weight_linear("cpu_float_linear", tier_called(tier), x, wq, sw,
@@ -262,6 +292,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qnn, m) {
       "str scheme, str tier) "
       "-> Tensor");
   m.def(
+      "cpu_static_linear(Tensor x, Tensor w, Tensor sw, Tensor sx, Tensor zx, Tensor? bias, "
+      "Tensor? residual, str activation, str tier) -> Tensor");
+  m.def(
       "cpu_float_linear(Tensor x, Tensor wq, Tensor sw, Tensor? gw, Tensor? bias, str tier) "
       "-> Tensor");
 }
@@ -274,9 +307,11 @@ STABLE_TORCH_LIBRARY_IMPL(qnn, CPU, m) {
   m.impl("int8_quantize", TORCH_BOX(&qnn::int8_quantize));
   m.impl("int8_linear", TORCH_BOX(&qnn::int8_linear));
   m.impl("int8_weight_linear", TORCH_BOX(&qnn::int8_weight_linear));
+  m.impl("int8_static_linear", TORCH_BOX(&qnn::int8_static_linear));
   m.impl("int8_rows_linear", TORCH_BOX(&qnn::int8_rows_linear));
   m.impl("fp8_weight_linear", TORCH_BOX(&qnn::fp8_weight_linear));
   m.impl("nvfp4_weight_linear", TORCH_BOX(&qnn::nvfp4_weight_linear));
   m.impl("cpu_linear", TORCH_BOX(&qnn::cpu_linear));
+  m.impl("cpu_static_linear", TORCH_BOX(&qnn::cpu_static_linear));
   m.impl("cpu_float_linear", TORCH_BOX(&qnn::cpu_float_linear));
 }

@@ -58,12 +58,15 @@ bool known_integers(const Tier& tier) {
     p.x = x.data(), p.row_scale = ones.data();
     p.w = w.data(), p.w_stride = k, p.sw = ones.data();
     p.y = y.data();
-    run_alone(tier.int8, p);
-    for (int64_t i = 0; i < m; ++i) {
-      for (int64_t j = 0; j < n; ++j) {
-        int32_t sum = 0;
-        for (int64_t l = 0; l < k; ++l) sum += x[i * k + l] * w[j * k + l];
-        if (y[i * n + j] != static_cast<float>(sum)) return false;
+    for (const int32_t zero_point : {0, -77}) {
+      p.zero_point = zero_point;
+      run_alone(tier.int8, p);
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+          int32_t sum = 0;
+          for (int64_t l = 0; l < k; ++l) sum += (x[i * k + l] - zero_point) * w[j * k + l];
+          if (y[i * n + j] != static_cast<float>(sum)) return false;
+        }
       }
     }
   }
