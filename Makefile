@@ -18,7 +18,7 @@ demo: $(VENV)/.examples ## semantic search with MiniLM, float32 against int8: a 
 
 test: $(VENV)/.examples $(VENV)/.dev ## the whole test suite
 	@echo "test: run the whole suite (some minutes on 2 cores)"
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n 2 tests
 
 test-long: $(VENV)/.examples $(VENV)/.dev ## thousands of random calls of each C++ kernel
 	@echo "test-long: the C++ kernels on thousands of random calls (some minutes on 2 cores)"

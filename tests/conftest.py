@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from typing import Any
+
+# Before torch is imported, and for child processes too: processes that share the tests (pytest -n)
+# share the cores. Threads that spin on the cores of another process make both wait.
+if PROCESSES := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // PROCESSES))
 
 import pytest
 import torch
+
+# What is set up for all tests of these files takes long: one process runs them, and begins early.
+WHOLE = ("test_distributed.py", "test_examples.py", "test_kernels_cpp.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Test by test to whichever process is free; the most numerous groups first."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file.endswith(WHOLE) else nodeid
+
+    return Scheduler(config, log)
 
 
 @pytest.fixture(autouse=True)
