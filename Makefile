@@ -22,7 +22,7 @@ test: $(VENV)/.examples $(VENV)/.dev ## the whole test suite
 
 test-long: $(VENV)/.examples $(VENV)/.dev ## thousands of random calls of each C++ kernel
 	@echo "test-long: the C++ kernels on thousands of random calls (some minutes on 2 cores)"
-	$(BIN)/python -m pytest -q tests -m long
+	$(BIN)/python -m pytest -q -n 2 tests -m long
 
 lint: $(VENV)/.dev ## format, lint and strict types
 	@echo "lint: ruff format, ruff check, clang-format, mypy --strict"

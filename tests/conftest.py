@@ -14,13 +14,14 @@ if PROCESSES := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 import pytest
 import torch
 
-# What is set up for all tests of these files takes long: one process runs them, and begins early.
-WHOLE = ("test_distributed.py", "test_examples.py", "test_kernels_cpp.py")
+# Files whose tests share what is slow to set up, or where one test takes very long: a process runs
+# each as a whole, and they come first.
+WHOLE = ("test_distributed.py", "test_examples.py", "test_kernels_cpp.py", "test_triton.py")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Test by test to whichever process is free; the most numerous groups first."""
+    """Of several processes, each takes the next test when it is free."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduler(LoadScopeScheduling):  # type: ignore[misc]

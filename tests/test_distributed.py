@@ -33,7 +33,7 @@ from qnn import functional as F
 
 TRAINING = [scheme.name for scheme in qnn.SCHEMES.values() if scheme.trainable]
 Tensors = list[torch.Tensor]
-TIMEOUT = 120  # seconds a check; none takes 20
+TIMEOUT = 300  # seconds a check; none takes 20 on a quiet machine
 
 
 # Two workers ----------------------------------------------------------------------------------

@@ -34,10 +34,14 @@ Run = Callable[..., torch.Tensor]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _library() -> None:
+def _library() -> Iterator[None]:
     status = native.ensure()
     if not status.loaded:
         pytest.skip(status.reason)
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(2, before))  # so that calls are divided on every machine
+    yield
+    torch.set_num_threads(before)
 
 
 def forced(tier: str) -> Run:

@@ -33,10 +33,14 @@ ERRORS = {"none": 0.0, "relu": 0.0, "gelu": 3.0, "gelu_tanh": 1.1, "silu": 1.1}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _library() -> None:
+def _library() -> Iterator[None]:
     status = native.ensure()
     if not status.loaded:
         pytest.skip(status.reason)
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(2, before))  # so that calls are divided on every machine
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=TIERS)
