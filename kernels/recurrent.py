@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from einops import einsum
 
+from qnn.kernels.cpu import native
 from qnn.kernels.formats import FLOATS
 from qnn.kernels.int8 import INT8, SCALE, quantize_reference
 from qnn.kernels.spec import Op, size_of
@@ -486,7 +487,9 @@ def _declare(
     result: str,
     extra: str | None = None,
     backward: str | None = None,
+    brought: bool = False,
 ) -> Op:
+    """`brought`: the library of C++ kernels has it."""
     arguments, rows = _arguments(cell, extra), f"h*{len(cell.gates)}"
     names = [argument.partition(":")[0] for argument in arguments]
     dtypes: dict[str, Any] = {"x": FLOATS, "h0": "x", "lengths": (torch.int64,)}
@@ -513,6 +516,7 @@ def _declare(
         dtypes=dtypes,
         out=("x",),
         reference=reference,
+        kernels={"CPU": native.preferred(name, reference)} if brought else {},
         backward={"x": backward} if backward else {},
         positive=[name for name in names if name.startswith("sw_")],
         choices={"direction": DIRECTIONS},
@@ -546,7 +550,7 @@ for _cell in CELLS.values():
     _reference, _gradient_reference = _REFERENCES[_cell.name]
     _gradient = f"int8_{_cell.name}_dgrad"
     for _scheme in SCHEMES:
-        _declare(
+        _op = _declare(
             _cell,
             f"{_scheme}_{_cell.name}",
             _DOC[_scheme],
@@ -554,7 +558,9 @@ for _cell in CELLS.values():
             _RESULT[_cell.name],
             f"table: {len(_cell.parts)} 4" if _scheme == "int8_static" else None,
             _gradient,
+            brought=True,
         )
+        native.replaces(_op)
     _declare(
         _cell,
         _gradient,

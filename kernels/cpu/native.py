@@ -91,6 +91,7 @@ class _Replaceable(Protocol):
     def disable(self, key: str) -> None: ...
 
 
+_RECURRENT = ("int8", "int8_static", "int8_weight")
 # The ops whose CPU kernels the library brings. It is loaded once all of them are declared: else the
 # kernel of a later declaration would lie over its own.
 _BROUGHT = {
@@ -101,6 +102,7 @@ _BROUGHT = {
     "int8_weight_linear",
     "fp8_weight_linear",
     "nvfp4_weight_linear",
+    *(f"{scheme}_{cell}" for scheme in _RECURRENT for cell in ("lstm", "gru")),
 }
 _replaced: list[_Replaceable] = []
 

@@ -3,6 +3,7 @@
 // layout, and the sums come out as in the other tiers. Few rows, and int8_weight, run as
 // avx512_vnni does.
 #define QNN_LANES 16
+#include "recurrent.h"
 #include "tiers.h"
 #include "vnni512.h"
 
@@ -77,6 +78,49 @@ struct Amx : Vnni {
   }
 };
 
+// Up to 16 rows, as they lie, times a panel's block of 16 words: its own layout of the right
+// operand. Activations are unsigned here, as in avx512_vnni, to which few rows go.
+struct AmxProduct : IntegerProduct<Vnni, 6, 8> {
+  using Session = Amx::Session;
+  static constexpr int64_t kWordStep = 16, kTileRows = 16, kFewRows = 7;
+
+  // Sums in tiles 0 to 3, activations in 4, w in 5 to 7. Rows behind the last are memory too.
+  template <int G>
+  QNN_KERNEL static void tiles(const Code* x, int64_t stride, const char* panel,
+                               const int32_t* start, int64_t words, Acc* acc) {
+    constexpr int64_t kRow = G * 64;
+    _tile_loadd(0, start, 0);
+    _tile_loadd(1, start + 16, 0);
+    _tile_loadd(2, start + 32, 0);
+    if constexpr (G == 4) _tile_loadd(3, start + 48, 0);
+    for (int64_t word = 0; word < words; word += 16) {
+      const char* w = panel + word * kRow;
+      _tile_loadd(4, x + word * 4, stride);
+      _tile_loadd(5, w, kRow);
+      _tile_dpbusd(0, 4, 5);
+      _tile_loadd(6, w + 64, kRow);
+      _tile_dpbusd(1, 4, 6);
+      _tile_loadd(7, w + 128, kRow);
+      _tile_dpbusd(2, 4, 7);
+      if constexpr (G == 4) {
+        _tile_loadd(5, w + 192, kRow);
+        _tile_dpbusd(3, 4, 5);
+      }
+    }
+    _tile_stored(0, acc, kRow);
+    _tile_stored(1, acc + 16, kRow);
+    _tile_stored(2, acc + 32, kRow);
+    if constexpr (G == 4) _tile_stored(3, acc + 48, kRow);
+  }
+
+  template <int G>
+  static void multiply(const Code* x, int64_t stride, int64_t count, const char* panel,
+                       const int32_t* start, int64_t words, Acc* acc) {
+    if (count > kFewRows) return tiles<G>(x, stride, panel, start, words, acc);
+    IntegerProduct::multiply<G>(x, stride, count, panel, start, words, acc);
+  }
+};
+
 bool runs_here() {
 #ifdef QNN_EMULATE_AMX
   return vnni512_runs_here();
@@ -94,6 +138,12 @@ bool runs_here() {
 
 }  // namespace
 
-extern const Tier amx = {"amx", runs_here, kernel<Vnni, Amx>(), kernel<Avx512Float>(), quantize};
+extern const Tier amx = {"amx",
+                         runs_here,
+                         kernel<Vnni, Amx>(),
+                         kernel<Avx512Float>(),
+                         quantize,
+                         recurrent<AmxProduct>(),
+                         recurrent<FloatProduct<Avx512Machine, 6, 8>>()};
 
 }  // namespace qnn

@@ -3,6 +3,7 @@
 #define QNN_LANES 8
 #include "avx2.h"
 
+#include "recurrent.h"
 #include "tiers.h"
 
 namespace qnn {
@@ -34,6 +35,12 @@ bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 
 }  // namespace
 
-extern const Tier avx2 = {"avx2", runs_here, kernel<Madd>(), kernel<Avx2Float>(), quantize};
+extern const Tier avx2 = {"avx2",
+                          runs_here,
+                          kernel<Madd>(),
+                          kernel<Avx2Float>(),
+                          quantize,
+                          recurrent<IntegerProduct<Madd, 2, 3>>(),
+                          recurrent<FloatProduct<Avx2Machine, 2, 3>>()};
 
 }  // namespace qnn

@@ -5,6 +5,7 @@
 #include <cpuid.h>
 
 #include "avx2.h"
+#include "recurrent.h"
 #include "tiers.h"
 
 namespace qnn {
@@ -54,7 +55,12 @@ bool runs_here() {
 
 }  // namespace
 
-extern const Tier avx_vnni = {"avx_vnni", runs_here, kernel<Vnni256>(), kernel<Avx2Float>(),
-                              quantize};
+extern const Tier avx_vnni = {"avx_vnni",
+                              runs_here,
+                              kernel<Vnni256>(),
+                              kernel<Avx2Float>(),
+                              quantize,
+                              recurrent<IntegerProduct<Vnni256, 3, 3>>(),
+                              recurrent<FloatProduct<Avx2Machine, 2, 3>>()};
 
 }  // namespace qnn

@@ -1,5 +1,5 @@
-// What one call of a quantised linear layer is, and what a tier offers: the border between the ops,
-// which know torch, and the tiers, which know the CPU.
+// What one call of a quantised linear layer is, and what does it: the border
+// between ops.cpp, which knows torch, and the tiers, which know the CPU.
 #pragma once
 
 #include <cstddef>
@@ -52,14 +52,6 @@ struct Quantize {
   DType x_dtype;
   int8_t* codes;
   float* scales;
-};
-
-struct Tier {
-  const char* name;
-  bool (*runs_here)();
-  Kernel int8;         // rows quantised to int8, and w so too
-  Kernel weight_only;  // rows as they are, float32 accumulation, w in any format
-  void (*quantize)(const Quantize&, int part, int parts);
 };
 
 constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -56,8 +56,14 @@ class Scratch {
 // -- rows of x
 // ---------------------------------------------------------------------------------------------------------
 
-// scale = amax / 127, at least the smallest normal float; 1 for a zero row. NaN and inf pass
-// through: compared as integers, the magnitudes of NaN and inf are above every number's.
+// amax / 127, at least the smallest normal float; 1 for a zero row. NaN and inf pass through.
+inline float scale_of(float amax) {
+  if (amax == 0.0f) return 1.0f;
+  const float scale = amax / 127.0f, least = std::numeric_limits<float>::min();
+  return scale < least ? least : scale;
+}
+
+// Compared as integers, the magnitudes of NaN and inf are above every number's.
 template <class Format>
 inline float row_scale(const typename Format::Value* x, int64_t k) {
   float amax;
@@ -83,9 +89,7 @@ inline float row_scale(const typename Format::Value* x, int64_t k) {
     for (int lane = 0; lane < kLanes; ++lane) top = most[lane] > top ? most[lane] : top;
     std::memcpy(&amax, &top, sizeof amax);
   }
-  if (amax == 0.0f) return 1.0f;
-  const float scale = amax / 127.0f, least = std::numeric_limits<float>::min();
-  return scale < least ? least : scale;
+  return scale_of(amax);
 }
 
 // The low bytes, or halves, of kLanes words.

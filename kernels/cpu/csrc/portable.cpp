@@ -2,6 +2,7 @@
 // and x as 16-bit values, products in 32 bits.
 #define QNN_LANES 4
 #include "loops.h"
+#include "recurrent.h"
 #include "tiers.h"
 
 #if defined(__SSE2__)
@@ -95,8 +96,12 @@ struct E2m1Codes : InOrder {
 
 }  // namespace
 
-extern const Tier portable = {"portable", [] { return true; }, kernel<Plain>(),
+extern const Tier portable = {"portable",
+                              [] { return true; },
+                              kernel<Plain>(),
                               kernel<FloatTier<PlainMachine, Int8Codes, E4m3Codes, E2m1Codes>>(),
-                              quantize};
+                              quantize,
+                              recurrent<IntegerProduct<Plain, 2, 3>>(),
+                              recurrent<FloatProduct<PlainMachine, 2, 3>>()};
 
 }  // namespace qnn

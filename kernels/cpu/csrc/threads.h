@@ -30,14 +30,32 @@ inline char* scratch_of_this_thread(size_t bytes) {
   return memory.get();
 }
 
-// `work(part, parts)` on torch's threads: all of them at most, and no more than the work is worth.
+// All of torch's threads at most, and no more than the work is worth.
+inline int parts_of(int64_t worth) {
+  const int64_t threads = torch::stable::get_num_threads();
+  return static_cast<int>(std::clamp<int64_t>(worth, 1, std::max<int64_t>(threads, 1)));
+}
+
+// `work(part, parts)` on torch's threads.
 template <class Work>
 void share(int64_t worth, const Work& work) {
-  const int64_t threads = torch::stable::get_num_threads();
-  const int parts = static_cast<int>(std::clamp<int64_t>(worth, 1, std::max<int64_t>(threads, 1)));
+  const int parts = parts_of(worth);
   if (parts == 1) return work(0, 1);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) work(static_cast<int>(part), parts);
+  });
+}
+
+// `work(begin, end, parts, scratch)`, all at the same time, with one memory for all of
+// `bytes(parts)`. Torch may give a thread several parts; it does so inside of another parallel
+// region, where one thread gets them all.
+template <class Bytes, class Work>
+void share_memory(int64_t worth, const Bytes& bytes, const Work& work) {
+  const int parts = parts_of(worth);
+  char* scratch = scratch_of_this_thread(bytes(parts));
+  if (parts == 1) return work(0, 1, 1, scratch);
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    work(static_cast<int>(begin), static_cast<int>(end), parts, scratch);
   });
 }
 

@@ -2,8 +2,19 @@
 #pragma once
 
 #include "linear.h"
+#include "recurrent_call.h"
 
 namespace qnn {
+
+struct Tier {
+  const char* name;
+  bool (*runs_here)();
+  Kernel int8;         // rows quantised to int8, and w so too
+  Kernel weight_only;  // rows as they are, float32 accumulation, w in any format
+  void (*quantize)(const Quantize&, int part, int parts);
+  RecurrentKernel recurrent;         // of int8 and int8_static
+  RecurrentKernel recurrent_weight;  // of int8_weight
+};
 
 extern const Tier amx, avx512_vnni, avx_vnni, avx2, portable;
 
