@@ -74,8 +74,8 @@ class Call:
     direction: str = "forward"
     weight_only: bool = False
 
-    def run(self, tier: str) -> torch.Tensor:
-        return torch.ops.qnn.cpu_recurrent(*vars(self).values(), tier)
+    def run(self, tier: str, parts: int = 0) -> torch.Tensor:
+        return torch.ops.qnn.cpu_recurrent(*vars(self).values(), tier, parts)
 
     @property
     def op(self) -> str:
@@ -230,11 +230,12 @@ def test_equals_reference(examples: int) -> None:
         max_examples=examples, deadline=None, derandomize=True, database=None,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
-    @given(calls(), st.integers(1, 3))
-    def run(call: Call, threads: int) -> None:
-        torch.set_num_threads(threads)
+    @given(calls(), st.sampled_from((0, 1, 2, 3)))
+    def run(call: Call, parts: int) -> None:
         want = call.reference()
         for tier in tiers:
-            assert_same(call.run(tier), want)
+            assert_same(call.run(tier, parts), want)
+
+    torch.set_num_threads(3)
 
     run()

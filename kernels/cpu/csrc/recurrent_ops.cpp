@@ -109,7 +109,8 @@ int64_t parts_worth(const Recurrent& p) {
   return std::min(step / kStepCycles, (step * p.steps + inputs + packing) / kCallCycles);
 }
 
-Tensor recurrent(const RecurrentArguments& a, const Tier& tier) {
+// In so many parts, or, where that is 0, as many as the work is worth.
+Tensor recurrent(const RecurrentArguments& a, const Tier& tier, int64_t parts_wanted = 0) {
   const bool lstm = a.cell == Cell::lstm;
   const int64_t gates = lstm ? 4 : 3, parts = lstm ? 17 : 11;
   const char* hidden = lstm ? "p" : "h";
@@ -197,7 +198,8 @@ Tensor recurrent(const RecurrentArguments& a, const Tier& tier) {
       p.scheme == Scheme::weight ? tier.recurrent_weight : tier.recurrent;
   Meeting meeting;
   share_memory(
-      parts_worth(p), [&](int n) { return kernel.scratch_bytes(p, n); },
+      parts_wanted == 0 ? parts_worth(p) : parts_wanted,
+      [&](int n) { return kernel.scratch_bytes(p, n); },
       [&](int begin, int end, int n, char* scratch) {
         kernel.run(p, {begin, end, n, &meeting}, scratch);
       });
@@ -271,10 +273,12 @@ Tensor int8_static_gru(Tensor x, Tensor h0, Tensor w_ih, Tensor sw_ih, Tensor w_
 }
 
 // For tests and benchmarks: an LSTM where c0 is given, else a GRU; int8_static where a table is
-// given, else int8 or int8_weight; and the tier is the named one.
+// given, else int8 or int8_weight; the tier is the named one, and the parts so many, 0 for as many
+// as the work is worth.
 Tensor cpu_recurrent(Tensor x, Tensor h0, Maybe c0, Tensor w_ih, Tensor sw_ih, Tensor w_hh,
                      Tensor sw_hh, Maybe table, Maybe b_ih, Maybe b_hh, Maybe w_hr, Maybe sw_hr,
-                     Maybe lengths, std::string direction, bool weight_only, std::string tier) {
+                     Maybe lengths, std::string direction, bool weight_only, std::string tier,
+                     int64_t parts) {
   const Scheme scheme = table.has_value() ? Scheme::fixed
                         : weight_only     ? Scheme::weight
                                           : Scheme::dynamic;
@@ -292,7 +296,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qnn, m) {
   m.def(
       "cpu_recurrent(Tensor x, Tensor h0, Tensor? c0, Tensor w_ih, Tensor sw_ih, Tensor w_hh, "
       "Tensor sw_hh, Tensor? table, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? sw_hr, "
-      "Tensor? lengths, str direction, bool weight_only, str tier) -> Tensor");
+      "Tensor? lengths, str direction, bool weight_only, str tier, int parts) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qnn, CPU, m) {
