@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 
 
@@ -33,9 +35,27 @@ def fake_quantize(
     >>> fake_quantize(torch.tensor([-9.0, 0.24, 0.26, 9.0]), torch.tensor([0.5]), 2, 0, 7)
     tensor([-1.0000,  0.0000,  0.5000,  2.5000])
     """
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    grid = grid_of(scale, zero_point, qmin, qmax, x, channel_axis)
+    return on_grid(x, grid)
+
+
+Grid: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def grid_of(
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | int,
+    qmin: int,
+    qmax: int,
+    like: torch.Tensor,
+    channel_axis: int | None = None,
+) -> Grid:
+    """What `on_grid` needs, for tensors with the dtype and the axes of `like`: `1/scale`, both ends
+    of the range, and `scale`.
+    """
+    compute = torch.float64 if like.dtype == torch.float64 else torch.float32
     if channel_axis is not None:
-        shape = [1] * x.dim()
+        shape = [1] * like.dim()
         shape[channel_axis] = -1
         scale = scale.reshape(shape)
         zero_point = (
@@ -45,7 +65,13 @@ def fake_quantize(
     if not isinstance(zero_point, torch.Tensor):
         zero_point = torch.full_like(scale, zero_point)
     zero_point = zero_point.to(compute)
-    v = torch.clamp(x.to(compute) * (1 / scale), qmin - zero_point, qmax - zero_point)
+    return 1 / scale, qmin - zero_point, qmax - zero_point, scale
+
+
+def on_grid(x: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """`fake_quantize` of `x`, many times with one grid: the steps of a recurrent layer."""
+    inverse, low, high, scale = grid
+    v = torch.clamp(x.to(scale.dtype) * inverse, low, high)
     q = v.round()
     if torch.is_grad_enabled():
         # Minus an exact zero, not plus: the sign of a zero stays.

@@ -9,7 +9,7 @@ behind the loop as one tensor of all steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch.nn import functional as F
@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from qnn.functional.quantize import dequantize, quantize
 
 GATES = {"LSTM": "ifgo", "GRU": "rzn"}
-States = tuple[torch.Tensor, ...]
+States: TypeAlias = tuple[torch.Tensor, ...]
+Quantizer: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+MakeQuantizer: TypeAlias = Callable[[torch.Tensor], Quantizer | None]
 
 
 class Weights(NamedTuple):
@@ -47,16 +49,13 @@ class Points:
     """The observation points of one layer and direction: a value is kept, then fake-quantised.
 
     Args:
-        quantize: the parts that are fake-quantised, and how.
+        quantizers: what makes, for tensors like one, the fake-quantiser of a part, or None.
         observed: the parts whose values are kept.
     """
 
-    def __init__(
-        self,
-        quantize: Mapping[str, Callable[[torch.Tensor], torch.Tensor]],
-        observed: Collection[str],
-    ) -> None:
-        self.quantize = quantize
+    def __init__(self, quantizers: Mapping[str, MakeQuantizer], observed: Collection[str]) -> None:
+        self.quantizers = quantizers
+        self.made: dict[str, Quantizer | None] = {}
         self.steps: dict[str, list[torch.Tensor]] = {name: [] for name in observed}
         self.first: dict[str, torch.Tensor] = {}
         self.whole: dict[str, torch.Tensor] = {}
@@ -65,19 +64,27 @@ class Points:
         """`value` of one step, `[B, …]`."""
         if name in self.steps:
             self.steps[name].append(value)
-        return self.quantize[name](value) if name in self.quantize else value
+        return self._quantized(name, value)
 
     def at_all(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """`value` of all steps, `[T, B, …]`."""
         if name in self.steps:
             self.whole[name] = value
-        return self.quantize[name](value) if name in self.quantize else value
+        return self._quantized(name, value)
 
     def at_start(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """A state that the caller has given, `[B, …]`."""
         if name in self.steps:
             self.first[name] = value
-        return self.quantize[name](value) if name in self.quantize else value
+        return self._quantized(name, value)
+
+    def _quantized(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        if name not in self.quantizers:
+            return value
+        if name not in self.made:
+            self.made[name] = self.quantizers[name](value)
+        quantize = self.made[name]
+        return value if quantize is None else quantize(value)
 
     def observed(self, *, reverse: bool, lengths: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """What each observed part has seen, `[T or T+1, B, …]`; T+1 with a given state.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from qnn.functional.fake_quantize import fake_quantize
+from qnn.functional.fake_quantize import grid_of, on_grid
 from qnn.observers import Observer, Statistics, make_observer
 from qnn.quant_spec import QuantSpec
 
@@ -99,26 +99,31 @@ class FakeQuantize(Statistics):
 
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
         """`x` fake-quantised with what is known by now; `x` itself without `qat`."""
+        quantize = self.quantizer(x)
+        return x if quantize is None else quantize(x)
+
+    def quantizer(self, like: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """`quantize` with what is known by now, for many tensors with the shape and dtype of
+        `like`; None where it would change nothing.
+        """
         if not self.qat or not self.scale.shape[0]:
-            return x
-        scale = self.scale
+            return None
+        # Inductor would recompute a mask of the backward from these buffers, which observing
+        # changes before then. It keeps what a concatenation returns.
+        scale, point = torch.stack([self.scale, self.zero_point.float()]).unbind(0)
         unknown = scale.detach() == 0
         if self.spec.learnable:
             # A scale may have been trained to the other side of zero.
             scale = scale.abs().clamp_min(torch.finfo(torch.float32).tiny)
-            scale = _scale_gradient(scale, x, self.spec.qmax)
+            scale = _scale_gradient(scale, like, self.spec.qmax)
         scale = torch.where(unknown, 1.0, scale)
-        axis = self.spec.channel_axis
-        y = fake_quantize(
-            x, scale, self.zero_point, self.spec.qmin, self.spec.qmax, channel_axis=axis
-        )
+        axis, qmin, qmax = self.spec.channel_axis, self.spec.qmin, self.spec.qmax
+        grid = grid_of(scale, point, qmin, qmax, like, axis)
         if self.spec.fixed:
-            return y
+            return lambda x: on_grid(x, grid)
         if axis is not None:
-            shape = [1] * x.dim()
-            shape[axis] = -1
-            unknown = unknown.reshape(shape)
-        return torch.where(unknown, x, y)
+            unknown = unknown.reshape(grid[-1].shape)
+        return lambda x: torch.where(unknown, x, on_grid(x, grid))
 
     def qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point, float32 and int32, `[1]` or `[C]`.

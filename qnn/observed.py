@@ -45,8 +45,8 @@ class Observed(nn.Module):
 
         Args:
             parts: specs by part name with wildcards, over the defaults: the last key that matches a
-                part counts, and None leaves it in float. `"input"` and `"hidden_state"` must have
-                8 bits. `SIXTEEN_BIT` and `FIXED` of `qnn.parts` fit here.
+                part counts, and None leaves it in float. `"input"`, `"hidden_state"` and
+                `"projection_input"` must have 8 bits. `qnn.parts` has `SIXTEEN_BIT` and `FIXED`.
             qat: whether to fake-quantise.
 
         Returns:
@@ -100,9 +100,9 @@ class Observed(nn.Module):
         own: dict[str, FakeQuantize] = {}
         for part, point in self._parts(suffix).items():
             own[self._names()[part]] = point
-        quantize = {name: point.quantize for name, point in own.items()} if self.qat else {}
+        quantizers = {name: point.quantizer for name, point in own.items()} if self.qat else {}
         watched = [name for name, point in own.items() if point.observing]
-        return Points(quantize, watched if self._observes else [])
+        return Points(quantizers, watched if self._observes else [])
 
     def _observe(
         self, suffix: str, points: Points, *, reverse: bool, lengths: torch.Tensor | None

@@ -14,43 +14,12 @@ from typing import Any, TypeAlias
 
 import torch
 
+from qnn.kernels.recurrent import GRU_PARTS, LSTM_PARTS
 from qnn.quant_spec import QuantSpec
 
-LSTM_PARTS = (
-    "input",
-    "hidden_state",
-    "cell_state",
-    "input_linear_i",
-    "input_linear_f",
-    "input_linear_g",
-    "input_linear_o",
-    "hidden_linear_i",
-    "hidden_linear_f",
-    "hidden_linear_g",
-    "hidden_linear_o",
-    "input_gate",
-    "forget_gate",
-    "cell_gate",
-    "output_gate",
-    "cell_tanh",
-    "projection_input",
-)
-GRU_PARTS = (
-    "input",
-    "hidden_state",
-    "input_linear_r",
-    "input_linear_z",
-    "input_linear_n",
-    "hidden_linear_r",
-    "hidden_linear_z",
-    "hidden_linear_n",
-    "reset_gate",
-    "update_gate",
-    "new_gate",
-)
 PARTS = {"LSTM": LSTM_PARTS, "GRU": GRU_PARTS}
-# The operands of the int8 product that every step needs.
-BYTES = ("input", "hidden_state")
+# The operands of int8 products.
+BYTES = ("input", "hidden_state", "projection_input")
 
 Specs: TypeAlias = Mapping[str, QuantSpec | None]
 
@@ -184,7 +153,7 @@ def _check_spec(point: str, spec: QuantSpec | None, who: str) -> None:
     if point in BYTES and (spec is None or spec.dtype not in (torch.uint8, torch.int8)):
         given = "None" if spec is None else str(spec.dtype)
         raise ValueError(
-            f"{who}: {point!r} enters the int8 product, so its dtype must be torch.uint8 or "
+            f"{who}: {point!r} enters an int8 product, so its dtype must be torch.uint8 or "
             f"torch.int8; got {given}."
         )
     if spec is not None and spec.channel_axis is not None:
