@@ -39,8 +39,9 @@ class Weights(NamedTuple):
 
 
 def fake_quantize_weight(weight: torch.Tensor) -> torch.Tensor:
-    """`dequantize(*quantize(weight))`, to the bit, with the gradient of the identity."""
-    exact = dequantize(*quantize(weight), dtype=weight.dtype)
+    """`weight` quantised to int8 and back, to the bit, with the gradient of the identity."""
+    q, scale = quantize(weight)
+    exact = dequantize(q, scale, weight.dtype)
     # Minus an exact zero: the value and the sign of a zero stay.
     return exact - (weight.detach() - weight) if torch.is_grad_enabled() else exact
 
@@ -101,6 +102,8 @@ class Points:
                     if not steps:
                         continue
                     values = torch.stack(steps[::-1] if reverse else steps)
+                if values.numel() == 0:
+                    continue
                 if lengths is not None:
                     values = _valid_steps(values, lengths)
                 if name in self.first:

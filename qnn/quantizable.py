@@ -42,8 +42,8 @@ class QuantizableRecurrent(Observed, RNNBase):
                 f"qnn.{cls.__name__}.from_float takes an nn.{cls.float_class.__name__}, got "
                 f"{type(layer).__name__}."
             )
-        made = cls(**_arguments(layer), split_gates=split_gates)
-        return cast(LayerT, _hand_over(layer, made))
+        make: Any = cls
+        return cast(LayerT, _hand_over(layer, make(**_arguments(layer), split_gates=split_gates)))
 
     def to_float(self) -> RNNBase:
         """The `nn.LSTM` or `nn.GRU` around this layer's parameters themselves."""
@@ -93,6 +93,8 @@ class QuantizableRecurrent(Observed, RNNBase):
                 f"{self.mode}: Expected input to be 2D or 3D, got {input.dim()}D instead"
             )
         batched = input.dim() == 3
+        if lengths is not None and not batched:
+            raise ValueError(f"{self._who}: lengths needs a batch, and the input has none.")
         x = input if batched else input.unsqueeze(0 if self.batch_first else 1)
         batch = x.shape[0 if self.batch_first else 1]
         states = self._zeros(x, batch) if hx is None else self._given(hx, batched)
@@ -117,15 +119,17 @@ class QuantizableRecurrent(Observed, RNNBase):
             self._check_loop(data, states)
             y, last = self._packed_loop(data, batch_sizes, states, given)
         else:
-            y, *last = self.fused(
-                data, batch_sizes, self._fused_states(states), *self._settings(), self.bidirectional
+            given_states = self._returned(states)
+            y, *rest = self.fused(
+                data, batch_sizes, given_states, *self._settings(), self.bidirectional
             )
+            last = tuple(rest)
             if self._observes:
                 with torch.no_grad():
                     self._packed_loop(data, batch_sizes, states, given, dropout=False)
         if back is not None:
-            last = [state.index_select(1, back) for state in last]
-        return PackedSequence(y, batch_sizes, order, back), self._returned(tuple(last))
+            last = tuple(state.index_select(1, back) for state in last)
+        return PackedSequence(y, batch_sizes, order, back), self._returned(last)
 
     def _packed_loop(
         self,
@@ -163,7 +167,7 @@ class QuantizableRecurrent(Observed, RNNBase):
             )
             return (y.transpose(0, 1) if self.batch_first else y), last
         y, *last = self.fused(
-            x, self._fused_states(states), *self._settings(), self.bidirectional, self.batch_first
+            x, self._returned(states), *self._settings(), self.bidirectional, self.batch_first
         )
         if self._observes:
             with torch.no_grad():
@@ -259,9 +263,6 @@ class QuantizableRecurrent(Observed, RNNBase):
     def _returned(self, states: States) -> Any:
         return states[0] if self.mode == "GRU" else states
 
-    def _fused_states(self, states: States) -> Any:
-        return self._returned(states)
-
     def _checked(self, lengths: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
         limit, batch = steps.shape[:2]
         if lengths.dim() != 1 or lengths.shape[0] != batch or lengths.dtype != torch.int64:
@@ -332,7 +333,7 @@ class QuantizableLSTM(QuantizableRecurrent):
     float_class = nn.LSTM
     fused = staticmethod(_VF.lstm)
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    check_forward_args = nn.LSTM.check_forward_args
+    check_forward_args: Any = nn.LSTM.check_forward_args
 
     def __init__(
         self,
