@@ -56,7 +56,7 @@ class QRecurrent(Sequences):
         if scheme == "int8_static":
             rows = len(CELLS[self.mode.lower()].parts)
             for suffix in self._suffixes():
-                # Not calibrated: every result is NaN, until a state is loaded.
+                # Not calibrated: a call is an error, until a state is loaded.
                 table = torch.full((rows, 4), torch.nan, dtype=torch.float32, device=device)
                 self._set(f"table{suffix}", table)
         self.reset_parameters()
@@ -347,7 +347,7 @@ class QLSTM(QRecurrent):
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
             device, dtype: as in `nn.LSTM`; `dtype` is that of the biases.
         scheme: `"int8"`, `"int8_static"` or `"int8_weight"`. A layer of `int8_static` that is built
-            and not converted gives NaN until it has loaded a state.
+            and not converted has to load a state before its first call.
         split_gates: kept for `dequantize` and round trips; no scheme forms a tensor of width 4H.
 
     Shape:

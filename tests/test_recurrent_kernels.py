@@ -7,10 +7,8 @@ What they do with memory and on other CPUs is `test_kernels_cpp.py`.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -79,7 +77,9 @@ class Call:
 
     @property
     def op(self) -> str:
-        scheme = "int8_weight" if self.weight_only else "int8" if self.table is None else "int8_static"
+        scheme = (
+            "int8_weight" if self.weight_only else "int8" if self.table is None else "int8_static"
+        )
         return f"{scheme}_{'gru' if self.c0 is None else 'lstm'}"
 
     @property

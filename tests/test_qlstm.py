@@ -1,0 +1,515 @@
+"""QLSTM and QGRU as modules: what they compute, in every mode, what they store, and what they
+refuse. The kernels are held to the references in test_recurrent_kernels.py.
+"""
+
+import copy
+import io
+import itertools
+import pickle
+import tempfile
+import unittest
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from parameterized import parameterized
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
+
+import qnn
+from qnn.kernels import recurrent
+
+from .common import child, same_bits
+
+CELLS = ((nn.LSTM, qnn.QLSTM), (nn.GRU, qnn.QGRU))
+LAYERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "stack": {"num_layers": 2, "bidirectional": True, "batch_first": True},
+}
+
+
+def flat(result: tuple[Any, Any]) -> list[torch.Tensor]:
+    y, states = result
+    y = y.data if isinstance(y, nn.utils.rnn.PackedSequence) else y
+    return [y, *(states if isinstance(states, tuple) else (states,))]
+
+
+def alike(got: tuple[Any, Any], want: tuple[Any, Any]) -> bool:
+    pairs = zip(flat(got), flat(want), strict=True)
+    return all(same_bits(a, b) for a, b in pairs)
+
+
+def twin(scheme: str, cell: int, *sizes: int, **options: Any) -> tuple[nn.Module, Any]:
+    """A float layer and its quantised twin, seeded; a static one is calibrated."""
+    torch.manual_seed(1)
+    layer = CELLS[cell][0](*sizes, **options).eval()
+    if scheme != "int8_static":
+        return layer, CELLS[cell][1].from_float(layer, scheme)
+    prepared = qnn.prepare(layer)
+    qnn.calibrate(prepared, [torch.randn(12, 3, sizes[0]) for _ in range(3)])
+    return layer, qnn.convert(prepared)
+
+
+def grid(*axes: Any) -> list[tuple[Any, ...]]:
+    return list(itertools.product(recurrent.SCHEMES, (0, 1), *axes))
+
+
+class TestAccuracy(unittest.TestCase):
+    """Signal to noise of the outputs and last states against float32."""
+
+    @parameterized.expand(
+        [
+            ("one layer", {}, 37, 28, 34),
+            ("two layers, both directions", {"num_layers": 2, "bidirectional": True}, 34, 25, 31),
+        ]
+    )
+    def test_sqnr(
+        self, _: str, options: dict[str, Any], dynamic: float, static: float, wide: float
+    ) -> None:
+        torch.manual_seed(0)
+        layer = nn.LSTM(96, 128, **options).eval()
+        batches, x = [torch.randn(100, 4, 96) for _ in range(2)], torch.randn(100, 4, 96)
+        found = {"int8": qnn.QLSTM.from_float(layer)}
+        for name, parts in (("static", None), ("wide", qnn.parts.SIXTEEN_BIT)):
+            found[name] = qnn.convert(qnn.calibrate(qnn.prepare(layer, parts=parts), batches))
+        with torch.no_grad():
+            want = flat(layer(x))
+            for (name, quantized), least in zip(
+                found.items(), (dynamic, static, wide), strict=True
+            ):
+                for got, each in zip(flat(quantized(x)), want, strict=True):
+                    self.assertGreater(qnn.sqnr(got, each), least, name)
+
+    def test_fixed_parameters(self) -> None:
+        """Of torch's own tests: 16-bit linears and gates, int16 cell state, uint8 hidden state."""
+        torch.manual_seed(0)
+        layer = nn.LSTM(96, 128).eval()
+        prepared = qnn.prepare(layer, parts=qnn.parts.FIXED)
+        qnn.calibrate(prepared, [torch.randn(100, 4, 96)])
+        quantized, x = qnn.convert(prepared), torch.randn(100, 4, 96)
+        rows = dict(zip(recurrent.LSTM_PARTS, quantized.table_l0.tolist(), strict=True))
+        self.assertEqual(rows["input_linear_g"], [2**-11, 2**15, 0, 65535])
+        self.assertEqual(rows["cell_state"], [2**-11, 0, -32768, 32767])
+        self.assertEqual(rows["hidden_state"], [2**-7, 128, 0, 255])
+        self.assertEqual(rows["forget_gate"], [2**-16, 0, 0, 65535])
+        self.assertEqual(rows["cell_tanh"], [2**-15, 2**15, 0, 65535])
+        y, (h, c) = quantized(x)
+        for got, want in zip((y, h, c), flat(layer(x)), strict=True):
+            self.assertGreater(qnn.sqnr(got, want), 30)
+        for values, scale in ((y, 2**-7), (c, 2**-11)):
+            codes = values / scale
+            self.assertTrue(torch.equal(codes, codes.round()))
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        steps=st.integers(1, 6), batch=st.integers(0, 4),
+        sizes=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+        layers=st.integers(1, 2), flags=st.tuples(*[st.booleans()] * 4), cell=st.integers(0, 1),
+        dtype=st.sampled_from([torch.float32, torch.float64]), seed=st.integers(0, 9),
+    )  # fmt: skip
+    def test_weights_alone_is_the_float_layer_over_the_same_weights(
+        self, steps: int, batch: int, sizes: tuple[int, int], layers: int,
+        flags: tuple[bool, bool, bool, bool], cell: int, dtype: torch.dtype, seed: int,
+    ) -> None:  # fmt: skip
+        bias, bidirectional, batch_first, projected = flags
+        torch.manual_seed(seed)
+        options: dict[str, Any] = {"bias": bias, "bidirectional": bidirectional}
+        if cell == 0 and projected and sizes[1] > 1:
+            options["proj_size"] = sizes[1] // 2
+        layer = CELLS[cell][0](*sizes, layers, batch_first=batch_first, **options, dtype=dtype)
+        quantized = CELLS[cell][1].from_float(layer, "int8_weight")
+        x = torch.randn((batch, steps, sizes[0]) if batch_first else (steps, batch, sizes[0]))
+        got, want = quantized(x.to(dtype)), quantized.dequantize()(x.to(dtype))
+        for a, b in zip(flat(got), flat(want), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+class TestContract(unittest.TestCase):
+    """Shapes and options as in nn.LSTM and nn.GRU."""
+
+    @parameterized.expand(grid((torch.float32, torch.bfloat16, torch.float16, torch.float64)))
+    def test_states_and_outputs_have_the_dtype_of_the_input(
+        self, scheme: str, cell: int, dtype: torch.dtype
+    ) -> None:
+        layer, quantized = twin(scheme, cell, 6, 9)
+        x = torch.randn(5, 2, 6)
+        got, want = quantized.to(dtype)(x.to(dtype)), layer(x)
+        for a, b in zip(flat(got), flat(want), strict=True):
+            self.assertEqual((a.shape, a.dtype), (b.shape, dtype))
+            torch.testing.assert_close(a.float(), b, rtol=0, atol=0.05)
+
+    @parameterized.expand(grid())
+    def test_packed_sequences_are_lengths(self, scheme: str, cell: int) -> None:
+        _, quantized = twin(scheme, cell, 6, 9, 2, bidirectional=True)
+        x, lengths = torch.randn(7, 4, 6), torch.tensor([3, 7, 1, 5])
+        states = torch.randn(4, 4, 9).tanh()
+        hx = states if cell else (states, states.flip(0))
+        y, last = quantized(pack_padded_sequence(x, lengths, enforce_sorted=False), hx)
+        padded, found = pad_packed_sequence(y)
+        self.assertEqual(found.tolist(), lengths.tolist())
+        self.assertTrue(alike((padded, last), quantized(x, hx, lengths)))
+        for b, length in enumerate(lengths.tolist()):
+            one = tuple(s[:, b : b + 1] for s in hx) if cell == 0 else hx[:, b : b + 1]
+            alone, _ = quantized(x[:length, b : b + 1], one)
+            self.assertTrue(same_bits(alone, padded[:length, b : b + 1]))
+            self.assertFalse(padded[length:, b].any())
+
+    @parameterized.expand(grid())
+    def test_unbatched_and_empty(self, scheme: str, cell: int) -> None:
+        layer, quantized = twin(scheme, cell, 6, 9, batch_first=True)
+        x = torch.randn(5, 6)
+        for a, b in zip(flat(quantized(x)), flat(quantized(x[None])), strict=True):
+            self.assertTrue(same_bits(a, b.squeeze(0 if a is not None and b.dim() == 3 else 1)))
+        self.assertEqual([t.shape for t in flat(quantized(x))], [t.shape for t in flat(layer(x))])
+        none = x.new_zeros(0, 5, 6)
+        self.assertEqual(
+            [t.shape for t in flat(quantized(none))], [t.shape for t in flat(layer(none))]
+        )
+        with self.assertRaisesRegex(RuntimeError, "sequence length to be larger than 0"):
+            quantized(x.new_zeros(2, 0, 6))
+
+    def test_a_projection(self) -> None:
+        for scheme in recurrent.SCHEMES:
+            layer, quantized = twin(scheme, 0, 8, 12, 2, proj_size=5, bidirectional=True)
+            x = torch.randn(6, 3, 8)
+            for a, b in zip(flat(quantized(x)), flat(layer(x)), strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=0.05)
+
+    def test_dropout_between_layers_in_training_only(self) -> None:
+        _, quantized = twin("int8", 0, 6, 9, 2, dropout=0.5)
+        x = torch.randn(5, 3, 6)
+        self.assertTrue(alike(quantized(x), quantized(x)))
+        quantized.train()
+        torch.manual_seed(0)
+        one = quantized(x)
+        self.assertFalse(alike(one, quantized(x)))
+        torch.manual_seed(0)
+        self.assertTrue(alike(one, quantized(x)))
+
+    @parameterized.expand(grid())
+    def test_a_stream_is_the_whole_sequence(self, scheme: str, cell: int) -> None:
+        _, quantized = twin(scheme, cell, 6, 9, 2)
+        x, pieces, hx = torch.randn(9, 3, 6), [], None
+        for piece in x.split([1, 1, 4, 3]):
+            y, hx = quantized(piece, hx)
+            pieces.append(y)
+        self.assertTrue(alike((torch.cat(pieces), hx), quantized(x)))
+
+    @parameterized.expand(grid((float("nan"), float("inf"), -float("inf"))))
+    def test_what_is_not_finite_spoils_what_it_enters(
+        self, scheme: str, cell: int, value: float
+    ) -> None:
+        _, quantized = twin(scheme, cell, 6, 9)
+        x = torch.randn(5, 3, 6)
+        clean = quantized(x)[0]
+        x[2, 1, 4] = value
+        y = quantized(x)[0]
+        self.assertTrue(same_bits(y[:, ::2], clean[:, ::2]))
+        self.assertTrue(same_bits(y[:2], clean[:2]))
+        if scheme != "int8_weight" or value != value:
+            self.assertFalse(y[2:, 1].isfinite().any())
+        if scheme == "int8_static":
+            states = torch.zeros(1, 3, 9)
+            states[0, 1, 0] = value
+            y = quantized(x[:2], states if cell else (states, torch.zeros(1, 3, 9)))[0]
+            self.assertFalse(y[:, 1].isfinite().any())
+            self.assertTrue(y[:, ::2].isfinite().all())
+
+    def test_errors(self) -> None:
+        _, quantized = twin("int8", 0, 6, 9)
+        _, gru = twin("int8", 1, 6, 9)
+        x = torch.randn(5, 3, 6)
+        cases: list[tuple[Any, type[Exception], str]] = [
+            (lambda: quantized(x[0, 0]), ValueError, "Expected input to be 2D or 3D, got 1D"),
+            (lambda: quantized(x[..., :5]), RuntimeError, "Expected 6, got 5"),
+            (lambda: quantized(x.int()), TypeError, r"QLSTM\(6, 9, scheme='int8'\): the input mus"),
+            (lambda: quantized(x.to("meta")), ValueError, "input is on meta, the layer on cpu"),
+            (lambda: quantized(x, (x[:1], x[:1])), RuntimeError, r"hidden\[0\] size \(1, 3, 9\)"),
+            (lambda: quantized(x, (x[0], x[0])), RuntimeError, "3-D but got .2-D, 2-D. tensors"),
+            (lambda: gru(x, x[0]), RuntimeError, "hx should also be 3-D but got 2-D tensor"),
+            (lambda: gru(x, x[:1]), RuntimeError, "Expected hidden size"),
+            (lambda: quantized(x, None, torch.tensor([6, 1, 1])), ValueError, "0 … 5.*got 1 … 6"),
+            (lambda: quantized(x, None, torch.tensor([1, 1])), ValueError, r"int64 \[3\].*\[2\]"),
+            (lambda: quantized(x, None, torch.ones(3)), ValueError, "got torch.float32"),
+            (
+                lambda: quantized(pack_padded_sequence(x, [5, 5, 5]), None, torch.ones(3)),
+                ValueError,
+                "a PackedSequence has its own lengths",
+            ),
+            (lambda: qnn.QLSTM(6, 9, scheme="fp8"), ValueError, "one of 'int8', 'int8_static'"),
+            (lambda: qnn.QLSTM(6, 0), ValueError, "hidden_size must be greater than zero"),
+            (lambda: qnn.QLSTM(6, 9, proj_size=9), ValueError, "smaller than hidden_size"),
+            (lambda: qnn.QLSTM(6, 9, dropout=2), ValueError, "number in range"),
+            (lambda: qnn.QLSTM(66000, 9), ValueError, "65793 the int32 sum of a row can overflow"),
+            (lambda: qnn.QLSTM.from_float(nn.GRU(6, 9)), TypeError, "takes an nn.LSTM or a qnn.Qu"),
+            (lambda: qnn.QGRU.from_float(nn.Linear(6, 9)), TypeError, "got Linear"),
+            (lambda: qnn.QLSTM.from_observed(nn.LSTM(6, 9)), TypeError, "qnn.QuantizableLSTM, got"),
+            (
+                lambda: qnn.QLSTM.from_float(nn.LSTM(6, 9), "int8_static"),
+                ValueError,
+                "qnn.prepare the model",
+            ),
+            (
+                lambda: qnn.QLSTM.from_observed(qnn.QuantizableLSTM(6, 9)),
+                ValueError,
+                "no observation points",
+            ),
+        ]
+        for call, kind, words in cases:
+            with self.subTest(words), self.assertRaisesRegex(kind, words):
+                call()
+        broken = nn.LSTM(6, 9)
+        with torch.no_grad():
+            broken.weight_hh_l0[3, 2] = torch.nan
+        with self.assertRaisesRegex(ValueError, "weight_hh_l0 holds NaN or inf"):
+            qnn.QLSTM.from_float(broken)
+
+
+class TestModes(unittest.TestCase):
+    """Compiled, exported and packaged: the same bits, one node a layer and direction."""
+
+    @parameterized.expand(grid())
+    def test_compiled_with_any_length_and_batch(self, scheme: str, cell: int) -> None:
+        _, quantized = twin(scheme, cell, 6, 9, 2, bidirectional=True)
+        torch._dynamo.reset()
+        backend = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(quantized, fullgraph=True, dynamic=True, backend=backend)
+        with torch.no_grad():
+            compiled(torch.randn(5, 3, 6))
+            frames = backend.frame_count
+            for steps, batch in ((9, 2), (4, 6)):
+                x = torch.randn(steps, batch, 6)
+                self.assertTrue(alike(compiled(x), quantized(x)))
+            self.assertEqual(backend.frame_count, frames)
+            lengths = torch.tensor([1, 4, 0, 2, 3, 4])
+            self.assertTrue(alike(compiled(x, None, lengths), quantized(x, None, lengths)))
+            hx = quantized(x)[1]
+            self.assertTrue(alike(compiled(x, hx), quantized(x, hx)))
+
+    @parameterized.expand([(s, c) for s, c in grid() if (s, c) != ("int8_weight", 1)])
+    def test_inductor(self, scheme: str, cell: int) -> None:
+        _, quantized = twin(scheme, cell, 6, 9)
+        compiled, x = torch.compile(quantized, fullgraph=True), torch.randn(5, 3, 6)
+        with torch.no_grad():
+            self.assertTrue(alike(compiled(x), quantized(x)))
+
+    def test_a_stream_is_compiled_once(self) -> None:
+        _, quantized = twin("int8", 0, 6, 9)
+        torch._dynamo.reset()
+        backend = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(quantized, fullgraph=True, backend=backend)
+        x, want = torch.randn(6, 3, 6), None
+        with torch.no_grad():
+            _, hx = quantized(x[:1])
+            for step in x[1:]:
+                _, want = quantized(step[None], hx)
+                _, hx = compiled(step[None], hx)
+        self.assertTrue(alike((x, hx), (x, want)))
+        self.assertEqual(backend.frame_count, 1)
+
+    @parameterized.expand(
+        [(s, c, strict) for (s, c), strict in zip(grid(), [True, False] * 3, strict=True)]
+    )
+    def test_exported(self, scheme: str, cell: int, strict: bool) -> None:
+        _, quantized = twin(scheme, cell, 6, 9, 2, bidirectional=True)
+        x, lengths = torch.randn(5, 3, 6), torch.tensor([2, 5, 4])
+        steps, batch = torch.export.Dim("steps", min=2), torch.export.Dim("batch", min=2)
+        shapes = {"input": {0: steps, 1: batch}, "hx": None, "lengths": {0: batch}}
+        program = torch.export.export(
+            quantized, (x, None, lengths), dynamic_shapes=shapes, strict=strict
+        )
+        nodes = [n for n in program.graph.nodes if "invoke_quant_packed" in str(n.target)]
+        self.assertEqual([n.kwargs["scheme"] for n in nodes], [scheme] * 4)
+        stored = io.BytesIO()
+        torch.export.save(program, stored)
+        stored.seek(0)
+        loaded = torch.export.load(stored).module()
+        x, lengths = torch.randn(8, 2, 6), torch.tensor([8, 3])
+        self.assertTrue(alike(loaded(x, None, lengths), quantized(x, None, lengths)))
+
+    def test_packaged_and_run_in_a_fresh_process(self) -> None:
+        _, quantized = twin("int8", 0, 6, 9)
+        x = torch.randn(5, 3, 6)
+        dynamic = {"input": {0: torch.export.Dim("steps", min=2)}, "hx": None}
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            program = torch.export.export(quantized, (x, None), dynamic_shapes=dynamic)
+            path = torch._inductor.aoti_compile_and_package(
+                program, package_path=f"{folder}/lstm.pt2"
+            )
+            x = torch.randn(7, 3, 6)
+            torch.save((x, flat(quantized(x))), f"{folder}/io.pt")
+            torch.save(quantized.state_dict(), f"{folder}/state.pt")
+            code = f"""
+                import torch, qnn
+                x, want = torch.load({folder!r} + "/io.pt")
+                def check(result):
+                    y, states = result
+                    for a, b in zip((y, *states), want, strict=True):
+                        assert torch.equal(a, b)
+                check(torch._inductor.aoti_load_package({path!r})(x))
+                lstm = qnn.QLSTM(6, 9, device="meta").to_empty(device="cpu")
+                lstm.load_state_dict(torch.load({folder!r} + "/state.pt", weights_only=True))
+                check(lstm(x))
+                print("equal")
+            """
+            self.assertIn("equal", child(code))
+
+    @parameterized.expand(grid())
+    def test_gradients(self, scheme: str, cell: int) -> None:
+        """Those of the float layer over the dequantised weights."""
+        _, quantized = twin(scheme, cell, 6, 9)
+        layer = quantized.dequantize().double()
+        x = torch.randn(5, 3, 6)
+        hx = torch.randn(1, 3, 9).tanh()
+        lengths = torch.tensor([5, 2, 4])
+        mine, theirs = self.backward(quantized, x, hx, lengths), None
+        packed = self.backward(layer, x.double(), hx.double(), lengths)
+        for a, b in zip(mine, packed, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+        torch._dynamo.reset()
+        compiled: Any = torch.compile(quantized, fullgraph=True, backend="aot_eager")
+        theirs = self.backward(compiled, x, hx, lengths)
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b)
+
+    def backward(
+        self, layer: Any, x: torch.Tensor, h: torch.Tensor, lengths: torch.Tensor
+    ) -> list[torch.Tensor]:
+        x, h, c = (t.clone().requires_grad_() for t in (x, h, h))
+        float_layer = isinstance(layer, nn.LSTM | nn.GRU)
+        module = getattr(layer, "_orig_mod", layer)
+        lstm = getattr(module, "mode", "") == "LSTM"
+        hx = (h, c) if lstm else h
+        if float_layer:
+            packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+            y, states = layer(packed, hx)
+            y = pad_packed_sequence(y)[0]
+        else:
+            y, states = layer(x, hx, lengths)
+        states = states if isinstance(states, tuple) else (states,)
+        weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+        total = (y * weight).sum() + sum((s * 0.3).sum() for s in states)
+        wanted = [x, h, *([c] if lstm else []), module.bias_ih_l0, module.bias_hh_l0]
+        return list(torch.autograd.grad(total, wanted))
+
+    @parameterized.expand(itertools.product((False, True), (False, True), (False, True)))
+    def test_only_what_is_asked_for_has_a_gradient(self, x_: bool, h_: bool, bias: bool) -> None:
+        _, quantized = twin("int8", 1, 6, 9)
+        quantized.bias_ih_l0.requires_grad_(bias)
+        quantized.bias_hh_l0.requires_grad_(False)
+        x, h = torch.randn(5, 3, 6, requires_grad=x_), torch.randn(1, 3, 9, requires_grad=h_)
+        y, _ = quantized(x, h)
+        self.assertEqual(y.requires_grad, x_ or h_ or bias)
+        if y.requires_grad:
+            y.sum().backward()
+        wanted = [x.grad, h.grad, quantized.bias_ih_l0.grad, quantized.bias_hh_l0.grad]
+        self.assertEqual([g is not None for g in wanted], [x_, h_, bias, False])
+        self.assertFalse(
+            any(p.grad is not None for n, p in quantized.named_parameters() if "we" in n)
+        )
+
+    @parameterized.expand([("eager",), ("aot_eager",)])
+    def test_activation_checkpointing(self, backend: str) -> None:
+        _, quantized = twin("int8", 0, 6, 9)
+        torch._dynamo.reset()
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = checkpoint(lambda t: quantized(t)[0], x, use_reentrant=False)
+            return y.square().sum()
+
+        fn: Any = run if backend == "eager" else torch.compile(run, backend=backend, fullgraph=True)
+        x = torch.randn(5, 3, 6, requires_grad=True)
+        (got,) = torch.autograd.grad(fn(x), x)
+        (want,) = torch.autograd.grad(quantized(x)[0].square().sum(), x)
+        torch.testing.assert_close(got, want)
+
+
+class TestState(unittest.TestCase):
+    @parameterized.expand(grid(("plain", "stack")))
+    def test_round_trips(self, scheme: str, cell: int, options: str) -> None:
+        sizes = (6, 9)
+        layer, quantized = twin(scheme, cell, *sizes, **LAYERS[options])
+        x = torch.randn(5, 3, 6)
+        want = quantized(x)
+        again = type(quantized)(*sizes, **LAYERS[options], scheme=scheme)
+        again.load_state_dict(quantized.state_dict())
+        self.assertTrue(alike(again(x), want))
+        self.assertTrue(alike(copy.deepcopy(quantized)(x), want))
+        self.assertTrue(alike(pickle.loads(pickle.dumps(quantized))(x), want))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "lstm.safetensors"
+            save_file(quantized.state_dict(), path)
+            meta = type(quantized)(*sizes, **LAYERS[options], scheme=scheme, device="meta")
+            meta.load_state_dict(load_file(path), assign=True)
+        self.assertTrue(alike(meta(x), want))
+        self.assertFalse(
+            any(p.requires_grad for n, p in meta.named_parameters() if "bias" not in n)
+        )
+        names = {n for n in quantized.state_dict() if not n.startswith("table")}
+        floats = set(layer.state_dict())
+        scales = {f"{n}_scale" for n in floats if n.startswith("weight")}
+        self.assertEqual(names, floats | scales)
+        if scheme != "int8_static":
+            again.reset_parameters()
+            again.load_state_dict(layer.state_dict())
+            self.assertTrue(alike(again(x), want))
+        self.assertEqual(
+            {n: t.shape for n, t in quantized.dequantize().state_dict().items()},
+            {n: t.shape for n, t in layer.state_dict().items()},
+        )
+
+    def test_casts_keep_codes_scales_and_tables(self) -> None:
+        _, quantized = twin("int8_static", 0, 6, 9)
+        kept = {n: t.clone() for n, t in quantized.state_dict().items() if "bias" not in n}
+        parent = nn.Sequential(quantized).to(torch.bfloat16)
+        state = parent[0].state_dict()
+        self.assertTrue(all(same_bits(state[name], value) for name, value in kept.items()))
+        self.assertEqual(state["bias_ih_l0"].dtype, torch.bfloat16)
+        self.assertEqual(parent[0].dtype, torch.bfloat16)
+
+    def test_bad_states(self) -> None:
+        layer, quantized = twin("int8", 0, 6, 9)
+        good = quantized.state_dict()
+        cases = [
+            ({**good, "weight_ih_l0": good["weight_ih_l0"][:, :5]}, r"must be \[36, 6\], got"),
+            ({**good, "weight_ih_l0": good["weight_ih_l0"].int()}, "int32, but scheme 'int8' stor"),
+            (
+                {**good, "weight_ih_l0": layer.weight_ih_l0},
+                "yet the state has a weight_ih_l0_scale",
+            ),
+            ({n: t for n, t in good.items() if n != "weight_hh_l0"}, "weight_hh_l0_scale but no"),
+            ({n: t for n, t in good.items() if n != "weight_hh_l0_scale"}, "no weight_hh_l0_scale"),
+            ({**good, "weight_hh_l0_scale": -good["weight_hh_l0_scale"]}, "positive and finite"),
+        ]
+        for state, words in cases:
+            for strict in (True, False):
+                with self.subTest(words), self.assertRaisesRegex(RuntimeError, words):
+                    copy.deepcopy(quantized).load_state_dict(state, strict=strict)
+        with self.assertRaisesRegex(RuntimeError, "load it before qnn.prepare"):
+            qnn.QLSTM(6, 9, scheme="int8_static").load_state_dict(layer.state_dict())
+
+    def test_a_static_layer_without_ranges(self) -> None:
+        with self.assertRaisesRegex(ValueError, "table must give the part input a positive scale"):
+            qnn.QLSTM(6, 9, scheme="int8_static")(torch.randn(5, 3, 6))
+
+    def test_resident_bytes(self) -> None:
+        layer, quantized = twin("int8", 0, 256, 512)
+        before, after = (
+            sum(p.numel() * p.element_size() for n, p in m.named_parameters() if "weight" in n)
+            for m in (layer, quantized)
+        )
+        self.assertLess(after / before, 0.3)
+        (row,) = qnn.summary(quantized).rows
+        self.assertEqual((row.scheme, row.shape), ("int8", (2048, 512)))
+        self.assertLess(row.bytes_after / row.bytes_before, 0.3)
+
+    def test_repr(self) -> None:
+        _, quantized = twin("int8", 0, 6, 9, 2, proj_size=4)
+        self.assertRegex(
+            repr(quantized), r"^QLSTM\(6, 9, proj_size=4, num_layers=2, scheme='int8'\)  # cpu: "
+        )
