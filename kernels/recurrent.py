@@ -21,6 +21,7 @@ behind the other (`split_result`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -526,6 +527,19 @@ def _declare(
     )
 
 
+def _require_bytes(cell: Cell, table: torch.Tensor, *, projected: bool) -> None:
+    """Raise unless the parts that enter a product have 8 bits."""
+    operands = ("input", "hidden_state", *(["projection_input"] if projected else []))
+    for name in operands:
+        scale, zero_point, qmin, qmax = table[cell.parts.index(name)].tolist()
+        low, high = qmin - zero_point, qmax - zero_point
+        if not 0 < scale < math.inf:
+            raise ValueError(f"table must give the part {name} a positive scale.")
+        whole = low.is_integer() and high.is_integer()
+        if not (whole and low <= high <= low + 255 and abs(low) <= 1024):
+            raise ValueError(f"table must give the part {name} 8 bits.")
+
+
 def _forward(
     cell: Cell, scheme: str, reference: Callable[..., torch.Tensor]
 ) -> Callable[..., torch.Tensor]:
@@ -536,6 +550,9 @@ def _forward(
         table = None
         if scheme == "int8_static":
             table, args = args[at], (*args[:at], *args[at + 1 :])
+            _require_bytes(
+                cell, table, projected=cell is LSTM and len(args) > 9 and args[9] is not None
+            )
         return reference(*args, table=table, quantized=scheme != "int8_weight", compute=compute)
 
     return run

@@ -19,7 +19,7 @@ from qnn.patterns import Pattern, Patterns
 from qnn.qlinear import QLinear, needs_calibration, not_finite
 from qnn.qlstm import QGRU, QLSTM, QRecurrent
 from qnn.quantizable import QuantizableGRU, QuantizableLSTM, QuantizableRecurrent
-from qnn.swap import Make, Own, Plan, leave_fast_path, raise_unsupported, select, swapped
+from qnn.swap import REASON, Make, Own, Plan, leave_fast_path, raise_unsupported, select, swapped
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 SchemeMap = Mapping[Pattern, str | None]
@@ -143,7 +143,8 @@ def _plan_of_prepared(
     for name, scheme in selected.items():
         plan.schemes[id(modules[name])] = scheme
     for module in modules.values():
-        if type(module) in (nn.Linear, *RECURRENT) and not is_prepared(module):
+        left = type(module) in (nn.Linear, *RECURRENT) and not is_prepared(module)
+        if left and not hasattr(module, REASON):
             plan.reasons.setdefault(id(module), "not prepared")
     return plan
 

@@ -1,0 +1,204 @@
+"""prepare, calibrate or train, convert: the flow from a float model to int8_static."""
+
+import copy
+import unittest
+from typing import Any
+
+import torch
+from parameterized import parameterized
+from torch import nn
+
+import qnn
+from qnn.kernels import recurrent
+
+from .common import same_bits
+
+LSTM, GRU, PROJECTED = (nn.LSTM, {}), (nn.GRU, {}), (nn.LSTM, {"proj_size": 7})
+KINDS = [(kind, split) for kind in (LSTM, GRU, PROJECTED) for split in (False, True)]
+
+
+class Tagger(nn.Module):
+    def __init__(self, cell: Any = nn.LSTM, **options: Any) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 12)
+        self.rnn = cell(12, 20, 2, batch_first=True, bidirectional=True, **options)
+        self.head = nn.Linear(2 * (options.get("proj_size") or 20), 10)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        y, _ = self.rnn(self.embedding(tokens))
+        result: torch.Tensor = self.head(y)
+        return result
+
+
+def tagger(cell: Any = nn.LSTM, **options: Any) -> Tagger:
+    torch.manual_seed(0)
+    return Tagger(cell, **options).eval()
+
+
+def tokens(count: int = 3) -> list[torch.Tensor]:
+    return list(torch.randint(50, (count, 4, 9), generator=torch.Generator().manual_seed(1)))
+
+
+class TestFlow(unittest.TestCase):
+    @parameterized.expand([(*kind, split) for kind, split in KINDS])
+    def test_calibrated(self, cell: Any, options: dict[str, Any], split: bool) -> None:
+        model, batches = tagger(cell, **options), tokens()
+        before = {name: t.clone() for name, t in model.state_dict().items()}
+        prepared = qnn.prepare(model, split_gates=split)
+        with torch.no_grad():
+            want, got = model(batches[0]), prepared(batches[0])
+        if split:
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        else:
+            self.assertTrue(same_bits(got, want))
+        qnn.calibrate(prepared, batches, progress=False)
+        converted = qnn.convert(prepared)
+        self.assertIs(type(converted.rnn), qnn.QGRU if cell is nn.GRU else qnn.QLSTM)
+        self.assertEqual(converted.rnn.split_gates, split)
+        self.assertIs(type(converted.head), qnn.QLinear)
+        with torch.no_grad():
+            self.assertGreater(qnn.sqnr(converted(batches[1]), model(batches[1])), 25)
+        self.assertTrue(all(same_bits(t, before[n]) for n, t in model.state_dict().items()))
+
+    @parameterized.expand([(*kind, split) for kind, split in KINDS])
+    def test_what_was_trained_is_what_is_shipped(
+        self, cell: Any, options: dict[str, Any], split: bool
+    ) -> None:
+        model, batches = tagger(cell, **options), tokens()
+        trained = qnn.prepare(model, qat=True, split_gates=split).train()
+        optimizer = torch.optim.SGD(trained.parameters(), 1e-2)
+        for batch in batches:
+            trained(batch).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        state = copy.deepcopy(trained.eval().state_dict())
+        with torch.no_grad():
+            want = trained(batches[0])
+        self.assertTrue(all(same_bits(t, state[n]) for n, t in trained.state_dict().items()))
+        with torch.no_grad():
+            self.assertGreater(qnn.sqnr(qnn.convert(trained)(batches[0]), want), 100)
+
+    def test_in_place(self) -> None:
+        model = tagger()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self.assertIs(qnn.prepare(model, inplace=True), model)
+        self.assertEqual({id(p) for p in model.parameters()}, known)
+        qnn.calibrate(model, tokens(), progress=False)
+        self.assertIs(qnn.convert(model, inplace=True), model)
+        self.assertIn(id(model.rnn.bias_hh_l1), known)
+
+    def test_a_bare_layer(self) -> None:
+        prepared = qnn.prepare(nn.GRU(5, 6))
+        prepared(torch.randn(4, 2, 5))
+        self.assertEqual(qnn.convert(prepared)(torch.randn(4, 2, 5))[0].shape, (4, 2, 6))
+
+    def test_patterns_hooks_and_shared_modules(self) -> None:
+        linear, seen = nn.Linear(6, 6), []
+        model = nn.Sequential(linear, nn.Tanh(), linear, nn.Linear(6, 2))
+        linear.register_forward_hook(lambda *_: seen.append(1))
+        prepared = qnn.prepare(model, exclude="3")
+        self.assertIs(prepared[0], prepared[2])
+        qnn.calibrate(prepared, [torch.randn(8, 6)], progress=False)
+        self.assertEqual(len(seen), 2)
+        converted = qnn.convert(prepared)
+        self.assertIs(converted[0], converted[2])
+        self.assertEqual([type(m).__name__ for m in converted][2:], ["QLinear", "Linear"])
+        rows = {row.name: row.reason for row in qnn.summary(converted).rows}
+        self.assertEqual(rows["3"], "matches the exclude pattern '3'")
+        rows = {row.name: row.reason for row in qnn.summary(prepared).rows}
+        self.assertIn("qnn.calibrate it, then qnn.convert", str(rows["0"]))
+
+    def test_encoder_layers_leave_their_fast_path(self) -> None:
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+        prepared, x = qnn.prepare(layer), torch.randn(2, 3, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(prepared(x), layer(x))
+        qnn.convert(prepared, exclude="self_attn*")  # its two linears have seen their input
+
+    def test_parts(self) -> None:
+        spec = qnn.QuantSpec(torch.int16, scale=2**-11, zero_point=0)
+        model = nn.Sequential(nn.LSTM(5, 6), nn.Identity())
+        prepared = qnn.prepare(
+            model, parts={"cell_state": spec, "*_linear*": None}, split_gates=True
+        )
+        prepared(torch.randn(4, 2, 5))
+        table = qnn.convert(prepared)[0].table_l0
+        rows = dict(zip(recurrent.LSTM_PARTS, table.tolist(), strict=True))
+        self.assertEqual(rows["cell_state"], [2**-11, 0, -(2**15), 2**15 - 1])
+        self.assertEqual(rows["hidden_linear_g"], [0, 0, 0, 0])
+        self.assertEqual(rows["projection_input"], [0, 0, 0, 0])
+        self.assertGreater(rows["input"][0], 0)
+
+
+class TestErrors(unittest.TestCase):
+    @parameterized.expand(
+        [
+            ("scheme", lambda m: qnn.prepare(m, "int8"), "qnn.convert.model, scheme"),
+            ("pattern", lambda m: qnn.prepare(m, include="rn"), "qnn.prepare: include.*'rnn'"),
+            ("part", lambda m: qnn.prepare(m, parts={"cel_state": None}), "'cell_state'"),
+            (
+                "input in 16 bits",
+                lambda m: qnn.prepare(m, parts={"input": qnn.QuantSpec(torch.int16)}),
+                "enters an int8 product",
+            ),
+            ("twice", lambda m: qnn.prepare(qnn.prepare(m)), "nothing to prepare"),
+            ("nothing", lambda m: qnn.prepare(m.embedding), "no nn.Linear, nn.LSTM or nn.GRU"),
+            ("excluded", lambda m: qnn.prepare(m, exclude="*"), "every layer is left alone"),
+            ("a scheme", lambda m: qnn.convert(qnn.prepare(m), "int8"), "the model is prepared"),
+            ("float", lambda m: qnn.convert(m, "int8_static"), "qnn.prepare.model., qnn.cal"),
+            ("not prepared", lambda m: qnn.calibrate(m, []), "no observation points"),
+        ]
+    )
+    def test_refused(self, _: str, call: Any, words: str) -> None:
+        model = tagger()
+        state = copy.deepcopy(model.state_dict())
+        with self.assertRaisesRegex(ValueError, words):
+            call(model)
+        self.assertEqual(list(model.state_dict()), list(state))
+        with self.assertRaisesRegex(TypeError, "takes an nn.Module, got int"):
+            qnn.prepare(3)  # type: ignore[type-var]
+
+    def test_a_part_without_a_range_is_named(self) -> None:
+        prepared = qnn.prepare(nn.LSTM(5, 6))
+        with self.assertRaisesRegex(ValueError, "part 'input'.*nothing|nothing.*'input'"):
+            qnn.convert(prepared)
+        x = torch.randn(4, 2, 5)
+        for value in (torch.nan, torch.inf):
+            prepared = qnn.prepare(nn.LSTM(5, 6))
+            x[1, 1, 1] = value
+            prepared(x)
+            with self.assertRaisesRegex(ValueError, "'input'"):
+                qnn.convert(prepared)
+        layer = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        prepared = qnn.prepare(layer)
+        prepared[0](torch.randn(2, 4))
+        with self.assertRaisesRegex(ValueError, "1.input"):
+            qnn.convert(prepared)
+
+    def test_other_schemes_leave_recurrent_layers_alone(self) -> None:
+        converted = qnn.convert(tagger(), "fp8")
+        reasons = {row.name: row.reason for row in qnn.summary(converted).rows}
+        self.assertIn("scheme 'fp8' has no recurrent layer", str(reasons["rnn"]))
+        trained = qnn.convert(tagger(), "fp8", training=True)
+        reasons = {row.name: row.reason for row in qnn.summary(trained).rows}
+        self.assertIn("qnn.prepare", str(reasons["rnn"]))
+
+    def test_layers_that_cannot_be_converted(self) -> None:
+        class Mine(nn.LSTM):
+            pass
+
+        tied = nn.Sequential(nn.LSTM(6, 6), nn.LSTM(6, 6))
+        tied[1].weight_hh_l0 = tied[0].weight_hh_l0
+        broken = nn.LSTM(6, 6)
+        with torch.no_grad():
+            broken.weight_ih_l0[0, 0] = torch.inf
+        norm = nn.utils.parametrizations.weight_norm(nn.LSTM(6, 6), "weight_hh_l0")
+        for model, words in (
+            (nn.Sequential(Mine(6, 6)), "Mine is a subclass of nn.LSTM or nn.GRU with a meaning"),
+            (tied, "its weight is tied to '1'; recurrent layers do not share codes"),
+            (nn.Sequential(broken), "its weight_ih_l0 holds 1 NaN or inf of 144 values"),
+            (nn.Sequential(norm), "parametrized"),
+        ):
+            with self.subTest(words), self.assertRaisesRegex(ValueError, words):
+                qnn.convert(model, "int8")
