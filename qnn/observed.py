@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -77,29 +77,31 @@ class Observed(nn.Module):
         return points_of(self.mode, split_gates=self.split_gates, projection=projection)
 
     def _parts(self, suffix: str) -> dict[str, FakeQuantize]:
+        own = self._own(suffix)
+        return {part: own[name] for part, name in self._names().items() if name in own}
+
+    def _own(self, suffix: str) -> dict[str, FakeQuantize]:
+        """The points of one layer and direction, by their names without the suffix."""
         if self.points is None:
             return {}
-        found = ((part, f"{name}{suffix}") for part, name in self._names().items())
-        return {part: self._point(key) for part, key in found if key in self.points}
-
-    def _point(self, key: str) -> FakeQuantize:
-        assert self.points is not None  # noqa: S101  # for the type checker
-        point = self.points[key]
-        assert isinstance(point, FakeQuantize)  # noqa: S101
-        return point
+        # Several parts may have one point.
+        names = dict.fromkeys(self._names().values())
+        return {
+            name: cast(FakeQuantize, self.points[f"{name}{suffix}"])
+            for name in names
+            if f"{name}{suffix}" in self.points
+        }
 
     @property
     def _observes(self) -> bool:
         """Whether any point is to see this call."""
         if self.points is None or (self.qat and not self.training):
             return False
-        return any(self._point(key).observing for key in self.points)
+        return any(cast(FakeQuantize, point).observing for point in self.points.values())
 
     def _points(self, suffix: str) -> Points:
         """The points of one layer and direction, as its loop takes them."""
-        own: dict[str, FakeQuantize] = {}
-        for part, point in self._parts(suffix).items():
-            own[self._names()[part]] = point
+        own = self._own(suffix)
         quantizers = {name: point.quantizer for name, point in own.items()} if self.qat else {}
         watched = [name for name, point in own.items() if point.observing]
         return Points(quantizers, watched if self._observes else [])
@@ -107,8 +109,9 @@ class Observed(nn.Module):
     def _observe(
         self, suffix: str, points: Points, *, reverse: bool, lengths: torch.Tensor | None
     ) -> None:
+        own = self._own(suffix)
         for name, seen in points.observed(reverse=reverse, lengths=lengths).items():
-            self._point(f"{name}{suffix}").observe(seen)
+            own[name].observe(seen)
 
     def _extra(self) -> str:
         text = ", split_gates=True" if self.split_gates else ""
