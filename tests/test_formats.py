@@ -24,7 +24,7 @@ class TestSchemes(unittest.TestCase):
             self.assertIn(f"{scheme.weight.key}_dequantize", OPS)
 
     def test_unknown_name_lists_the_known_and_the_nearest(self) -> None:
-        with self.assertRaisesRegex(ValueError, r"'int8', 'int8_weight'.*Did you mean 'int8'"):
+        with self.assertRaisesRegex(ValueError, r"'int8', 'int8_static'.*Did you mean 'int8'"):
             get_scheme("int9")
 
     @parameterized.expand([(7,), (None,), (torch.int8,)])
