@@ -58,11 +58,20 @@ inline void meet(const Members& m) {
   }
 }
 
-// A run of blocks, or of rows.
+// A run of blocks, or of rows, of all that there are.
 struct Run {
   int64_t begin, end;
-  Run(int64_t all, int part, int parts)
-      : begin(all * part / parts), end(all * (part + 1) / parts) {}
+};
+
+// What of `all` each part does, where a unit of work is `group` of them, the last perhaps fewer.
+struct Shares {
+  int64_t all, group;
+  int parts;
+  Run of(int part) const {
+    const int64_t groups = div_up(all, group);
+    const auto at = [&](int64_t i) { return std::min(groups * i / parts * group, all); };
+    return {at(part), at(part + 1)};
+  }
 };
 
 // -- arithmetic of the cells
@@ -122,7 +131,8 @@ inline vfloat first_lanes(vfloat v, int64_t count) {
   return v;
 }
 
-inline vfloat load_floats(DType dtype, const void* p, int64_t at, int64_t count) {
+// These two are not for inlining: a switch over formats, each time, is most of a file.
+QNN_KERNEL vfloat load_floats(DType dtype, const void* p, int64_t at, int64_t count) {
   vfloat v = {};
   with_format(dtype, [&](auto format) {
     using Format = decltype(format);
@@ -132,7 +142,7 @@ inline vfloat load_floats(DType dtype, const void* p, int64_t at, int64_t count)
 }
 
 // Casts to `dtype`, and writes; returns what was written.
-inline vfloat store_floats(DType dtype, void* p, int64_t at, vfloat v, int64_t count) {
+QNN_KERNEL vfloat store_floats(DType dtype, void* p, int64_t at, vfloat v, int64_t count) {
   with_format(dtype, [&](auto format) {
     using Format = decltype(format);
     if constexpr (!std::is_same_v<Format, Float64>) v = Format::round(v);
@@ -152,8 +162,8 @@ struct Quantizer {
 
 // One row of x as P wants it, `padded` codes long, and its scale.
 template <class P>
-inline void read_row(const Recurrent& p, const Quantizer& how, int64_t row, int64_t padded,
-                     typename P::Code* codes, float* scale) {
+QNN_KERNEL void read_row(const Recurrent& p, const Quantizer& how, int64_t row, int64_t padded,
+                         typename P::Code* codes, float* scale) {
   const int64_t k = p.inputs;
   with_format(p.dtype, [&](auto format) {
     using Format = decltype(format);
@@ -248,7 +258,7 @@ struct IntegerProduct : M {
 
   // acc [rows][G][kLanes] = start + x · panel.
   template <int G>
-  static void multiply(const Code* x, int64_t stride, int64_t count, const char* panel,
+  QNN_KERNEL static void multiply(const Code* x, int64_t stride, int64_t count, const char* panel,
                        const int32_t* start, int64_t words, Acc* acc) {
     const int64_t times = div_up(count, kMost<G>);
     for (int64_t i = 0; i < times; ++i) {
@@ -323,7 +333,7 @@ struct FloatProduct : M {
   }
 
   template <int G>
-  static void multiply(const float* x, int64_t stride, int64_t count, const char* panel,
+  QNN_KERNEL static void multiply(const float* x, int64_t stride, int64_t count, const char* panel,
                        const int32_t*, int64_t words, float* acc) {
     const int64_t times = div_up(count, kMost<G>);
     for (int64_t i = 0; i < times; ++i) {
@@ -433,6 +443,101 @@ QNN_KERNEL void scale_sums(const typename P::Acc* acc, int64_t rows,
   }
 }
 
+// What one product takes: the codes of all rows, their scales as each part has them, and what the
+// parts tell each other about their share of a row: its peak, or whether it is finite.
+template <class P>
+struct Operand {
+  typename P::Code* codes;
+  int64_t stride;
+  int32_t* marks;  // [part][row]
+  float* scales;   // [part][row]
+  int64_t mark_stride;
+};
+
+inline int32_t greatest(vint v) {
+#if defined(__AVX512F__) && QNN_LANES == 16
+  return _mm512_reduce_max_epi32((__m512i)v);
+#else
+  int32_t most = v[0];
+  for (int lane = 1; lane < kLanes; ++lane) most = v[lane] > most ? v[lane] : most;
+  return most;
+#endif
+}
+
+// States of all parts to codes that all parts read, and the scales of their rows.
+template <class P>
+QNN_KERNEL void publish(const Recurrent& p, const Members& members, const Operand<P>& to,
+                        const Quantizer& how, const float* values, const Shares& shares) {
+  const int64_t marks = to.mark_stride;
+  const auto each = [&](const auto& work) {
+    for (int part = members.begin; part < members.end; ++part) work(part, shares.of(part));
+  };
+  const auto of = [&](int64_t block, int64_t row) {
+    return read<vfloat>(values + (block * p.batch + row) * kLanes);
+  };
+  if constexpr (!P::kQuantizes) {
+    each([&](int, const Run& run) {
+      for (int64_t row = 0; row < p.batch; ++row) {
+        for (int64_t i = run.begin; i < run.end; ++i)
+          write(to.codes + row * to.stride + i * kLanes, of(i, row));
+      }
+    });
+    meet(members);
+  } else if (p.scheme == Scheme::dynamic) {
+    each([&](int part, const Run& run) {
+      for (int64_t row = 0; row < p.batch; ++row) {
+        vint most = {};
+        for (int64_t i = run.begin; i < run.end; ++i) {
+          const vint here = bits(of(i, row)) & 0x7fffffff;
+          most = here > most ? here : most;
+        }
+        to.marks[part * marks + row] = greatest(most);
+      }
+    });
+    meet(members);
+    each([&](int part, const Run& run) {
+      for (int64_t row = 0; row < p.batch; ++row) {
+        int32_t most = 0;
+        for (int other = 0; other < members.parts; ++other)
+          most = std::max(most, to.marks[other * marks + row]);
+        float amax;
+        std::memcpy(&amax, &most, sizeof amax);
+        const float scale = scale_of(amax);
+        to.scales[part * marks + row] = scale;
+        const bool finite = scale <= std::numeric_limits<float>::max();
+        const float inverse = finite ? 1.0f / scale : 0.0f;
+        for (int64_t i = run.begin; i < run.end; ++i) {
+          const vint q = finite ? codes_of(of(i, row), inverse) : vint{};
+          write_codes(to.codes + row * to.stride + i * kLanes, q - how.low);
+        }
+      }
+    });
+    meet(members);
+  } else {
+    each([&](int part, const Run& run) {
+      for (int64_t row = 0; row < p.batch; ++row) {
+        vfloat odds = {};
+        for (int64_t i = run.begin; i < run.end; ++i) {
+          const vfloat v = of(i, row);
+          odds += v * 0.0f;
+          const vint q = __builtin_convertvector(codes_on(how.grid, v), vint);
+          write_codes(to.codes + row * to.stride + i * kLanes, q - how.low);
+        }
+        to.marks[part * marks + row] = greatest(bits(odds) & 0x7fffffff);
+      }
+    });
+    meet(members);
+    each([&](int part, const Run&) {
+      for (int64_t row = 0; row < p.batch; ++row) {
+        int32_t odd = 0;
+        for (int other = 0; other < members.parts; ++other) odd |= to.marks[other * marks + row];
+        to.scales[part * marks + row] =
+            odd == 0 ? how.grid.scale : std::numeric_limits<float>::quiet_NaN();
+      }
+    });
+  }
+}
+
 // -- the layer
 // -------------------------------------------------------------------------------------------------------------
 
@@ -447,13 +552,6 @@ class Layer {
   // Of the input linears of a part's units: what stays in the second-level cache beside its panels.
   static constexpr int64_t kChunkBytes = 1 << 18;
 
-  // What one product takes: the codes of all rows, the scales as each part has them, and what the
-  // parts tell each other about their share of a row: its peak, or whether it is finite.
-  struct Operand {
-    Code* codes;
-    int32_t* marks;  // [part][row]
-  };
-
   const Recurrent& p_;
   const Members& members_;
   const bool projected_;
@@ -466,12 +564,13 @@ class Layer {
   size_t bytes_;
   Code* x_codes_;
   float* x_scales_;
-  Operand h_codes_[2], inner_codes_;
+  Operand<P> h_codes_[2], inner_codes_;
   float *h_, *c_, *inner_ = nullptr;
   // Of each part.
   char *input_blocks_, *hidden_blocks_, *projection_blocks_ = nullptr, *spare_;
-  float *chunk_values_, *h_scales_, *inner_scales_;
-  int64_t chunk_size_, spare_size_, marks_;
+  float* chunk_values_;
+  int64_t chunk_size_, spare_size_;
+  Shares units_of_, outs_of_, projections_of_;
 
  public:
   Layer(const Recurrent& p, const Members& members, char* scratch)
@@ -482,7 +581,10 @@ class Layer {
         outs_(div_up(p.outputs, kLanes)),
         input_(Weight::of_gates(p.w_ih, p.sw_ih, p.b_ih, p.b_ih_dtype, p.hidden, p.inputs)),
         hidden_(Weight::of_gates(p.w_hh, p.sw_hh, p.b_hh, p.b_hh_dtype, p.hidden, p.outputs)),
-        projection_(Weight::plain(p.w_hr, p.sw_hr, p.outputs, p.hidden)) {
+        projection_(Weight::plain(p.w_hr, p.sw_hr, p.outputs, p.hidden)),
+        units_of_{units_, 1, members.parts},
+        outs_of_{outs_, projected_ ? G : 1, members.parts},
+        projections_of_{projection_.blocks, 1, members.parts} {
     constexpr int64_t kStates = kLstm ? 2 : 1, kInput = 1 + kStates, kHidden = kInput + G,
                       kActivation = kHidden + G, kOthers = kActivation + G;
     of_x_ = quantizer(0), of_h_ = quantizer(1), of_inner_ = quantizer(kOthers + 1);
@@ -504,7 +606,7 @@ class Layer {
       each([&](int part) { end(part); });
       return;
     }
-    publish(h_codes_[0], of_h_, hidden_, h_, h_scales_);
+    publish<P>(p_, members_, h_codes_[0], of_h_, h_, outs_of_);
     // The chunk's first step, counted in the order in which they are taken.
     for (int64_t begin = 0; begin < p_.steps; begin += chunk_) {
       const int64_t count = p_.steps - begin < chunk_ ? p_.steps - begin : chunk_;
@@ -536,31 +638,22 @@ class Layer {
     return how;
   }
 
-  Run units(int part) const { return Run(units_, part, members_.parts); }
-  Run projections(int part) const { return Run(projection_.blocks, part, members_.parts); }
-  // Blocks of kLanes of the output that a part computes.
-  Run outs(int part) const {
-    if (!projected_) return units(part);
-    Run run = projections(part);
-    run.begin = std::min(run.begin * G, outs_), run.end = std::min(run.end * G, outs_);
-    return run;
-  }
-
   void take(Scratch scratch) {
     const int64_t rows = p_.steps * p_.batch, parts = members_.parts, more = P::kTileRows;
     const int64_t most = div_up(units_, parts);
     const int64_t step_bytes = p_.batch * most * kWidth * static_cast<int64_t>(sizeof(float));
     chunk_ = step_bytes == 0 ? p_.steps : kChunkBytes / step_bytes;
     chunk_ = std::clamp<int64_t>(chunk_, 1, std::max<int64_t>(p_.steps, 1));
-    marks_ = round_up(p_.batch, kLine / 4);
     const int64_t state_rows = p_.batch * kLanes;
     x_codes_ = scratch.take<Code>((rows + more) * input_.code_stride());
     x_scales_ = scratch.take<float>(rows);
     const auto operand = [&](const Weight& weight) {
-      return Operand{scratch.take<Code>((p_.batch + more) * weight.code_stride()),
-                     scratch.take<int32_t>(parts * marks_)};
+      const int64_t marks = round_up(p_.batch, kLine / 4), stride = weight.code_stride();
+      return Operand<P>{scratch.take<Code>((p_.batch + more) * stride), stride,
+                        scratch.take<int32_t>(parts * marks), scratch.take<float>(parts * marks),
+                        marks};
     };
-    for (Operand& o : h_codes_) o = operand(hidden_);
+    for (Operand<P>& o : h_codes_) o = operand(hidden_);
     h_ = scratch.take<float>(outs_ * state_rows);
     c_ = scratch.take<float>(kLstm ? units_ * state_rows : 0);
     if (projected_) {
@@ -582,8 +675,6 @@ class Layer {
     spare_ = scratch.take<char>(parts * spare_size_);
     chunk_size_ = round_up(chunk_ * p_.batch * most * kWidth, kLine);
     chunk_values_ = scratch.take<float>(parts * chunk_size_);
-    h_scales_ = scratch.take<float>(parts * marks_);
-    inner_scales_ = scratch.take<float>(parts * marks_);
     bytes_ = scratch.used();
   }
 
@@ -599,8 +690,9 @@ class Layer {
     return *spare;
   }
 
-  void begin(int part) {
-    const Run rows(p_.steps * p_.batch, part, members_.parts), own = units(part);
+  QNN_KERNEL void begin(int part) {
+    const Run rows = Shares{p_.steps * p_.batch, 1, members_.parts}.of(part),
+              own = units_of_.of(part);
     const int64_t stride = input_.code_stride();
     const int64_t padded = std::max(input_.words() * P::kGroup, round_up(p_.inputs, kLanes));
     for (int64_t row = rows.begin; row < rows.end; ++row)
@@ -612,7 +704,7 @@ class Layer {
       };
       pack(input_, input_blocks_, own);
       pack(hidden_, hidden_blocks_, own);
-      if (projected_) pack(projection_, projection_blocks_, projections(part));
+      if (projected_) pack(projection_, projection_blocks_, projections_of_.of(part));
     }
     const auto enter = [&](const void* from, const Grid& grid, int64_t width, const Run& run,
                            float* to) {
@@ -626,14 +718,14 @@ class Layer {
         }
       }
     };
-    enter(p_.h0, Grid::of(p_.table, 1), p_.outputs, outs(part), h_);
+    enter(p_.h0, Grid::of(p_.table, 1), p_.outputs, outs_of_.of(part), h_);
     if (kLstm) enter(p_.c0, of_cell_, p_.hidden, own, c_);
     if (projected_)
       std::memset(state(inner_, own.begin, 0), 0,
                   (own.end - own.begin) * p_.batch * kLanes * sizeof(float));
   }
 
-  void end(int part) const {
+  QNN_KERNEL void end(int part) const {
     const auto leave = [&](const float* from, int64_t width, const Run& run, void* to) {
       for (int64_t i = run.begin; i < run.end; ++i) {
         for (int64_t row = 0; row < p_.batch; ++row) {
@@ -643,95 +735,8 @@ class Layer {
         }
       }
     };
-    leave(h_, p_.outputs, outs(part), p_.h_n);
-    if (kLstm) leave(c_, p_.hidden, units(part), p_.c_n);
-  }
-
-  // States of all parts to codes that all parts read, and the scales of their rows.
-  void publish(const Operand& to, const Quantizer& how, const Weight& weight, const float* values,
-               float* scales) const {
-    const int64_t stride = weight.code_stride();
-    const bool inner = values == inner_;
-    const auto own = [&](int part) { return inner ? units(part) : outs(part); };
-    const auto of = [&](int64_t block, int64_t row) {
-      return read<vfloat>(values + (block * p_.batch + row) * kLanes);
-    };
-    if constexpr (!P::kQuantizes) {
-      each([&](int part) {
-        const Run run = own(part);
-        for (int64_t row = 0; row < p_.batch; ++row) {
-          for (int64_t i = run.begin; i < run.end; ++i)
-            write(to.codes + row * stride + i * kLanes, of(i, row));
-        }
-      });
-      meet(members_);
-    } else if (p_.scheme == Scheme::dynamic) {
-      each([&](int part) {
-        const Run run = own(part);
-        for (int64_t row = 0; row < p_.batch; ++row) {
-          vint most = {};
-          for (int64_t i = run.begin; i < run.end; ++i) {
-            const vint here = bits(of(i, row)) & 0x7fffffff;
-            most = here > most ? here : most;
-          }
-          to.marks[part * marks_ + row] = greatest(most);
-        }
-      });
-      meet(members_);
-      each([&](int part) {
-        const Run run = own(part);
-        for (int64_t row = 0; row < p_.batch; ++row) {
-          int32_t most = 0;
-          for (int other = 0; other < members_.parts; ++other)
-            most = std::max(most, to.marks[other * marks_ + row]);
-          float amax;
-          std::memcpy(&amax, &most, sizeof amax);
-          const float scale = scale_of(amax);
-          scales[part * marks_ + row] = scale;
-          const bool finite = scale <= std::numeric_limits<float>::max();
-          const float inverse = finite ? 1.0f / scale : 0.0f;
-          for (int64_t i = run.begin; i < run.end; ++i) {
-            const vint q = finite ? codes_of(of(i, row), inverse) : vint{};
-            write_codes(to.codes + row * stride + i * kLanes, q - how.low);
-          }
-        }
-      });
-      meet(members_);
-    } else {
-      each([&](int part) {
-        const Run run = own(part);
-        for (int64_t row = 0; row < p_.batch; ++row) {
-          vfloat odds = {};
-          for (int64_t i = run.begin; i < run.end; ++i) {
-            const vfloat v = of(i, row);
-            odds += v * 0.0f;
-            const vint q = __builtin_convertvector(codes_on(how.grid, v), vint);
-            write_codes(to.codes + row * stride + i * kLanes, q - how.low);
-          }
-          to.marks[part * marks_ + row] = greatest(bits(odds) & 0x7fffffff);
-        }
-      });
-      meet(members_);
-      each([&](int part) {
-        for (int64_t row = 0; row < p_.batch; ++row) {
-          int32_t odd = 0;
-          for (int other = 0; other < members_.parts; ++other)
-            odd |= to.marks[other * marks_ + row];
-          scales[part * marks_ + row] =
-              odd == 0 ? how.grid.scale : std::numeric_limits<float>::quiet_NaN();
-        }
-      });
-    }
-  }
-
-  static int32_t greatest(vint v) {
-#if defined(__AVX512F__) && QNN_LANES == 16
-    return _mm512_reduce_max_epi32((__m512i)v);
-#else
-    int32_t most = v[0];
-    for (int lane = 1; lane < kLanes; ++lane) most = v[lane] > most ? v[lane] : most;
-    return most;
-#endif
+    leave(h_, p_.outputs, outs_of_.of(part), p_.h_n);
+    if (kLstm) leave(c_, p_.hidden, units_of_.of(part), p_.c_n);
   }
 
   // A block times rows, in tiles of an even share. `place(row)` is where a tile's values go,
@@ -753,8 +758,8 @@ class Layer {
 
   // The input linears of a part's units, of all rows of so many steps: [unit
   // block][row][gate][lane].
-  void multiply_inputs(int part, int64_t first, int64_t steps) const {
-    const Run own = units(part);
+  QNN_KERNEL void multiply_inputs(int part, int64_t first, int64_t steps) const {
+    const Run own = units_of_.of(part);
     const int64_t rows = steps * p_.batch, row = first * p_.batch;
     for (int64_t i = own.begin; i < own.end; ++i) {
       const Block& block = block_of(input_, input_blocks_, i, part);
@@ -769,16 +774,16 @@ class Layer {
   // there.
   void take_step(int64_t index, int64_t t, int64_t at, int64_t count) const {
     const bool last = index + 1 == p_.steps;
-    const Operand& from = h_codes_[index % 2];
+    const Operand<P>& from = h_codes_[index % 2];
     each([&](int part) {
-      const Run own = units(part);
+      const Run own = units_of_.of(part);
       for (int64_t i = own.begin; i < own.end; ++i) {
         const Block& block = block_of(hidden_, hidden_blocks_, i, part);
         const float* of_x =
             chunk_values_ + part * chunk_size_ + ((i - own.begin) * count + at) * p_.batch * kWidth;
         alignas(64) float values[P::kTileRows * kWidth];
         multiply(
-            hidden_, block, from.codes, p_.batch, h_scales_ + part * marks_,
+            hidden_, block, from.codes, p_.batch, from.scales + part * from.mark_stride,
             [&](int64_t) { return values; },
             [&](int64_t row, int64_t rows, const float* of_h) {
               cells(of_x + row * kWidth, of_h, row, rows, t, i);
@@ -786,21 +791,21 @@ class Layer {
       }
     });
     if (projected_) {
-      publish(inner_codes_, of_inner_, projection_, inner_, inner_scales_);
+      publish<P>(p_, members_, inner_codes_, of_inner_, inner_, units_of_);
       each([&](int part) {
-        const Run own = projections(part);
+        const Run own = projections_of_.of(part);
         for (int64_t i = own.begin; i < own.end; ++i) project(part, i, t);
       });
     }
-    if (!last) publish(h_codes_[(index + 1) % 2], of_h_, hidden_, h_, h_scales_);
+    if (!last) publish<P>(p_, members_, h_codes_[(index + 1) % 2], of_h_, h_, outs_of_);
   }
 
-  void project(int part, int64_t index, int64_t t) const {
+  QNN_KERNEL void project(int part, int64_t index, int64_t t) const {
     const Block& block = block_of(projection_, projection_blocks_, index, part);
     alignas(64) float values[P::kTileRows * kWidth];
     multiply(
-        projection_, block, inner_codes_.codes, p_.batch, inner_scales_ + part * marks_,
-        [&](int64_t) { return values; },
+        projection_, block, inner_codes_.codes, p_.batch,
+        inner_codes_.scales + part * inner_codes_.mark_stride, [&](int64_t) { return values; },
         [&](int64_t first, int64_t rows, const float* of_inner) {
           for (int64_t r = 0; r < rows; ++r) {
             for (int64_t g = 0; g < G && index * G + g < outs_; ++g) {
@@ -817,7 +822,7 @@ class Layer {
   bool there(int64_t t, int64_t row) const { return p_.lengths == nullptr || t < p_.lengths[row]; }
 
   // The hidden state and the output of a row and block.
-  void put(vfloat h, int64_t t, int64_t row, int64_t block) const {
+  QNN_KERNEL void put(vfloat h, int64_t t, int64_t row, int64_t block) const {
     const int64_t first = block * kLanes, count = p_.outputs - first;
     h = round_to(of_h_.grid, h);
     h = store_floats(p_.dtype, p_.y, (t * p_.batch + row) * p_.outputs + first, h, count);

@@ -286,7 +286,7 @@ Tensor cpu_recurrent(Tensor x, Tensor h0, Maybe c0, Tensor w_ih, Tensor sw_ih, T
       {"cpu_recurrent", c0.has_value() ? Cell::lstm : Cell::gru, scheme, &x, &h0,
        c0.has_value() ? &*c0 : nullptr, &w_ih, &sw_ih, &w_hh, &sw_hh,
        table.has_value() ? &*table : nullptr, b_ih, b_hh, w_hr, sw_hr, lengths, direction},
-      tier_called(tier));
+      tier_called(tier), parts);
 }
 
 }  // namespace
