@@ -172,7 +172,7 @@ def test_every_source_is_driven() -> None:
     names = {path.name for path in CSRC.glob("*.cpp")}
     tiers = {*MACHINE_FLAGS, "portable.cpp"}
     assert {Path(name).stem for name in tiers} == {*TIERS}
-    assert names == tiers | {"ops.cpp", "tier_choice.cpp"}
+    assert names == tiers | {"ops.cpp", "recurrent_ops.cpp", "tier_choice.cpp"}
 
 
 @cases(200, 2000)

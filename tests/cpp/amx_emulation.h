@@ -1,7 +1,7 @@
 // The AMX instructions that amx.cpp uses, in software, so that its code runs and is tested on any
 // CPU with AVX-512-VNNI. They do what the operation sections of Intel's manual say (volume 2:
-// LDTILECFG, TILELOADD, TILESTORED, TDPBSSD), and end the process where the CPU would raise a
-// fault.
+// LDTILECFG, TILELOADD, TILESTORED, TDPBSSD, TDPBUSD), and end the process where the CPU would
+// raise a fault.
 #pragma once
 
 #include <cstdint>
@@ -15,11 +15,13 @@
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbssd
+#undef _tile_dpbusd
 #define _tile_loadconfig qnn::emulated::loadconfig
 #define _tile_release qnn::emulated::release
 #define _tile_loadd qnn::emulated::loadd
 #define _tile_stored qnn::emulated::stored
 #define _tile_dpbssd qnn::emulated::dpbssd
+#define _tile_dpbusd qnn::emulated::dpbusd
 
 namespace qnn {
 namespace emulated {
@@ -95,9 +97,10 @@ inline void stored(int index, void* base, int64_t stride) {
     std::memcpy(static_cast<char*>(base) + r * stride, t.data[r], t.row_bytes);
 }
 
-// sum[m][n] += a[m][4 k … 4 k + 3] · b[k][4 n … 4 n + 3], signed bytes, 32-bit sums that wrap.
-inline void dpbssd(int sum_index, int a_index, int b_index) {
-  constexpr const char* name = "tdpbssd";
+// sum[m][n] += a[m][4 k … 4 k + 3] · b[k][4 n … 4 n + 3], bytes of type A by signed ones, 32-bit
+// sums that wrap.
+template <class A>
+void multiply(const char* name, int sum_index, int a_index, int b_index) {
   Tile& sum = configured(sum_index, name);
   const Tile &a = configured(a_index, name), &b = configured(b_index, name);
   require(sum_index != a_index && a_index != b_index && sum_index != b_index, name,
@@ -114,7 +117,7 @@ inline void dpbssd(int sum_index, int a_index, int b_index) {
         int32_t products = 0;
         for (int i = 0; i < 4; ++i) {
           products +=
-              static_cast<int8_t>(a.data[m][4 * k + i]) * static_cast<int8_t>(b.data[k][4 * n + i]);
+              static_cast<A>(a.data[m][4 * k + i]) * static_cast<int8_t>(b.data[k][4 * n + i]);
         }
         row[n] += static_cast<uint32_t>(products);
       }
@@ -122,6 +125,9 @@ inline void dpbssd(int sum_index, int a_index, int b_index) {
     std::memcpy(sum.data[m], row, sizeof row);
   }
 }
+
+inline void dpbssd(int sum, int a, int b) { multiply<int8_t>("tdpbssd", sum, a, b); }
+inline void dpbusd(int sum, int a, int b) { multiply<uint8_t>("tdpbusd", sum, a, b); }
 
 }  // namespace
 }  // namespace emulated

@@ -1,4 +1,5 @@
-// The tiers against plain loops, on random calls; without torch.
+// The tiers against plain loops, on random calls, of which one in four is of a recurrent layer;
+// without torch.
 //
 //   kernel_test                      the tiers that this CPU can run, one a line
 //   kernel_test TIERS CASES SEED     CASES calls of each tier; TIERS: all, or names and commas
@@ -652,6 +653,8 @@ std::vector<const Tier*> tiers_called(const std::string& names) {
 
 }  // namespace
 
+#include "recurrent_case.h"
+
 int main(int argc, char** argv) {
   if (argc == 1) {
     for (const Tier* tier : kTiers) {
@@ -671,6 +674,12 @@ int main(int argc, char** argv) {
                  seed = std::strtoull(argv[3], nullptr, 10);
   std::vector<uint64_t> failed(tiers.size());
   for (uint64_t i = 0; i < cases; ++i) {
+    if ((seed + i) % 4 == 0) {
+      const RecurrentCase c = RecurrentDraw(seed + i).next(seed + i);
+      const std::vector<double> want = PlainRecurrent(c).run();
+      for (size_t t = 0; t < tiers.size(); ++t) failed[t] += !passes(*tiers[t], c, want);
+      continue;
+    }
     Call c = Draw(seed + i).call(seed + i);
     if (!c.weight_only && !c.codes) quantize(c);
     std::vector<Bounds> want;

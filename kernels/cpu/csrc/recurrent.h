@@ -259,7 +259,7 @@ struct IntegerProduct : M {
   // acc [rows][G][kLanes] = start + x · panel.
   template <int G>
   QNN_KERNEL static void multiply(const Code* x, int64_t stride, int64_t count, const char* panel,
-                       const int32_t* start, int64_t words, Acc* acc) {
+                                  const int32_t* start, int64_t words, Acc* acc) {
     const int64_t times = div_up(count, kMost<G>);
     for (int64_t i = 0; i < times; ++i) {
       const int64_t row = count * i / times, some = count * (i + 1) / times - row;
@@ -334,7 +334,7 @@ struct FloatProduct : M {
 
   template <int G>
   QNN_KERNEL static void multiply(const float* x, int64_t stride, int64_t count, const char* panel,
-                       const int32_t*, int64_t words, float* acc) {
+                                  const int32_t*, int64_t words, float* acc) {
     const int64_t times = div_up(count, kMost<G>);
     for (int64_t i = 0; i < times; ++i) {
       const int64_t row = count * i / times, some = count * (i + 1) / times - row;
