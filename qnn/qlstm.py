@@ -13,10 +13,11 @@ from torch.nn.modules.rnn import RNNBase
 from qnn import functional as F
 from qnn.backends import recurrent_backend
 from qnn.functional import RecurrentWeights
+from qnn.functional.float_recurrent import States
 from qnn.kernels.formats import FLOATS
 from qnn.kernels.recurrent import CELLS, SCHEMES
 from qnn.qlinear import not_finite
-from qnn.sequences import Sequences, States
+from qnn.sequences import Sequences
 
 LayerT = TypeVar("LayerT", bound="QRecurrent")
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import _VF, nn
 
-from qnn.functional.float_recurrent import States
 from qnn.quantizable_recurrent import QuantizableRecurrent
 
 __all__ = ["QuantizableGRU", "QuantizableLSTM", "QuantizableRecurrent"]
@@ -92,20 +91,6 @@ class QuantizableLSTM(QuantizableRecurrent):
         )
         self._begin(split_gates)
 
-    def _given(self, hx: Any, batched: bool) -> States:
-        h, c = hx[0], hx[1]
-        if batched and (h.dim() != 3 or c.dim() != 3):
-            raise RuntimeError(
-                "For batched 3-D input, hx and cx should "
-                f"also be 3-D but got ({h.dim()}-D, {c.dim()}-D) tensors"
-            )
-        if not batched and (h.dim() != 2 or c.dim() != 2):
-            raise RuntimeError(
-                "For unbatched 2-D input, hx and cx should "
-                f"also be 2-D but got ({h.dim()}-D, {c.dim()}-D) tensors"
-            )
-        return (h, c) if batched else (h.unsqueeze(1), c.unsqueeze(1))
-
 
 class QuantizableGRU(QuantizableRecurrent):
     """`nn.GRU`, which can be observed, trained quantisation-aware, and compiled.
@@ -157,16 +142,3 @@ class QuantizableGRU(QuantizableRecurrent):
             dtype=dtype,
         )
         self._begin(split_gates)
-
-    def _given(self, hx: Any, batched: bool) -> States:
-        if not batched:
-            if hx.dim() != 2:
-                raise RuntimeError(
-                    f"For unbatched 2-D input, hx should also be 2-D but got {hx.dim()}-D tensor"
-                )
-            return (hx.unsqueeze(1),)
-        if hx.dim() != 3:
-            raise RuntimeError(
-                f"For batched 3-D input, hx should also be 3-D but got {hx.dim()}-D tensor"
-            )
-        return (hx,)

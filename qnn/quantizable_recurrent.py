@@ -12,12 +12,13 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from qnn.functional.float_recurrent import States, Weights, float_recurrent, valid_steps
 from qnn.observed import Observed
+from qnn.sequences import Sequences
 
 LayerT = TypeVar("LayerT", bound="QuantizableRecurrent")
 
 
-class QuantizableRecurrent(Observed, RNNBase):
-    """All but the constructor, and the shape of the states that a caller gives."""
+class QuantizableRecurrent(Sequences, Observed, RNNBase):
+    """All but the constructor."""
 
     float_class: type[RNNBase]
     fused: Any
@@ -57,11 +58,6 @@ class QuantizableRecurrent(Observed, RNNBase):
 
     # -- observation points -----------------------------------------------------------------------
 
-    def _suffixes(self) -> list[str]:
-        """What the parameter names of each layer and direction end with, in torch's order."""
-        directions = ("", "_reverse") if self.bidirectional else ("",)
-        return [f"_l{layer}{end}" for layer in range(self.num_layers) for end in directions]
-
     def parts(self, layer: int = 0, reverse: bool = False) -> dict[str, Any]:
         """The observation points of one layer and direction, by part; empty if not observed.
 
@@ -81,55 +77,19 @@ class QuantizableRecurrent(Observed, RNNBase):
 
     # -- forward ----------------------------------------------------------------------------------
 
-    def forward(
-        self, input: Any, hx: Any = None, lengths: torch.Tensor | None = None
-    ) -> tuple[Any, Any]:
-        if isinstance(input, PackedSequence):
-            if lengths is not None:
-                raise ValueError(f"{self._who}: a PackedSequence has its own lengths.")
-            return self._packed(input, hx)
-        if input.dim() not in (2, 3):
-            raise ValueError(
-                f"{self.mode}: Expected input to be 2D or 3D, got {input.dim()}D instead"
-            )
-        batched = input.dim() == 3
-        if lengths is not None and not batched:
-            raise ValueError(f"{self._who}: lengths needs a batch, and the input has none.")
-        x = input if batched else input.unsqueeze(0 if self.batch_first else 1)
-        batch = x.shape[0 if self.batch_first else 1]
-        states = self._zeros(x, batch) if hx is None else self._given(hx, batched)
-        self._check(x, states, None)
-        y, last = self._run(x, states, hx is not None, lengths)
-        if not batched:
-            y = y.squeeze(0 if self.batch_first else 1)
-            last = tuple(state.squeeze(1) for state in last)
-        return y, self._returned(last)
-
-    def _packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
-        data, batch_sizes, order, back = input
-        if hx is None:
-            states = self._zeros(data, int(batch_sizes[0]))
-        else:
-            states = (hx,) if self.mode == "GRU" else (hx[0], hx[1])
-            if order is not None:
-                states = tuple(state.index_select(1, order) for state in states)
-        self._check(data, states, batch_sizes)
-        given = hx is not None
+    def _run_packed(
+        self, data: torch.Tensor, batch_sizes: torch.Tensor, states: States, given: bool
+    ) -> tuple[torch.Tensor, States]:
         if self._steps_only:
             self._check_loop(data, states)
-            y, last = self._packed_loop(data, batch_sizes, states, given)
-        else:
-            given_states = self._returned(states)
-            y, *rest = self.fused(
-                data, batch_sizes, given_states, *self._settings(), self.bidirectional
-            )
-            last = tuple(rest)
-            if self._observes:
-                with torch.no_grad():
-                    self._packed_loop(data, batch_sizes, states, given, dropout=False)
-        if back is not None:
-            last = tuple(state.index_select(1, back) for state in last)
-        return PackedSequence(y, batch_sizes, order, back), self._returned(last)
+            return self._packed_loop(data, batch_sizes, states, given)
+        y, *last = self.fused(
+            data, batch_sizes, self._returned(states), *self._settings(), self.bidirectional
+        )
+        if self._observes:
+            with torch.no_grad():
+                self._packed_loop(data, batch_sizes, states, given, dropout=False)
+        return y, tuple(last)
 
     def _packed_loop(
         self,
@@ -154,24 +114,17 @@ class QuantizableRecurrent(Observed, RNNBase):
     def _run(
         self, x: torch.Tensor, states: States, given: bool, lengths: torch.Tensor | None
     ) -> tuple[torch.Tensor, States]:
-        """The outputs and last states; x is `[T, B, I]`, or `[B, T, I]` with `batch_first`."""
-        steps = x.transpose(0, 1) if self.batch_first else x
-        if lengths is not None:
-            lengths = self._checked(lengths, steps)
         # torch's own kernels have no trace for training on a CPU.
         tracing = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         if self._steps_only or lengths is not None or (tracing and torch.is_grad_enabled()):
-            self._check_loop(steps, states)
-            y, last = self._loop(
-                steps, states, given, lengths, self._dropout if self._drops else None
-            )
-            return (y.transpose(0, 1) if self.batch_first else y), last
+            self._check_loop(x, states)
+            return self._loop(x, states, given, lengths, self._dropout if self._drops else None)
         y, *last = self.fused(
-            x, self._returned(states), *self._settings(), self.bidirectional, self.batch_first
+            x, self._returned(states), *self._settings(), self.bidirectional, False
         )
         if self._observes:
             with torch.no_grad():
-                self._loop(steps, states, given, None, None)
+                self._loop(x, states, given, None, None)
         return y, tuple(last)
 
     def _loop(
@@ -228,23 +181,8 @@ class QuantizableRecurrent(Observed, RNNBase):
     def _dropout(self, y: torch.Tensor) -> torch.Tensor:
         return F.dropout(y, self.dropout)
 
-    # -- states and checks ------------------------------------------------------------------------
-
-    def _zeros(self, x: torch.Tensor, batch: int) -> States:
-        rows = self.num_layers * (2 if self.bidirectional else 1)
-        h = x.new_zeros(rows, batch, self.proj_size or self.hidden_size)
-        return (h,) if self.mode == "GRU" else (h, x.new_zeros(rows, batch, self.hidden_size))
-
-    def _given(self, hx: Any, batched: bool) -> States:
-        raise NotImplementedError
-
-    def _check(self, x: torch.Tensor, states: States, batch_sizes: torch.Tensor | None) -> None:
-        self.check_forward_args(x, cast(Any, self._returned(states)), batch_sizes)
-
     def _check_loop(self, x: torch.Tensor, states: States) -> None:
         """What torch's kernels check, in their words."""
-        if x.shape[0] == 0:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         others = [("hidden", state) for state in states]
         others += [("parameter", getattr(self, self._flat_weights_names[0]))]
         for name, other in others:
@@ -259,24 +197,6 @@ class QuantizableRecurrent(Observed, RNNBase):
                     "Input and hidden tensors are not the same dtype, found input tensor with "
                     f"{x.dtype} and hidden tensor with {state.dtype}"
                 )
-
-    def _returned(self, states: States) -> Any:
-        return states[0] if self.mode == "GRU" else states
-
-    def _checked(self, lengths: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-        limit, batch = steps.shape[:2]
-        if lengths.dim() != 1 or lengths.shape[0] != batch or lengths.dtype != torch.int64:
-            raise ValueError(
-                f"{self._who}: lengths must be int64 [{batch}], a length for each sequence of the "
-                f"batch; got {lengths.dtype} {list(lengths.shape)}."
-            )
-        # A graph cannot raise on values: there a length beyond T counts as T, and one below 0 as 0.
-        if not torch.compiler.is_compiling() and bool(((lengths < 0) | (lengths > limit)).any()):
-            raise ValueError(
-                f"{self._who}: lengths must lie in 0 … {limit}, the number of steps; got "
-                f"{lengths.min()} … {lengths.max()}."
-            )
-        return lengths.to(steps.device)
 
     @property
     def _who(self) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-States = tuple[torch.Tensor, ...]
+from qnn.functional.float_recurrent import States
 
 
 class Sequences(nn.Module):
@@ -27,6 +27,7 @@ class Sequences(nn.Module):
     bidirectional: bool
     proj_size: int
 
+    check_input: Any = RNNBase.check_input
     check_hidden_size: Any = RNNBase.check_hidden_size
     get_expected_hidden_size: Any = RNNBase.get_expected_hidden_size
     get_expected_cell_size: Any = nn.LSTM.get_expected_cell_size
@@ -49,6 +50,8 @@ class Sequences(nn.Module):
                 f"{self.mode}: Expected input to be 2D or 3D, got {input.dim()}D instead"
             )
         batched, along = input.dim() == 3, 0 if self.batch_first else 1
+        if lengths is not None and not batched:
+            raise ValueError(f"{self._who}: lengths needs a batch, and the input has none.")
         x = input if batched else input.unsqueeze(along)
         states = self._zeros(x, x.shape[along]) if hx is None else self._given(hx, batched)
         self._check(x, states, None)
@@ -74,12 +77,18 @@ class Sequences(nn.Module):
             if order is not None:
                 states = tuple(state.index_select(1, order) for state in states)
         self._check(data, states, batch_sizes)
-        x, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
-        y, last = self._run(x, states, hx is not None, lengths.to(x.device))
+        y, last = self._run_packed(data, batch_sizes, states, hx is not None)
         if back is not None:
             last = tuple(state.index_select(1, back) for state in last)
-        packed = pack_padded_sequence(y, lengths).data
-        return PackedSequence(packed, batch_sizes, order, back), self._returned(last)
+        return PackedSequence(y, batch_sizes, order, back), self._returned(last)
+
+    def _run_packed(
+        self, data: torch.Tensor, batch_sizes: torch.Tensor, states: States, given: bool
+    ) -> tuple[torch.Tensor, States]:
+        """As `_run`, of packed values to packed values: by way of the padded form."""
+        x, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
+        y, last = self._run(x, states, given, lengths.to(x.device))
+        return pack_padded_sequence(y, lengths).data, last
 
     def _zeros(self, x: torch.Tensor, batch: int) -> States:
         rows = self.num_layers * (2 if self.bidirectional else 1)
@@ -116,9 +125,6 @@ class Sequences(nn.Module):
         self.check_hidden_size(states[0], size, "Expected hidden[0] size {}, got {}")
         size = self.get_expected_cell_size(x, batch_sizes)
         self.check_hidden_size(states[1], size, "Expected hidden[1] size {}, got {}")
-
-    def check_input(self, input: torch.Tensor, batch_sizes: torch.Tensor | None) -> None:
-        raise NotImplementedError
 
     def _returned(self, states: States) -> Any:
         return states[0] if self.mode == "GRU" else states
