@@ -152,9 +152,10 @@ def make(
         return (torch.rand(n, 1) + 0.1) * 0.03 / math.sqrt(k + 1)
 
     x = torch.randn(steps, batch, inputs, dtype=torch.float64)
-    h0, c0 = torch.rand(batch, width) * 2 - 1, torch.randn(batch, hidden)
+    h0 = torch.rand(batch, width, dtype=torch.float64) * 2 - 1
+    c0 = torch.randn(batch, hidden, dtype=torch.float64)
     if odd:
-        for rows_of in (x.view(-1, inputs) if inputs else (), h0.double(), c0.double()):
+        for rows_of in (x.view(-1, inputs) if inputs else (), h0, c0):
             for row in rows_of:
                 kind = int(torch.randint(30, ()))
                 if kind < 4:
