@@ -178,3 +178,21 @@ def test_minilm_in_float8_finds_the_same(tmp_path: Path) -> None:
     (whole,) = _numbers(r"\nfloat32 +([\d.]+)", text)
     assert sizes["nvfp4_weight"] < 0.15 * whole
     assert sizes["fp8"] < 0.26 * whole
+
+
+def test_a_character_lstm_loses_little_in_int8(tmp_path: Path) -> None:
+    _need("matplotlib", "tqdm")
+    text = _example("lstm_text.py", "--tiny", cwd=tmp_path)
+    for layer in ("lstm +QLSTM", "head +QLinear"):
+        assert re.search(rf"{layer} +int8_static .* cpu: ", text)
+    rows = {}
+    names = "float32", "dynamic", "static", "static, 16 bits", "static, trained"
+    for name in names:
+        row = rf"\n{name} +([\d.]+) +([-+][\d.]+)% +(\d+) +[\d.]+\n"
+        rows[name] = _numbers(row, text)
+    loss, _, size = rows["float32"]
+    assert loss < 4.3  # a uniform guess has 6.7
+    for name, above in zip(names[1:], (1, 2, 0.5, 0.5), strict=True):
+        assert rows[name][1] <= above
+        assert rows[name][2] < 0.3 * size
+    assert (tmp_path / "out" / "lstm_text.png").read_bytes().startswith(b"\x89PNG")
