@@ -55,7 +55,7 @@ def _variant(name: str) -> Variant[Task]:
 # -- in the fresh process ------------------------------------------------------------------------
 
 
-def _resident_bytes() -> int | None:
+def resident_bytes() -> int | None:
     """What of this process lies in memory, after giving back what is free; None without /proc."""
     path = Path("/proc/self/statm")
     if not path.exists():
@@ -81,7 +81,7 @@ def _resident(name: str, quick: bool) -> dict[str, Any]:
     task = make_task(QUICK)  # transformers loads what it needs
     _warm_up(dtype)
     del task
-    before = _resident_bytes()
+    before = resident_bytes()
     task = make_task(QUICK if quick else FULL)
     model, x = task.model, task.input
     del task
@@ -89,7 +89,7 @@ def _resident(name: str, quick: bool) -> dict[str, Any]:
         model = qnn.convert(model, "int8")
     model = model.to(dtype)
     model(x)
-    after = _resident_bytes()
+    after = resident_bytes()
     state = {id(t): t.nbytes for t in [*model.parameters(), *model.buffers()]}
     linear = {
         id(t): t.nbytes

@@ -18,13 +18,20 @@ if TYPE_CHECKING:
 _COLOURS = {
     "float": "#777777",
     "qnn int8": "#ee6677",
+    "qnn int8_static": "#aa3377",
+    "qnn int8_weight": "#ffaabb",
     "torch.ao int8": "#ccbb44",
     "torchao int8": "#4477aa",
+    "ONNX Runtime": "#aaddee",
     "ONNX Runtime int8": "#66ccee",
+    "OpenVINO": "#99cc99",
     "OpenVINO int8": "#228833",
     "oneDNN int8": "#222222",
 }
-_HATCHES = {"eager": "////", "compiled+frozen": "....", "tier": "xxxx"}
+_HATCHES = {
+    "eager": "////", "compiled+frozen": "....", "tier": "xxxx", "16-bit": "oooo",
+    "fbgemm": "....", "onednn": "xxxx", "qnnpack": "----",
+}  # fmt: skip
 
 # Cores that other processes may take. With one busy on a machine of two, an OpenMP region of 0.1 ms
 # takes 8 to 12 ms, since its threads wait for each other.

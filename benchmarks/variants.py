@@ -46,7 +46,7 @@ class Task:
         return self.input.to(dtype) if self.input.is_floating_point() else self.input
 
 
-def _needs(module: str) -> Any:
+def needs(module: str) -> Any:
     """An optional module, or `Unavailable` where it is not installed."""
     try:
         return importlib.import_module(module)
@@ -55,7 +55,7 @@ def _needs(module: str) -> Any:
 
 
 @contextlib.contextmanager
-def _inductor_settings(**changes: Any) -> Iterator[None]:
+def inductor_settings(**changes: Any) -> Iterator[None]:
     """With `changes` inside and nothing changed afterwards: torchao and qnn set some for good."""
     from torch._inductor import config
 
@@ -68,7 +68,7 @@ def _inductor_settings(**changes: Any) -> Iterator[None]:
         config.load_config({key: value for key, value in before.items() if now[key] != value})
 
 
-def _compiled(model: nn.Module, x: torch.Tensor, note: str = "") -> Run:
+def compiled_run(model: nn.Module, x: torch.Tensor, note: str = "") -> Run:
     """`torch.compile` and the first call, under the settings of this moment.
 
     Dynamo keeps compiled code with the function that it is of. All variants share `forward`, so
@@ -89,7 +89,7 @@ def float_eager(task: Task, dtype: torch.dtype) -> Run:
 
 
 def float_compiled(task: Task, dtype: torch.dtype) -> Run:
-    return _compiled(task.model_in(dtype), task.input_in(dtype))
+    return compiled_run(task.model_in(dtype), task.input_in(dtype))
 
 
 def qnn_eager(task: Task, dtype: torch.dtype) -> Run:
@@ -98,15 +98,15 @@ def qnn_eager(task: Task, dtype: torch.dtype) -> Run:
 
 def qnn_compiled(task: Task, dtype: torch.dtype) -> Run:
     """Tracing qnn's ops adds its pass to Inductor's settings; peers are compiled without it."""
-    with _inductor_settings():
-        return _compiled(qnn.convert(task.model, "int8").to(dtype), task.input_in(dtype))
+    with inductor_settings():
+        return compiled_run(qnn.convert(task.model, "int8").to(dtype), task.input_in(dtype))
 
 
 # -- torch.ao ----------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _quantized_engine(name: str) -> Iterator[None]:
+def quantized_engine(name: str) -> Iterator[None]:
     before = torch.backends.quantized.engine
     torch.backends.quantized.engine = name
     try:
@@ -125,7 +125,7 @@ def torch_ao(task: Task, dtype: torch.dtype) -> Run:
     engines = [e for e in torch.backends.quantized.supported_engines if e != "none"]
     for engine in [e for e in engines if e != "qnnpack"] or engines:
         holder = nn.Sequential(task.model_in(dtype))  # a bare layer has no parent to be swapped in
-        with _quantized_engine(engine):
+        with quantized_engine(engine):
             torch.ao.quantization.quantize_dynamic(holder, {nn.Linear}, inplace=True)
         models[engine] = holder[0]
     runs = {name: partial(model, task.input_in(dtype)) for name, model in models.items()}
@@ -137,20 +137,20 @@ def torch_ao(task: Task, dtype: torch.dtype) -> Run:
 
 
 def _torchao_model(task: Task, dtype: torch.dtype) -> nn.Module:
-    quantization = _needs("torchao.quantization")
+    quantization = needs("torchao.quantization")
     model = task.model_in(dtype)
     quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig())
     return model
 
 
 def torchao_eager(task: Task, dtype: torch.dtype) -> Run:
-    with _inductor_settings():
+    with inductor_settings():
         return Run(partial(_torchao_model(task, dtype), task.input_in(dtype)))
 
 
 def torchao_compiled(task: Task, dtype: torch.dtype) -> Run:
-    with _inductor_settings():
-        return _compiled(_torchao_model(task, dtype), task.input_in(dtype))
+    with inductor_settings():
+        return compiled_run(_torchao_model(task, dtype), task.input_in(dtype))
 
 
 def torchao_frozen(task: Task, dtype: torch.dtype) -> Run:
@@ -161,14 +161,14 @@ def torchao_frozen(task: Task, dtype: torch.dtype) -> Run:
     from torch._dynamo.utils import counters
     from torch._inductor import config
 
-    with _inductor_settings(freezing=True):
-        x86 = _needs("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
+    with inductor_settings(freezing=True):
+        x86 = needs("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
         config.pre_grad_custom_pass = (
             x86.quant_lift_up
         )  # as the import does, but only the first one
         model = _torchao_model(task, dtype)
         counters["inductor"].clear()
-        run = _compiled(model, task.input_in(dtype))
+        run = compiled_run(model, task.input_in(dtype))
     packed = counters["inductor"]["qlinear_weight_prepack_matcher_count"]
     layers = sum(isinstance(module, nn.Linear) for module in model.modules())
     return Run(run.call, f"prepacked: {packed} of {layers} linear layers")
@@ -178,7 +178,7 @@ def torchao_frozen(task: Task, dtype: torch.dtype) -> Run:
 
 
 @functools.cache
-def _scratch() -> Path:
+def scratch() -> Path:
     folder = tempfile.TemporaryDirectory(prefix="qnn-bench-")
     atexit.register(folder.cleanup)
     return Path(folder.name)
@@ -187,10 +187,10 @@ def _scratch() -> Path:
 @functools.cache
 def _onnx_int8(model: nn.Module, example: torch.Tensor) -> Path:
     """The model in ONNX, dynamically quantised, with a batch of any size."""
-    quantization = _needs("onnxruntime.quantization")
-    _needs("onnxscript")
-    preparation = _needs("onnxruntime.quantization.shape_inference")
-    folder = Path(tempfile.mkdtemp(dir=_scratch()))
+    quantization = needs("onnxruntime.quantization")
+    needs("onnxscript")
+    preparation = needs("onnxruntime.quantization.shape_inference")
+    folder = Path(tempfile.mkdtemp(dir=scratch()))
     exported, prepared, quantised = (folder / f"{name}.onnx" for name in ("float", "pre", "int8"))
     torch.onnx.export(
         copy.deepcopy(model),
@@ -209,7 +209,7 @@ def _onnx_int8(model: nn.Module, example: torch.Tensor) -> Path:
 
 
 def onnxruntime(task: Task, dtype: torch.dtype) -> Run:
-    ort = _needs("onnxruntime")
+    ort = needs("onnxruntime")
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # Its idle threads would spin on after its turn, and a layer of 0.9 ms in torch then took 5 to
@@ -229,7 +229,7 @@ def _openvino_int8(
     model: nn.Module, calibration: tuple[torch.Tensor, ...], transformer: bool
 ) -> Any:
     """The model in OpenVINO, statically quantised by NNCF, with a batch of any size."""
-    openvino, nncf = _needs("openvino"), _needs("nncf")
+    openvino, nncf = needs("openvino"), needs("nncf")
     return nncf.quantize(
         openvino.convert_model(copy.deepcopy(model), example_input=calibration[0]),
         nncf.Dataset([x.numpy() for x in calibration]),
@@ -242,7 +242,7 @@ def openvino(task: Task, dtype: torch.dtype) -> Run:
     """In float32 or, where the CPU is good at it, bfloat16 between the int8 layers: its precision
     hint. Input and output stay float32.
     """
-    core = _needs("openvino").Core()
+    core = needs("openvino").Core()
     model = _openvino_int8(task.model, task.calibration, task.transformer).clone()
     model.reshape(list(task.input.shape))
     settings = {

@@ -1,0 +1,247 @@
+"""Ways to run an `nn.LSTM` or `nn.GRU` on a CPU, in qnn and its peers.
+
+Every variant has the whole sequence in one call, from a zero state, and answers with the outputs
+`[T, B, D·H]` and the last states, or with the outputs alone. Peers named int8 multiply in int8 with
+8-bit weights; their input and output is float32 where `fp32` stands.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import tempfile
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo import config as dynamo
+
+import qnn
+
+from harness import Run, Unavailable, Variant, first_tensor
+from variants import Task, compiled_run, inductor_settings, needs, quantized_engine, scratch
+
+BASELINE = "float fp32 eager"
+
+
+def _output(result: Any) -> torch.Tensor:
+    return first_tensor(result).float()
+
+
+def _run(call: Any, note: str = "") -> Run:
+    return Run(call, note, _output)
+
+
+# -- float ---------------------------------------------------------------------------------------
+
+
+def float_eager(task: Task, dtype: torch.dtype) -> Run:
+    return _run(partial(task.model_in(dtype), task.input_in(dtype)))
+
+
+def float_compiled(task: Task, dtype: torch.dtype) -> Run:
+    """Dynamo refuses recurrent layers of torch unless it is told otherwise."""
+    if isinstance(task.model, nn.GRU):
+        raise Unavailable("Inductor unrolls every step of a GRU, and compiles for minutes")
+    with dynamo.patch(allow_rnn=True):
+        run = compiled_run(task.model_in(dtype), task.input_in(dtype))
+
+    def call() -> object:
+        with dynamo.patch(allow_rnn=True):  # a guard of what was compiled
+            return run.call()
+
+    return _run(call, "with torch._dynamo.config.allow_rnn")
+
+
+# -- qnn -----------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=8)
+def _quantized(
+    model: nn.Module, calibration: tuple[torch.Tensor, ...], scheme: str, sixteen: bool
+) -> nn.Module:
+    if scheme != "int8_static":
+        return qnn.convert(model, scheme)
+    prepared = qnn.prepare(model, parts=qnn.parts.SIXTEEN_BIT if sixteen else None)
+    return qnn.convert(qnn.calibrate(prepared, calibration, progress=False))
+
+
+def qnn_layer(task: Task, dtype: torch.dtype, scheme: str, sixteen: bool = False) -> nn.Module:
+    layer = _quantized(task.model, task.calibration, scheme, sixteen)
+    return copy.deepcopy(layer).to(dtype)
+
+
+def qnn_backend(layer: nn.Module) -> str:
+    """What runs, in a few words."""
+    (row,) = qnn.summary(layer).rows
+    return (row.backend or "").split(";")[0].removeprefix("cpu: ").split(",")[0].split(":")[0]
+
+
+def qnn_eager(
+    task: Task, dtype: torch.dtype, *, scheme: str = "int8", sixteen: bool = False
+) -> Run:
+    layer, x = qnn_layer(task, dtype, scheme, sixteen), task.input_in(dtype)
+    layer(x)  # builds the kernels where that is due
+    return _run(partial(layer, x), qnn_backend(layer))
+
+
+def qnn_compiled(task: Task, dtype: torch.dtype, *, scheme: str = "int8") -> Run:
+    layer = qnn_layer(task, dtype, scheme)
+    with inductor_settings():
+        run = compiled_run(layer, task.input_in(dtype))
+    return _run(run.call, qnn_backend(layer))
+
+
+# -- torch.ao ------------------------------------------------------------------------------------
+
+
+def torch_ao(task: Task, dtype: torch.dtype, *, engine: str) -> Run:
+    """Dynamic quantisation, with the kernels of one engine."""
+    if engine not in torch.backends.quantized.supported_engines:
+        raise Unavailable("this build of torch has no such engine")
+    holder = nn.Sequential(task.model_in(dtype))  # a bare layer has no parent to be swapped in
+    with quantized_engine(engine):
+        torch.ao.quantization.quantize_dynamic(holder, {type(task.model)}, inplace=True)
+    layer, x = holder[0], task.input_in(dtype)
+
+    def call() -> object:
+        with quantized_engine(engine):
+            return layer(x)
+
+    return _run(call)
+
+
+# -- ONNX Runtime --------------------------------------------------------------------------------
+
+
+class _Outputs(nn.Module):
+    """The outputs without the last states, which the peers' tracers would name one by one."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = copy.deepcopy(layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layer(x)[0]
+        return y
+
+
+@functools.lru_cache(maxsize=2)
+def _onnx(model: nn.Module, example: torch.Tensor) -> tuple[Path, Path]:
+    """The layer in ONNX, and the same dynamically quantised, for a batch of any size.
+
+    By the older exporter: the newer one takes a minute for a recurrent layer, and cuts its weights
+    into constants that ONNX Runtime then does not quantise.
+    """
+    quantization = needs("onnxruntime.quantization")
+    needs("onnx")
+    preparation = needs("onnxruntime.quantization.shape_inference")
+    folder = Path(tempfile.mkdtemp(dir=scratch()))
+    exported, prepared, quantised = (folder / f"{name}.onnx" for name in ("float", "pre", "int8"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            _Outputs(model),
+            (example,),
+            str(exported),
+            dynamo=False,
+            input_names=["x"],
+            output_names=["y"],
+            dynamic_axes={"x": {1: "batch"}, "y": {1: "batch"}},
+        )
+    preparation.quant_pre_process(exported, prepared)
+    quantization.quantize_dynamic(
+        prepared, quantised, per_channel=True, weight_type=quantization.QuantType.QInt8
+    )
+    return exported, quantised
+
+
+def onnxruntime(task: Task, dtype: torch.dtype, *, quantised: bool) -> Run:
+    ort = needs("onnxruntime")
+    if quantised and isinstance(task.model, nn.GRU):
+        raise Unavailable("it has no quantised GRU")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # as in variants.py
+    path = _onnx(task.model, task.calibration[0])[quantised]
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return _run(partial(session.run, None, {"x": task.input_in(dtype).numpy()}))
+
+
+# -- OpenVINO ------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4)
+def _openvino(
+    model: nn.Module, calibration: tuple[torch.Tensor, ...], quantised: bool
+) -> tuple[Any, int]:
+    """The layer in OpenVINO, quantised by NNCF or not, and how many tensors NNCF quantises."""
+    ov = needs("openvino")
+    converted = ov.convert_model(_Outputs(model), example_input=calibration[0])
+    if quantised:
+        nncf = needs("nncf")
+        data = nncf.Dataset([x.numpy() for x in calibration])
+        converted = nncf.quantize(converted, data, subset_size=len(calibration))
+    kinds = [op.get_type_name() for op in converted.get_ops()]
+    return converted, kinds.count("FakeQuantize")
+
+
+def openvino(task: Task, dtype: torch.dtype, *, quantised: bool) -> Run:
+    """`dtype` is its precision hint: what it computes in where it does not compute in int8."""
+    core = needs("openvino").Core()
+    model, points = _openvino(task.model, task.calibration, quantised)
+    if quantised and not points:
+        raise Unavailable("NNCF leaves this layer in float")
+    model = model.clone()
+    model.reshape(list(task.input.shape))
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "f32" if dtype == torch.float32 else "bf16",
+    }
+    compiled = core.compile_model(model, "CPU", settings)
+    infer = compiled.create_infer_request().infer
+    call = partial(infer, [task.input.numpy()], share_inputs=True, share_outputs=True)
+    return _run(call, _kernel(compiled))
+
+
+def _kernel(compiled: Any) -> str:
+    """RNNSeq is its kernel of all steps, TensorIterator its loop over single ones."""
+    kinds = ("RNNSeq", "TensorIterator")
+    infos = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
+    found = {str(info["layerType"].value) for info in infos}
+    return f"runs as {', '.join(kind for kind in kinds if kind in found) or 'other nodes'}"
+
+
+VARIANTS: tuple[Variant[Task], ...] = (
+    Variant("float", "fp32", "eager", float_eager),
+    Variant("float", "fp32", "compiled", float_compiled),
+    Variant("float", "bf16", "eager", float_eager),
+    Variant("float", "bf16", "compiled", float_compiled),
+    *(
+        Variant(f"qnn {scheme}", precision, "eager", partial(qnn_eager, scheme=scheme))
+        for scheme in ("int8", "int8_static", "int8_weight")
+        for precision in ("fp32", "bf16")
+    ),
+    Variant(
+        "qnn int8_static",
+        "fp32",
+        "16-bit parts",
+        partial(qnn_eager, scheme="int8_static", sixteen=True),
+    ),
+    Variant("qnn int8", "fp32", "compiled", qnn_compiled),
+    Variant("qnn int8_static", "fp32", "compiled", partial(qnn_compiled, scheme="int8_static")),
+    *(
+        Variant("torch.ao int8", "fp32", engine, partial(torch_ao, engine=engine))
+        for engine in ("x86", "fbgemm", "onednn", "qnnpack")
+    ),
+    Variant("ONNX Runtime", "fp32", "float", partial(onnxruntime, quantised=False)),
+    Variant("ONNX Runtime int8", "fp32", "dynamic", partial(onnxruntime, quantised=True)),
+    Variant("OpenVINO", "fp32", "float", partial(openvino, quantised=False)),
+    Variant("OpenVINO", "bf16", "float", partial(openvino, quantised=False)),
+    Variant("OpenVINO int8", "fp32", "NNCF", partial(openvino, quantised=True)),
+    Variant("OpenVINO int8", "bf16", "NNCF", partial(openvino, quantised=True)),
+)
