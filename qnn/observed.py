@@ -95,9 +95,11 @@ class Observed(nn.Module):
     @property
     def _observes(self) -> bool:
         """Whether any point is to see this call."""
-        if self.points is None or (self.qat and not self.training):
+        if self.points is None:
             return False
-        return any(cast(FakeQuantize, point).observing for point in self.points.values())
+        # With qat a point decides, and not the layer: `calibrate` wakes points in evaluation.
+        points = (cast(FakeQuantize, point) for point in self.points.values())
+        return any(point.observing and (point.training or not self.qat) for point in points)
 
     def _points(self, suffix: str) -> Points:
         """The points of one layer and direction, as its loop takes them."""

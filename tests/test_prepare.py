@@ -78,6 +78,13 @@ class TestFlow(unittest.TestCase):
         with torch.no_grad():
             self.assertGreater(qnn.sqnr(qnn.convert(trained)(batches[0]), want), 100)
 
+    def test_a_model_for_training_can_be_calibrated_first(self) -> None:
+        model = nn.Sequential(nn.LSTM(4, 5))
+        prepared = qnn.prepare(model, qat=True)
+        qnn.calibrate(prepared, [torch.randn(3, 2, 4)])
+        self.assertGreater(float(prepared[0].parts()["cell_state"].scale), 0)
+        qnn.convert(prepared)
+
     def test_in_place(self) -> None:
         model = tagger()
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
