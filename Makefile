@@ -45,12 +45,14 @@ examples: $(VENV)/.examples ## every example, with a small setting
 	$(BIN)/python examples/lora_on_int8.py --tiny
 	$(BIN)/python examples/train_gpt_fp8.py --tiny
 	$(BIN)/python examples/fp8_inference.py --limit 40
+	$(BIN)/python examples/lstm_text.py --tiny
 
-bench: $(VENV)/.bench ## the benchmarks, with every peer; takes about 25 minutes, on a quiet machine
+bench: $(VENV)/.bench ## the benchmarks, with every peer; takes about 40 minutes, on a quiet machine
 	@echo "bench: measure against every peer and write docs/benchmarks/"
 	$(BIN)/python benchmarks/bench_linear.py
 	$(BIN)/python benchmarks/bench_linear.py --dtype float32
 	$(BIN)/python benchmarks/bench_model.py
+	$(BIN)/python benchmarks/bench_lstm.py
 
 $(VENV)/.base: $(INPUTS)
 	@echo "set up: virtual environment $(VENV), torch and qnn"
