@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.rnn import RNNBase
 
 from qnn.qlinear import QLinear
+from qnn.qlstm import QRecurrent
 
 
 def sqnr(reference: torch.Tensor, value: torch.Tensor) -> float:
@@ -28,6 +30,11 @@ def sqnr(reference: torch.Tensor, value: torch.Tensor) -> float:
 class _Power:
     signal: float = 0.0
     noise: float = 0.0
+
+    def add_all(self, reference: Any, value: Any) -> None:
+        """What two calls returned: a tensor, or tensors in tuples, lists and mappings."""
+        for expected, got in zip(_tensors(reference), _tensors(value), strict=True):
+            self.add(expected, got)
 
     def add(self, reference: torch.Tensor, value: torch.Tensor) -> None:
         if reference.shape != value.shape:
@@ -141,39 +148,41 @@ def compare(
     layers = {
         name: module
         for name, module in quantised_model.named_modules()
-        if isinstance(module, QLinear)
+        if isinstance(module, QLinear | QRecurrent)
     }
     if not layers:
         raise ValueError(
             "qnn.compare: the second model has no quantised layer; pass what qnn.convert returned."
         )
     originals = dict(float_model.named_modules())
-    missing = [name for name in layers if not isinstance(originals.get(name), nn.Linear)]
-    if missing:
-        raise ValueError(
-            f"qnn.compare: the float model has no linear layer {missing[0]!r}; are the models the "
-            "same?"
-        )
+    for name, layer in layers.items():
+        kind = nn.Linear if isinstance(layer, QLinear) else RNNBase
+        if not isinstance(originals.get(name), kind):
+            what = "linear" if kind is nn.Linear else "recurrent"
+            raise ValueError(
+                f"qnn.compare: the float model has no {what} layer {name!r}; are the models the "
+                "same?"
+            )
 
     alone = {name: _Power() for name in layers}
     within = {name: _Power() for name in layers}
-    outputs: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    outputs: dict[str, list[Any]] = {name: [] for name in layers}
 
     def record(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            outputs[name].append(output.detach())
-            alone[name].add(output, layers[name].forward(args[0]))
+        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            outputs[name].append(output)
+            alone[name].add_all(output, layers[name].forward(*args, **kwargs))
 
         return hook
 
     def judge(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if not outputs[name]:
                 raise ValueError(
                     f"qnn.compare: {name!r} is called more often in the quantised model than in "
                     "the float one."
                 )
-            within[name].add(outputs[name].pop(0), output)
+            within[name].add_all(outputs[name].pop(0), output)
 
         return hook
 
@@ -189,9 +198,7 @@ def compare(
             "quantised one."
         )
     total = _Power()
-    pairs = list(zip(_tensors(reference), _tensors(value), strict=True))
-    for expected, got in pairs:
-        total.add(expected, got)
+    total.add_all(reference, value)
     rows = [
         Row(name, layer.scheme, within[name].db, alone[name].db) for name, layer in layers.items()
     ]
@@ -201,7 +208,7 @@ def compare(
 def _run(model: nn.Module, inputs: Any, hooks: dict[nn.Module, Any]) -> Any:
     with ExitStack() as stack:
         for module, hook in hooks.items():
-            stack.callback(module.register_forward_hook(hook).remove)
+            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         if isinstance(inputs, Mapping):
             return model(**inputs)
         return model(*inputs) if isinstance(inputs, tuple) else model(inputs)

@@ -195,7 +195,7 @@ class Observer(Statistics):
         return f"{type(self).__name__} of {self.name!r}" if self.name else type(self).__name__
 
     def extra_repr(self) -> str:
-        return f"{self.name!r}, {self.spec}" if self.name else f"{self.spec}"
+        return f"{self.spec}"
 
 
 class MinMaxObserver(Observer):

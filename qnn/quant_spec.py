@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ OBSERVERS = ("minmax", "moving_average", "histogram", "mse")
 _EXACT = 2**24
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QuantSpec:
     """How one tensor is quantised: `q = clamp(round(x / scale) + zero_point, qmin, qmax)`.
 
@@ -36,6 +36,8 @@ class QuantSpec:
 
     >>> QuantSpec(torch.int8, symmetric=True).qmin
     -127
+    >>> QuantSpec(torch.uint16, observer="mse")
+    QuantSpec(torch.uint16, observer='mse')
     """
 
     dtype: torch.dtype = torch.uint8
@@ -69,13 +71,31 @@ class QuantSpec:
             return
         self._set_fixed()
 
-    def _set_range(self) -> None:
+    def __repr__(self) -> str:
+        """The call that makes it: what is not at its default."""
+        given = [str(self.dtype)]
+        if (self.qmin, self.qmax) != self._whole:
+            given += [f"qmin={self.qmin}", f"qmax={self.qmax}"]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("dtype", "qmin", "qmax") and value != field.default:
+                name = value.__name__ if isinstance(value, type) else repr(value)
+                given.append(f"{field.name}={name}")
+        return f"QuantSpec({', '.join(given)})"
+
+    @property
+    def _whole(self) -> tuple[int, int]:
+        """The range where none is given; that of a symmetric signed dtype is symmetric."""
         info = torch.iinfo(self.dtype)
+        return info.min + (self.symmetric and info.min < 0), info.max
+
+    def _set_range(self) -> None:
         if self.dtype == torch.int32 and (self.qmin is None or self.qmax is None):
             self._fail("dtype int32 needs qmin and qmax, both within ±2**24")
-        odd = self.symmetric and info.min < 0
-        qmin = (info.min + odd) if self.qmin is None else self.qmin
-        qmax = info.max if self.qmax is None else self.qmax
+        least, most = self._whole
+        qmin = least if self.qmin is None else self.qmin
+        qmax = most if self.qmax is None else self.qmax
+        info = torch.iinfo(self.dtype)
         for name, value in (("qmin", qmin), ("qmax", qmax)):
             if not isinstance(value, int) or isinstance(value, bool):
                 self._fail(f"{name} must be an int, got {value!r}")

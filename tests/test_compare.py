@@ -40,6 +40,19 @@ class TestCompare(unittest.TestCase):
         self.twin = qnn.convert(self.model)
         self.x = torch.randn(16, 32)
 
+    def test_recurrent_layers(self) -> None:
+        model = nn.ModuleDict({"rnn": nn.LSTM(8, 16, batch_first=True), "head": nn.Linear(16, 4)})
+        model.forward = lambda x: model["head"](model["rnn"](x)[0])  # type: ignore[method-assign]
+        twin = qnn.convert(model)
+        twin.forward = lambda x: twin["head"](twin["rnn"](input=x)[0])  # type: ignore[method-assign]
+        table = qnn.compare(model, twin, torch.randn(3, 5, 8))
+        self.assertEqual({row.name for row in table.rows}, {"rnn", "head", "(output)"})
+        rnn = next(row for row in table.rows if row.name == "rnn")
+        self.assertEqual((rnn.scheme, rnn.sqnr), ("int8", rnn.alone))
+        self.assertGreater(rnn.sqnr, 30)
+        with self.assertRaisesRegex(ValueError, "has no recurrent layer 'rnn'"):
+            qnn.compare(nn.ModuleDict({"head": nn.Linear(16, 4)}), twin, torch.randn(3, 5, 8))
+
     def test_rows_are_sorted_worst_first(self) -> None:
         table = qnn.compare(self.model, self.twin, self.x)
         values = [row.sqnr for row in table.rows]

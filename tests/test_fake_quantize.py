@@ -127,6 +127,18 @@ class TestFunction(unittest.TestCase):
 class TestSpec(unittest.TestCase):
     @parameterized.expand(
         [
+            (QuantSpec(),),
+            (QuantSpec(torch.int8, symmetric=True),),
+            (QuantSpec(torch.int8, qmin=-100, observer="mse"),),
+            (QuantSpec(torch.int32, qmin=0, qmax=100, learnable=True),),
+            (QuantSpec(torch.uint16, scale=0.5, zero_point=3),),
+        ]
+    )
+    def test_repr_makes_it_again(self, spec: QuantSpec) -> None:
+        self.assertEqual(eval(repr(spec)), spec)  # noqa: S307  # it is ours
+
+    @parameterized.expand(
+        [
             ({}, 0, 255),
             ({"dtype": torch.int8}, -128, 127),
             ({"dtype": torch.int8, "symmetric": True}, -127, 127),
