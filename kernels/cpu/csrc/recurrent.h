@@ -214,8 +214,13 @@ struct IntegerProduct : M {
 
   static void widen(const int8_t* w, int64_t count, char* to) {
     using Panel = std::conditional_t<kUnsigned, int8_t, int16_t>;
-    Panel codes[kGroup * kLanes] = {};
-    for (int64_t i = 0; i < kGroup * kLanes && i < count; ++i) codes[i] = w[i];
+    constexpr int64_t kAll = kGroup * kLanes;
+    Panel codes[kAll] = {};
+    if (count >= kAll) {
+      for (int64_t i = 0; i < kAll; ++i) codes[i] = w[i];
+    } else {
+      for (int64_t i = 0; i < count; ++i) codes[i] = w[i];
+    }
     std::memcpy(to, codes, sizeof codes);
   }
   static vint sum_of_codes(vint sum, vint words) {
@@ -400,11 +405,22 @@ struct Matrix {
       if (bias != nullptr && count > 0) b = load_floats(bias_dtype, bias, first, count);
       write(to->bias + at, b);
       vint sum = {};
+      // The rows of the next gate, or of the next block, are fetched from memory meanwhile: alone
+      // a CPU does not see so many short streams coming.
+      const int64_t after = g + 1 < G ? first + gate : (index + 1) * step;
+      const bool more = after + kLanes <= (gate == rows ? G : 1) * rows;
+      const int8_t* next = w + after * depth;
       for (int64_t word = 0; word * P::kGroup < round_up(depth, P::kGroup * kLanes);
            word += kLanes) {
         const int64_t k = word * P::kGroup, some = depth - k;
         char* here = panel + (word * G + g) * kLanes * 4;
         const bool whole = P::kGroup == 4 && count == kLanes && some >= P::kGroup * kLanes;
+        if (more) {
+          const int8_t* line = next + k * kLanes;
+          for (int i = 0; i < P::kGroup * kLanes * kLanes && line + i < next + depth * kLanes;
+               i += kLine)
+            __builtin_prefetch(line + i);
+        }
         if (whole) {
           P::transpose(w + first * depth + k, depth, here, kWidth * 4);
         } else {

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <map>
+#include <cstring>
 #include <string>
 #include <utility>
 #include <vector>
@@ -38,41 +38,53 @@ class Shapes {
   void check(const Arguments& args, size_t i) {
     const Tensor& t = *tensors_[i].second;
     const std::vector<Axis>& axes = axes_[i];
-    std::string rule = "[";
-    for (const Axis& axis : axes) {
-      rule += rule.size() == 1 ? "" : ", ";
-      rule += text(axis);
-    }
-    rule += "]";
-    args.shape(i, t.dim() == static_cast<int64_t>(axes.size()), rule.c_str());
+    if (t.dim() != static_cast<int64_t>(axes.size())) args.shape(i, false, rule(axes).c_str());
     for (size_t d = 0; d < axes.size(); ++d) {
+      const Axis& axis = axes[d];
       const int64_t size = t.size(static_cast<int64_t>(d));
-      if (axes[d].name == nullptr) {
-        args.shape(i, size == axes[d].factor, rule.c_str());
+      if (axis.name == nullptr) {
+        if (size != axis.factor) args.shape(i, false, rule(axes).c_str());
         continue;
       }
-      const auto known = bound_.find(axes[d].name);
+      const auto known = std::find_if(bound_.begin(), bound_.end(), [&](const Bound& b) {
+        return std::strcmp(b.name, axis.name) == 0;
+      });
       if (known == bound_.end()) {
-        bound_[axes[d].name] = {size, tensors_[i].first};
-        continue;
+        bound_.push_back({axis.name, size, tensors_[i].first});
+      } else if (size != known->size * axis.factor) {
+        args.shape(i, false, rule(axes).c_str(), text(axis).c_str(), known->size * axis.factor,
+                   known->source);
       }
-      const auto& [value, source] = known->second;
-      args.shape(i, size == value * axes[d].factor, rule.c_str(), text(axes[d]).c_str(),
-                 value * axes[d].factor, source);
     }
   }
 
-  int64_t operator[](const char* name) const { return bound_.at(name).first; }
+  int64_t operator[](const char* name) const {
+    for (const Bound& b : bound_) {
+      if (std::strcmp(b.name, name) == 0) return b.size;
+    }
+    return 0;
+  }
 
  private:
+  struct Bound {
+    const char* name;
+    int64_t size;
+    const char* source;
+  };
+
   static std::string text(const Axis& axis) {
     if (axis.name == nullptr) return std::to_string(axis.factor);
     return axis.factor == 1 ? axis.name : axis.name + ("*" + std::to_string(axis.factor));
   }
+  static std::string rule(const std::vector<Axis>& axes) {
+    std::string all = "[";
+    for (const Axis& axis : axes) all += (all.size() == 1 ? "" : ", ") + text(axis);
+    return all + "]";
+  }
 
   std::vector<std::pair<const char*, const Tensor*>> tensors_;
   std::vector<std::vector<Axis>> axes_;
-  std::map<std::string, std::pair<int64_t, const char*>> bound_;
+  std::vector<Bound> bound_;
 };
 
 struct RecurrentArguments {
@@ -98,7 +110,7 @@ const char* why_not_8_bits(const float* row) {
 // Parts of a step that two threads share are worth their meeting, some 0.5 µs, from about so many
 // cycles to each; a call is worth the start of a thread from more.
 int64_t parts_worth(const Recurrent& p) {
-  constexpr int64_t kStepCycles = 3000, kCallCycles = 20000;
+  constexpr int64_t kStepCycles = 5000, kCallCycles = 20000;
   const int64_t gates = p.cell == Cell::lstm ? 4 : 3;
   const int64_t weights =
       gates * p.hidden * p.outputs + (p.w_hr == nullptr ? 0 : p.outputs * p.hidden);
