@@ -139,7 +139,7 @@ def size_table(cases: dict[str, list[Measurement]]) -> str:
             for row in rows
         ]
         noise = [row.sqnr_db for row in rows if row.sqnr_db is not None]
-        remark = next((row.remark for row in rows if row.median_ms is not None), "")
+        remark = "; ".join(dict.fromkeys(r.remark for r in rows if r.median_ms is not None))
         body.append((rows[0].variant, *cells, f"{min(noise):.1f}" if noise else "-", remark))
     head = ("median ms (speed-up)", *cases, "SQNR dB", "remark")
     return table(head, body, left=(0, len(head) - 1))

@@ -174,17 +174,32 @@ def onnxruntime(task: Task, dtype: torch.dtype, *, quantised: bool) -> Run:
 # -- OpenVINO ------------------------------------------------------------------------------------
 
 
+def _batch_first(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(0, 1).contiguous()
+
+
 @functools.lru_cache(maxsize=4)
 def _openvino(
     model: nn.Module, calibration: tuple[torch.Tensor, ...], quantised: bool
 ) -> tuple[Any, int]:
-    """The layer in OpenVINO, quantised by NNCF or not, and how many tensors NNCF quantises."""
+    """The layer in OpenVINO, quantised by NNCF or not, and how many tensors NNCF quantises.
+
+    With the batch in front: only then does OpenVINO take its kernel of all steps, which is up to
+    four times as fast as its loop, and the only one in int8.
+    """
     ov = needs("openvino")
-    converted = ov.convert_model(_Outputs(model), example_input=calibration[0])
+    layer = copy.deepcopy(model)
+    layer.batch_first = True
+    data = [_batch_first(x) for x in calibration]
+    converted = ov.convert_model(_Outputs(layer), example_input=data[0])
     if quantised:
         nncf = needs("nncf")
-        data = nncf.Dataset([x.numpy() for x in calibration])
-        converted = nncf.quantize(converted, data, subset_size=len(calibration))
+        converted = nncf.quantize(
+            converted,
+            nncf.Dataset([x.numpy() for x in data]),
+            subset_size=len(data),
+            preset=nncf.QuantizationPreset.MIXED,  # 0.4 dB more than its default
+        )
     kinds = [op.get_type_name() for op in converted.get_ops()]
     return converted, kinds.count("FakeQuantize")
 
@@ -195,8 +210,9 @@ def openvino(task: Task, dtype: torch.dtype, *, quantised: bool) -> Run:
     model, points = _openvino(task.model, task.calibration, quantised)
     if quantised and not points:
         raise Unavailable("NNCF leaves this layer in float")
+    x = _batch_first(task.input)
     model = model.clone()
-    model.reshape(list(task.input.shape))
+    model.reshape(list(x.shape))
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -204,16 +220,19 @@ def openvino(task: Task, dtype: torch.dtype, *, quantised: bool) -> Run:
     }
     compiled = core.compile_model(model, "CPU", settings)
     infer = compiled.create_infer_request().infer
-    call = partial(infer, [task.input.numpy()], share_inputs=True, share_outputs=True)
-    return _run(call, _kernel(compiled))
+    call = partial(infer, [x.numpy()], share_inputs=True, share_outputs=True)
+    return Run(call, _kernel(compiled), lambda result: _output(result).transpose(0, 1))
 
 
 def _kernel(compiled: Any) -> str:
     """RNNSeq is its kernel of all steps, TensorIterator its loop over single ones."""
-    kinds = ("RNNSeq", "TensorIterator")
     infos = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
-    found = {str(info["layerType"].value) for info in infos}
-    return f"runs as {', '.join(kind for kind in kinds if kind in found) or 'other nodes'}"
+    kinds = [(info["layerType"].value, info["runtimePrecision"].value) for info in infos]
+    found = [f"{kind} {precision}" for kind, precision in kinds if kind in _KERNELS]
+    return f"runs as {', '.join(dict.fromkeys(found)) or 'other nodes'}"
+
+
+_KERNELS = ("RNNSeq", "RNNCell", "TensorIterator")
 
 
 VARIANTS: tuple[Variant[Task], ...] = (
