@@ -3,14 +3,14 @@
 // clang-format off
 //   Code, Acc           what activations are multiplied as, and the sums
 //   kQuantizes          activations are integers; else float32
-//   kUnsigned           as code - low of their part, so from 0 to 255; else as they are
+//   kShifts, kLeast     as bytes: code - low of their part + kLeast; else as they are
 //   kGroup              codes that one 32-bit word of activations or of weights stands for
 //   kWordStep           words that a product takes at a time
 //   kTileRows           rows that `multiply` takes at most
 //   Session             lives while a thread works on a call
 //   transpose           kLanes × kLanes words, rows so many bytes apart
 //   widen               codes of a row of w to kLanes words, as a panel has them
-//   sum_of_codes        onto the sums of a panel's lanes, where kUnsigned
+//   sum_of_codes        onto the sums of a panel's lanes, where kShifts
 //   multiply<G>         rows × G · kLanes columns
 // clang-format on
 //
@@ -207,13 +207,14 @@ template <class M, int kMost4, int kMost3>
 struct IntegerProduct : M {
   using Code = std::conditional_t<M::kGroup == 4, uint8_t, int16_t>;
   using Acc = int32_t;
-  static constexpr bool kQuantizes = true, kUnsigned = M::kGroup == 4;
+  static constexpr bool kQuantizes = true, kShifts = M::kGroup == 4;
+  static constexpr int32_t kLeast = M::kOffset != 0 ? 0 : -128;  // of an unsigned or a signed byte
   static constexpr int64_t kGroup = M::kGroup, kWordStep = 1, kTileRows = 18;
   template <int G>
   static constexpr int kMost = G == 4 ? kMost4 : kMost3;
 
   static void widen(const int8_t* w, int64_t count, char* to) {
-    using Panel = std::conditional_t<kUnsigned, int8_t, int16_t>;
+    using Panel = std::conditional_t<kShifts, int8_t, int16_t>;
     constexpr int64_t kAll = kGroup * kLanes;
     Panel codes[kAll] = {};
     if (count >= kAll) {
@@ -278,7 +279,8 @@ template <class M, int kMost4, int kMost3>
 struct FloatProduct : M {
   using Code = float;
   using Acc = float;
-  static constexpr bool kQuantizes = false, kUnsigned = false;
+  static constexpr bool kQuantizes = false, kShifts = false;
+  static constexpr int32_t kLeast = 0;
   static constexpr int64_t kGroup = 4, kWordStep = 1, kTileRows = 18;
   template <int G>
   static constexpr int kMost = G == 4 ? kMost4 : kMost3;
@@ -429,7 +431,7 @@ struct Matrix {
             P::widen(w + (first + lane) * depth + k, some, square + lane * kLanes * 4);
           P::transpose(square, kLanes * 4, here, kWidth * 4);
         }
-        if constexpr (P::kUnsigned) {
+        if constexpr (P::kShifts) {
           for (int i = 0; i < kLanes; ++i)
             sum = P::sum_of_codes(sum, read<vint>(here + i * kWidth * 4));
         }
@@ -647,9 +649,9 @@ class Layer {
     Quantizer how{{}, 0};
     if (p_.scheme == Scheme::fixed && (part < 2 || projected_)) {
       how.grid = Grid::of(p_.table, part);
-      if (P::kUnsigned) how.low = static_cast<int32_t>(how.grid.low);
-    } else if (P::kUnsigned) {
-      how.low = -128;
+      if (P::kShifts) how.low = static_cast<int32_t>(how.grid.low) - P::kLeast;
+    } else if (P::kShifts) {
+      how.low = -128 - P::kLeast;
     }
     return how;
   }
