@@ -244,7 +244,7 @@ def tiers() -> list[str]:
 
 
 @pytest.mark.usefixtures("_threads")
-@examples(150, 800)
+@examples(200, 2500)
 def test_equals_reference(examples: int) -> None:
     """Bit for bit, on every tier that runs, in one, two and three parts."""
 
@@ -257,7 +257,7 @@ def test_equals_reference(examples: int) -> None:
 
 
 @pytest.mark.usefixtures("_threads")
-@examples(50, 300)
+@examples(60, 800)
 def test_weight_only_within_rounding(examples: int) -> None:
     """At most twice the error of the reference, whose sums are in another order."""
 
