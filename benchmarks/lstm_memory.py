@@ -58,17 +58,23 @@ def make_task(inputs: int, hidden: int, layers: int, steps: int = 10, kind: type
 
 
 def _at_rest(name: str, quick: bool) -> dict[str, Any]:
-    """What the process grows by, beyond the float layer, until a variant has been called."""
+    """What the process grows by, beyond the float layer, for one more that has been called.
+
+    The first one, which stays, takes what every process takes once: code, threads, buffers.
+    """
     variant = next(v for v in VARIANTS if v.name == name)
     dtype = DTYPES[variant.precision]
-    variant.build(make_task(*AT_REST_QUICK), dtype).call()  # code, threads and their buffers
-    task = make_task(*(AT_REST_QUICK if quick else AT_REST))
+    size = AT_REST_QUICK if quick else AT_REST
+    first, task = variant.build(make_task(*size), dtype), make_task(*size)
+    first.call()
+    _forget()
     float32 = sum(parameter.nbytes for parameter in task.model.parameters())
     before = resident_bytes()
     run = variant.build(task, dtype)
     run.call()
     _forget()
     after = resident_bytes()
+    del first, run
     grown = None if before is None or after is None else after - before
     return {"float32": float32, "resident": grown}
 
@@ -149,7 +155,7 @@ def _ask(*arguments: str, quick: bool) -> dict[str, Any]:
 
 
 def at_rest(quick: bool) -> Part:
-    """Bytes of a layer that has been called once, over those of float32's parameters."""
+    """Bytes of one more layer that has been called, over those of float32's parameters."""
     inputs, hidden, layers = AT_REST_QUICK if quick else AT_REST
     case = f"LSTM, I={inputs}, H={hidden}, layers={layers}, resident at rest"
     body, rows = [], []
@@ -163,7 +169,7 @@ def at_rest(quick: bool) -> Part:
         body.append((name, number(grown / 1e6), f"{grown / answer['float32']:.2f}x"))
         fields = (case, name, variant.family, variant.precision, variant.mode, "ok", "")
         rows.append(Measurement(*fields, megabytes=grown / 1e6))
-    head = ("the process grows by", "MB", "of float32's parameters")
+    head = ("one more takes", "MB", "of float32's parameters")
     return rows, f"{case}.\n\n{table(head, body)}"
 
 
