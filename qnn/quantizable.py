@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import _VF, nn
+from torch import nn
 
 from qnn.quantizable_recurrent import QuantizableRecurrent
 
@@ -57,7 +57,7 @@ class QuantizableLSTM(QuantizableRecurrent):
     """
 
     float_class = nn.LSTM
-    fused = staticmethod(_VF.lstm)
+    fused = staticmethod(torch.lstm)
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     check_forward_args: Any = nn.LSTM.check_forward_args
 
@@ -110,7 +110,7 @@ class QuantizableGRU(QuantizableRecurrent):
     """
 
     float_class = nn.GRU
-    fused = staticmethod(_VF.gru)
+    fused = staticmethod(torch.gru)
 
     def __init__(
         self,

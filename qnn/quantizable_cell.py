@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import _VF, nn
+from torch import nn
 from torch.nn.modules.rnn import RNNCellBase
 
 from qnn.fake_quantize import FakeQuantize
@@ -166,7 +166,7 @@ class QuantizableLSTMCell(QuantizableCell):
     """
 
     float_class = nn.LSTMCell
-    fused = staticmethod(_VF.lstm_cell)
+    fused = staticmethod(torch.lstm_cell)
     mode = "LSTM"
     gates = 4
 
@@ -189,7 +189,7 @@ class QuantizableGRUCell(QuantizableCell):
     """
 
     float_class = nn.GRUCell
-    fused = staticmethod(_VF.gru_cell)
+    fused = staticmethod(torch.gru_cell)
     mode = "GRU"
     gates = 3
 

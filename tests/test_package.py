@@ -23,9 +23,9 @@ class TestImport(unittest.TestCase):
     def test_cost(self) -> None:
         code = """
             import time, torch
-            start = time.perf_counter()
+            start = time.process_time()  # of the processor, which other tests share
             import qnn
-            print(time.perf_counter() - start)
+            print(time.process_time() - start)
         """
         self.assertLess(min(float(child(code)) for _ in range(3)), 0.3)
 
