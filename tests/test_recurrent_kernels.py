@@ -310,6 +310,19 @@ def test_rows_that_are_not_finite(tier: str, cell: str, scheme: str) -> None:
     assert bool(clean.isfinite().all())
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_gates_at_their_ends(tier: str, cell: str) -> None:
+    """An inf in x leaves gates of 0 and 1 where the weights take it as it is, and no NaN; nor does
+    one come of the lanes behind the last unit.
+    """
+    call = make(cell, "int8_weight", 4, 3, 20, 37)
+    call.w_ih[:, 7] = torch.randint(1, 127, (len(call.w_ih),), dtype=torch.int8)
+    call.x[1, 2, 7] = math.inf
+    got, want = call.run(tier), call.reference()
+    assert bool(want.isfinite().all())
+    assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("cell", CELLS)
 def test_nothing_to_do(tier: str, cell: str, scheme: str) -> None:
