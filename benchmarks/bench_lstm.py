@@ -219,7 +219,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     quick = options.quick
-    effort = Effort(rounds=3, seconds=0.2, turn=0) if quick else Effort(rounds=12, seconds=8)
+    effort = Effort(rounds=3, seconds=0.2, turn=0) if quick else Effort(rounds=12, seconds=6)
     variants = [_in_cases(v, options.everywhere, quick) for v in VARIANTS]
     sizes, steps = (QUICK, 4) if quick else (LAYERS, STEPS)
     grid = measure_all(
