@@ -49,6 +49,9 @@ _OBSERVED_16 = QuantSpec(torch.int16, symmetric=True)
 EIGHT_BIT = PartSpecs(
     {
         "*": _OBSERVED_8,
+        # A few cells of a trained LSTM count up to hundreds; behind 16 their tanh has long been 1,
+        # and 8 bits over the whole range would be too coarse for the others.
+        "cell_state": QuantSpec(torch.uint8, limit=16.0),
         "*_gate": _SIGMOID_8,
         "cell_gate": _TANH_8,
         "new_gate": _TANH_8,

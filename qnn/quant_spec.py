@@ -29,6 +29,8 @@ class QuantSpec:
         observer: what finds the range: `"minmax"`, `"moving_average"`, `"histogram"`, `"mse"`, or a
             subclass of `qnn.observers.Observer`.
         learnable: the scale is trained (LSQ), from what was observed first or from `scale`.
+        limit: an observed range is cut at ±limit, for what may grow without meaning more; not cut
+            if None.
         scale, zero_point: fixed, and nothing is observed; a number, or one for each channel.
 
     Raises:
@@ -48,6 +50,7 @@ class QuantSpec:
     qmax: int = None  # type: ignore[assignment]
     observer: str | type[Any] = "minmax"
     learnable: bool = False
+    limit: float | None = None
     scale: float | tuple[float, ...] | None = None
     zero_point: int | tuple[int, ...] | None = None
 
@@ -63,6 +66,10 @@ class QuantSpec:
             self._fail(f"channel_axis must be an int or None, got {axis!r}")
         self._set_range()
         self._check_observer()
+        if self.limit is not None and not (
+            isinstance(self.limit, int | float) and 0 < self.limit < math.inf
+        ):
+            self._fail(f"limit must be a positive number or None, got {self.limit!r}")
         if self.learnable and self.qmax < 1:
             self._fail(f"learnable needs qmax to be at least 1, got {self.qmax}")
         if self.scale is None:
@@ -149,6 +156,12 @@ class QuantSpec:
         """Whether scale and zero point are given."""
         return self.scale is not None
 
+    def _cut(self, end: torch.Tensor) -> torch.Tensor:
+        """An end of a range, at most `limit` from zero; one that is not finite stays."""
+        if self.limit is None:
+            return end
+        return torch.where(end.isfinite(), end.clamp(-self.limit, self.limit), end)
+
     def qparams(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The scale and zero point, float32 and int32, of the ranges `low … high`.
 
@@ -159,10 +172,11 @@ class QuantSpec:
             symmetric   zero_point = (qmin + qmax + 1) // 2,
                         scale = max(−lo, hi) / min(qmax − zero_point, zero_point − qmin)
 
-        in float32. The scale is at least float32's smallest normal number, and 1 where `lo = hi`.
+        in float32, with `low` and `high` cut at `±limit` before. The scale is at least float32's
+        smallest normal number, and 1 where `lo = hi`.
         It is NaN where a range is NaN or infinite, or its length beyond float32.
         """
-        low, high = low.float(), high.float()
+        low, high = self._cut(low.float()), self._cut(high.float())
         # Not `clamp`: a NaN must stay.
         zero = torch.zeros_like(low)
         lo, hi = torch.minimum(low, zero), torch.maximum(high, zero)

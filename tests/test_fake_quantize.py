@@ -125,6 +125,16 @@ class TestFunction(unittest.TestCase):
 
 
 class TestSpec(unittest.TestCase):
+    def test_limit(self) -> None:
+        spec = QuantSpec(limit=16.0)
+        ends = torch.tensor([-300.0, -3.0, torch.nan, -torch.inf])
+        scale, _ = spec.qparams(ends, torch.tensor([94.0, 1.0, 1.0, 1.0]))
+        self.assertEqual(scale[:2].tolist(), (torch.tensor([32.0, 4.0]) / 255).tolist())
+        self.assertTrue(scale[2:].isnan().all())
+        for bad in (0, -1.0, torch.inf, "16"):
+            with self.assertRaisesRegex(ValueError, "limit must be a positive number"):
+                QuantSpec(limit=bad)  # type: ignore[arg-type]
+
     @parameterized.expand(
         [
             (QuantSpec(),),
