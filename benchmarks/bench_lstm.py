@@ -3,7 +3,7 @@
     python benchmarks/bench_lstm.py                      # docs/benchmarks/bench_lstm.*
     python benchmarks/bench_lstm.py --only 'qnn|torch'   # some variants, and the baseline
     python benchmarks/bench_lstm.py --everywhere         # compiled variants in every case
-    python benchmarks/bench_lstm.py --quick --out /tmp/bench
+    python benchmarks/bench_lstm.py --quick --out out/bench
 
 A call runs T = 100 steps from a zero state. All variants of a case are set up, checked against
 float32 and timed in turns; those whose outputs `[T, B, D·H]` are off get no time.

@@ -14,7 +14,7 @@ from qnn.compressed_tensors import describe
 from qnn.kernels import get_scheme, recurrent, training_scheme
 from qnn.kernels.formats import FLOATS
 from qnn.linear import Linear
-from qnn.observed_linear import ObservedLinear
+from qnn.observed_linear import ObservedLinear, grid
 from qnn.patterns import Pattern, Patterns
 from qnn.qlinear import QLinear, needs_calibration, not_finite
 from qnn.qlstm import QGRU, QLSTM, QRecurrent
@@ -142,11 +142,26 @@ def _plan_of_prepared(
     plan, selected = select("qnn.convert", modules, candidates, rules, include, exclude)
     for name, scheme in selected.items():
         plan.schemes[id(modules[name])] = scheme
+    keep_ties_to_float(modules, plan)
+    for name in selected:
+        if id(modules[name]) in plan.schemes:
+            _require_ranges(name, modules[name])
     for module in modules.values():
         left = type(module) in (nn.Linear, *RECURRENT) and not is_prepared(module)
         if left and not hasattr(module, REASON):
             plan.reasons.setdefault(id(module), "not prepared")
     return plan
+
+
+def _require_ranges(name: str, module: nn.Module) -> None:
+    """Raise, before anything is changed, unless every part of a prepared layer has a range."""
+    if isinstance(module, ObservedLinear):
+        grid(module.input_quantize)
+        return
+    try:
+        RECURRENT[type(module)].tables_of(module)
+    except ValueError as error:
+        raise ValueError(f"qnn.convert: {name or 'the layer'}: {error}") from None
 
 
 def _make_plan(
@@ -175,7 +190,7 @@ def _make_plan(
         else:
             plan.schemes[id(module)] = chosen
     if not training:
-        _keep_ties_to_float(modules, plan)
+        keep_ties_to_float(modules, plan)
     return plan
 
 
@@ -236,7 +251,7 @@ def why_not_convert(module: nn.Module, scheme: str = "int8_static") -> str | Non
     return None
 
 
-def _keep_ties_to_float(modules: dict[str, nn.Module], plan: Plan) -> None:
+def keep_ties_to_float(modules: dict[str, nn.Module], plan: Plan, who: str = "qnn.convert") -> None:
     """Leave alone a layer whose weight something else uses as a float: converting it would untie
     the two.
     """
@@ -259,7 +274,7 @@ def _keep_ties_to_float(modules: dict[str, nn.Module], plan: Plan) -> None:
                 break
             if plan.schemes[id(user)] != plan.schemes[id(module)]:
                 raise ValueError(
-                    f"qnn.convert: {name!r} and {other!r} share one weight but would get the "
+                    f"{who}: {name!r} and {other!r} share one weight but would get the "
                     f"schemes {plan.schemes[id(module)]!r} and {plan.schemes[id(user)]!r}; give "
                     "both the same."
                 )
@@ -300,13 +315,14 @@ def _maker(plan: Plan, training: bool) -> Make:
 
     def linear(old: nn.Linear, own: Own) -> nn.Module:
         layer: QLinear | Linear
-        if isinstance(old, ObservedLinear):
-            layer = QLinear.from_observed(old)
-        elif training:
+        if training:
             layer = Linear.from_float(old, schemes[id(old)])
             layer.weight = own(old.weight)
         else:
-            layer = QLinear.from_float(old, schemes[id(old)])
+            if isinstance(old, ObservedLinear):
+                layer = QLinear.from_observed(old)
+            else:
+                layer = QLinear.from_float(old, schemes[id(old)])
             stored = tied.setdefault(id(old.weight), layer.stored)
             layer._parameters.update(zip(layer._stored, stored, strict=True))
         if old.bias is not None:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from qnn.convert import why_not_convert
+from qnn.convert import keep_ties_to_float, why_not_convert
 from qnn.observed_linear import ObservedLinear
 from qnn.parts import Specs
 from qnn.patterns import Patterns
@@ -100,6 +100,7 @@ def _make_plan(
             plan.unsupported[name] = plan.reasons[id(module)] = why
         else:
             plan.schemes[id(module)] = scheme
+    keep_ties_to_float(modules, plan, "qnn.prepare")
     return plan
 
 

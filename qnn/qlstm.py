@@ -129,24 +129,36 @@ class QRecurrent(Sequences):
             ValueError: it was not observed, a part has seen nothing, or a part's range is empty,
                 infinite or NaN, or has too many bits for the int8 product; the part is named.
         """
+        tables = cls.tables_of(layer)
+        made = cls._of(layer, "int8_static", None)
+        for suffix, table in tables.items():
+            made._set(f"table{suffix}", table.to(made._device))
+        return made
+
+    @classmethod
+    def tables_of(cls, layer: Any) -> dict[str, torch.Tensor]:
+        """The table of each layer and direction, by the end of its name: `"_l0"`, `"_l0_reverse"`.
+
+        Raises:
+            TypeError, ValueError: as `from_observed`.
+        """
         parts = getattr(layer, "parts", None)
         if not isinstance(layer, RNNBase) or not callable(parts):
             raise TypeError(
                 f"qnn.{cls.__name__}.from_observed takes a qnn.{cls._quantizable()}, got "
                 f"{type(layer).__name__}."
             )
-        made = cls._of(layer, "int8_static", None)
-        for suffix in made._suffixes():
-            index, reverse = suffix.removesuffix("_reverse")[2:], suffix.endswith("_reverse")
-            points = parts(int(index), reverse)
-            if not points:
-                raise ValueError(
-                    f"qnn.{cls.__name__}.from_observed: the layer has no observation points; call "
-                    "layer.observe(), or qnn.prepare on the model, and calibrate it."
-                )
-            table = _table(CELLS[made.mode.lower()].parts, points, made._who)
-            made._set(f"table{suffix}", table.to(made._device))
-        return made
+        who, tables = f"qnn.{cls.__name__}.from_observed", {}
+        for index in range(layer.num_layers):
+            for end in ("", "_reverse") if layer.bidirectional else ("",):
+                points = parts(index, bool(end))
+                if not points:
+                    raise ValueError(
+                        f"{who}: the layer has no observation points; call layer.observe(), or "
+                        "qnn.prepare on the model, and calibrate it."
+                    )
+                tables[f"_l{index}{end}"] = _table(CELLS[layer.mode.lower()].parts, points, who)
+        return tables
 
     @classmethod
     def _quantizable(cls) -> str:

@@ -116,6 +116,22 @@ class TestFlow(unittest.TestCase):
         rows = {row.name: row.reason for row in qnn.summary(prepared).rows}
         self.assertIn("qnn.calibrate it, then qnn.convert", str(rows["0"]))
 
+    def test_ties(self) -> None:
+        model = nn.ModuleDict({name: nn.Linear(6, 6) for name in "abc"})
+        model["embedding"] = nn.Embedding(6, 6)
+        model["b"].weight = model["a"].weight
+        model["c"].weight = model["embedding"].weight
+        prepared = qnn.prepare(model)
+        self.assertIs(prepared["a"].weight, prepared["b"].weight)
+        self.assertIs(prepared["c"].weight, prepared["embedding"].weight)
+        reasons = {row.name: str(row.reason) for row in qnn.summary(prepared).rows}
+        self.assertIn("tied to 'embedding' (Embedding), which stays in float", reasons["c"])
+        for name in "ab":
+            prepared[name](torch.randn(3, 6))
+        converted = qnn.convert(prepared)
+        self.assertIs(converted["a"].weight, converted["b"].weight)
+        self.assertIs(type(converted["c"]), nn.Linear)
+
     def test_encoder_layers_leave_their_fast_path(self) -> None:
         layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
         prepared, x = qnn.prepare(layer), torch.randn(2, 3, 8)
@@ -181,7 +197,13 @@ class TestErrors(unittest.TestCase):
         prepared = qnn.prepare(layer)
         prepared[0](torch.randn(2, 4))
         with self.assertRaisesRegex(ValueError, "1.input"):
-            qnn.convert(prepared)
+            qnn.convert(prepared, inplace=True)
+        self.assertIs(type(prepared[0]), qnn.ObservedLinear)  # nothing has been changed
+        prepared = qnn.prepare(nn.Sequential(nn.Linear(5, 5), nn.LSTM(5, 6)))
+        prepared[0](torch.randn(2, 5))
+        with self.assertRaisesRegex(ValueError, "qnn.convert: 1: .*part 'input'"):
+            qnn.convert(prepared, inplace=True)
+        self.assertIs(type(prepared[0]), qnn.ObservedLinear)
 
     def test_other_schemes_leave_recurrent_layers_alone(self) -> None:
         converted = qnn.convert(tagger(), "fp8")
