@@ -599,8 +599,11 @@ def sharded_inference(rank: int, scheme: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(5)
-    layers = qnn.convert(nn.Sequential(Block(), Block()), scheme).eval()
-    x = torch.randn(2, 20, 96)
+    layers, x = nn.Sequential(Block(), Block()).eval(), torch.randn(2, 20, 96)
+    if scheme == "int8_static":
+        layers = qnn.convert(qnn.calibrate(qnn.prepare(layers), [x]))
+    else:
+        layers = qnn.convert(layers, scheme)
     want = layers(x)
     want.square().mean().backward()
     gradients = [p.grad for p in layers.parameters() if p.grad is not None]
