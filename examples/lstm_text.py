@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import qnn
 
-FULL = {"width": 256, "steps": 1500, "chunk": 64, "more": 60, "unseen": 1000, "repeats": 5}
+FULL = {"width": 448, "steps": 1500, "chunk": 64, "more": 60, "unseen": 1000, "repeats": 5}
 TINY = {"width": 48, "steps": 150, "chunk": 32, "more": 8, "unseen": 60, "repeats": 1}
 STREAMS = 32
 ALPHABET = sorted(set("".join(topics.values())))
