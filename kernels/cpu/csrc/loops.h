@@ -152,7 +152,8 @@ inline int32_t quantize_on_grid(const Linear& p, const typename Format::Value* x
   const float inverse = 1.0f / p.grid_scale;
   const vfloat low = splat(static_cast<float>(-128 - p.zero_point)),
                high = splat(static_cast<float>(127 - p.zero_point)), round = splat(0x1.8p23f);
-  vint lanes, most = {}, sum = {};
+  vint lanes, most = {};
+  vuint sum = {};  // codes of NaN may wrap around
   for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
   int64_t i = 0;
   for (; i < p.k; i += kLanes) {
@@ -164,7 +165,7 @@ inline int32_t quantize_on_grid(const Linear& p, const typename Format::Value* x
     v = v > high ? high : v;
     vint q = bits(v + round) - bits(round) + p.zero_point;
     if (p.k - i < kLanes) q = lanes < static_cast<int32_t>(p.k - i) ? q : vint{};
-    sum += q;
+    sum += (vuint)q;
     write_codes(codes + i, q);
   }
   for (; i < padded; i += kLanes) write_codes(codes + i, vint{});
@@ -173,7 +174,7 @@ inline int32_t quantize_on_grid(const Linear& p, const typename Format::Value* x
   *scale = good ? p.grid_scale : std::numeric_limits<float>::quiet_NaN();
   if (!good) return 0;  // whatever the codes are
   int32_t total = 0;
-  for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
+  for (int lane = 0; lane < kLanes; ++lane) total += static_cast<int32_t>(sum[lane]);
   return total;
 }
 
