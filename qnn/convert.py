@@ -99,7 +99,8 @@ def convert(
         rules = _scheme_rules(scheme or "int8", modules, training)
         plan = _make_plan(modules, rules, include, exclude, training)
     if on_unsupported == "error":
-        raise_unsupported(plan, "qnn.convert", "converted")
+        mend = "Exclude them, or pass on_unsupported='skip' to leave them in float."
+        raise_unsupported(plan, "qnn.convert", "converted", mend)
     if not plan.schemes:
         raise ValueError(_nothing_to_convert(modules, plan))
     del modules  # it holds the float layers, which are to be freed one by one

@@ -71,7 +71,7 @@ def prepare(
         )
     modules = dict(model.named_modules(remove_duplicate=False))
     plan = _make_plan(modules, include, exclude)
-    raise_unsupported(plan, "qnn.prepare", "prepared")
+    raise_unsupported(plan, "qnn.prepare", "prepared", "Exclude them to leave them in float.")
     if not plan.schemes:
         raise ValueError(_nothing_to_prepare(modules, plan))
     names = {id(module): name for name, module in reversed(modules.items())}

@@ -70,12 +70,12 @@ def select(
     return plan, {n: s for n, s in selected.items() if id(modules[n]) not in plan.reasons}
 
 
-def raise_unsupported(plan: Plan, who: str, verb: str) -> None:
+def raise_unsupported(plan: Plan, who: str, verb: str, mend: str) -> None:
+    """Raise if layers that were asked for cannot be had, each with its reason."""
     if plan.unsupported:
         listed = "\n".join(f"  {name}: {reason}" for name, reason in plan.unsupported.items())
         raise ValueError(
-            f"{who}: {len(plan.unsupported)} layer(s) cannot be {verb}:\n{listed}\n"
-            "Exclude them, or pass on_unsupported='skip' to leave them in float."
+            f"{who}: {len(plan.unsupported)} layer(s) cannot be {verb}:\n{listed}\n{mend}"
         )
 
 

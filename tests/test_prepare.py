@@ -231,3 +231,6 @@ class TestErrors(unittest.TestCase):
         ):
             with self.subTest(words), self.assertRaisesRegex(ValueError, words):
                 qnn.convert(model, "int8")
+        with self.assertRaisesRegex(ValueError, "0: its weight_ih_l0 holds 1 NaN") as raised:
+            qnn.prepare(nn.Sequential(broken))
+        self.assertNotIn("on_unsupported", str(raised.exception))  # prepare has no such argument
