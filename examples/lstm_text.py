@@ -154,6 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A character LSTM in float32 and in int8.")
     parser.add_argument("--tiny", action="store_true", help="a small model, few steps")
     parser.add_argument("--steps", type=int, help="training steps in float32")
+    parser.add_argument("--width", type=int, help="the LSTM's hidden_size")
     parser.add_argument("--out", type=Path, default=Path("out/lstm_text.png"), help="the plot")
     parser.set_defaults(**(TINY if parser.parse_known_args()[0].tiny else FULL))
     a = parser.parse_args()
