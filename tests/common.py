@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 from torch import nn
 
@@ -34,6 +36,30 @@ def weights(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     w = torch.randint(-128, 128, (n, k), dtype=torch.int8)
     w[0], w[-1] = 127, -128
     return w, torch.rand(n, 1) * 0.02 + 1e-3
+
+
+def examples(short: int, long: int) -> pytest.MarkDecorator:
+    """So many random calls in every run of the suite, and many where the long tests run."""
+    return pytest.mark.parametrize(
+        "examples", [short, pytest.param(long, marks=pytest.mark.long, id=f"{long}")]
+    )
+
+
+def sum_bound(
+    sizes: torch.Tensor, roundings: int, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """How far a sum in `dtype` may be from the exact one, added in any order.
+
+    `sizes` is Σ|xᵢ wᵢ|, the sizes of all that is added; `roundings` is the largest number that one
+    term goes through: K for a sum of K products, one more for each scale and each bias. With u half
+    a unit in the last place, at worst each of them moves the result by u · `sizes`. Rounding errors
+    that are as good as independent move it by at most 8 √roundings · u · `sizes`: by Hoeffding's
+    inequality 2 exp(-8²/2) = 3e-14 of all results go beyond. The lesser of both, so no BLAS and no
+    instruction set has a part in it.
+    """
+    info = torch.finfo(dtype)
+    steps = min(roundings, 8 * math.sqrt(roundings))
+    return sizes.double() * (steps * info.eps / 2) + roundings * info.smallest_normal
 
 
 def mlp(scheme: str = "int8", dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -67,6 +93,23 @@ def python_kernels() -> Iterator[None]:
         yield
     finally:
         library._destroy()
+
+
+def calls_of(run: Callable[[], object]) -> int:
+    """How many functions `run` calls, C's too: what it costs, whatever else the machine does."""
+    count = 0
+
+    def profile(frame: object, event: str, arg: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return count
 
 
 def child(code: str, timeout: int = 300, **environment: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,17 @@ if PROCESSES := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+from qnn.kernels.cpu import native
+
+from . import tiers
+
+# Random cases: the same ones each time, nothing written to disk. Their number is a test's own.
+settings.register_profile(
+    "qnn", deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+settings.load_profile("qnn")
 
 # Files whose tests share what is slow to set up, or where one test takes very long: a process runs
 # each as a whole, and they come first.
@@ -36,7 +48,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def _clean_start() -> Iterator[None]:
     torch.manual_seed(0)
     yield
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:  # which takes seconds to import
+        torch._dynamo.reset()
 
 
 @pytest.fixture
@@ -45,3 +58,29 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=tiers.TIERS)
+def tier(request: pytest.FixtureRequest) -> str:
+    """Each tier; one that does not run here is a skip with its reason."""
+    return tiers.need(request.param)
+
+
+@pytest.fixture(scope="module")
+def library() -> Iterator[None]:
+    """The C++ library, or a skip; with threads enough that calls are divided on every machine."""
+    status = native.ensure()
+    if not status.loaded:
+        pytest.skip(status.reason)
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(2, before))
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """The test changes the number of threads; it is set back afterwards."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

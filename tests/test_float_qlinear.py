@@ -18,7 +18,7 @@ from torch import nn
 import qnn
 from qnn.kernels import OPS, SCHEMES
 
-from .common import DTYPES, child, same_bits
+from .common import DTYPES, child, same_bits, sum_bound
 from .test_invoke_quant import schemes_of
 
 NAMES = [name for name in SCHEMES if not name.startswith("int8")]
@@ -91,8 +91,11 @@ class TestState(unittest.TestCase):
         """More values than are decoded at a time."""
         module, x = layer(scheme, 2048, 1100), torch.randn(2, 3, 2048)
         op = OPS[SCHEMES[scheme].linear]
-        want = op.reference(x, *module.stored, module.bias)
-        torch.testing.assert_close(module(x), want, rtol=1e-4, atol=1e-5)
+        want = op.reference(x, *module.stored, module.bias, compute=torch.float64)
+        # Half as much again: e2m1 may round x up by a quarter.
+        sizes = 1.5 * x.abs() @ module.dequantize().weight.abs().T + module.bias.abs()
+        over = (module(x) - want).abs() / sum_bound(sizes, 2048 + 4)
+        self.assertLessEqual(over.max().item(), 1)
 
     def test_normal_weights_alone_in_nvfp4(self) -> None:
         linear = plain(384, 512, False)

@@ -7,22 +7,20 @@ Random shapes, layouts, dtypes and epilogues; what the kernels do with memory an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qnn.kernels import int8
-from qnn.kernels.cpu import native
 from qnn.kernels.epilogue import ACTIVATIONS
 
-from .common import DTYPES
+from .common import DTYPES, examples, sum_bound
 
-TIERS = ("amx", "avx512_vnni", "avx_vnni", "avx2", "portable")
+pytestmark = pytest.mark.usefixtures("library")
 SCHEMES = ("int8", "int8_weight")
 REFERENCES = {"int8": int8.linear_reference, "int8_weight": int8.weight_linear_reference}
 EPS = torch.finfo(torch.float32).eps
@@ -30,33 +28,6 @@ EPS = torch.finfo(torch.float32).eps
 # |error| of an activation in EPS · |x|, against float64, over 2,000,000 float32 values from 0 to
 # the largest: gelu 2.57 (torch's own 2.94), gelu_tanh 0.95 (0.91), silu 0.99 (0.99).
 ERRORS = {"none": 0.0, "relu": 0.0, "gelu": 3.0, "gelu_tanh": 1.1, "silu": 1.1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _library() -> Iterator[None]:
-    status = native.ensure()
-    if not status.loaded:
-        pytest.skip(status.reason)
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(2, before))  # so that calls are divided on every machine
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(params=TIERS)
-def tier(request: pytest.FixtureRequest) -> str:
-    tiers = dict(pair.split(":", 1) for pair in torch.ops.qnn.cpu_tiers().split(","))
-    why = tiers.get(request.param, "not in this library")
-    if why != "ok":
-        pytest.skip(f"{request.param}: {why}")
-    return str(request.param)
-
-
-@pytest.fixture
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 # -- random calls ----------------------------------------------------------------------------------
@@ -168,19 +139,10 @@ def _rows(leading: tuple[int, ...], k: int, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype)
 
 
-def examples(short: int, long: int) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize(
-        "examples", [short, pytest.param(long, marks=pytest.mark.long, id=f"{long}")]
-    )
-
-
 def for_all(strategy: st.SearchStrategy[Call], examples: int, check) -> None:  # type: ignore[no-untyped-def]
     """Check so many calls; the same ones each time."""
 
-    @settings(
-        max_examples=examples, deadline=None, derandomize=True, database=None,
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    @settings(max_examples=examples)
     @given(strategy)
     def run(call: Call) -> None:
         check(call)
@@ -244,8 +206,8 @@ def test_weight_only_within_rounding(tier: str, examples: int) -> None:
         want = call.reference("int8_weight", compute=torch.float64)
         sizes = call.x.double().abs() @ call.w.double().abs().T
         scaled = sizes * call.sw.double().abs().view(-1)
-        bias = 0 if call.bias is None else call.bias.double()
-        error = EPS / 2 * ((call.x.shape[-1] + 2) * scaled + want.abs() + abs(bias)) + 1e-43
+        scaled += 0 if call.bias is None else call.bias.double().abs()
+        error = sum_bound(scaled, call.x.shape[-1] + 3)  # and the scale, and the bias
         # Where float32 may overflow on the way, or x does, anything goes that is not finite too.
         skip = ~(sizes < torch.finfo(torch.float32).max / 2)
         finite = torch.where(skip, 0, want)
@@ -310,7 +272,7 @@ def test_activations_of_what_is_not_finite(tier: str, dtype: torch.dtype) -> Non
 # -- threads ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("_threads")
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("m", [1, 7, 70, 257])
 def test_thread_counts_change_no_bit(tier: str, scheme: str, m: int) -> None:

@@ -21,7 +21,6 @@ import qnn
 import qnn.functional as F
 from qnn.kernels import OPS, get_scheme
 from qnn.kernels.cpu import int8_linear as cpu
-from qnn.kernels.cpu import native
 from qnn.kernels.cpu.engines import ENGINES, self_test
 from qnn.kernels.epilogue import ACTIVATIONS
 from qnn.kernels.int8_static import INT8_STATIC_MAX_K, static_linear_reference
@@ -36,7 +35,6 @@ SPECS = {
     "symmetric int8": qnn.QuantSpec(torch.int8, symmetric=True, observer="mse"),
     "symmetric uint8": qnn.QuantSpec(torch.uint8, symmetric=True),
 }
-TIERS = ("amx", "avx512_vnni", "avx_vnni", "avx2", "portable")
 
 
 def grid(zero_point: int, scale: float = 0.03) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,14 +191,7 @@ class TestOp(unittest.TestCase):
             F.linear(x, w, sw, input_scale=sx, input_zero_point=zx)
 
 
-@pytest.mark.parametrize("tier", TIERS)
 def test_every_tier(tier: str) -> None:
-    status = native.ensure()
-    if not status.loaded:
-        pytest.skip(status.reason)
-    why = dict(pair.split(":", 1) for pair in torch.ops.qnn.cpu_tiers().split(",")).get(tier)
-    if why != "ok":
-        pytest.skip(f"{tier}: {why}")
     for (m, k, n), point in itertools.product(SIZES, POINTS):
         w, sw = weights(n, k)
         for dtype in DTYPES[:2] if point else DTYPES:

@@ -27,8 +27,9 @@ from qnn.kernels.cpu.toolchain import (
     find_compiler,
 )
 
+from .tiers import TIERS
+
 CPP = Path(__file__).parent / "cpp"
-TIERS = ("amx", "avx512_vnni", "avx_vnni", "avx2", "portable")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 on_x86 = pytest.mark.skipif(not X86, reason="tiers of x86-64")
 
