@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qnn.fake_quantize import observation_points
+from qnn.forking import return_threads
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -73,6 +74,7 @@ def calibrate(model: ModelT, batches: Iterable[Any], *, progress: bool | str = T
     finally:
         for module, training in modes:
             module.training = training
+        return_threads()
     if not meter.done:
         raise ValueError("qnn.calibrate: there are no batches; nothing was observed.")
     return model

@@ -10,6 +10,7 @@ from torch import nn
 
 from qnn import functional as F
 from qnn.backends import linear_backend
+from qnn.forking import return_threads
 from qnn.kernels import Scheme, get_scheme
 from qnn.kernels.formats import FLOATS, Part
 from qnn.observed_linear import ObservedLinear, grid
@@ -280,6 +281,7 @@ class QLinear(nn.Linear):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        return_threads()
         for name in (*self._stored, *grid):
             getattr(self, name).requires_grad_(False)
 

@@ -12,6 +12,7 @@ from torch.nn.modules.rnn import RNNBase
 
 from qnn import functional as F
 from qnn.backends import recurrent_backend
+from qnn.forking import return_threads
 from qnn.functional import RecurrentWeights
 from qnn.functional.float_recurrent import States
 from qnn.kernels.formats import FLOATS
@@ -298,6 +299,7 @@ class QRecurrent(Sequences):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        return_threads()
         for name in self._kept:
             getattr(self, name).requires_grad_(False)
 

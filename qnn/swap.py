@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from qnn import patterns
+from qnn.forking import return_threads
 from qnn.patterns import Pattern, Patterns
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -90,7 +91,10 @@ def swapped(model: ModelT, plan: Plan, make: Make, *, inplace: bool) -> ModelT:
             made[id(module)] = _with_the_rest(module, make(module, own), own)
         return made[id(module)]
 
-    return _in_place(model, plan, once) if inplace else _copied(model, plan, once)
+    try:
+        return _in_place(model, plan, once) if inplace else _copied(model, plan, once)
+    finally:
+        return_threads()
 
 
 _MODULE = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
