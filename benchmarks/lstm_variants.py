@@ -65,7 +65,7 @@ def _quantized(
 ) -> nn.Module:
     if scheme != "int8_static":
         return qnn.convert(model, scheme)
-    prepared = qnn.prepare(model, parts=qnn.parts.SIXTEEN_BIT if sixteen else None)
+    prepared = qnn.prepare(model, parts=None if sixteen else qnn.parts.EIGHT_BIT)
     return qnn.convert(qnn.calibrate(prepared, calibration, progress=False))
 
 

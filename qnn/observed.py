@@ -33,8 +33,9 @@ class Observed(nn.Module):
     def observe(self: ObservedT, parts: Specs | None = None, *, qat: bool = False) -> ObservedT:
         """Insert the observation points, or new ones in the place of those that were there.
 
-        The parts that a layer has are `parts()`'s keys. Each is quantised as `qnn.parts.EIGHT_BIT`
-        says: to 8 bits, with fixed scales for the gates and observed ones for the rest.
+        The parts that a layer has are `parts()`'s keys. Each is quantised as `qnn.parts.DEFAULT`
+        says: operands of int8 products to 8 bits, the others to 16, with fixed scales for the gates
+        and observed ones for the rest.
 
         Without `qat` the layer's outputs and gradients stay what they were, to the bit: each call
         runs as before, and where that is torch's fused kernel, the same steps once more in a loop,
@@ -46,7 +47,7 @@ class Observed(nn.Module):
         Args:
             parts: specs by part name with wildcards, over the defaults: the last key that matches a
                 part counts, and None leaves it in float. `"input"`, `"hidden_state"` and
-                `"projection_input"` must have 8 bits. `qnn.parts` has `SIXTEEN_BIT` and `FIXED`.
+                `"projection_input"` must have 8 bits. `qnn.parts` has `EIGHT_BIT` and `FIXED`.
             qat: whether to fake-quantise.
 
         Returns:

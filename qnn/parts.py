@@ -1,7 +1,8 @@
 """The observation points of recurrent layers: their names, and what they are quantised to.
 
-`EIGHT_BIT` is the default, `SIXTEEN_BIT` spends 16 bits where no int8 product needs 8, and `FIXED`
-needs no data. Each is a mapping from part names with wildcards to specs, as
+`DEFAULT` spends 8 bits on the operands of int8 products, which can have no more, and 16 on all else.
+The others lie over it: `SIXTEEN_BIT` is what it does besides the operands, `EIGHT_BIT` has 8 bits
+there too, and `FIXED` needs no data. Each is a mapping from part names with wildcards to specs, as
 `QuantizableLSTM.observe` takes it, and serves every cell.
 """
 
@@ -46,18 +47,6 @@ _OBSERVED_8 = QuantSpec(torch.uint8)
 _OBSERVED_16 = QuantSpec(torch.int16, symmetric=True)
 
 # Of several patterns that match a part, the last one counts.
-EIGHT_BIT = PartSpecs(
-    {
-        "*": _OBSERVED_8,
-        # A few cells of a trained LSTM count up to hundreds; behind 16 their tanh has long been 1,
-        # and 8 bits over the whole range would be too coarse for the others.
-        "cell_state": QuantSpec(torch.uint8, limit=16.0),
-        "*_gate": _SIGMOID_8,
-        "cell_gate": _TANH_8,
-        "new_gate": _TANH_8,
-        "cell_tanh": _TANH_8,
-    }
-)
 SIXTEEN_BIT = PartSpecs(
     {
         "*_linear*": _OBSERVED_16,
@@ -66,6 +55,20 @@ SIXTEEN_BIT = PartSpecs(
         "cell_gate": _TANH_16,
         "new_gate": _TANH_16,
         "cell_tanh": _TANH_16,
+    }
+)
+DEFAULT = PartSpecs(dict.fromkeys(BYTES, _OBSERVED_8)) | SIXTEEN_BIT
+EIGHT_BIT = PartSpecs(
+    {
+        "*_linear*": _OBSERVED_8,
+        # A few cells of a trained LSTM count up to hundreds, and 8 bits over all of that would be
+        # too coarse for the others. Where the tanh alone reads them, 16 is as good; a cell that
+        # counts down again from beyond it is then wrong, which `convert` says.
+        "cell_state": QuantSpec(torch.uint8, limit=16.0),
+        "*_gate": _SIGMOID_8,
+        "cell_gate": _TANH_8,
+        "new_gate": _TANH_8,
+        "cell_tanh": _TANH_8,
     }
 )
 # The input's range alone is observed.
@@ -95,7 +98,7 @@ def points_of(cell: str, *, split_gates: bool, projection: bool) -> dict[str, st
 
 
 def choose(parts: Specs | None, names: Mapping[str, str], who: str) -> dict[str, QuantSpec]:
-    """The spec of each point of a layer: `EIGHT_BIT`'s, or that of the last key in `parts` that
+    """The spec of each point of a layer: `DEFAULT`'s, or that of the last key in `parts` that
     matches; points without one are left out.
 
     Args:
@@ -111,7 +114,7 @@ def choose(parts: Specs | None, names: Mapping[str, str], who: str) -> dict[str,
     _check(parts, points, who)
     chosen: dict[str, QuantSpec] = {}
     for point in points:
-        for pattern, spec in [*EIGHT_BIT.items(), *parts.items()]:
+        for pattern, spec in [*DEFAULT.items(), *parts.items()]:
             if not fnmatchcase(point, pattern):
                 continue
             if spec is not None:

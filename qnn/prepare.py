@@ -38,9 +38,9 @@ def prepare(
     Args:
         model: any float module.
         scheme: `"int8_static"`, the scheme whose activations have fixed grids.
-        parts: for recurrent layers, specs by part name with wildcards, over the defaults of 8 bits:
-            see `QuantizableLSTM.observe`. `qnn.parts.SIXTEEN_BIT` spends 16 bits where no product
-            needs 8.
+        parts: for recurrent layers, specs by part name with wildcards, over the defaults, 8 bits
+            for the operands of products and 16 for the rest: see `QuantizableLSTM.observe`.
+            `qnn.parts.EIGHT_BIT` spends 8 on all.
         split_gates: each gate of a recurrent layer is a linear layer of its own, with grids of its
             own.
         qat: fake-quantise, for quantisation-aware training.

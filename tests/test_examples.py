@@ -186,7 +186,7 @@ def test_a_character_lstm_loses_little_in_int8(tmp_path: Path) -> None:
     for layer in ("lstm +QLSTM", "head +QLinear"):
         assert re.search(rf"{layer} +int8_static .* cpu: ", text)
     rows = {}
-    names = "float32", "dynamic", "static", "static, 16 bits", "static, trained"
+    names = "float32", "dynamic", "static, 8 bits", "static, 16 bits", "8 bits, trained"
     for name in names:
         row = rf"\n{name} +([\d.]+) +([-+][\d.]+)% +(\d+) +[\d.]+\n"
         rows[name] = _numbers(row, text)

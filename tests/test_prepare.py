@@ -60,12 +60,22 @@ class TestFlow(unittest.TestCase):
             self.assertGreater(qnn.sqnr(converted(batches[1]), model(batches[1])), 25)
         self.assertTrue(all(same_bits(t, before[n]) for n, t in model.state_dict().items()))
 
-    @parameterized.expand([(*kind, split) for kind, split in KINDS])
+    @parameterized.expand(
+        [
+            (*kind, split, *preset)
+            for kind, split in KINDS
+            # σ and tanh here and there differ by 4e-7. A step of 8 bits hides that; of 16-bit
+            # codes some lie so close to a half that they go the other way, and one in 256 of these
+            # takes a code of the hidden state along.
+            for preset in (("EIGHT_BIT", 100), ("DEFAULT", 50))
+        ]
+    )
     def test_what_was_trained_is_what_is_shipped(
-        self, cell: Any, options: dict[str, Any], split: bool
+        self, cell: Any, options: dict[str, Any], split: bool, preset: str, least: float
     ) -> None:
         model, batches = tagger(cell, **options), tokens()
-        trained = qnn.prepare(model, qat=True, split_gates=split).train()
+        parts = getattr(qnn.parts, preset)
+        trained = qnn.prepare(model, qat=True, split_gates=split, parts=parts).train()
         optimizer = torch.optim.SGD(trained.parameters(), 1e-2)
         for batch in batches:
             trained(batch).square().mean().backward()
@@ -76,7 +86,7 @@ class TestFlow(unittest.TestCase):
             want = trained(batches[0])
         self.assertTrue(all(same_bits(t, state[n]) for n, t in trained.state_dict().items()))
         with torch.no_grad():
-            self.assertGreater(qnn.sqnr(qnn.convert(trained)(batches[0]), want), 100)
+            self.assertGreater(qnn.sqnr(qnn.convert(trained)(batches[0]), want), least)
 
     def test_a_model_for_training_can_be_calibrated_first(self) -> None:
         model = nn.Sequential(nn.LSTM(4, 5))

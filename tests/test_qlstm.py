@@ -75,7 +75,7 @@ class TestAccuracy(unittest.TestCase):
         layer = nn.LSTM(96, 128, **options).eval()
         batches, x = [torch.randn(100, 4, 96) for _ in range(2)], torch.randn(100, 4, 96)
         found = {"int8": qnn.QLSTM.from_float(layer)}
-        for name, parts in (("static", None), ("wide", qnn.parts.SIXTEEN_BIT)):
+        for name, parts in (("static", qnn.parts.EIGHT_BIT), ("wide", None)):
             found[name] = qnn.convert(qnn.calibrate(qnn.prepare(layer, parts=parts), batches))
         with torch.no_grad():
             want = flat(layer(x))

@@ -28,7 +28,7 @@ from qnn.kernels.recurrent import (
     round_to_part,
     split_result,
 )
-from qnn.parts import EIGHT_BIT, FIXED, SIXTEEN_BIT, PartSpecs
+from qnn.parts import DEFAULT, EIGHT_BIT, FIXED, SIXTEEN_BIT, PartSpecs
 from qnn.quant_spec import QuantSpec
 from qnn.quantizable import QuantizableGRU, QuantizableLSTM
 from qnn.quantizable_cell import QuantizableGRUCell, QuantizableLSTMCell
@@ -272,7 +272,7 @@ class TestParts(unittest.TestCase):
         self.assertGreater(20 * torch.log10(plain.norm() / (plain - y).norm()), 30)
 
     def test_presets(self) -> None:
-        for preset, bits in ((EIGHT_BIT, 8), (SIXTEEN_BIT, 16), (None, 8)):
+        for preset, bits in ((EIGHT_BIT, 8), (SIXTEEN_BIT, 16), (None, 16), (DEFAULT, 16)):
             for cell, split in EVERY:
                 made = layer_of(cell, 5, 7, split_gates=split).observe(preset)
                 made(torch.randn(9, 4, 5))
