@@ -1,6 +1,6 @@
 """The observation points of recurrent layers: their names, and what they are quantised to.
 
-`DEFAULT` spends 8 bits on the operands of int8 products, which can have no more, and 16 on all else.
+`DEFAULT` spends 8 bits on the operands of int8 products, which can have no more, and 16 elsewhere.
 The others lie over it: `SIXTEEN_BIT` is what it does besides the operands, `EIGHT_BIT` has 8 bits
 there too, and `FIXED` needs no data. Each is a mapping from part names with wildcards to specs, as
 `QuantizableLSTM.observe` takes it, and serves every cell.
