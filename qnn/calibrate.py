@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Iterable, Mapping, Sized
 from typing import Any, TypeVar
 
@@ -12,6 +10,7 @@ from torch import nn
 
 from qnn.fake_quantize import observation_points
 from qnn.forking import return_threads
+from qnn.progress import Meter, check_progress
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -44,10 +43,7 @@ def calibrate(model: ModelT, batches: Iterable[Any], *, progress: bool | str = T
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"qnn.calibrate takes an nn.Module, got {type(model).__name__}.")
-    if progress not in (True, False, "always"):
-        raise ValueError(
-            f"qnn.calibrate: progress must be True, False or 'always', got {progress!r}."
-        )
+    check_progress("qnn.calibrate", progress)
     if isinstance(batches, (torch.Tensor, Mapping)):
         raise TypeError(
             f"qnn.calibrate: batches is a {type(batches).__name__}, one batch; pass [batch]."
@@ -63,13 +59,14 @@ def calibrate(model: ModelT, batches: Iterable[Any], *, progress: bool | str = T
         )
     asleep = [point for point in points if point.qat]
     modes = [(module, module.training) for module in model.modules()]
-    meter = _Meter(batches, progress)
+    total = len(batches) if isinstance(batches, Sized) else None
+    meter = Meter("qnn.calibrate", "batch", total, progress)
     model.eval()
     for point in asleep:  # in evaluation such a point would record nothing
         point.training = True
     try:
         with torch.no_grad():
-            for batch in meter:
+            for batch in meter.each(batches):
                 _call(model, batch)
     finally:
         for module, training in modes:
@@ -87,29 +84,3 @@ def _call(model: nn.Module, batch: Any) -> None:
         model(*batch)
     else:
         model(batch)
-
-
-class _Meter:
-    """The batches, with a line on stderr that counts them."""
-
-    def __init__(self, batches: Iterable[Any], progress: bool | str) -> None:
-        self.batches, self.done = batches, 0
-        self.total = f"/{len(batches)}" if isinstance(batches, Sized) else ""
-        self.shown = progress == "always" or (bool(progress) and sys.stderr.isatty())
-
-    def __iter__(self) -> Any:
-        start = shown = time.monotonic()
-        for batch in self.batches:
-            yield batch
-            self.done += 1
-            now = time.monotonic()
-            if self.shown and now - shown > 0.1:
-                shown = now
-                self._show(now - start)
-        if self.shown and self.done:
-            self._show(time.monotonic() - start)
-            sys.stderr.write("\n")
-
-    def _show(self, seconds: float) -> None:
-        sys.stderr.write(f"\rqnn.calibrate: batch {self.done}{self.total}, {seconds:.1f} s")
-        sys.stderr.flush()

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 from torch.nn.modules.rnn import RNNBase
 
-from qnn import patterns
+from qnn import patterns, references
 from qnn.compressed_tensors import describe
 from qnn.kernels import get_scheme, recurrent, training_scheme
 from qnn.kernels.formats import FLOATS
 from qnn.linear import Linear
 from qnn.observed_linear import ObservedLinear, grid
 from qnn.patterns import Pattern, Patterns
+from qnn.progress import check_progress
 from qnn.qlinear import QLinear, needs_calibration, not_finite
 from qnn.qlstm import QGRU, QLSTM, QRecurrent
 from qnn.quantizable import QuantizableGRU, QuantizableLSTM, QuantizableRecurrent
@@ -37,6 +38,7 @@ def convert(
     training: bool = False,
     inplace: bool = False,
     on_unsupported: Literal["error", "skip"] = "error",
+    progress: bool | str = True,
 ) -> ModelT:
     """Replace the `nn.Linear`, `nn.LSTM` and `nn.GRU` layers of `model` by quantised ones.
 
@@ -66,6 +68,8 @@ def convert(
             the schemes that quantise weights alone, and int8, have none.
         inplace: change `model` itself, one layer at a time; otherwise it is copied, and untouched.
         on_unsupported: `"error"`, or `"skip"` to leave out what a scheme cannot take.
+        progress: a line on stderr once it has taken two seconds: True if stderr is a terminal,
+            `"always"` in any case, False never.
 
     Returns:
         The converted model: `model` itself if `inplace`, unless it is a bare `nn.Linear`.
@@ -87,6 +91,7 @@ def convert(
         raise ValueError(
             f"qnn.convert: on_unsupported must be 'error' or 'skip', got {on_unsupported!r}."
         )
+    check_progress("qnn.convert", progress)
     modules = dict(model.named_modules(remove_duplicate=False))
     if any(map(is_prepared, modules.values())):
         if scheme is not None or training:
@@ -104,7 +109,15 @@ def convert(
     if not plan.schemes:
         raise ValueError(_nothing_to_convert(modules, plan))
     del modules  # it holds the float layers, which are to be freed one by one
-    result = swapped(model, plan, _maker(plan, training), inplace=inplace)
+    result = swapped(
+        model,
+        plan,
+        _maker(plan, training),
+        inplace=inplace,
+        who="qnn.convert",
+        share=training,
+        progress=progress,
+    )
     leave_fast_path(result, (QLinear, Linear))
     describe(result)
     return result
@@ -218,6 +231,12 @@ def _weights(module: nn.Module) -> dict[str, Any]:
 
 def why_not_convert(module: nn.Module, scheme: str = "int8_static") -> str | None:
     """Why a selected layer cannot be converted to `scheme` or prepared for it, or None."""
+    if any(
+        map(torch.nn.parameter.is_lazy, (*module._parameters.values(), *module._buffers.values()))
+    ):
+        return "it is not initialised: its sizes come from its first input; run one batch first"
+    if (why := _why_not_its_forward(module)) is not None:
+        return why
     if hasattr(module, "parametrizations"):
         return "it is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
     names = ["weight", "bias"]
@@ -250,6 +269,23 @@ def why_not_convert(module: nn.Module, scheme: str = "int8_static") -> str | Non
         if reason is not None:
             return reason
     return None
+
+
+def _why_not_its_forward(module: nn.Module) -> str | None:
+    """Why a `forward` that was set on the layer itself cannot move to another one."""
+    hook = getattr(module, "_hf_hook", None)
+    if any(getattr(each, "offload", False) for each in (hook, *getattr(hook, "hooks", ()))):
+        return (
+            "accelerate offloads its weights (a hook with offload=True); convert the model before "
+            "it is dispatched, or accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+        )
+    forward = vars(module).get("forward")
+    if forward is None or references.calls_its_class(module):
+        return None
+    return (
+        f"a forward of its own was set on it ({getattr(forward, '__qualname__', forward)}), and "
+        f"does not call that of {type(module).__name__}; del layer.forward, or exclude it"
+    )
 
 
 def keep_ties_to_float(modules: dict[str, nn.Module], plan: Plan, who: str = "qnn.convert") -> None:

@@ -10,6 +10,7 @@ from qnn.convert import keep_ties_to_float, why_not_convert
 from qnn.observed_linear import ObservedLinear
 from qnn.parts import Specs
 from qnn.patterns import Patterns
+from qnn.progress import check_progress
 from qnn.quantizable import QuantizableGRU, QuantizableLSTM, QuantizableRecurrent
 from qnn.swap import Make, Own, Plan, leave_fast_path, raise_unsupported, select, swapped
 
@@ -27,6 +28,7 @@ def prepare(
     include: Patterns | None = None,
     exclude: Patterns | None = None,
     inplace: bool = False,
+    progress: bool | str = True,
 ) -> ModelT:
     """Insert observation points into the `nn.Linear`, `nn.LSTM` and `nn.GRU` layers of `model`.
 
@@ -46,6 +48,7 @@ def prepare(
         qat: fake-quantise, for quantisation-aware training.
         include, exclude: patterns as in `qnn.convert`.
         inplace: change `model` itself; otherwise it is copied, and untouched.
+        progress: as in `qnn.convert`.
 
     Returns:
         The prepared model: `model` itself if `inplace`, unless it is a bare layer.
@@ -69,6 +72,7 @@ def prepare(
             f"qnn.prepare: scheme must be 'int8_static', whose grids need data, got {scheme!r}; "
             "other schemes are converted at once: qnn.convert(model, scheme)."
         )
+    check_progress("qnn.prepare", progress)
     modules = dict(model.named_modules(remove_duplicate=False))
     plan = _make_plan(modules, include, exclude)
     raise_unsupported(plan, "qnn.prepare", "prepared", "Exclude them to leave them in float.")
@@ -79,7 +83,7 @@ def prepare(
     if parts is not None:
         _check_parts(modules, plan, parts, split_gates)
     del modules
-    result = swapped(model, plan, make, inplace=inplace)
+    result = swapped(model, plan, make, inplace=inplace, who="qnn.prepare", progress=progress)
     leave_fast_path(result, (ObservedLinear,))
     return result
 

@@ -9,9 +9,10 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from qnn import patterns
+from qnn import patterns, references
 from qnn.forking import return_threads
 from qnn.patterns import Pattern, Patterns
+from qnn.progress import Meter
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 # Hands over what a new module takes from the old one: as it is, or copied.
@@ -80,19 +81,35 @@ def raise_unsupported(plan: Plan, who: str, verb: str, mend: str) -> None:
         )
 
 
-def swapped(model: ModelT, plan: Plan, make: Make, *, inplace: bool) -> ModelT:
+def swapped(
+    model: ModelT,
+    plan: Plan,
+    make: Make,
+    *,
+    inplace: bool,
+    who: str,
+    share: bool = False,
+    progress: bool | str = False,
+) -> ModelT:
     """The model with `make(module, own)` in the place of each module of the plan, made once a
-    module.
+    module, wherever the model names it.
+
+    Args:
+        model, plan, make: what is changed, and how.
+        inplace: change `model` itself; otherwise it is copied.
+        who: the verb, for errors.
+        share: the copy has the parameters and buffers of `model` themselves.
+        progress: a line on stderr after two seconds, as in `calibrate`.
+
+    Raises:
+        ValueError: something in the model names a layer and cannot be made to name another, or the
+            model cannot be copied. Nothing has been changed then.
     """
-    made: dict[int, nn.Module] = {}
-
-    def once(module: nn.Module, own: Own) -> nn.Module:
-        if id(module) not in made:
-            made[id(module)] = _with_the_rest(module, make(module, own), own)
-        return made[id(module)]
-
+    meter = Meter(who, "layer", len(plan.schemes), progress, after=2.0)
     try:
-        return _in_place(model, plan, once) if inplace else _copied(model, plan, once)
+        if inplace:
+            return _in_place(model, plan, make, who, meter)
+        return _copied(model, plan, make, who, meter, share=share)
     finally:
         return_threads()
 
@@ -102,43 +119,147 @@ _MODULE = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
 _LEFT_BEHIND = {"_flat_weights", "_flat_weights_names", "_flat_weight_refs", "_all_weights", "qat"}
 
 
-def _with_the_rest(old: nn.Module, new: nn.Module, own: Own) -> nn.Module:
-    """`new` with hooks, their bookkeeping, and whatever users have hung on the old module. Shared
-    dicts keep hook handles alive.
+def _with_the_rest(old: nn.Module, new: nn.Module, own: Own) -> None:
+    """Move hooks, their bookkeeping, and whatever users have hung on the old module. Shared dicts
+    keep hook handles alive.
     """
     for key, value in vars(old).items():
         if key in _MODULE or (key not in vars(new) and key not in {REASON, *_LEFT_BEHIND}):
             new.__dict__[key] = own(value)
-    return new
 
 
-def _in_place(model: ModelT, plan: Plan, make: Make) -> ModelT:
-    if id(model) in plan.schemes:
-        return cast(ModelT, make(model, lambda value: value))
+def _in_place(model: ModelT, plan: Plan, make: Make, who: str, meter: Meter) -> ModelT:
+    current = {id(m): m for m in model.modules() if id(m) in plan.schemes}
+    left = [m for m in model.modules() if id(m) in plan.reasons and id(m) not in current]
+    found = references.find(model, current)
+    _raise_fixed(model, current, found, who)
+    result: nn.Module = model
     # Nothing here may hold an old module once it is replaced: peak memory is the old model and one
     # layer.
-    for parent in [module for module in model.modules() if id(module) not in plan.schemes]:
-        for name in parent._modules:
-            child = parent._modules[name]
-            if child is not None and id(child) in plan.schemes:
-                parent._modules[name] = make(child, lambda value: value)
-            del child
-        if id(parent) in plan.reasons:
-            setattr(parent, REASON, plan.reasons[id(parent)])
-    return model
+    for key in meter.each(list(current)):
+        old = current[key]
+        new = make(old, lambda value: value)
+        _with_the_rest(old, new, lambda value: value)
+        compiled = vars(new).get(_COMPILED)
+        current[key], result = new, new if old is result else result
+        change = references.Replace({key: new}, {key: type(old)}, None)
+        for place in found.places.get(key, ()):
+            references.put(place, current, change)
+        if compiled is not None and vars(new)[_COMPILED] is compiled:
+            del new.__dict__[_COMPILED]  # it would go on calling the old layer
+        if key in plan.reasons:
+            setattr(new, REASON, plan.reasons[key])
+        del old, change
+    for module in left:
+        setattr(module, REASON, plan.reasons[id(module)])
+    return cast(ModelT, result)
 
 
-def _copied(model: ModelT, plan: Plan, make: Make) -> ModelT:
+# What `module.compile()` leaves on a module.
+_COMPILED = "_compiled_call_impl"
+
+
+def _raise_fixed(
+    model: nn.Module, targets: dict[int, nn.Module], found: references.References, who: str
+) -> None:
+    """Raise if something names a layer and cannot be changed."""
+    names = {id(module): name for name, module in model.named_modules()}
+    for place, key in found.fixed:
+        raise ValueError(
+            f"{who}: {place} names the layer {names[key]!r} in a form that cannot be changed; "
+            "remove it, or name the layer by its name. A copy (inplace=False) may do as well."
+        )
+    for name, module in model.named_modules():
+        if references.stuck(vars(module).get("forward"), targets, copied=False):
+            raise ValueError(_own_forward(who, name))
+
+
+def _own_forward(who: str, name: str) -> str:
+    return (
+        f"{who}: the forward that was set on {name or 'the model'} itself would go on calling the "
+        "float layers, which it finds outside of the model: in a global variable or another "
+        "object. Define it in the class, set it after converting, or let it begin at the model."
+    )
+
+
+def _copied(
+    model: ModelT, plan: Plan, make: Make, who: str, meter: Meter, *, share: bool
+) -> ModelT:
     # deepcopy asks its memo first, so the float weights are never copied.
     memo: dict[int, Any] = {}
-    for module in model.modules():
-        if id(module) in plan.schemes:
-            memo[id(module)] = make(module, lambda value: copy.deepcopy(value, memo))
-    result = copy.deepcopy(model, memo)
-    for module in model.modules():
-        if id(module) in plan.reasons:
-            setattr(memo[id(module)], REASON, plan.reasons[id(module)])
-    return result
+    if share:
+        memo |= {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+
+    def own(value: Any) -> Any:
+        return copy.deepcopy(value, memo)
+
+    originals = {id(module): module for module in model.modules()}
+    made: dict[int, nn.Module] = {}
+    for key in meter.each([key for key in originals if key in plan.schemes]):
+        made[key] = memo[key] = make(originals[key], own)
+        memo[id(made[key])] = made[key]
+    try:
+        for key, new in made.items():
+            old = originals[key]
+            itself = references.Replace({key: new}, {key: type(old)}, None)
+            _with_the_rest(old, new, lambda value, itself=itself: own(itself(value)))  # type: ignore[misc]
+            new.__dict__.pop(_COMPILED, None)  # as deepcopy leaves it out
+        result = own(model)
+    except Exception as error:
+        raise ValueError(_why_no_copy(model, who, error)) from error
+    _follow_copies(result, originals, made, memo)
+    for name, module in result.named_modules():
+        if references.stuck(vars(module).get("forward"), originals, copied=True):
+            raise ValueError(_own_forward(who, name))
+    for key in originals:
+        if key in plan.reasons:
+            setattr(memo[key], REASON, plan.reasons[key])
+    return cast(ModelT, result)
+
+
+def _follow_copies(
+    result: nn.Module,
+    originals: dict[int, nn.Module],
+    made: dict[int, nn.Module],
+    memo: dict[int, Any],
+) -> None:
+    """What deepcopy leaves as it is: closures and weak references, which still name the modules
+    that were copied, and bound methods, which still have the function of the float layer.
+    """
+    new = {id(layer): layer for layer in made.values()}
+    kinds = {key: type(originals[key]) for key in made}
+    kinds |= {id(layer): type(originals[key]) for key, layer in made.items()}
+    own = set(map(id, memo.values()))
+    found = references.find(result, originals | new, own)
+    copies = {key: memo[key] for key in originals if key in memo}
+    change = references.Replace(copies | new, kinds, own)
+    for places in found.places.values():
+        for place in places:
+            references.put(place, new, change)
+
+
+def _why_no_copy(model: nn.Module, who: str, error: Exception) -> str:
+    """Which attribute of which module `copy.deepcopy` fails on."""
+    place, error = _uncopied(model) or (type(model).__name__, error)
+    first = str(error).strip().partition("\n")[0]
+    return (
+        f"{who}: the model cannot be copied: {place} raises {type(error).__name__}: {first} "
+        "Pass inplace=True to change the model itself, or remove the attribute first."
+    )
+
+
+def _uncopied(model: nn.Module) -> tuple[str, Exception] | None:
+    kept = {id(p): p for p in model.parameters() if p.is_leaf}
+    kept |= {id(module): module for module in model.modules()}
+    for name, module in model.named_modules():
+        held = {**vars(module), **module._parameters, **module._buffers}
+        for key in [key for key in held if key not in ("_modules", "_parameters", "_buffers")]:
+            try:
+                copy.deepcopy(held[key], dict(kept))
+            except Exception as error:  # whatever a __deepcopy__ raises
+                kind = type(held[key]).__name__
+                return f"the attribute {key!r} ({kind}) of {name or 'the model'}", error
+    return None
 
 
 def leave_fast_path(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
