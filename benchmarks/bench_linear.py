@@ -140,7 +140,7 @@ def _in_sizes(variant: Variant[Task], sizes: Sequence[tuple[int, int]]) -> Varia
 
 def _tier(name: str, task: Task, dtype: torch.dtype) -> Run:
     layer, x = _converted(task.model, dtype), task.input_in(dtype)
-    operands = (x, layer.weight, layer.weight_scale, layer.bias, None)
+    operands = (x, *layer.stored, layer.bias, None)
     return Run(partial(torch.ops.qnn.cpu_linear.default, *operands, "none", "int8", name))
 
 

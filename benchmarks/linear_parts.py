@@ -40,7 +40,7 @@ def gemm(layer: qnn.QLinear, x: torch.Tensor) -> Callable[[], torch.Tensor]:
     scales; no scales of the rows, no bias; float32 out, which took it as long as bfloat16.
     """
     q, _ = qnn.functional.quantize(x)
-    pack = torch.ops.onednn.qlinear_prepack(layer.weight, None)
+    pack = torch.ops.onednn.qlinear_prepack(layer.stored[0], None)
     scales, zeros = layer.weight_scale.view(-1), torch.zeros(layer.out_features, dtype=torch.int32)
     return partial(
         torch.ops.onednn.qlinear_pointwise.default,

@@ -207,6 +207,6 @@ def _refuse_distributed(scheme: str, **given: torch.Tensor) -> None:
 def autocast(x: torch.Tensor) -> torch.Tensor:
     """`x` as `nn.Linear` would cast it under `torch.autocast`."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x

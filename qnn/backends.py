@@ -57,6 +57,8 @@ def cuda_backend(op: str, device: torch.device) -> str:
 def linear_backend(layer: QLinear) -> str:
     """The backend of a quantised linear layer on the device where it is."""
     scheme, values = get_scheme(layer.scheme), layer.stored[0]
+    if layer._uncalibrated:
+        return "none: not calibrated; load a calibrated state, or prepare, calibrate and convert"
     if values.is_meta:
         return "meta: no values yet"
     device = values.device.type

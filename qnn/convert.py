@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.rnn import RNNBase
 
 from qnn import patterns, references
+from qnn.base import not_finite
 from qnn.compressed_tensors import describe
 from qnn.kernels import get_scheme, recurrent, training_scheme
 from qnn.kernels.formats import FLOATS
@@ -17,7 +18,7 @@ from qnn.linear import Linear
 from qnn.observed_linear import ObservedLinear, grid
 from qnn.patterns import Pattern, Patterns
 from qnn.progress import check_progress
-from qnn.qlinear import QLinear, needs_calibration, not_finite
+from qnn.qlinear import QLinear
 from qnn.qlstm import QGRU, QLSTM, QRecurrent
 from qnn.quantizable import QuantizableGRU, QuantizableLSTM, QuantizableRecurrent
 from qnn.swap import REASON, Make, Own, Plan, leave_fast_path, raise_unsupported, select, swapped
@@ -199,8 +200,6 @@ def _make_plan(
             plan.reasons[id(module)] = reason
         elif (why := why_not_convert(module, chosen)) is not None:
             plan.unsupported[name] = plan.reasons[id(module)] = why
-        elif get_scheme(chosen).static:
-            plan.unsupported[name] = plan.reasons[id(module)] = needs_calibration(chosen)
         else:
             plan.schemes[id(module)] = chosen
     if not training:

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from qnn import functional as F
+from qnn.base import check_input
 from qnn.kernels import training_scheme
 from qnn.kernels.formats import FLOATS
-from qnn.qlinear import check_input
 
 
 class Linear(nn.Linear):

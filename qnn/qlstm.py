@@ -12,12 +12,12 @@ from torch.nn.modules.rnn import RNNBase
 
 from qnn import functional as F
 from qnn.backends import recurrent_backend
+from qnn.base import not_finite
 from qnn.forking import return_threads
 from qnn.functional import RecurrentWeights
 from qnn.functional.float_recurrent import States
 from qnn.kernels.formats import FLOATS
 from qnn.kernels.recurrent import CELLS, SCHEMES
-from qnn.qlinear import not_finite
 from qnn.sequences import Sequences
 
 LayerT = TypeVar("LayerT", bound="QRecurrent")
@@ -107,18 +107,13 @@ class QRecurrent(Sequences):
 
         Args:
             layer: an `nn.LSTM` or `QuantizableLSTM` (`nn.GRU`, `QuantizableGRU`).
-            scheme: `"int8"` or `"int8_weight"`; `"int8_static"` comes from `from_observed`.
+            scheme: as of the layer; one of `"int8_static"` is not calibrated: see `from_observed`.
             split_gates: as the layer has it, if None.
 
         Raises:
             TypeError: `layer` is of another class, or its weights are no plain float parameters.
-            ValueError: a weight holds NaN or inf, or `scheme` needs calibration.
+            ValueError: a weight holds NaN or inf.
         """
-        if scheme == "int8_static":
-            raise ValueError(
-                f"qnn.{cls.__name__}.from_float: scheme 'int8_static' needs the ranges of the "
-                "activations: qnn.prepare the model, run or qnn.calibrate it, then qnn.convert."
-            )
         return cls._of(layer, scheme, split_gates)
 
     @classmethod
@@ -187,6 +182,9 @@ class QRecurrent(Sequences):
         template = cls.float_class(**_arguments(layer), device="meta", dtype=dtype)
         QRecurrent.__init__(made, template, scheme, split_gates, "meta")
         made._take(floats)
+        for name in [name for name in made._parameters if name.startswith("table")]:
+            table = torch.full_like(made._parameters[name], torch.nan, device=made._device)
+            made._set(name, table)
         return made.train(layer.training)
 
     def dequantize(self) -> RNNBase:

@@ -163,9 +163,9 @@ class TestResult(unittest.TestCase):
             model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
             model[1].weight = model[0].weight
             out = qnn.convert(model, inplace=inplace)
-            self.assertIs(out[0].weight, out[1].weight)
+            self.assertIs(out[0].stored[0], out[1].stored[0])
             self.assertIs(out[0].weight_scale, out[1].weight_scale)
-            self.assertIsNot(out[0].weight, out[2].weight)
+            self.assertIsNot(out[0].stored[0], out[2].stored[0])
             self.assertIsNot(out[0].bias, out[1].bias)
             half = copy.deepcopy(out).half()
             self.assertIs(half[0].weight_scale, half[1].weight_scale)

@@ -69,7 +69,7 @@ class TestState(unittest.TestCase):
         self.assertEqual(list(module.stored), stored)
         self.assertEqual(list(module.buffers()), [])
         if scheme.startswith("nvfp4"):
-            self.assertIs(module.weight, module.weight_packed)
+            self.assertIs(module.stored[0], module.weight_packed)
 
     @parameterized.expand(itertools.product(NAMES, DTYPES))
     def test_output(self, scheme: str, dtype: torch.dtype) -> None:

@@ -209,7 +209,7 @@ class TestLayer(unittest.TestCase):
         x = torch.randn(200, 48) * 1.5 + 0.5  # some beyond the range
         self.assertEqual(layer.input_zero_point.item() == 0, "symmetric" in spec)
         self.assertGreater(qnn.sqnr(observed(x), layer(x)), 60 if qat else 25)
-        self.assertTrue(torch.equal(layer.weight, F.quantize(observed.weight)[0]))
+        self.assertTrue(torch.equal(layer.stored[0], F.quantize(observed.weight)[0]))
         self.assertFalse(any(p.requires_grad for n, p in layer.named_parameters() if n != "bias"))
 
     def test_float_while_observing(self) -> None:
@@ -260,11 +260,6 @@ class TestLayer(unittest.TestCase):
             qnn.ObservedLinear(4, 4, spec=spec)
 
     def test_needs_calibration(self) -> None:
-        message = "needs calibration: qnn.prepare.*qnn.calibrate.*qnn.convert"
-        with self.assertRaisesRegex(ValueError, message):
-            qnn.QLinear.from_float(nn.Linear(4, 4), "int8_static")
-        with self.assertRaisesRegex(ValueError, message):
-            qnn.convert(nn.Sequential(nn.Linear(4, 4)), "int8_static")
         with self.assertRaisesRegex(ValueError, "'up.input': nothing was observed"):
             qnn.QLinear.from_observed(qnn.ObservedLinear.from_float(nn.Linear(4, 4), name="up"))
         with self.assertRaisesRegex(TypeError, "takes a qnn.ObservedLinear, got Linear"):
@@ -273,11 +268,57 @@ class TestLayer(unittest.TestCase):
             qnn.ObservedLinear.from_float(qnn.QLinear(4, 4))
 
     def test_not_calibrated(self) -> None:
-        """NaN, and repr says why."""
-        layer = qnn.QLinear(4, 3, scheme="int8_static")
-        self.assertIn("not calibrated", repr(layer))
-        self.assertTrue(bool(layer(torch.randn(2, 4)).isnan().all()))
+        """An error, in every mode, and repr says why."""
+        message = r"qnn.QLinear\(4, 3, .*\): the layer is not calibrated.*Load a state.*qnn.prepare"
+        x = torch.randn(2, 4)
+        for layer in (
+            qnn.QLinear(4, 3, scheme="int8_static"),
+            qnn.QLinear.from_float(nn.Linear(4, 3), "int8_static"),
+        ):
+            self.assertIn("not calibrated", repr(layer))
+            for call in (layer, torch.compile(layer, backend="eager")):
+                with self.assertRaisesRegex(RuntimeError, message):
+                    call(x)
+            torch._dynamo.reset()
+            with self.assertRaisesRegex(torch._dynamo.exc.Unsupported, "not calibrated"):
+                torch.compile(layer, backend="eager", fullgraph=True)(x)
+            for strict in (False, True):
+                with self.assertRaisesRegex(Exception, "not calibrated"):
+                    torch.export.export(layer, (x,), strict=strict)
         self.assertNotIn("not calibrated", repr(calibrated()[1]))
+
+    @parameterized.expand([("convert", False), ("meta", True)])
+    def test_a_saved_state_calibrates(self, _: str, meta: bool) -> None:
+        """A static model is built without data, and filled from a state."""
+        model = nn.Sequential(nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 8))
+        x = torch.randn(5, 48)
+        prepared = qnn.prepare(model)
+        prepared(x)
+        want = qnn.convert(prepared)
+        with torch.device("meta" if meta else "cpu"):
+            fresh = qnn.convert(
+                nn.Sequential(nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 8)), "int8_static"
+            )
+            self.assertEqual(fresh(torch.randn(5, 48)).shape if meta else (5, 8), (5, 8))
+        self.assertIn("not calibrated", str(qnn.summary(fresh)))
+        fresh.load_state_dict(want.state_dict(), assign=meta)
+        for twin in (fresh, copy.deepcopy(fresh), pickle.loads(pickle.dumps(fresh))):
+            self.assertTrue(torch.equal(twin(x), want(x)))
+            self.assertNotIn("not calibrated", repr(twin) + str(qnn.summary(twin)))
+        compiled = torch.compile(fresh, backend="aot_eager", fullgraph=True)
+        self.assertTrue(torch.equal(compiled(x), want(x)))
+
+    def test_a_grid_by_hand_calibrates(self) -> None:
+        x, (_, done) = torch.randn(5, 48), calibrated()
+        fresh = qnn.QLinear(48, 32, scheme="int8_static")
+        with torch.no_grad():
+            for name, parameter in fresh.named_parameters():
+                parameter.copy_(dict(done.named_parameters())[name])
+        self.assertTrue(torch.equal(fresh(x), done(x)))
+        other = qnn.QLinear.from_float(done.dequantize(), "int8_static")
+        other.input_scale, other.input_zero_point = done.input_scale, done.input_zero_point
+        self.assertNotIn("not calibrated", repr(other))
+        other(x)
 
     def test_size(self) -> None:
         with self.assertRaisesRegex(ValueError, f"at most {INT8_STATIC_MAX_K}"):
@@ -325,13 +366,19 @@ class TestLayer(unittest.TestCase):
         self.assertTrue(torch.equal(twin(x), layer(x)))
 
     def test_foreign_states(self) -> None:
-        """A scalar, a narrower float and no zero point are how others write a symmetric grid."""
+        """A scalar, a narrower float and no zero point are how others write a symmetric grid. What
+        is missing may also be lost: the caller has to say that it is zero.
+        """
         _, layer = calibrated(SPECS["symmetric int8"])
         state = layer.state_dict()
         del state["input_zero_point"]
         state["input_scale"] = state["input_scale"].to(torch.bfloat16)[0]
         twin = qnn.QLinear(48, 32, scheme="int8_static")
-        twin.load_state_dict(state, strict=True)
+        for strict in (True, False):
+            with self.assertRaisesRegex(RuntimeError, "no input_zero_point; .*add zeros"):
+                twin.load_state_dict(state, strict=strict)
+        self.assertIn("not calibrated", repr(twin))
+        twin.load_state_dict({**state, "input_zero_point": torch.zeros(1, dtype=torch.int8)})
         self.assertEqual(twin.input_scale.item(), state["input_scale"].item())
         self.assertEqual(twin.input_zero_point.item(), 0)
 
@@ -369,7 +416,7 @@ class TestLayer(unittest.TestCase):
         state = {**layer.state_dict(), "weight": weight}
         del state["weight_scale"]
         layer.load_state_dict(state)
-        self.assertTrue(torch.equal(layer.weight, F.quantize(weight)[0]))
+        self.assertTrue(torch.equal(layer.stored[0], F.quantize(weight)[0]))
 
     def test_described(self) -> None:
         model = nn.Sequential(calibrated()[1])

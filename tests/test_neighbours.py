@@ -233,7 +233,7 @@ class TestDistributed(unittest.TestCase):
             mesh = init_device_mesh("cpu", (2,))
             for layer in (wrapped[0], wrapped[2], wrapped):
                 fully_shard(layer, mesh=mesh)
-            local = wrapped[0].weight.to_local()
+            local = wrapped[0].stored[0].to_local()
             assert local.dtype == torch.int8 and local.shape == (32, 48), local.shape
             """
         )

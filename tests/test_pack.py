@@ -28,7 +28,7 @@ N, K = 160, 512  # large enough for the engine that packs
 
 
 def expected(layer: qnn.QLinear, x: torch.Tensor) -> torch.Tensor:
-    return linear_reference(x, layer.weight, layer.weight_scale, layer.bias)
+    return linear_reference(x, layer.stored[0], layer.weight_scale, layer.bias)
 
 
 class TestWeight(unittest.TestCase):
@@ -66,10 +66,10 @@ class TestWeight(unittest.TestCase):
         for name, change in changes.items():
             with self.subTest(name):
                 self.check()
-                change(self.layer.weight)
+                change(self.layer.stored[0])
                 self.check()
                 with torch.inference_mode():
-                    self.layer.weight.neg_()
+                    self.layer.stored[0].neg_()
                 self.check()
 
     def test_load_state_dict_and_new_parameter(self) -> None:
@@ -89,7 +89,7 @@ class TestWeight(unittest.TestCase):
             copy.deepcopy(self.layer).to("cpu"),
         ):
             self.check(twin)
-            twin.weight.neg_()
+            twin.stored[0].neg_()
             self.check(twin)
             self.check()
         file = io.BytesIO()
@@ -120,7 +120,7 @@ class TestWeight(unittest.TestCase):
                 w[0, 0] += 1
             self.assertFalse(pack.is_packed(w))
             layer = qnn.QLinear(K, N)
-        self.assertFalse(layer.weight.is_inference())
+        self.assertFalse(layer.stored[0].is_inference())
 
     def test_threads(self) -> None:
         want = expected(self.layer, self.x)
@@ -190,7 +190,7 @@ class TestPack(TestWeight):
         for _ in range(3):
             self.check()
         self.assertEqual(pack.count(), before + 1)
-        self.assertTrue(pack.is_packed(self.layer.weight))
+        self.assertTrue(pack.is_packed(self.layer.stored[0]))
 
     def test_freed_with_the_module(self) -> None:
         gc.collect()
