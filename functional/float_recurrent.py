@@ -3,12 +3,12 @@
 The steps are written out and not torch's fused kernels, because every value between two of them can
 be observed and fake-quantised here. What does not depend on the state stands before the loop: the
 input's linears of all steps, the weights of each gate. What is observed is kept, and handed on
-behind the loop as one tensor of all steps.
+after the loop of one layer and direction as one tensor of all steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -87,29 +87,32 @@ class Points:
         quantize = self.made[name]
         return value if quantize is None else quantize(value)
 
-    def observed(self, *, reverse: bool, lengths: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """What each observed part has seen, `[T or T+1, B, …]`; T+1 with a given state.
+    def observed(
+        self, *, reverse: bool, lengths: torch.Tensor | None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """What each observed part has seen, `[T or T+1, B, …]`; T+1 with a given state. It is no
+        longer kept then.
 
         Of a sequence that is shorter than T, its valid steps follow each other over and over to
         T: so the range is that of the valid steps, their distribution close to it, and no shape
         depends on the lengths.
         """
-        seen = {}
-        with torch.no_grad():
-            for name, steps in self.steps.items():
-                values = self.whole.get(name)
-                if values is None:
-                    if not steps:
-                        continue
-                    values = torch.stack(steps[::-1] if reverse else steps)
-                if values.numel() == 0:
-                    continue
-                if lengths is not None:
-                    values = _valid_steps(values, lengths)
-                if name in self.first:
-                    values = torch.cat([values, self.first[name].unsqueeze(0)])
-                seen[name] = values
-        return seen
+        for name in list(self.steps):
+            values = self._all_steps(name, reverse)
+            if values is None or values.numel() == 0:
+                continue
+            if lengths is not None:
+                values = _valid_steps(values, lengths)
+            if name in self.first:
+                values = torch.cat([values, self.first.pop(name).detach().unsqueeze(0)])
+            yield name, values
+
+    def _all_steps(self, name: str, reverse: bool) -> torch.Tensor | None:
+        steps, whole = self.steps.pop(name), self.whole.pop(name, None)
+        if whole is not None:
+            return whole.detach()
+        steps = [step.detach() for step in steps]
+        return torch.stack(steps[::-1] if reverse else steps) if steps else None
 
 
 def _valid_steps(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -253,6 +256,7 @@ def float_recurrent(
     valid: torch.Tensor | None = None,
     split_gates: bool = False,
     dropout: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    done: Callable[[int], None] | None = None,
 ) -> tuple[torch.Tensor, States]:
     """The layers of an LSTM or GRU, and both directions of each.
 
@@ -262,6 +266,7 @@ def float_recurrent(
         weights, points: of each layer and direction, in torch's order.
         valid: bool `[T, B, 1]`, see `float_layer`.
         dropout: what happens to the output of each layer but the last.
+        done: called with the index of each layer and direction after its steps.
 
     Returns:
         y `[T, B, D·P]`, and the last states, in the shapes of `states`.
@@ -288,6 +293,8 @@ def float_recurrent(
             )
             outputs.append(y)
             last.append(state)
+            if done is not None:
+                done(at)
         x = torch.cat(outputs, -1) if bidirectional else outputs[0]
         if dropout is not None and layer + directions < len(weights):
             x = dropout(x)

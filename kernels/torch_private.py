@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 __all__ = [
+    "active_ddp",
     "append_post_grad_pass",
     "below_autograd",
     "in_forward_mode",
@@ -48,6 +49,12 @@ __all__ = [
 def unregister(library: torch.library.Library) -> None:
     """Take back what was registered through `library`."""
     library._destroy()
+
+
+def active_ddp() -> Any:
+    """The `DistributedDataParallel` in whose forward this is called, or None."""
+    parallel = sys.modules.get("torch.nn.parallel.distributed")
+    return parallel and parallel.DistributedDataParallel._get_active_ddp_module()
 
 
 def in_forward_mode() -> bool:

@@ -16,7 +16,7 @@ from qnn import functional, kernels, parts
 from qnn.calibrate import calibrate
 from qnn.compare import Comparison, compare, sqnr
 from qnn.convert import convert
-from qnn.fake_quantize import FakeQuantize, freeze_observers
+from qnn.fake_quantize import FakeQuantize, freeze_observers, unfreeze_observers
 from qnn.kernels import SCHEMES, Format, Scheme
 from qnn.linear import Linear
 from qnn.observed_linear import ObservedLinear
@@ -56,4 +56,5 @@ __all__ = [
     "prepare",
     "sqnr",
     "summary",
+    "unfreeze_observers",
 ]

@@ -8,32 +8,46 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from qnn.fake_quantize import observation_points
+from qnn.fake_quantize import FakeQuantize, observation_points
 from qnn.forking import return_threads
 from qnn.progress import Meter, check_progress
+from qnn.ranks import Shares, several
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-def calibrate(model: ModelT, batches: Iterable[Any], *, progress: bool | str = True) -> ModelT:
+def calibrate(
+    model: ModelT,
+    batches: Iterable[Any],
+    *,
+    progress: bool | str = True,
+    sync: Any = True,
+) -> ModelT:
     """Run `model` on `batches`, so that its observation points record their ranges.
 
     It runs in evaluation mode and without gradients; every module's mode is as before at the end.
     Nothing is moved between devices. A few hundred samples that are like those of use are enough.
 
+    Where `torch.distributed` is initialised, each process shows its own batches, as many as it has,
+    and at the end all of them have the ranges of all: every process has to make the call.
+
     Args:
-        model: with observation points, as `qnn.prepare` returns it.
-        batches: for each call a tensor, a tuple or list (positional arguments), or a mapping
-            (keyword arguments).
+        model: with observation points, as `qnn.prepare` returns it; also inside a
+            `DistributedDataParallel`.
+        batches: for each call a tensor, a tuple or list (positional arguments), a mapping (keyword
+            arguments), or any other object, such as a `PackedSequence` or another namedtuple.
         progress: a line on stderr: True if stderr is a terminal, `"always"` in any case, False
             never.
+        sync: whether to add up the processes: those of the default group, or of the
+            `torch.distributed.ProcessGroup` given; False for a call that one process makes alone.
 
     Returns:
         `model`.
 
     Raises:
         ValueError: the model has no observation points or all are frozen or fixed, or there are no
-            batches.
+            batches, in no process.
+        RuntimeError: another process has failed, or has other observation points.
 
     >>> import qnn
     >>> layer = qnn.ObservedLinear.from_float(nn.Linear(4, 2))
@@ -41,10 +55,21 @@ def calibrate(model: ModelT, batches: Iterable[Any], *, progress: bool | str = T
     >>> qnn.QLinear.from_observed(layer).scheme
     'int8_static'
     """
+    group = None if sync is True else sync
+    if sync is False or not several(group):
+        done = _run(model, batches, _points(model, batches), progress)
+    else:
+        done = _run_together(model, batches, progress, group)
+    if not done:
+        raise ValueError("qnn.calibrate: there are no batches; nothing was observed.")
+    return model
+
+
+def _points(model: nn.Module, batches: Any) -> list[FakeQuantize]:
+    """The observation points of the model, if the arguments make sense."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"qnn.calibrate takes an nn.Module, got {type(model).__name__}.")
-    check_progress("qnn.calibrate", progress)
-    if isinstance(batches, (torch.Tensor, Mapping)):
+    if isinstance(batches, (torch.Tensor, Mapping)) or is_namedtuple(batches):
         raise TypeError(
             f"qnn.calibrate: batches is a {type(batches).__name__}, one batch; pass [batch]."
         )
@@ -55,32 +80,78 @@ def calibrate(model: ModelT, batches: Iterable[Any], *, progress: bool | str = T
         )
     if not any(point.observing for point in points):
         raise ValueError(
-            f"qnn.calibrate: all {len(points)} observation points are frozen or fixed."
+            f"qnn.calibrate: all {len(points)} observation points are frozen or fixed; "
+            "qnn.unfreeze_observers(model) wakes those that were frozen."
         )
-    asleep = [point for point in points if point.qat]
+    return points
+
+
+def _run_together(
+    model: nn.Module, batches: Iterable[Any], progress: bool | str, group: Any
+) -> int:
+    """`_run`, and the statistics of all processes in each. One that fails says so to the others,
+    which would wait for it otherwise.
+    """
+    points, failure, done = list[FakeQuantize](), None, 0
+    try:
+        points = _points(model, batches)
+    except Exception as error:
+        failure = error
+    shares = Shares(points, group)
+    try:
+        if failure is None:
+            done = _run(model, batches, points, progress)
+    except Exception as error:
+        failure = error
+    try:
+        done = shares.join(failure, done)
+    except BaseException:
+        shares.take_back()
+        raise
+    if failure is not None:
+        shares.take_back()
+        raise failure
+    return done
+
+
+def _run(
+    model: nn.Module, batches: Iterable[Any], points: list[FakeQuantize], progress: bool | str
+) -> int:
+    """How many batches there were."""
+    check_progress("qnn.calibrate", progress)
+    # Its forward talks to the other processes, which may have fewer batches.
+    parallel = isinstance(model, nn.parallel.DistributedDataParallel)
+    called = model.module if parallel else model
     modes = [(module, module.training) for module in model.modules()]
     total = len(batches) if isinstance(batches, Sized) else None
     meter = Meter("qnn.calibrate", "batch", total, progress)
     model.eval()
-    for point in asleep:  # in evaluation such a point would record nothing
-        point.training = True
+    for point in points:
+        point.alone = True
+        point.training = point.qat  # in evaluation one for training would record nothing
     try:
         with torch.no_grad():
             for batch in meter.each(batches):
-                _call(model, batch)
+                call(called, batch)
     finally:
         for module, training in modes:
             module.training = training
+        for point in points:
+            point.alone = False
         return_threads()
-    if not meter.done:
-        raise ValueError("qnn.calibrate: there are no batches; nothing was observed.")
-    return model
+    return meter.done
 
 
-def _call(model: nn.Module, batch: Any) -> None:
+def call(model: Any, batch: Any) -> Any:
+    """`model` on a batch: a tuple or list is its positional arguments, a mapping its keyword
+    arguments, and anything else, a namedtuple too, its one argument.
+    """
     if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, (tuple, list)):
-        model(*batch)
-    else:
-        model(batch)
+        return model(**batch)
+    if isinstance(batch, (tuple, list)) and not is_namedtuple(batch):
+        return model(*batch)
+    return model(batch)
+
+
+def is_namedtuple(value: Any) -> bool:
+    return isinstance(value, tuple) and hasattr(value, "_fields")

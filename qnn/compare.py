@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.rnn import RNNBase
 
+from qnn.calibrate import is_namedtuple
 from qnn.qlinear import QLinear
 from qnn.qlstm import QRecurrent
 
@@ -211,7 +212,8 @@ def _run(model: nn.Module, inputs: Any, hooks: dict[nn.Module, Any]) -> Any:
             stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         if isinstance(inputs, Mapping):
             return model(**inputs)
-        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+        several = isinstance(inputs, tuple) and not is_namedtuple(inputs)
+        return model(*inputs) if several else model(inputs)
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
 
 from qnn.functional.fake_quantize import grid_of, on_grid
-from qnn.observers import Observer, Statistics, make_observer
+from qnn.observers import make_observer
 from qnn.quant_spec import QuantSpec
+from qnn.statistics import Observer, Statistics
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -23,6 +24,9 @@ class FakeQuantize(Statistics):
     it changes nothing. Fake-quantising is `qnn.functional.fake_quantize`, with the range of all
     that was recorded up to and with this input; nothing recorded leaves the input as it is, and a
     NaN or infinite range makes it NaN.
+
+    In the forward of a `DistributedDataParallel` it records what all processes see, so that ranges,
+    and the first value of a learned scale, are the same in each; not in a compiled one.
 
     Args:
         spec: how to quantise, and how to find the range.
@@ -39,7 +43,9 @@ class FakeQuantize(Statistics):
 
     scale: torch.Tensor
     zero_point: torch.Tensor
+    frozen: torch.Tensor
     observer: Observer | None
+    _later: ClassVar[tuple[str, ...]] = ("frozen",)
 
     def __init__(
         self,
@@ -53,7 +59,8 @@ class FakeQuantize(Statistics):
         if not isinstance(spec, QuantSpec):
             raise TypeError(f"qnn.FakeQuantize takes a QuantSpec, got {type(spec).__name__}.")
         self.spec, self.name, self.qat = spec, name, qat
-        self.observing = not spec.fixed
+        self.observing = not spec.fixed  # and not frozen; a graph must not read a tensor for it
+        self.alone = False  # while calibrating, which adds up the processes itself
         self.observer = None
         size = 1 if spec.channel_axis is None else channels or 0
         if spec.fixed:
@@ -63,6 +70,7 @@ class FakeQuantize(Statistics):
             self.register_buffer("zero_point", point.clone())
         else:
             self.observer = make_observer(spec, name=name, channels=channels)
+            self.register_buffer("frozen", torch.zeros((), dtype=torch.bool))
             if spec.learnable and qat and not size:
                 raise ValueError(f"{self.who}: a learnable scale for each channel needs channels=.")
             self._declare("scale", (size,), torch.float32, 0.0)
@@ -81,17 +89,35 @@ class FakeQuantize(Statistics):
         """Record the range of `x`, while `observing`."""
         if not self.observing or self.observer is None:
             return
-        self.observer.observe(x)
-        if self.qat:
-            self._refresh(self.observer)
+        self.observer.observe(x, self._group())
+        self.refresh()
+
+    def _group(self) -> Any:
+        """The processes that record together."""
+        if self.alone or torch.compiler.is_compiling():
+            return None
+        from qnn.ranks import group_of_call
+
+        return group_of_call()
+
+    def freeze(self, frozen: bool = True) -> None:
+        """Stop recording, or go on; a fixed scale stays fixed. The state dict has it."""
+        if self.observer is not None:
+            self.observing = not frozen
+            self.frozen.fill_(frozen)
 
     @torch.no_grad()
-    def _refresh(self, observer: Observer) -> None:
-        """Take scale and zero point from the observer; a scale that is learned, once."""
+    def refresh(self, anew: bool = False) -> None:
+        """With `qat`: take scale and zero point from the observer; a scale that is learned once, or
+        `anew`.
+        """
+        observer = self.observer
+        if observer is None or not self.qat:
+            return
         scale, point = self.spec.qparams(*observer.low_high())
         self._grow(scale.shape[0], self.who)
         nothing = observer.count == 0
-        if self.spec.learnable:
+        if self.spec.learnable and not anew:
             scale = torch.where(self.scale == 0, scale, self.scale)
             point = torch.where(self.scale == 0, point, self.zero_point)
         self.scale.copy_(torch.where(nothing, 0, scale))
@@ -125,6 +151,13 @@ class FakeQuantize(Statistics):
             unknown = unknown.reshape(grid[-1].shape)
         return lambda x: torch.where(unknown, x, on_grid(x, grid))
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.observer is not None and not self.frozen.is_meta:
+            self.observing = not bool(self.frozen)
+
     def qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point, float32 and int32, `[1]` or `[C]`.
 
@@ -157,8 +190,7 @@ class FakeQuantize(Statistics):
             raise ValueError(f"{self.who}.merge: one of the two is fixed.")
         if self.observer is not None:
             self.observer.merge(other.observer)
-            if self.qat:
-                self._refresh(self.observer)
+            self.refresh()
 
     def reset(self) -> None:
         """Forget what was observed; a fixed scale stays."""
@@ -192,18 +224,32 @@ def _scale_gradient(scale: torch.Tensor, x: torch.Tensor, qmax: int) -> torch.Te
 def freeze_observers(model: ModelT) -> ModelT:
     """Stop recording at every observation point in `model`; returns it.
 
-    In quantisation-aware training the scales then stay as they are, but for learned ones.
+    In quantisation-aware training the scales then stay as they are, but for learned ones. It is
+    part of the state dict: a model that is loaded from it is frozen too.
 
     Raises:
         ValueError: the model has no observation points.
     """
+    return _set_frozen(model, True, "qnn.freeze_observers")
+
+
+def unfreeze_observers(model: ModelT) -> ModelT:
+    """Record again at every observation point in `model`, after `freeze_observers`; returns it.
+
+    What was recorded before still counts. A fixed scale stays fixed.
+
+    Raises:
+        ValueError: the model has no observation points.
+    """
+    return _set_frozen(model, False, "qnn.unfreeze_observers")
+
+
+def _set_frozen(model: ModelT, frozen: bool, who: str) -> ModelT:
     points = list(observation_points(model))
     if not points:
-        raise ValueError(
-            "qnn.freeze_observers: the model has no observation points; qnn.prepare inserts them."
-        )
+        raise ValueError(f"{who}: the model has no observation points; qnn.prepare inserts them.")
     for point in points:
-        point.observing = False
+        point.freeze(frozen)
     return model
 
 
@@ -212,4 +258,4 @@ def observation_points(model: nn.Module) -> Iterable[FakeQuantize]:
     return (module for module in model.modules() if isinstance(module, FakeQuantize))
 
 
-__all__ = ["FakeQuantize", "freeze_observers", "observation_points"]
+__all__ = ["FakeQuantize", "freeze_observers", "observation_points", "unfreeze_observers"]

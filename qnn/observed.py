@@ -113,7 +113,7 @@ class Observed(nn.Module):
         self, suffix: str, points: Points, *, reverse: bool, lengths: torch.Tensor | None
     ) -> None:
         own = self._own(suffix)
-        for name, seen in points.observed(reverse=reverse, lengths=lengths).items():
+        for name, seen in points.observed(reverse=reverse, lengths=lengths):
             own[name].observe(seen)
 
     def _extra(self) -> str:

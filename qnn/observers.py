@@ -7,233 +7,61 @@ traces under `torch.compile(fullgraph=True)` and `torch.export` and needs no val
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from qnn.quant_spec import QuantSpec
+from qnn.statistics import Observer
 
 # Of a histogram's grid: 2^e and 2^(11 − e) are normal float32 numbers from the least e on.
 _SIDE_BITS = 11
 _LEAST_EXPONENT, _GREATEST_EXPONENT = -115, 128
 
-_Self = TypeVar("_Self", bound="Statistics")
 
-
-class Statistics(nn.Module):
-    """A module with a row of float32 and integer buffers for each channel, which keep their dtypes
-    through `.half()`. Before the number of channels is known it is 0.
-    """
-
-    _rows: dict[str, float]
-    """The buffers with an axis of channels, and what they begin with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._rows = {}
-
-    def _declare(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, value: float) -> None:
-        self._rows[name] = value
-        self.register_buffer(name, torch.full(shape, value, dtype=dtype))
-
-    def _grow(self, channels: int, who: str) -> None:
-        """Make room for `channels`, once."""
-        for name in self._rows:
-            old = getattr(self, name)
-            if old.shape[0] == channels:
-                continue
-            if old.shape[0]:
-                raise ValueError(
-                    f"{who}: the tensor has {channels} channels, but {old.shape[0]} before."
-                )
-            value = self._rows[name]
-            setattr(self, name, torch.full_like(old.new_empty(channels, *old.shape[1:]), value))
-
-    def _apply(
-        self: _Self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
-    ) -> _Self:
-        kept = {name: tensor.data for name, tensor in [*self._own()]}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, data in kept.items():
-            tensor = getattr(self, name)
-            if tensor.dtype != data.dtype:
-                tensor.data = data.to(tensor.device)
-        return self
-
-    def _own(self) -> list[tuple[str, torch.Tensor]]:
-        return [(k, v) for k, v in {**self._buffers, **self._parameters}.items() if v is not None]
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        for name in self._rows:
-            given, own = state_dict.get(prefix + name), getattr(self, name)
-            if own.shape[:1] == (0,) and given is not None and given.dim() == own.dim():
-                setattr(self, name, own.new_empty(given.shape))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-class Observer(Statistics):
-    """Finds the range of what it is shown; the base of the others.
-
-    A subclass declares its statistics, and defines `_update(x)`, where `x` is `[C, n]` (C = 1 where
-    there is one scale for the tensor), `_merge(other)`, and `low_high()`.
-
-    Args:
-        spec: the integers and the axis of the channels.
-        name: of the part that is observed, for errors.
-        channels: how many there are; found at the first observation if None.
-    """
-
-    count: torch.Tensor
-
-    def __init__(self, spec: QuantSpec, *, name: str = "", channels: int | None = None) -> None:
-        super().__init__()
-        self.spec, self.name = spec, name
-        self._channels = 1 if spec.channel_axis is None else channels or 0
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-
-    # What subclasses define.
-
-    def _update(self, x: torch.Tensor) -> None:
-        raise NotImplementedError
-
-    def _merge(self, other: Any) -> None:
-        raise NotImplementedError
-
-    def low_high(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The range for each channel, float32 `[C]`; NaN or infinite where such a value was seen,
-        and without meaning where nothing was.
-        """
-        raise NotImplementedError
-
-    # What they have.
-
-    @torch.no_grad()
-    def observe(self, x: torch.Tensor) -> None:
-        """Take the values of `x`, which stays as it is, into the statistics; an empty one changes
-        nothing. A NaN is remembered.
-        """
-        # A size that is traced is not zero: torch compiles empty tensors apart.
-        if any(isinstance(size, int) and size == 0 for size in x.shape):
-            return
-        x = x.detach()
-        axis = self.spec.channel_axis
-        if axis is None:
-            x = x.reshape(1, -1)
-        else:
-            if not -x.dim() <= axis < x.dim():
-                raise ValueError(
-                    f"{self.who}: channel_axis is {axis}, but the tensor is {list(x.shape)}."
-                )
-            x = x.movedim(axis, 0)
-            self._grow(x.shape[0], self.who)
-            x = x.reshape(x.shape[0], -1)
-        self._update(x)
-        self.count.copy_(self.count + x.shape[1])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`observe`, and `x` itself."""
-        self.observe(x)
-        return x
-
-    def qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and zero point, float32 and int32 `[C]`, by the rule of `QuantSpec.qparams`.
-
-        Raises:
-            ValueError: nothing was observed, or a NaN or an infinite value.
-        """
-        self.check()
-        return self.spec.qparams(*self.low_high())
-
-    def check(self) -> None:
-        """Raise a ValueError, with the part's name, where there is no finite range."""
-        if not int(self.count):
-            raise ValueError(
-                f"{self.who}: nothing was observed; run qnn.calibrate(model, batches) first."
-            )
-        low, high = self.low_high()
-        bad = ~(low.isfinite() & high.isfinite())
-        if not bool(bad.any()):
-            scale, _ = self.spec.qparams(low, high)
-            bad = ~scale.isfinite()
-        if bool(bad.any()):
-            (at, *_) = bad.nonzero().flatten().tolist()
-            where = "" if self.spec.channel_axis is None else f" of channel {at}"
-            what = "NaN" if bool(low[at].isnan() | high[at].isnan()) else "infinite values"
-            raise ValueError(
-                f"{self.who}: the range{where} is {low[at].item():g} … {high[at].item():g}, since "
-                f"{what} were observed; leave out the batch that has them, or this part."
-            )
-
-    def merge(self: Any, other: Any) -> None:
-        """Add what `other`, of the same kind, has seen, as if this one had."""
-        if type(other) is not type(self) or other.spec != self.spec:
-            raise ValueError(
-                f"{self.who}.merge: the other must be a {type(self).__name__} of {self.spec}, got "
-                f"{other!r}."
-            )
-        rows = next(iter(other._rows), None)
-        channels = getattr(other, rows).shape[0] if rows else 0
-        if not channels:
-            return
-        self._grow(channels, f"{self.who}.merge")
-        with torch.no_grad():
-            self._merge(other)
-            self.count.copy_(self.count + other.count)
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.count.zero_()
-        for name, value in self._rows.items():
-            getattr(self, name).fill_(value)
-
-    @property
-    def who(self) -> str:
-        """The observer, for errors."""
-        return f"{type(self).__name__} of {self.name!r}" if self.name else type(self).__name__
-
-    def extra_repr(self) -> str:
-        return f"{self.spec}"
-
-
-class MinMaxObserver(Observer):
-    """The smallest and the largest value seen."""
+class _Range(Observer):
+    """An observer whose statistics are a range."""
 
     low: torch.Tensor
     high: torch.Tensor
+    start = (torch.inf, -torch.inf)
 
     def __init__(self, spec: QuantSpec, *, name: str = "", channels: int | None = None) -> None:
         super().__init__(spec, name=name, channels=channels)
-        self._declare("low", (self._channels,), torch.float32, torch.inf)
-        self._declare("high", (self._channels,), torch.float32, -torch.inf)
+        for end, value in zip(("low", "high"), self.start, strict=True):
+            self._declare(end, (self._channels,), torch.float32, value)
 
-    def _update(self, x: torch.Tensor) -> None:
-        low, high = _min_max(x)
-        self.low.copy_(torch.minimum(self.low, low))
-        self.high.copy_(torch.maximum(self.high, high))
-
-    def _merge(self, other: MinMaxObserver) -> None:
-        self.low.copy_(torch.minimum(self.low, other.low))
-        self.high.copy_(torch.maximum(self.high, other.high))
+    @torch.no_grad()
+    def begin(self, low: torch.Tensor, high: torch.Tensor, count: int) -> None:
+        self._grow(low.shape[0], self.who)
+        self.low.copy_(low)
+        self.high.copy_(high)
+        self.count.fill_(count)
 
     def low_high(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.low, self.high
 
 
-class _Average(Observer):
+class MinMaxObserver(_Range):
+    """The smallest and the largest value seen."""
+
+    def _update(self, x: torch.Tensor) -> None:
+        self._widen(*_min_max(x))
+
+    def _merge(self, other: MinMaxObserver) -> None:
+        self._widen(other.low, other.high)
+
+    def _widen(self, low: torch.Tensor, high: torch.Tensor) -> None:
+        self.low.copy_(torch.minimum(self.low, low))
+        self.high.copy_(torch.maximum(self.high, high))
+
+
+class _Average(_Range):
     """A range for each batch, averaged. A merge weighs each observer with the values that it has
     seen.
     """
 
-    low: torch.Tensor
-    high: torch.Tensor
-
-    def __init__(self, spec: QuantSpec, *, name: str = "", channels: int | None = None) -> None:
-        super().__init__(spec, name=name, channels=channels)
-        self._declare("low", (self._channels,), torch.float32, 0.0)
-        self._declare("high", (self._channels,), torch.float32, 0.0)
+    start = (0.0, 0.0)
 
     def _move(self, low: torch.Tensor, high: torch.Tensor, weight: float | torch.Tensor) -> None:
         """Go to `low` and `high` by `weight` of the way, or all of it from nothing."""
@@ -241,10 +69,8 @@ class _Average(Observer):
         for mean, new in ((self.low, low), (self.high, high)):
             mean.copy_(torch.where(first, new, mean + (new - mean) * weight))
 
-    def _merge(self, other: _Average) -> None:
-        total = (self.count + other.count).clamp_min(1)
-        weight = (other.count.double() / total).float()
-        # Nothing of an observer that has seen nothing, and its zeros.
+    def _join(self, other: _Average, weight: float | torch.Tensor) -> None:
+        """`_move` to the range of `other`, unless that has seen nothing, and has zeros."""
         here = other.count > 0
         self._move(
             torch.where(here, other.low, self.low),
@@ -252,8 +78,9 @@ class _Average(Observer):
             weight,
         )
 
-    def low_high(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.low, self.high
+    def _merge(self, other: _Average) -> None:
+        total = (self.count + other.count).clamp_min(1)
+        self._join(other, (other.count.double() / total).float())
 
 
 class MovingAverageObserver(_Average):
@@ -265,6 +92,9 @@ class MovingAverageObserver(_Average):
 
     def _update(self, x: torch.Tensor) -> None:
         self._move(*_min_max(x), self.constant)
+
+    def _take(self, batch: MovingAverageObserver) -> None:
+        self._join(batch, self.constant)
 
 
 class MSEObserver(_Average):
@@ -370,6 +200,9 @@ class HistogramObserver(Observer):
         self.histogram.copy_(self._on_grid(exponent) + other._on_grid(exponent))
         self.exponent.copy_(exponent)
 
+    def seen(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.low, self.high
+
     def low_high(self) -> tuple[torch.Tensor, torch.Tensor]:
         finite = self.low.isfinite() & self.high.isfinite()
         # In units of a bin, float64; `count`, `first` and `second` are the moments of the bins
@@ -422,11 +255,87 @@ class HistogramObserver(Observer):
         )
 
 
+class PercentileObserver(MinMaxObserver):
+    """The range that leaves out the outermost values: `spec.percentile` percent of all that was
+    seen, zeros too, lie below the upper end, and as many above the lower one; for a symmetric spec
+    below in magnitude. 99.99 if the spec has none.
+
+    The values are counted by sign, exponent and the first 4 bits of the mantissa, 8,192 bins, so
+    that an end is known to a 16th of itself however far the outermost values are, and mostly to
+    less: within a bin they are taken to lie evenly. Merging is adding.
+    """
+
+    bins: torch.Tensor
+
+    def __init__(self, spec: QuantSpec, *, name: str = "", channels: int | None = None) -> None:
+        super().__init__(spec, name=name, channels=channels)
+        self._declare("bins", (self._channels, 2 * _HALF), torch.int64, 0)
+
+    def _update(self, x: torch.Tensor) -> None:
+        super()._update(x)
+        bits = x.float().view(torch.int32)
+        index = (bits & 0x7FFFFFFF) >> 19
+        # Below zero the magnitudes fall.
+        index = torch.where(bits < 0, _HALF - 1 - index, _HALF + index).long()
+        one = torch.ones((), dtype=torch.int64, device=x.device).expand_as(index)
+        self.bins.copy_(self.bins + torch.zeros_like(self.bins).scatter_add_(1, index, one))
+
+    def _merge(self, other: PercentileObserver) -> None:  # type: ignore[override]
+        super()._merge(other)
+        self.bins.copy_(self.bins + other.bins)
+
+    def begin(self, low: torch.Tensor, high: torch.Tensor, count: int) -> None:
+        Observer.begin(self, low, high, count)
+
+    def seen(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.low, self.high
+
+    def low_high(self) -> tuple[torch.Tensor, torch.Tensor]:
+        share = (99.99 if self.spec.percentile is None else self.spec.percentile) / 100
+        if self.spec.symmetric:
+            magnitudes = self.bins[:, _HALF:] + self.bins[:, :_HALF].flip(1)
+            end = _quantile(magnitudes, share, _edges(self.bins.device))
+            high = torch.minimum(end, torch.maximum(-self.low, self.high))
+            low = -high
+        else:
+            edges = _edges(self.bins.device)
+            edges = torch.cat([-edges.flip(0), edges[1:]])
+            low = torch.maximum(_quantile(self.bins, 1 - share, edges), self.low)
+            high = torch.minimum(_quantile(self.bins, share, edges), self.high)
+        finite = self.low.isfinite() & self.high.isfinite()
+        return torch.where(finite, low, self.low), torch.where(finite, high, self.high)
+
+
+_HALF = 4096  # bins of a sign: of all float32 magnitudes, by their first 12 bits
+
+
+def _edges(device: torch.device) -> torch.Tensor:
+    """Where the bins of one sign begin and end, float64; from the infinite ones on all inf."""
+    index = torch.arange(_HALF + 1, device=device, dtype=torch.int32)
+    return (index.clamp_max(255 << 4) << 19).view(torch.float32).double()
+
+
+def _quantile(counts: torch.Tensor, share: float, edges: torch.Tensor) -> torch.Tensor:
+    """The value at `share` of the way from the least to the largest that was counted, float32
+    `[C]`.
+    """
+    before = counts.cumsum(1).double()
+    place = share * (before[:, -1:] - 1).clamp_min(0)
+    index = torch.searchsorted(before, place, right=True).clamp_max(counts.shape[1] - 1)
+    inside = counts.gather(1, index).double().clamp_min(1)
+    offset = place - before.gather(1, index) + inside + 0.5
+    bottom, top = edges[index], edges[index + 1]
+    value = bottom + (top - bottom) * (offset / inside).clamp(0, 1)
+    # A bin at zero has zeros, and numbers that are hardly more.
+    return torch.where((bottom == 0) | (top == 0), 0, value)[:, 0].float()
+
+
 OBSERVERS: Mapping[str, type[Observer]] = {
     "minmax": MinMaxObserver,
     "moving_average": MovingAverageObserver,
     "histogram": HistogramObserver,
     "mse": MSEObserver,
+    "percentile": PercentileObserver,
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 DTYPES = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.int32)
-OBSERVERS = ("minmax", "moving_average", "histogram", "mse")
+OBSERVERS = ("minmax", "moving_average", "histogram", "mse", "percentile")
 # Tables hold the range as float32, which is exact up to here.
 _EXACT = 2**24
 
@@ -26,8 +26,9 @@ class QuantSpec:
         channel_axis: the axis with a scale for each element; one scale for the tensor if None.
         qmin, qmax: the range of `q`; that of `dtype` if None, and −127 … 127 (−32767 … 32767) for a
             symmetric int8 (int16).
-        observer: what finds the range: `"minmax"`, `"moving_average"`, `"histogram"`, `"mse"`, or a
-            subclass of `qnn.observers.Observer`.
+        observer: what finds the range: `"minmax"`, `"moving_average"`, `"histogram"`, `"mse"`,
+            `"percentile"`, or a subclass of `qnn.observers.Observer`.
+        percentile: of `"percentile"`, above 50 and up to 100; 99.99 if None.
         learnable: the scale is trained (LSQ), from what was observed first or from `scale`.
         limit: an observed range is cut at ±limit, for what may grow without meaning more; not cut
             if None.
@@ -49,6 +50,7 @@ class QuantSpec:
     qmin: int = None  # type: ignore[assignment]  # an int behind the constructor
     qmax: int = None  # type: ignore[assignment]
     observer: str | type[Any] = "minmax"
+    percentile: float | None = None
     learnable: bool = False
     limit: float | None = None
     scale: float | tuple[float, ...] | None = None
@@ -122,6 +124,12 @@ class QuantSpec:
                 self._fail(f"observer must be one of {known}, or a class; got {observer!r}")
         elif not isinstance(observer, type):
             raise TypeError(f"qnn.QuantSpec: observer must be a name or a class, got {observer!r}.")
+        if self.percentile is None:
+            return
+        if isinstance(observer, str) and observer != "percentile":
+            self._fail(f"percentile belongs to observer='percentile', got observer={observer!r}")
+        if not (isinstance(self.percentile, int | float) and 50 < self.percentile <= 100):
+            self._fail(f"percentile must be above 50 and up to 100, got {self.percentile!r}")
 
     def _set_fixed(self) -> None:
         scale = _tuple(self.scale, float, "scale")

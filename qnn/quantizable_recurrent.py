@@ -139,7 +139,14 @@ class QuantizableRecurrent(Sequences, Observed, RNNBase):
         suffixes = self._suffixes()
         points = [self._points(suffix) for suffix in suffixes]
         weights = [self._weights(suffix) for suffix in suffixes]
-        result = float_recurrent(
+
+        def observe(index: int) -> None:
+            # At once: the steps of one layer and direction are held at a time.
+            suffix = suffixes[index]
+            reverse = suffix.endswith("_reverse")
+            self._observe(suffix, points[index], reverse=reverse, lengths=lengths)
+
+        return float_recurrent(
             self.mode,
             x,
             states,
@@ -150,10 +157,8 @@ class QuantizableRecurrent(Sequences, Observed, RNNBase):
             valid=None if lengths is None else valid_steps(lengths, x.shape[0]),
             split_gates=self.split_gates,
             dropout=dropout,
+            done=observe,
         )
-        for suffix, seen in zip(suffixes, points, strict=True):
-            self._observe(suffix, seen, reverse=suffix.endswith("_reverse"), lengths=lengths)
-        return result
 
     def _weights(self, suffix: str) -> Weights:
         bias_ih, bias_hh = (

@@ -12,10 +12,10 @@ from torch import nn
 from qnn.backends import linear_backend, recurrent_backend
 from qnn.convert import is_prepared
 from qnn.linear import Linear
-from qnn.observers import Statistics
 from qnn.qlinear import QLinear
 from qnn.qlstm import QRecurrent
 from qnn.quantizable import QuantizableRecurrent
+from qnn.statistics import Statistics
 from qnn.swap import REASON
 
 # Layers that people expect to be quantised too, and why they are not.

@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 from parameterized import parameterized
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
 import qnn
 from qnn import FakeQuantize, QuantSpec
@@ -46,6 +47,20 @@ class TestCalibrate(unittest.TestCase):
             model = Scaled()
             self.assertIs(qnn.calibrate(model, given), model)
             self.assertAlmostEqual(model.point.qparams()[0].item(), 0.02, 6)
+
+    def test_a_namedtuple_is_one_argument(self) -> None:
+        class Packed(Scaled):
+            def forward(self, x: Any, factor: float = 1.0) -> torch.Tensor:
+                return super().forward(pad_packed_sequence(x)[0].flatten(0, 1), factor)
+
+        batch = pack_sequence([torch.full((n, 3), 1.27 / n) for n in (2, 1)], enforce_sorted=False)
+        for given in (batch, (batch, 1.0), {"x": batch}):
+            model = Packed()
+            qnn.calibrate(model, [given])
+            self.assertAlmostEqual(model.point.qparams()[0].item(), 0.01, 6)
+        with self.assertRaisesRegex(TypeError, r"a PackedSequence, one batch; pass \[batch\]"):
+            qnn.calibrate(Packed(), batch)
+        self.assertIsInstance(batch, PackedSequence)
 
     @parameterized.expand([(False,), (True,)])
     def test_modes(self, qat: bool) -> None:

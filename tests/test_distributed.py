@@ -629,3 +629,186 @@ class TestInference(unittest.TestCase):
     @parameterized.expand(qnn.SCHEMES)
     def test_fsdp2(self, scheme: str) -> None:
         both_ranks(sharded_inference, scheme)
+
+
+# Calibration and quantisation-aware training ----------------------------------------------------
+
+OBSERVERS = ("minmax", "moving_average", "histogram", "mse", "percentile")
+
+
+class Reader(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.GRU(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.head(self.rnn(x)[0])
+        return result
+
+
+def reader(observer: str = "minmax", *, learnable: bool = False, qat: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    spec = functools.partial(qnn.QuantSpec, observer=observer, learnable=learnable)
+    parts = {"*": spec(torch.uint8), "*_linear": spec(torch.int16, symmetric=True)}
+    return qnn.prepare(Reader(), parts=parts, qat=qat)
+
+
+def shown(rank: int, count: int) -> Tensors:
+    """Batches whose ranges differ between ranks, in both directions."""
+    generator = torch.Generator().manual_seed(rank)
+    batches = [torch.rand(9, 4, 6, generator=generator) for _ in range(count)]
+    return [batch * (5 * rank + 1) - rank for batch in batches]
+
+
+def alike(model: nn.Module) -> None:
+    """All ranks hold the same state."""
+    mine = {name: tensor.tolist() for name, tensor in model.state_dict().items()}
+    every: list[Any] = [None, None]
+    dist.all_gather_object(every, mine)
+    assert every[0].keys() == every[1].keys()
+    differing = [name for name in mine if every[0][name] != every[1][name]]
+    assert not differing, differing
+
+
+def calibrated_together(rank: int, observer: str, counts: tuple[int, int], wrapped: bool) -> None:
+    together, alone = reader(observer), reader(observer)
+    given = nn.parallel.DistributedDataParallel(together) if wrapped else together
+    assert qnn.calibrate(given, shown(rank, counts[rank])) is given
+    alike(together)
+    for each, count in enumerate(counts):
+        for batch in shown(each, count):
+            if observer == "moving_average":  # which knows an order: added up by their counts
+                one = reader(observer)
+                one(batch)
+                for mine, other in zip(points(alone), points(one), strict=True):
+                    mine.merge(other)
+            else:
+                alone(batch)
+    if observer == "moving_average" and max(counts) > 1:
+        return
+    for mine, other in zip(points(together), points(alone), strict=True):
+        for tensor, want in zip(mine.buffers(), other.buffers(), strict=True):
+            torch.testing.assert_close(tensor, want, rtol=1e-6, atol=0)
+    state = {name: tensor.clone() for name, tensor in together.state_dict().items()}
+    batches = shown(rank, 1)
+    qnn.calibrate(given, batches if rank else [])  # what was common before counts once
+    alike(together)
+    for name, tensor in together.state_dict().items():
+        if name.endswith("input_l0.observer.count"):
+            assert int(tensor - state[name]) == batches[0].numel(), name
+
+
+def points(model: nn.Module) -> list[qnn.FakeQuantize]:
+    return [module for module in model.modules() if isinstance(module, qnn.FakeQuantize)]
+
+
+def not_calibrated(rank: int) -> None:
+    """Every rank raises, none waits, and each keeps what it has."""
+    model, batches = reader(), shown(rank, 2)
+    broken = [batches[0], batches[1][..., :3]] if rank else batches
+    words = "must be equal to input_size" if rank else "process 1 of 2 has failed, .*input_size"
+    with pytest.raises(RuntimeError, match=words):
+        qnn.calibrate(model, broken)
+    assert int(points(model)[0].observer.count) == (1 if rank else 2) * batches[0].numel()
+    with pytest.raises(ValueError, match="there are no batches"):
+        qnn.calibrate(model, [])
+    other = reader("mse" if rank else "minmax")
+    with pytest.raises(RuntimeError, match="process 1 of 2 has other observation points"):
+        qnn.calibrate(other, batches)
+    frozen = qnn.freeze_observers(reader()) if rank else reader()
+    with pytest.raises((RuntimeError, ValueError), match="frozen or fixed"):
+        qnn.calibrate(frozen, batches)
+    if rank == 0:
+        qnn.calibrate(model, batches, sync=False)
+    qnn.calibrate(model, batches, sync=dist.group.WORLD)
+    alike(model)
+
+
+def trained_together(rank: int, observer: str, learnable: bool) -> None:
+    model = reader(observer, learnable=learnable, qat=True).train()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    optimiser = torch.optim.SGD(parallel.parameters(), 1e-2)
+    for batch in shown(rank, 3):
+        parallel(batch).square().mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        alike(model)
+    low, high = model.rnn.parts()["input"].observer.seen()
+    assert low < -0.9 and high > 4.5  # both are rank 1's
+    parallel.eval()(shown(rank, 1)[0])
+    qnn.freeze_observers(model)
+    parallel.train()(shown(0, 1)[0] * 100)
+    alike(model)
+    qnn.convert(model)
+
+
+def observed_by_calls(rank: int) -> None:
+    """Without `calibrate`, in the forward of DDP alone."""
+    model = reader()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    with torch.no_grad():
+        for batch in shown(rank, 2):
+            parallel(batch)
+    alike(model)
+    want = reader()
+    for batch in (*shown(0, 2), *shown(1, 2)):
+        want(batch)
+    for mine, other in zip(points(model), points(want), strict=True):
+        assert torch.equal(mine.qparams()[0], other.qparams()[0])
+        assert torch.equal(mine.observer.count, other.observer.count)
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, swap: bool) -> torch.Tensor:
+        result: torch.Tensor = self.a(self.b(x)) if swap else self.b(self.a(x))
+        return result
+
+
+def other_ways(rank: int) -> None:
+    model = qnn.prepare(Branches(), qat=True).train()
+    with pytest.raises(RuntimeError, match="another process observes another part"):
+        nn.parallel.DistributedDataParallel(model)(torch.randn(3, 4), bool(rank))
+
+
+def continued(rank: int) -> None:
+    """From calibration to training: the same start on each rank."""
+    calibrated = qnn.calibrate(reader(), shown(rank, 2))
+    model = qnn.prepare(calibrated, qat=True).train()
+    alike(model)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    parallel(shown(rank, 1)[0]).square().mean().backward()
+    alike(model)
+
+
+class TestCalibration(unittest.TestCase):
+    @parameterized.expand(
+        [
+            (observer, counts, wrapped)
+            for observer in OBSERVERS
+            for counts, wrapped in (((1, 1), True), ((3, 1), False), ((0, 2), True))
+        ]
+    )
+    def test_ranges_are_those_of_all_ranks(
+        self, observer: str, counts: tuple[int, int], wrapped: bool
+    ) -> None:
+        both_ranks(calibrated_together, observer, counts, wrapped)
+
+    def test_errors_reach_every_rank(self) -> None:
+        both_ranks(not_calibrated)
+
+    @parameterized.expand([(o, learnable) for o in OBSERVERS for learnable in (False, True)])
+    def test_grids_in_training_are_alike(self, observer: str, learnable: bool) -> None:
+        both_ranks(trained_together, observer, learnable)
+
+    def test_plain_calls(self) -> None:
+        both_ranks(observed_by_calls)
+
+    def test_ranks_that_take_other_ways(self) -> None:
+        both_ranks(other_ways)
+
+    def test_calibrated_then_trained(self) -> None:
+        both_ranks(continued)

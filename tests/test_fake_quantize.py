@@ -310,14 +310,51 @@ class TestPoint(unittest.TestCase):
     def test_frozen(self) -> None:
         model = nn.Sequential(FakeQuantize(INT8), nn.ReLU(), FakeQuantize(INT8, qat=True))
         model(torch.randn(9))
-        before = copy.deepcopy(model.state_dict())
         self.assertIs(qnn.freeze_observers(model), model)
+        before = copy.deepcopy(model.state_dict())
         model(100 * torch.randn(9))
         for name, value in model.state_dict().items():
             self.assertTrue(torch.equal(value, before[name]), name)
         self.assertIn("frozen", repr(model))
-        with self.assertRaisesRegex(ValueError, "no observation points"):
-            qnn.freeze_observers(nn.ReLU())
+        self.assertIs(qnn.unfreeze_observers(model), model)
+        self.assertNotIn("frozen", repr(model))
+        model(torch.full((1,), 500.0))
+        self.assertGreater(model[0].qparams()[0].item(), 3.9)
+        self.assertGreater(model[2].qparams()[0].item(), before["2.scale"].item())
+        for function in (qnn.freeze_observers, qnn.unfreeze_observers):
+            with self.assertRaisesRegex(ValueError, "no observation points"):
+                function(nn.ReLU())
+
+    @parameterized.expand(
+        [(qat, observer) for qat in (False, True) for observer in ("minmax", "mse", "percentile")]
+    )
+    def test_frozen_is_in_the_state(self, qat: bool, observer: str) -> None:
+        """Resumed from a file, also one with `assign=True`; and files without it load."""
+        spec = QuantSpec(observer=observer)
+        point = FakeQuantize(spec, qat=qat)
+        point(torch.ones(9))
+        before = point.state_dict()
+        for name in ("frozen", "observer.magnitudes", "observer.least", "observer.most"):
+            before.pop(name, None)  # as written before these were there
+        for frozen in (True, False):
+            state = copy.deepcopy(qnn.freeze_observers(point).state_dict())
+            if not frozen:
+                state = qnn.unfreeze_observers(point).state_dict()
+            for assign in (False, True):
+                resumed = FakeQuantize(spec, qat=qat)
+                qnn.freeze_observers(resumed)
+                resumed.load_state_dict(state, assign=assign)
+                resumed(torch.full((9,), 50.0))
+                self.assertEqual(resumed.qparams()[0].item() < 1 / 250, frozen)
+            old = FakeQuantize(spec, qat=qat)
+            old.freeze(frozen)
+            old.load_state_dict(before)
+            self.assertEqual(old.observing, not frozen)
+            torch.testing.assert_close(old.qparams(), point.qparams())
+        fixed = FakeQuantize(QuantSpec(scale=0.5), qat=qat)
+        qnn.unfreeze_observers(fixed)
+        self.assertFalse(fixed.observing)
+        self.assertNotIn("frozen", fixed.state_dict())
 
     @parameterized.expand([(axis, qat) for axis in (None, 1) for qat in (False, True)])
     def test_state(self, axis: int | None, qat: bool) -> None:

@@ -208,8 +208,8 @@ class TestObserving(unittest.TestCase):
     def test_frozen_points_see_nothing(self, cell: str, split: bool) -> None:
         made = layer_of(cell, 5, 7, split_gates=split).observe()
         made(torch.randn(4, 3, 5))
-        before = copy.deepcopy(made.state_dict())
         freeze_observers(made)
+        before = copy.deepcopy(made.state_dict())
         made(100 * torch.randn(4, 3, 5))
         for name, value in made.state_dict().items():
             self.assertTrue(torch.equal(value, before[name]), name)

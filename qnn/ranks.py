@@ -1,0 +1,152 @@
+"""Statistics of several processes, added up."""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from qnn.fake_quantize import FakeQuantize
+from qnn.kernels.torch_private import active_ddp
+from qnn.statistics import Observer
+
+
+def several(group: Any = None) -> bool:
+    """Whether this process is one of several that talk to each other."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+
+
+def group_of_call() -> Any:
+    """The processes that run the forward of a `DistributedDataParallel` together, where this is
+    called in one; None elsewhere, and for one process.
+    """
+    ddp = active_ddp()
+    return ddp.process_group if ddp is not None and several(ddp.process_group) else None
+
+
+def of_all(batch: Observer, group: Any) -> Observer:
+    """What each process of `group` has seen of one batch, added up in the order of their ranks.
+
+    Raises:
+        RuntimeError: the processes are at different observers.
+    """
+    buffers = [buffer for _, buffer in batch.named_buffers()]
+    # Processes that take different ways through a model would mix up two of its parts.
+    tag = zlib.crc32(f"{batch.who} {batch.spec}".encode())
+    # float64 holds all of it: counts of a batch stay below 2^53.
+    flat = [buffers[0].new_tensor([tag]), *(buffer.flatten() for buffer in buffers)]
+    mine = torch.cat([tensor.double() for tensor in flat])
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, mine, group=group)
+    if any(int(tensor[0]) != tag for tensor in every):
+        raise RuntimeError(
+            f"{batch.who}: another process observes another part at this point. The ranges of "
+            "several processes are added up in the forward of DistributedDataParallel, so each has "
+            "to call the same layers in the same order; qnn.calibrate first, and "
+            "qnn.freeze_observers before training, where they do not."
+        )
+    total = batch.empty()
+    for tensor in every:
+        other, sizes = batch.empty(), [buffer.numel() for buffer in buffers]
+        values = tensor[1:].split(sizes)
+        for (_, buffer), value in zip(other.named_buffers(), values, strict=True):
+            buffer.copy_(value.view(buffer.shape))
+        total.merge(other)
+    return total
+
+
+class Shares:
+    """The statistics of `points` while each process of a group calibrates with batches of its own:
+    what each sees from here on is added up by `join`.
+    """
+
+    def __init__(self, points: Iterable[FakeQuantize], group: Any) -> None:
+        self.group = group
+        self.points = [p for p in points if p.observing and p.observer is not None]
+        self.before = [copy.deepcopy(observer) for observer in self._observers()]
+        self.unset = [not bool(point.scale.detach().any()) for point in self.points]
+        for observer in self._observers():
+            observer.reset()
+
+    def _observers(self) -> list[Observer]:
+        return [point.observer for point in self.points if point.observer is not None]
+
+    def take_back(self) -> None:
+        """This process alone has what it has seen."""
+        for observer, before in zip(self._observers(), self.before, strict=True):
+            observer.merge(before)
+
+    def join(self, failure: Exception | None, batches: int) -> int:
+        """Add up, on all processes alike; how many batches there were.
+
+        Raises:
+            RuntimeError: another process has failed, or has other observation points.
+        """
+        mine = (
+            failure and f"{type(failure).__name__}: {failure}",
+            batches,
+            [f"{point.name} {point.spec}" for point in self.points],
+            [_state(observer) for observer in self.before],
+            [_state(observer) for observer in self._observers()],
+        )
+        every: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(every, mine, group=self.group)
+        for rank, (failed, _, points, *_) in enumerate(every):
+            if failed and failure is None:
+                raise RuntimeError(
+                    f"qnn.calibrate: process {rank} of {len(every)} has failed, and nothing was "
+                    f"added up: {failed}"
+                )
+            if points != every[0][2]:
+                raise RuntimeError(
+                    f"qnn.calibrate: process {rank} of {len(every)} has other observation points "
+                    f"than process 0: {_first_difference(points, every[0][2])}. Prepare the same "
+                    "model in each, or pass sync=False to calibrate each for itself."
+                )
+        for index, (point, unset) in enumerate(zip(self.points, self.unset, strict=True)):
+            observer = self._observers()[index]
+            observer.reset()
+            # What the processes had in common counts once.
+            for state in [
+                *_distinct([each[3][index] for each in every]),
+                *(e[4][index] for e in every),
+            ]:
+                observer.merge(_read(observer, state))
+            point.refresh(anew=unset)
+        return sum(each[1] for each in every)
+
+
+State = dict[str, torch.Tensor]
+
+
+def _state(observer: Observer) -> State:
+    return {name: buffer.cpu() for name, buffer in observer.named_buffers()}
+
+
+def _read(like: Observer, state: State) -> Observer:
+    made: Observer = like.empty()
+    for name, value in state.items():
+        made._buffers[name] = value.to(like.count.device)
+    return made
+
+
+def _distinct(states: list[State]) -> list[State]:
+    kept: list[State] = []
+    for state in states:
+        if not any(_same(state, other) for other in kept):
+            kept.append(state)
+    return kept
+
+
+def _same(one: State, two: State) -> bool:
+    return all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def _first_difference(one: list[str], two: list[str]) -> str:
+    if len(one) != len(two):
+        return f"{len(one)} and not {len(two)}"
+    return next(f"{a!r} and not {b!r}" for a, b in zip(one, two, strict=True) if a != b)
