@@ -85,7 +85,7 @@ def fold(graph: Graph) -> None:
         _find_residual(layer, free)
     shared = defaultdict(list)
     for layer in layers:
-        if layer.op.name in SHARED:
+        if layer.op.name in SHARED and _can_share(layer):
             shared[_value(layer.operands["x"])].append(layer)
     for group in shared.values():
         if len(group) > 1:
@@ -98,6 +98,12 @@ def fold(graph: Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node in doomed and not node.users:
             graph.erase_node(node)
+
+
+def _can_share(layer: _Layer) -> bool:
+    """Whether the sums of the op for ready-made rows, whose codes may be −128, hold so many."""
+    limit = OPS[SHARED[layer.op.name][1]].limits["k"]
+    return bool(_tensor(layer.operands["w"]).shape[1] <= limit)
 
 
 def _writes(node: Node) -> bool:

@@ -10,18 +10,18 @@ from qnn.functional import tensor_parallel
 from qnn.functional.invoke import invoke_quant
 from qnn.functional.quantize import dequantize, stored_parts
 from qnn.kernels import OPS, get_scheme
-from qnn.kernels.torch_private import in_forward_mode, in_functorch_transform
+from qnn.kernels.autograd import sum_of_rows
+from qnn.kernels.torch_private import in_functorch_transform
 
 
 class _Linear(torch.autograd.Function):
     """One op of linear kind, `op(x, *weight[, bias])` with the parts of a quantised weight and,
     where it is static, the grid of `x`, in a region of its own; so are its gradients, to any order.
 
-    The gradient to `x` is the op that the declaration names (`Op.backward`). That op is linear in
-    `dy` and of the same kind, so its own gradient is again this Function.
+    For graphs that are compiled: elsewhere the op's own gradient is used, which is the same. The
+    gradient to `x` is the op that the declaration names (`Op.backward`). That op is linear in `dy`
+    and of the same kind, so its own gradient is again this Function.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -31,14 +31,14 @@ class _Linear(torch.autograd.Function):
         scheme: str,
         *weight: torch.Tensor,
     ) -> torch.Tensor:
-        return _call(op, x, weight, bias, scheme)
+        return _region(op, x, weight, bias, scheme)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        _, bias, ctx.op, ctx.scheme, *weight = inputs
+        x, bias, ctx.op, ctx.scheme, *weight = inputs
         ctx.save_for_backward(*weight)
-        ctx.save_for_forward(*weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.columns = x.shape[-1]
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -47,34 +47,21 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             (gradient,) = OPS[ctx.op].backward.values()
             dx = _apply(dy, _weight_of(gradient, weight), None, gradient, ctx.scheme)
+            # A packed weight stands for columns that x may lack.
+            dx = dx if dx.shape[-1] == ctx.columns else dx[..., : ctx.columns]
         if ctx.needs_input_grad[1]:
-            dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=ctx.bias_dtype)
+            dbias = sum_of_rows(dy, ctx.bias_dtype)
         return dx, dbias, None, None, *[None] * len(weight)
-
-
-class _ForwardModeLinear(_Linear):
-    """`_Linear` with the tangent of its output. A class of its own, since Dynamo refuses one that
-    has a `jvp`.
-    """
-
-    @staticmethod
-    def jvp(ctx: Any, tx: torch.Tensor, tbias: torch.Tensor | None, *_: None) -> torch.Tensor:
-        # The gradient of the gradient is the layer without the rounding of x, which is its
-        # linearisation.
-        (gradient,) = OPS[ctx.op].backward.values()
-        (linearised,) = OPS[gradient].backward.values()
-        weight = _weight_of(gradient, ctx.saved_tensors)
-        return _apply(tx, weight, tbias, linearised, ctx.scheme)
 
 
 def _weight_of(gradient: str, parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """The parts that an op that gives a gradient takes, `op(dy, *parts)`: those of the weight,
-    without the grid of a static input behind them.
+    without the grid of a static input after them.
     """
     return parts[: len(OPS[gradient].inputs) - 1]
 
 
-def _call(
+def _region(
     op: str,
     x: torch.Tensor,
     weight: tuple[torch.Tensor, ...],
@@ -93,19 +80,15 @@ def _apply(
     op: str,
     scheme: str,
 ) -> torch.Tensor:
-    """`_call`, differentiable where that is asked for.
+    """`_region`, differentiable where that is asked for.
 
     Not through a Function otherwise: where no gradient is wanted Dynamo calls the forward of one
     that takes `*args` with `ctx` in front.
     """
-    wanted = torch.is_grad_enabled() and (
-        x.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    if not wanted and not in_forward_mode():
-        return _call(op, x, weight, bias, scheme)
-    function = _ForwardModeLinear if in_forward_mode() else _Linear
-    result: torch.Tensor = function.apply(x, bias, op, scheme, *weight)  # type: ignore[no-untyped-call]
-    return result
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        result: torch.Tensor = _Linear.apply(x, bias, op, scheme, *weight)  # type: ignore[no-untyped-call]
+        return result
+    return _region(op, x, weight, bias, scheme)
 
 
 def straight_through(y: torch.Tensor, line: torch.Tensor) -> torch.Tensor:
@@ -168,10 +151,12 @@ def linear(
             _refuse_distributed(scheme, x=x, weight=weight)
         # Of a kernel in C++ a wrong dtype is a ValueError; traced, the fake checks.
         OPS[op].require(x, *parts, bias)
+        result: torch.Tensor = OPS[op].call(autocast(x), *parts, bias)
+        return result
     x = autocast(x)
-    if torch.compiler.is_compiling() and in_functorch_transform():
+    if in_functorch_transform():
         detached = None if bias is None else bias.detach()
-        y = _call(op, x.detach(), parts, detached, scheme)
+        y = _region(op, x.detach(), parts, detached, scheme)
         w = dequantize(
             weight, weight_scale, x.dtype, global_scale=weight_global_scale, scheme=scheme
         )

@@ -11,7 +11,7 @@ import torch
 from qnn.functional.invoke import invoke_quant
 from qnn.functional.linear import autocast
 from qnn.kernels import OPS
-from qnn.kernels.recurrent import SCHEMES, split_result
+from qnn.kernels.recurrent import SCHEMES, split_gradients, split_result
 
 Tensors = tuple[torch.Tensor | None, ...]
 
@@ -54,10 +54,9 @@ def _call(op: str, direction: str, scheme: str, tensors: Tensors) -> torch.Tenso
 
 class _Recurrent(torch.autograd.Function):
     """An op of a cell in a region of its own, and its gradients in another: those to `x`, the
-    states and the biases, of the float cell over the dequantised weights.
+    states and the biases, of the float cell over the dequantised weights. For graphs that are
+    compiled: elsewhere the op's own gradient is used, which is the same.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -74,20 +73,11 @@ class _Recurrent(torch.autograd.Function):
     def backward(ctx: Any, dresult: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         names = [arg.name for arg in OPS[ctx.op].inputs[:-1]]
         given = dict(zip(names, ctx.saved_tensors, strict=True))
-        (gradient,) = OPS[ctx.op].backward.values()
+        (gradient,) = set(OPS[ctx.op].backward.values())
         wanted = [arg.name for arg in OPS[gradient].inputs[:-1]]
         values = {**given, "dresult": dresult.contiguous()}
         flat = _call(gradient, ctx.direction, ctx.scheme, tuple(values[name] for name in wanted))
-        found: dict[str, torch.Tensor] = {}
-        at, rows = 0, given["w_hh"].shape[0]
-        for name in ("x", "h0", "c0", "b_ih", "b_hh"):
-            if name not in names:
-                continue
-            tensor = given[name]
-            count = rows if tensor is None else tensor.numel()
-            if tensor is not None:
-                found[name] = flat[at : at + count].view(tensor.shape).to(tensor.dtype)
-            at += count
+        found = split_gradients(given, flat)
         asked = zip(names, ctx.needs_input_grad[3:], strict=True)
         return None, None, None, *(found.get(name) if wants else None for name, wants in asked)
 
@@ -113,11 +103,13 @@ def _run(
     direction = "reverse" if reverse else "forward"
     if not torch.compiler.is_compiling():
         op.require(*tensors, direction)  # a kernel in C++ words its errors otherwise
-    wanted = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in tensors
-    )
-    call: Callable[..., torch.Tensor] = _Recurrent.apply if wanted else _plain
-    result = call(op.name, direction, scheme, *tensors)
+        result = op.call(*tensors, direction)
+    else:
+        wanted = torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad for tensor in tensors
+        )
+        call: Callable[..., torch.Tensor] = _Recurrent.apply if wanted else _plain
+        result = call(op.name, direction, scheme, *tensors)
     return split_result(result, x.shape[0], x.shape[1], *(state.shape[1] for state in states))
 
 

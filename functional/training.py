@@ -141,13 +141,18 @@ def training_linear(
     x = autocast(x)
     lead = x.shape[:-1]
     rows = x.reshape(-1, x.shape[-1])
-    # An exported graph keeps no autograd.Function: it is for inference.
-    tracked = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    traced = torch.compiler.is_compiling()
+    transformed = traced and in_functorch_transform()
+    # A tracer other than Dynamo keeps no autograd.Function.
+    tracked = torch.is_grad_enabled() and (not traced or torch.compiler.is_dynamo_compiling())
     of_w = tracked and weight.requires_grad
-    wq = _cast(t.weight, weight.detach())
-    xq = _cast(t.x, rows.detach(), which="_both" if of_w else "")
+    # Nor does a graph that Dynamo exports. There the casts must see what wants a gradient, since
+    # they are ops that say that they have none; detached, it would be lost in silence.
+    detached = not traced or transformed
+    wq = _cast(t.weight, weight.detach() if detached else weight)
+    xq = _cast(t.x, rows.detach() if detached else rows, which="_both" if of_w else "")
     xq, transposed = xq[: len(t.x.parts)], xq[len(t.x.parts) :]
-    if torch.compiler.is_compiling() and in_functorch_transform():
+    if transformed:
         y = _multiply(t.matmul, xq, wq, bias, x.dtype, scheme)
         b = None if bias is None else bias.to(x.dtype)
         y = straight_through(y, torch.nn.functional.linear(rows, weight.to(x.dtype), b))

@@ -22,9 +22,17 @@ from qnn.kernels.spec import Op
 INT8, SCALE = (torch.int8,), (torch.float32,)
 EPILOGUE = {"activation": tuple(ACTIVATIONS)}
 QMAX = 127
-# int32 holds a sum of 127 * 128 * K exactly up to this K; a longer row could wrap around without a
-# word.
-INT8_MAX_K = (2**31 - 1) // (QMAX * 128)
+
+
+def int32_max_k(largest: int) -> int:
+    """How many products of a code of at most `largest` and a weight's, at most 128, int32 sums
+    exactly; a longer row could wrap around without a word.
+    """
+    return (2**31 - 1) // (largest * 128)
+
+
+INT8_MAX_K = int32_max_k(QMAX)
+INT8_ROWS_MAX_K = int32_max_k(QMAX + 1)  # rows from elsewhere may hold −128
 
 
 @dataclass(frozen=True)
@@ -182,6 +190,7 @@ int8_linear = Op(
     backward={"x": "int8_linear_dgrad"},
     positive=("sw",),
     choices=EPILOGUE,
+    limits={"k": INT8_MAX_K},
 )
 
 int8_rows_linear = Op(
@@ -198,6 +207,7 @@ int8_rows_linear = Op(
     kernels={"CPU": native.preferred("int8_rows_linear", cpu.rows_linear)},
     positive=("scale", "sw"),
     choices=EPILOGUE,
+    limits={"k": INT8_ROWS_MAX_K},
 )  # fmt: skip
 
 int8_weight_linear = Op(

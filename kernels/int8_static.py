@@ -16,11 +16,18 @@ import torch
 from qnn.kernels.cpu import int8_linear as cpu
 from qnn.kernels.cpu import native
 from qnn.kernels.formats import FLOATS, Part
-from qnn.kernels.int8 import EPILOGUE, INT8, QMAX, SCALE, Int8, rows_linear_reference
+from qnn.kernels.int8 import (
+    EPILOGUE,
+    INT8,
+    QMAX,
+    SCALE,
+    Int8,
+    int32_max_k,
+    rows_linear_reference,
+)
 from qnn.kernels.spec import Op
 
-# int32 holds a sum of (q − zx) · w, at most 255 · 128 each, exactly up to this K.
-INT8_STATIC_MAX_K = (2**31 - 1) // (255 * 128)
+INT8_STATIC_MAX_K = int32_max_k(255)  # of q − zx
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,7 @@ int8_static_linear = Op(
     backward={"x": "int8_linear_dgrad"},
     positive=("sw", "sx"),
     choices=EPILOGUE,
+    limits={"k": INT8_STATIC_MAX_K},
 )  # fmt: skip
 
 native.replaces(int8_static_linear)

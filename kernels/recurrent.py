@@ -31,11 +31,14 @@ from einops import einsum
 
 from qnn.kernels.cpu import native
 from qnn.kernels.formats import FLOATS
-from qnn.kernels.int8 import INT8, SCALE, quantize_reference
+from qnn.kernels.int8 import INT8, INT8_MAX_K, SCALE, int32_max_k, quantize_reference
+from qnn.kernels.int8_static import INT8_STATIC_MAX_K
 from qnn.kernels.spec import Op, size_of
 
 DIRECTIONS = ("forward", "reverse")
 SCHEMES = ("int8", "int8_static", "int8_weight")
+# The most columns of a weight whose products are summed in int32.
+MAX_COLUMNS = {"int8": INT8_MAX_K, "int8_static": INT8_STATIC_MAX_K}
 
 
 @dataclass(frozen=True)
@@ -413,6 +416,23 @@ def gru_dgrad_reference(
     return _gradients(x, w_x, (dh,), dinput, dhidden, compute)
 
 
+def split_gradients(
+    given: Mapping[str, torch.Tensor | None], flat: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The result of a gradient's op by the names of the forward's arguments, where they are given."""
+    found: dict[str, torch.Tensor] = {}
+    at, w_hh = 0, given["w_hh"]
+    assert w_hh is not None  # noqa: S101  # it is not optional
+    for name in ("x", "h0", "c0", "b_ih", "b_hh"):
+        if name in given:
+            tensor = given[name]
+            count = w_hh.shape[0] if tensor is None else tensor.numel()
+            if tensor is not None:
+                found[name] = flat[at : at + count].view(tensor.shape).to(tensor.dtype)
+            at += count
+    return found
+
+
 def _gradients(
     x: torch.Tensor,
     w_x: torch.Tensor,
@@ -489,6 +509,7 @@ def _declare(
     extra: str | None = None,
     backward: str | None = None,
     brought: bool = False,
+    limit: int | None = None,
 ) -> Op:
     """`brought`: the library of C++ kernels has it."""
     arguments, rows = _arguments(cell, extra), f"h*{len(cell.gates)}"
@@ -498,6 +519,8 @@ def _declare(
     dtypes |= {name: SCALE for name in names if name.startswith("sw_") or name == "table"}
     dtypes |= {name: FLOATS for name in names if name.startswith("b_")}
     dtypes |= {name: "x" for name in names if name in ("c0", "dresult")}
+
+    differentiable = [n for n in names if n in ("x", "h0", "c0", "b_ih", "b_hh")]
 
     def rule(*args: Any) -> str | None:
         given = dict(zip(names, args, strict=False))
@@ -518,19 +541,23 @@ def _declare(
         out=("x",),
         reference=reference,
         kernels={"CPU": native.preferred(name, reference)} if brought else {},
-        backward={"x": backward} if backward else {},
+        backward=dict.fromkeys(differentiable, backward) if backward else {},
+        split=split_gradients if backward else None,
+        differentiable=backward is None,
         positive=[name for name in names if name.startswith("sw_")],
         choices={"direction": DIRECTIONS},
         rule=rule,
         sample=_samples(cell, rows),
+        limits={} if limit is None else dict.fromkeys("ihp" if cell is LSTM else "ih", limit),
         rowwise=False,
     )
 
 
-def _require_bytes(cell: Cell, table: torch.Tensor, *, projected: bool) -> None:
-    """Raise unless the parts that enter a product have 8 bits."""
-    operands = ("input", "hidden_state", *(["projection_input"] if projected else []))
-    for name in operands:
+def _require_bytes(cell: Cell, table: torch.Tensor, columns: Mapping[str, int]) -> None:
+    """Raise unless the parts that enter a product have 8 bits, and int32 holds a sum of so many
+    products.
+    """
+    for name, count in columns.items():
         scale, zero_point, qmin, qmax = table[cell.parts.index(name)].tolist()
         low, high = qmin - zero_point, qmax - zero_point
         if not 0 < scale < math.inf:
@@ -538,6 +565,13 @@ def _require_bytes(cell: Cell, table: torch.Tensor, *, projected: bool) -> None:
         whole = low.is_integer() and high.is_integer()
         if not (whole and low <= high <= low + 255 and abs(low) <= 1024):
             raise ValueError(f"table must give the part {name} 8 bits.")
+        largest = max(1, int(max(abs(low), abs(high))))
+        if count > int32_max_k(largest):
+            raise ValueError(
+                f"table gives the part {name} codes of up to {largest}, of which an int32 sum of "
+                f"{count} can overflow, from {int32_max_k(largest) + 1} on; use the scheme "
+                "int8_weight."
+            )
 
 
 def _forward(
@@ -550,9 +584,10 @@ def _forward(
         table = None
         if scheme == "int8_static":
             table, args = args[at], (*args[:at], *args[at + 1 :])
-            _require_bytes(
-                cell, table, projected=cell is LSTM and len(args) > 9 and args[9] is not None
-            )
+            columns = {"input": args[0].shape[-1], "hidden_state": args[1].shape[-1]}
+            if cell is LSTM and len(args) > 9 and args[9] is not None:
+                columns["projection_input"] = args[9].shape[-1]
+            _require_bytes(cell, table, columns)
         return reference(*args, table=table, quantized=scheme != "int8_weight", compute=compute)
 
     return run
@@ -576,6 +611,7 @@ for _cell in CELLS.values():
             f"table: {len(_cell.parts)} 4" if _scheme == "int8_static" else None,
             _gradient,
             brought=True,
+            limit=MAX_COLUMNS.get(_scheme),
         )
         native.replaces(_op)
     _declare(

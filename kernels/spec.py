@@ -30,7 +30,8 @@ from typing import Any, cast
 
 import torch
 
-from qnn.kernels.torch_private import below_autograd, unregister, without_autocast
+from qnn.kernels.autograd import autograd_kernel
+from qnn.kernels.torch_private import below_autograd, is_observed, unregister, without_autocast
 
 LIBRARY = torch.library.Library("qnn", "FRAGMENT")
 OPS: dict[str, Op] = {}
@@ -106,6 +107,14 @@ def describe(value: object) -> str:
     return repr(value)
 
 
+def too_long(axis: str, limit: int, size: Any) -> str:
+    """Why a sum over so many products is refused."""
+    return (
+        f"{axis} must be at most {limit}, beyond which an int32 sum can overflow, got {size}; use "
+        "the scheme int8_weight"
+    )
+
+
 _AXIS = re.compile(r"(\w+)(?:/(\d+))?(?:>(\d+))?(?:\*(\d+))?")
 
 
@@ -158,13 +167,20 @@ class Op:
         reference: the meaning of the op in plain torch, and its kernel where a device has none. One
             whose result is float takes `compute=`, the dtype of its float arithmetic.
         kernels: a kernel for each dispatch key, such as `"CPU"`.
-        backward: for a differentiable argument, the op that gives its gradient.
+        backward: for a differentiable argument, the op that gives its gradient; `bias` needs no
+            entry. See `autograd.py`.
+        split: where one op gives the gradients of several arguments in one tensor, what takes that
+            apart: called with the arguments by name and the tensor, it returns them by name.
+        differentiable: whether the reference is made of torch operations whose own derivatives are
+            the op's.
         positive: float arguments whose samples must be positive (scales).
         choices: the values that each str argument may have, the default first.
         rule: what the notation cannot say: called with the arguments, it returns what is wrong with
             them, or None.
         sample: for the samples, the size of an axis, or a function of the sizes that makes an
             argument.
+        limits: the largest size of an axis whose products are summed in int32, which a longer sum
+            could wrap around.
         rowwise: whether the leading axes are independent of each other; a scale for the whole
             tensor ties them.
     """
@@ -180,12 +196,16 @@ class Op:
         reference: Callable[..., Any],
         kernels: Mapping[str, Callable[..., Any]] | None = None,
         backward: Mapping[str, str] | None = None,
+        split: Callable[[Mapping[str, Any], torch.Tensor], dict[str, torch.Tensor]] | None = None,
+        differentiable: bool = False,
         positive: Sequence[str] = (),
         choices: Mapping[str, Sequence[str]] | None = None,
         rule: Callable[..., str | None] | None = None,
         sample: Mapping[str, int | Callable[[Mapping[str, int]], torch.Tensor]] | None = None,
+        limits: Mapping[str, int] | None = None,
         rowwise: bool = True,
     ) -> None:
+        self.limits = dict(limits or {})
         self.rowwise, self.rule, self.sample = rowwise, rule, dict(sample or {})
         self.name, self.signature, self.doc = name, signature, doc
         self.inputs, self.outputs = parse_signature(signature)
@@ -197,13 +217,15 @@ class Op:
         self.reference = reference
         self.kernels = dict(kernels or {})
         self._enabled: dict[str, torch.library.Library] = {}
-        self.backward = dict(backward or {})
+        self.backward, self.split = dict(backward or {}), split
+        self.differentiable = differentiable
         self.positive = frozenset(positive)
         # Torch drops trailing arguments that equal their default on the way to Python functions;
         # `_tails[n]` is what a call of n arguments lacks.
         defaults = tuple(self._default(arg) for arg in self.inputs)
         self._tails = [defaults[count:] for count in range(len(defaults) + 1)]
         self._source = self._fits_source()
+        self._direct: Callable[..., Any] | None = None
         self._register()
         OPS[name] = self
 
@@ -238,6 +260,24 @@ class Op:
         torch.library.register_fake(f"qnn::{self.name}", self.fake, lib=LIBRARY)
         torch.library.register_vmap(f"qnn::{self.name}", self._vmap, lib=LIBRARY)
         self.overload = getattr(torch.ops.qnn, self.name).default
+        LIBRARY.impl(self.name, autograd_kernel(self, OPS), "Autograd", with_keyset=True)
+
+    def call(self, *args: Any) -> Any:
+        """`overload(*args)`, in eager mode straight to the kernel of the C++ library, where it has
+        one: past the kernel of autograd, which takes 3 µs to find that it has nothing to do.
+        """
+        direct = self._direct
+        if direct is None or not args[0].is_cpu or is_observed(args):
+            return self.overload(*args)
+        return direct(*args)
+
+    def declare_direct(self) -> None:
+        """Declare the twin that `call` may go to; it has the kernel and nothing else."""
+        LIBRARY.define(self.schema.replace(self.name, f"{self.name}_no_grad", 1))
+
+    def go_direct(self) -> None:
+        """The C++ library is loaded, and has the kernel of the twin."""
+        self._direct = getattr(torch.ops.qnn, f"{self.name}_no_grad").default
 
     def enable(self, key: str) -> None:
         """Register the kernel of a dispatch key."""
@@ -315,6 +355,8 @@ class Op:
                 else:
                     known[axis] = re.sub(r"\W", "_", axis)
                     body.append(f"{known[axis]} = {size}")
+                    if axis in self.limits:
+                        body.append(f"if {known[axis]} > {self.limits[axis]}: return False")
             lines += (
                 [f"if {arg.name} is not None:", *(f"    {line}" for line in body)]
                 if arg.optional
@@ -378,6 +420,8 @@ class Op:
                 wanted = size_of(axis, sizes)
                 if wanted is None:
                     sizes[axis], bound_by[axis] = size, arg.name
+                    if axis in self.limits and size > self.limits[axis]:
+                        self._fail(ValueError, args, too_long(axis, self.limits[axis], size))
                 elif wanted != size:
                     by = bound_by.get(axis) or bound_by.get(re.split("[/*]", axis)[0])
                     given = "" if axis.isdecimal() else f" with {axis} = {wanted} as in {by}"

@@ -19,17 +19,26 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._C import _after_autograd_keyset as AFTER_AUTOGRAD
+from torch._C import _any_requires_grad as any_requires_grad
 from torch._C import _are_functorch_transforms_active as in_functorch_transform
 from torch._C import _AutoDispatchBelowADInplaceOrView as below_autograd
 from torch._C import _DisableAutocast as without_autocast
+from torch._functorch.utils import (
+    enable_single_level_autograd_function as single_level_functions,
+)
 from torch._higher_order_ops import invoke_quant, invoke_quant_packed
 from torch._higher_order_ops.utils import redirect_to_mode
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 __all__ = [
+    "AFTER_AUTOGRAD",
+    "SingleLevelFunction",
     "active_ddp",
+    "any_requires_grad",
     "append_post_grad_pass",
     "below_autograd",
     "in_forward_mode",
@@ -37,11 +46,14 @@ __all__ = [
     "inductor_matches_patterns",
     "invoke_quant",
     "invoke_quant_packed",
+    "is_observed",
     "plain_dispatch",
     "post_grad_form",
     "replace_node",
+    "single_level_functions",
     "statically_equal",
     "unregister",
+    "with_gradients",
     "without_autocast",
 ]
 
@@ -60,6 +72,32 @@ def active_ddp() -> Any:
 def in_forward_mode() -> bool:
     """Whether forward-mode derivatives (`torch.func.jvp`, `jacfwd`, `hessian`) are being taken."""
     return forward_ad._current_level >= 0
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_modes = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._get_tracing_state
+
+
+def is_observed(args: Sequence[Any]) -> bool:
+    """Whether anything but the kernel wants to see a call in eager mode: autograd, a transform, a
+    mode, a tracer, or a subclass of Tensor.
+    """
+    return (
+        (torch.is_grad_enabled() and any_requires_grad(*args))
+        or in_functorch_transform()
+        or forward_ad._current_level >= 0
+        or _modes() > 0
+        or _tracing() is not None
+        or type(args[0]) not in _PLAIN
+    )
+
+
+@contextmanager
+def with_gradients() -> Iterator[None]:
+    """Record derivatives of both modes."""
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        yield
 
 
 @contextmanager

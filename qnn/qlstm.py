@@ -17,7 +17,7 @@ from qnn.forking import return_threads
 from qnn.functional import RecurrentWeights
 from qnn.functional.float_recurrent import States
 from qnn.kernels.formats import FLOATS
-from qnn.kernels.recurrent import CELLS, SCHEMES
+from qnn.kernels.recurrent import CELLS, MAX_COLUMNS, SCHEMES
 from qnn.sequences import Sequences
 
 LayerT = TypeVar("LayerT", bound="QRecurrent")
@@ -47,9 +47,10 @@ class QRecurrent(Sequences):
             if parameter.dim() == 1:
                 self._set(name, torch.empty(shape, dtype=self.dtype, device=device), True)
                 continue
-            if scheme != "int8_weight" and shape[1] > _MAX_COLUMNS:
+            limit = MAX_COLUMNS.get(scheme, shape[1])
+            if shape[1] > limit:
                 raise ValueError(
-                    f"{self._who}: {name} has {shape[1]} columns; beyond {_MAX_COLUMNS} the int32 "
+                    f"{self._who}: {name} has {shape[1]} columns; beyond {limit} the int32 "
                     "sum of a row can overflow. Use scheme='int8_weight'."
                 )
             self._set(name, torch.empty(shape, dtype=torch.int8, device=device))
@@ -450,10 +451,6 @@ def _arguments(layer: Any) -> dict[str, Any]:
     """What the constructor of a recurrent layer like `layer` takes."""
     left_out = ("mode", "proj_size") if layer.mode == "GRU" else ("mode",)
     return {name: getattr(layer, name) for name in _SETTINGS if name not in left_out}
-
-
-# Codes less their zero point reach 255: int32 holds a sum of 255 · 128 · K exactly up to this K.
-_MAX_COLUMNS = (2**31 - 1) // (255 * 128)
 
 
 def _table(names: tuple[str, ...], points: Mapping[str, Any], who: str) -> torch.Tensor:

@@ -88,7 +88,8 @@ def python_kernels() -> Iterator[None]:
         "int8_weight_linear": cpu.weight_linear,
     }
     for name, kernel in kernels.items():
-        library.impl(name, OPS[name]._checked(kernel), allow_override=True)
+        for each in (name, f"{name}_no_grad"):
+            library.impl(each, OPS[name]._checked(kernel), allow_override=True)
     try:
         yield
     finally:

@@ -90,6 +90,10 @@ class _Replaceable(Protocol):
 
     def disable(self, key: str) -> None: ...
 
+    def declare_direct(self) -> None: ...
+
+    def go_direct(self) -> None: ...
+
 
 _RECURRENT = ("int8", "int8_static", "int8_weight")
 # The ops whose CPU kernels the library brings. It is loaded once all of them are declared: else the
@@ -112,6 +116,8 @@ def replaces(*ops: _Replaceable) -> None:
     if it is there.
     """
     _replaced.extend(ops)
+    for op in ops:
+        op.declare_direct()
     if {op.name for op in _replaced} >= _BROUGHT:
         ready()
 
@@ -272,6 +278,8 @@ def _load(path: Path) -> None:
         for op in _replaced:
             op.enable("CPU")
         raise
+    for op in _replaced:
+        op.go_direct()
 
 
 def _tiers() -> tuple[tuple[str, str], ...]:

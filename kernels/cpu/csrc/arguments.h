@@ -8,6 +8,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstdint>
+#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -78,6 +80,15 @@ class Arguments {
             std::string rest = "")
       : op_(op), tensors_(std::move(tensors)), rest_(std::move(rest)) {}
 
+  // int32 sums so many products of codes of at most `largest` and 128 exactly; as `limits` of Op.
+  void int32_sum(const char* axis, int64_t size, int64_t largest) const {
+    const int64_t limit = std::numeric_limits<int32_t>::max() / (largest * 128);
+    if (size > limit)
+      fail(std::string(axis) + " must be at most " + std::to_string(limit) +
+           ", beyond which an int32 sum can overflow, got " + std::to_string(size) +
+           "; use the scheme int8_weight");
+  }
+
   [[noreturn]] void fail(const std::string& reason) const {
     std::string text = std::string("qnn::") + op_ + "(";
     const char* comma = "";
@@ -133,6 +144,13 @@ class Arguments {
   std::vector<std::pair<const char*, const Tensor*>> tensors_;
   std::string rest_;
 };
+
+// An op's kernel, and that of the twin that an eager call without gradients goes to (Op.call).
+inline void serve(torch::stable::detail::StableLibrary& m, const std::string& name,
+                  void (*kernel)(StableIValue*, uint64_t, uint64_t)) {
+  m.impl(name.c_str(), kernel);
+  m.impl((name + "_no_grad").c_str(), kernel);
+}
 
 // The leading sizes of two tensors agree.
 inline bool same_lead(const Tensor& a, const Tensor& b) {

@@ -65,6 +65,7 @@ Tensor linear(const Call& call, const Tier& tier, const Tensor& x, const Tensor&
   args.shape(0, x.dim() >= 1, "[..., k]");
   const int64_t last = x.dim() - 1;
   p.k = x.size(last);
+  if (!call.weight_only) args.int32_sum("k", p.k, codes ? 128 : fixed ? 255 : 127);
   if (codes) {
     args.dtype(at_scale, ScalarType::Float);
     args.shape(at_scale, same_lead(x, *call.row_scale) && call.row_scale->size(last) == 1,
@@ -304,13 +305,13 @@ STABLE_TORCH_LIBRARY_IMPL(qnn, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qnn, CPU, m) {
-  m.impl("int8_quantize", TORCH_BOX(&qnn::int8_quantize));
-  m.impl("int8_linear", TORCH_BOX(&qnn::int8_linear));
-  m.impl("int8_weight_linear", TORCH_BOX(&qnn::int8_weight_linear));
-  m.impl("int8_static_linear", TORCH_BOX(&qnn::int8_static_linear));
-  m.impl("int8_rows_linear", TORCH_BOX(&qnn::int8_rows_linear));
-  m.impl("fp8_weight_linear", TORCH_BOX(&qnn::fp8_weight_linear));
-  m.impl("nvfp4_weight_linear", TORCH_BOX(&qnn::nvfp4_weight_linear));
+  qnn::serve(m, "int8_quantize", TORCH_BOX(&qnn::int8_quantize));
+  qnn::serve(m, "int8_linear", TORCH_BOX(&qnn::int8_linear));
+  qnn::serve(m, "int8_weight_linear", TORCH_BOX(&qnn::int8_weight_linear));
+  qnn::serve(m, "int8_static_linear", TORCH_BOX(&qnn::int8_static_linear));
+  qnn::serve(m, "int8_rows_linear", TORCH_BOX(&qnn::int8_rows_linear));
+  qnn::serve(m, "fp8_weight_linear", TORCH_BOX(&qnn::fp8_weight_linear));
+  qnn::serve(m, "nvfp4_weight_linear", TORCH_BOX(&qnn::nvfp4_weight_linear));
   m.impl("cpu_linear", TORCH_BOX(&qnn::cpu_linear));
   m.impl("cpu_static_linear", TORCH_BOX(&qnn::cpu_static_linear));
   m.impl("cpu_float_linear", TORCH_BOX(&qnn::cpu_float_linear));

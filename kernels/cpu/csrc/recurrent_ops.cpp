@@ -189,14 +189,27 @@ Tensor recurrent(const RecurrentArguments& a, const Tier& tier, int64_t parts_wa
     args.fail("h0 must be as wide as c0, " + std::to_string(p.hidden) +
               ", where there is no projection w_hr, got " + std::to_string(p.outputs));
   }
-  const auto require = [&](const char* part, int64_t row) {
-    const char* reason = why_not_8_bits(p.table + 4 * row);
+  if (p.scheme != Scheme::weight) {
+    for (const char* axis : {"i", "h", "p"})
+      args.int32_sum(axis, shapes[axis], p.table ? 255 : 127);
+  }
+  const auto require = [&](const char* part, int64_t row, int64_t columns) {
+    const float* grid = p.table + 4 * row;
+    const char* reason = why_not_8_bits(grid);
     if (reason != nullptr)
       args.fail("table must give the part " + std::string(part) + " " + reason);
+    const auto code = [&](int at) { return static_cast<int64_t>(std::fabs(grid[at] - grid[1])); };
+    const int64_t largest = std::max<int64_t>({1, code(2), code(3)});
+    const int64_t limit = std::numeric_limits<int32_t>::max() / (largest * 128);
+    if (columns > limit)
+      args.fail("table gives the part " + std::string(part) + " codes of up to " +
+                std::to_string(largest) + ", of which an int32 sum of " + std::to_string(columns) +
+                " can overflow, from " + std::to_string(limit + 1) +
+                " on; use the scheme int8_weight");
   };
   if (p.table != nullptr) {
-    require("input", 0), require("hidden_state", 1);
-    if (p.w_hr != nullptr) require("projection_input", 16);
+    require("input", 0, p.inputs), require("hidden_state", 1, p.outputs);
+    if (p.w_hr != nullptr) require("projection_input", 16, p.hidden);
   }
 
   const int64_t last = p.batch * p.outputs, out = p.steps * last;
@@ -312,11 +325,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qnn, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qnn, CPU, m) {
-  m.impl("int8_lstm", TORCH_BOX(&qnn::lstm<qnn::Scheme::dynamic>));
-  m.impl("int8_static_lstm", TORCH_BOX(&qnn::int8_static_lstm));
-  m.impl("int8_weight_lstm", TORCH_BOX(&qnn::lstm<qnn::Scheme::weight>));
-  m.impl("int8_gru", TORCH_BOX(&qnn::gru<qnn::Scheme::dynamic>));
-  m.impl("int8_static_gru", TORCH_BOX(&qnn::int8_static_gru));
-  m.impl("int8_weight_gru", TORCH_BOX(&qnn::gru<qnn::Scheme::weight>));
+  qnn::serve(m, "int8_lstm", TORCH_BOX(&qnn::lstm<qnn::Scheme::dynamic>));
+  qnn::serve(m, "int8_static_lstm", TORCH_BOX(&qnn::int8_static_lstm));
+  qnn::serve(m, "int8_weight_lstm", TORCH_BOX(&qnn::lstm<qnn::Scheme::weight>));
+  qnn::serve(m, "int8_gru", TORCH_BOX(&qnn::gru<qnn::Scheme::dynamic>));
+  qnn::serve(m, "int8_static_gru", TORCH_BOX(&qnn::int8_static_gru));
+  qnn::serve(m, "int8_weight_gru", TORCH_BOX(&qnn::gru<qnn::Scheme::weight>));
   m.impl("cpu_recurrent", TORCH_BOX(&qnn::cpu_recurrent));
 }

@@ -1,0 +1,244 @@
+"""The gradient of an op, derived from its declaration and registered on the op itself.
+
+So it is the same in eager mode, in graphs that are exported, traced or captured, and to any order,
+since a gradient is made of ops again. What has no gradient says so when it is differentiated: it
+never gives zero or None.
+
+- An argument with an entry in `Op.backward` has the result of that op as its gradient. The op is
+  called with the incoming gradient and what it shares by name with the forward.
+- `bias` is added to the rows of the result: its gradient is their sum.
+- An epilogue (`activation`, `residual`) is differentiated as the separate torch calls that it
+  stands for.
+- An op whose reference is differentiable (`Op.differentiable`) has the reference's gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch.autograd import forward_ad
+
+from qnn.kernels.epilogue import ACTIVATIONS
+from qnn.kernels.torch_private import (
+    AFTER_AUTOGRAD,
+    SingleLevelFunction,
+    any_requires_grad,
+    below_autograd,
+    in_functorch_transform,
+    single_level_functions,
+    with_gradients,
+    without_autocast,
+)
+
+if TYPE_CHECKING:
+    from qnn.kernels.spec import Op
+
+__all__ = ["autograd_kernel", "sum_of_rows"]
+
+
+def sum_of_rows(dy: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The gradient of what is added to each row, `[N]` of `[..., N]`."""
+    return dy.to(dtype) if dy.dim() == 1 else dy.sum(list(range(dy.dim() - 1)), dtype=dtype)
+
+
+def autograd_kernel(op: Op, ops: Mapping[str, Op]) -> Callable[..., Any]:
+    """The kernel of `op` for the dispatch keys of autograd; `ops` are all that are declared.
+
+    Where nothing requires a gradient it is one test and the call below it.
+    """
+    grad_enabled, redispatch = torch.is_grad_enabled, op.overload._handle.redispatch_boxed
+
+    def run(keyset: Any, *args: Any) -> Any:
+        if (grad_enabled() and any_requires_grad(*args)) or (
+            forward_ad._current_level >= 0 and _has_tangent(args)
+        ):
+            return differentiable(keyset & AFTER_AUTOGRAD, *args)
+        return redispatch(keyset & AFTER_AUTOGRAD, *args)
+
+    names = [arg.name for arg in op.inputs]
+    epilogue = [names.index(name) for name in ("residual", "activation") if name in names]
+    function = _function(op, ops)
+
+    def differentiable(below: Any, *args: Any) -> Any:
+        args += op._tails[len(args)]
+        if epilogue:
+            residual, activation = (args[at] for at in epilogue)
+            if residual is not None or activation != "none":
+                plain = [value if i not in epilogue else None for i, value in enumerate(args)]
+                plain[epilogue[1]] = "none"
+                y = ACTIVATIONS[activation](op.overload(*plain))
+                return y if residual is None else y + residual
+        with single_level_functions():
+            return function.apply(functools.partial(redispatch, below), *args)  # type: ignore[no-untyped-call]
+
+    return run
+
+
+def _has_tangent(args: Sequence[Any]) -> bool:
+    return torch._C._is_fwd_grad_enabled() and any(
+        isinstance(arg, torch.Tensor) and forward_ad.unpack_dual(arg).tangent is not None
+        for arg in args
+    )
+
+
+def _function(op: Op, ops: Mapping[str, Op]) -> type[SingleLevelFunction]:
+    names = [arg.name for arg in op.inputs]
+
+    class Gradient(SingleLevelFunction):
+        @staticmethod
+        def forward(below: Callable[..., Any], *args: Any) -> Any:
+            # A function's forward has no gradients of its own; transforms around this one want theirs.
+            around = with_gradients if in_functorch_transform() else below_autograd
+            with around():
+                return below(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            _, *inputs = inputs
+            kept = _kept(op, ops)
+            tensors = [
+                value if name in kept and isinstance(value, torch.Tensor) else None
+                for name, value in zip(names, inputs, strict=True)
+            ]
+            ctx.save_for_backward(*tensors)
+            ctx.save_for_forward(*tensors)
+            ctx.set_materialize_grads(False)
+            # What else the gradients need: names and dtypes as they were given, and sizes.
+            ctx.others = [None if isinstance(v, torch.Tensor) else v for v in inputs]
+            ctx.like = [(v.shape, v.dtype) if isinstance(v, torch.Tensor) else None for v in inputs]
+            ctx.result = (output.shape, output.dtype) if isinstance(output, torch.Tensor) else None
+
+        @staticmethod
+        def backward(ctx: Any, *douts: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+            if all(dout is None for dout in douts):
+                return (None,) * (1 + len(names))
+            wanted = [n for n, wants in zip(names, ctx.needs_input_grad[1:], strict=True) if wants]
+            given = _given(ctx, names)
+            like = dict(zip(names, ctx.like, strict=True))
+            found = _gradients(op, ops, given, douts, wanted, like)
+            return None, *(found[name] if name in wanted else None for name in names)
+
+        @staticmethod
+        def jvp(ctx: Any, _: None, *tangents: torch.Tensor | None) -> torch.Tensor:
+            moved = dict(zip(names, tangents, strict=True))
+            return _tangent(op, ops, _given(ctx, names), moved, ctx.result)
+
+    Gradient.__name__ = Gradient.__qualname__ = f"Gradient of qnn::{op.name}"
+    return Gradient
+
+
+def _given(ctx: Any, names: Sequence[str]) -> dict[str, Any]:
+    """The arguments by name; a tensor that no gradient needs is None."""
+    pairs = zip(ctx.saved_tensors, ctx.others, strict=True)
+    values = (other if tensor is None else tensor for tensor, other in pairs)
+    return dict(zip(names, values, strict=True))
+
+
+def _kept(op: Op, ops: Mapping[str, Op]) -> set[str]:
+    """The arguments whose values the gradients need."""
+    if op.differentiable:
+        return {arg.name for arg in op.inputs}
+    return {arg.name for other in op.backward.values() for arg in ops[other].inputs}
+
+
+def _called(op: Op, given: Mapping[str, Any], dy: torch.Tensor) -> torch.Tensor:
+    """A gradient's op on what it shares by name with the forward; what is left is `dy`."""
+    args: list[Any] = []
+    for arg in op.inputs:
+        if arg.name in given:
+            args.append(given[arg.name])
+        else:
+            args.append(op._default(arg) if arg.optional else dy)
+    result: torch.Tensor = op.overload(*args)
+    return result
+
+
+def _gradients(
+    op: Op,
+    ops: Mapping[str, Op],
+    given: Mapping[str, Any],
+    douts: Sequence[torch.Tensor | None],
+    wanted: Sequence[str],
+    like: Mapping[str, Any],
+) -> dict[str, torch.Tensor]:
+    """The gradient of each of the `wanted` arguments."""
+    if op.differentiable:
+        return _through_reference(op, given, douts, wanted)
+    (dy, *_) = douts
+    able = {*op.backward, *(["bias"] if _has_bias(op) else [])}
+    if refused := [name for name in wanted if name not in able]:
+        _refuse(op, refused, able)
+    assert dy is not None  # noqa: S101  # an op with gradients has one result
+    if op.split is not None:
+        (other,) = set(op.backward.values())
+        return op.split(given, _called(ops[other], given, dy.contiguous()))
+    found: dict[str, torch.Tensor] = {}
+    if "bias" in wanted and _has_bias(op):
+        found["bias"] = sum_of_rows(dy, like["bias"][1])
+    for first, other in op.backward.items():
+        if first in wanted:
+            dx, columns = _called(ops[other], given, dy), like[first][0][-1]
+            # A packed weight stands for columns that x may lack.
+            found[first] = dx if dx.shape[-1] == columns else dx[..., :columns]
+    return found
+
+
+def _has_bias(op: Op) -> bool:
+    return any(arg.name == "bias" and arg.axes == op.outputs[0].tail for arg in op.inputs)
+
+
+def _through_reference(
+    op: Op,
+    given: Mapping[str, Any],
+    douts: Sequence[torch.Tensor | None],
+    wanted: Sequence[str],
+) -> dict[str, torch.Tensor]:
+    (dy,) = douts
+
+    def reference(*moved: torch.Tensor) -> Any:
+        values = {**given, **dict(zip(wanted, moved, strict=True))}
+        with without_autocast():
+            return op.reference(*(values[arg.name] for arg in op.inputs))
+
+    _, pull = torch.func.vjp(reference, *(given[name] for name in wanted))
+    return dict(zip(wanted, pull(dy), strict=True))
+
+
+def _tangent(
+    op: Op,
+    ops: Mapping[str, Op],
+    given: Mapping[str, Any],
+    moved: Mapping[str, torch.Tensor | None],
+    result: tuple[torch.Size, torch.dtype],
+) -> torch.Tensor:
+    """The tangent of the result, of a layer that is linear in its input and in `bias`: the gradient
+    of the gradient is the layer without the rounding of the input, which is its linearisation.
+    """
+    able: set[str] = set()
+    if op.split is None and op.backward:
+        ((first, gradient),) = op.backward.items()
+        (linearised,) = ops[gradient].backward.values()
+        able = {first, *(["bias"] if _has_bias(op) else [])}
+    refused = [name for name, t in moved.items() if t is not None and name not in able]
+    if refused:
+        _refuse(op, refused, able, "forward-mode derivative")
+    tx, tbias = moved[first], moved.get("bias")
+    if tx is None:
+        assert tbias is not None  # noqa: S101  # something has a tangent
+        return tbias.to(result[1]).expand(result[0])
+    shared = {name: value for name, value in given.items() if name != first}
+    return _called(ops[linearised], {**shared, "bias": tbias}, tx)
+
+
+def _refuse(op: Op, refused: Sequence[str], able: set[str], what: str = "gradient") -> NoReturn:
+    """Raise, naming what has no gradient, what has one, and what to do."""
+    have = ", ".join(arg.name for arg in op.inputs if arg.name in able)
+    raise NotImplementedError(
+        f"qnn::{op.name} has no {what} with respect to {', '.join(refused)}"
+        + (f", only to {have}" if have else "")
+        + ". Detach what needs none; quantised values are frozen. To train a weight use qnn.Linear "
+        "(or prepare for quantisation-aware training), in eager mode or under torch.compile."
+    )
