@@ -132,7 +132,7 @@ def summary(model: nn.Module) -> Summary:
     so. The first call in a process runs the self-test of the CPU's int8 engines (some
     milliseconds).
 
-    >>> print(summary(convert(nn.Linear(64, 32))))
+    >>> print(qnn.summary(qnn.convert(nn.Linear(64, 32))))
     name     layer    scheme  shape  before  after   backend, or why it was left alone
     ...
     """

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,6 +114,35 @@ def calls_of(run: Callable[[], object]) -> int:
     finally:
         sys.setprofile(before)
     return count
+
+
+# Imports torch, its compiler and qnn once, runs nothing, and is forked for each call of `forked`.
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload([__name__, "torch._inductor.compile_fx"])
+
+
+def _main(code: str, said: str) -> None:
+    out = os.open(said, os.O_WRONLY)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    exec(compile(code, "<child>", "exec"), {"__name__": "__main__"})  # noqa: S102 - a test's own
+    sys.stdout.flush()
+
+
+def forked(code: str, timeout: int = 300) -> str:
+    """Run `code` in a process that has imported torch and qnn, and done no more; what it printed,
+    or an AssertionError with it. `child` is for what asks about imports or sets the environment.
+    """
+    with tempfile.NamedTemporaryFile() as said:
+        process = _SERVER.Process(target=_main, args=(textwrap.dedent(code), said.name))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        text = Path(said.name).read_text(errors="replace")
+        assert process.exitcode == 0, f"child ended with {process.exitcode}:\n{text}"
+    return text
 
 
 def child(code: str, timeout: int = 300, **environment: str) -> str:

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
 import qnn
 from qnn import QLinear
 
-from .common import child
+from .common import child, forked
 
 
 class Block(nn.Module):
@@ -322,7 +322,7 @@ class TestUnsupported(unittest.TestCase):
                 self.assertEqual(out[name](torch.randn(2, 4)).shape, (2, 4))
 
     def test_a_tensor_subclass_is_refused(self) -> None:
-        child(
+        forked(
             """
             import torch, qnn
             from torch import nn

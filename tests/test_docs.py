@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from parameterized import parameterized
 
-from .common import child
+from .common import forked
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -35,7 +35,7 @@ class TestDocs(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             script = Path(folder) / "page.py"
             script.write_text("\n".join(blocks))
-            child(
+            forked(
                 f"""
                 import os, runpy
                 os.chdir({folder!r})

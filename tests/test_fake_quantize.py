@@ -38,7 +38,7 @@ def oracle(x: np.ndarray, scale: np.ndarray, point: np.ndarray, qmin: int, qmax:
 
 
 class TestFunction(unittest.TestCase):
-    @settings(max_examples=200, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=200)
     @given(
         bits=st.sampled_from([(0, 255), (-128, 127), (-127, 127), (0, 65535), (-3, 4)]),
         exponent=st.integers(-120, 120),

@@ -886,7 +886,7 @@ def matrices(draw: st.DrawFn) -> torch.Tensor:
     return torch.from_numpy(np.resize(np.array(some, f32), shape))
 
 
-FEW = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+FEW = settings(max_examples=60)
 
 
 class TestRoundTrip(unittest.TestCase):

@@ -18,7 +18,7 @@ from torch import nn
 import qnn
 from qnn.kernels import OPS, SCHEMES
 
-from .common import DTYPES, child, same_bits, sum_bound
+from .common import DTYPES, forked, same_bits, sum_bound
 from .test_invoke_quant import schemes_of
 
 NAMES = [name for name in SCHEMES if not name.startswith("int8")]
@@ -277,7 +277,7 @@ class TestGraphs(unittest.TestCase):
             torch.save((x, model(x)), where / "x.pt")
             torch.save(model.state_dict(), where / "state.pt")
             torch.export.save(program, where / "program.pt2")
-            out = child(
+            out = forked(
                 f"""
                 import torch, qnn
                 from torch import nn

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 import qnn
 from qnn.functional import fusion
 
-from .common import child
+from .common import child, forked
 from .test_epilogue import UNFUSED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -349,7 +349,7 @@ class TestModes(unittest.TestCase):
             self.assertIn("qnn.int8_rows_linear.default", seen)
             x = torch.randn(7, 48).bfloat16()
             torch.save(x, where / "x.pt")
-            child(
+            forked(
                 f"""
                 import torch, qnn
                 model = torch._inductor.aoti_load_package({package!r})
@@ -461,6 +461,6 @@ class TestPage(unittest.TestCase):
     def test_the_graphs_on_the_page_are_those_of_the_snippet(self) -> None:
         snippet = ROOT / "docs" / "snippets" / "fusion.py"
         page = (ROOT / "docs" / "howto" / "fusion.md").read_text()
-        before, _, after = child(snippet.read_text()).strip().partition("\n\n")
+        before, _, after = forked(snippet.read_text()).strip().partition("\n\n")
         for graph in (before, after):
             self.assertIn(f"```text\n{graph.strip()}\n```", page)

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import (
 
 from qnn.functional import invoke_quant
 
-from .common import child, mlp
+from .common import child, forked, mlp
 
 SCHEMES = ("int8", "int8_weight")
 BACKENDS = ("eager", "aot_eager", "inductor")
@@ -301,7 +301,7 @@ class TestExport(unittest.TestCase):
             where = Path(folder)
             torch.export.save(program, where / "model.pt2")
             torch.save(x, where / "x.pt")
-            child(
+            forked(
                 f"""
                 import torch, qnn
                 program = torch.export.load({str(where / "model.pt2")!r})
@@ -340,7 +340,7 @@ class TestExport(unittest.TestCase):
                     program, package_path=str(where / "model.aoti.pt2")
                 )
             torch.save(x, where / "x.pt")
-            child(
+            forked(
                 f"""
                 import torch, qnn
                 model = torch._inductor.aoti_load_package({package!r})

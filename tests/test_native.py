@@ -25,7 +25,7 @@ from qnn import __main__ as command
 from qnn import doctor
 from qnn.kernels.cpu import native, toolchain
 
-from .common import calls_of, child
+from .common import calls_of, forked
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -403,7 +403,7 @@ class TestStatus(unittest.TestCase):
 
     def test_fork_and_threads(self) -> None:
         """A child forked while a thread builds does not wait for that thread."""
-        child(
+        forked(
             """
             import os
             from qnn.kernels.cpu import native

@@ -15,7 +15,7 @@ import qnn
 from qnn.kernels.cpu import native
 from qnn.kernels.cpu.engines import self_test
 
-from .common import DTYPES, child
+from .common import DTYPES, forked
 
 SCHEMES = ("int8", "int8_weight")
 
@@ -292,7 +292,7 @@ class TestState(unittest.TestCase):
     def test_casts_on_meta_and_with_swapped_parameters(self) -> None:
         module = nn.Sequential(qnn.QLinear(4, 4, device="meta")).half()
         self.assertEqual(module[0].weight_scale.dtype, torch.float32)
-        child(
+        forked(
             """
             import torch, qnn
             torch.__future__.set_swap_module_params_on_conversion(True)

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 import qnn
 from qnn.kernels import recurrent
 
-from .common import child, same_bits
+from .common import forked, same_bits
 
 CELLS = ((nn.LSTM, qnn.QLSTM), (nn.GRU, qnn.QGRU))
 LAYERS: dict[str, dict[str, Any]] = {
@@ -105,7 +105,7 @@ class TestAccuracy(unittest.TestCase):
             codes = values / scale
             self.assertTrue(torch.equal(codes, codes.round()))
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(
         steps=st.integers(1, 6), batch=st.integers(0, 4),
         sizes=st.tuples(st.integers(1, 20), st.integers(1, 20)),
@@ -357,7 +357,7 @@ class TestModes(unittest.TestCase):
                 check(lstm(x))
                 print("equal")
             """
-            self.assertIn("equal", child(code))
+            self.assertIn("equal", forked(code))
 
     @parameterized.expand(grid())
     def test_gradients(self, scheme: str, cell: int) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import doctest
-import importlib
 import io
 import itertools
 import pickle
@@ -30,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qnn.quantizable import QuantizableGRU, QuantizableLSTM
 from qnn.quantizable_cell import QuantizableGRUCell, QuantizableLSTMCell
-from tests.common import child
+from tests.common import forked
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported")
 
@@ -128,6 +126,9 @@ class TestGrid(unittest.TestCase):
         flags = itertools.product((1, 2), *[(False, True)] * 5)
         for layers, bias, batch_first, bidirectional, projected, initial in flags:
             if projected and cell == "GRU":
+                continue
+            # The other dtypes differ in rounding alone: a quarter of the grid, with every option.
+            if dtype != torch.float64 and (initial != bias or batch_first != bidirectional):
                 continue
             options: dict[str, Any] = {"num_layers": layers, "bias": bias, "dtype": dtype}
             options |= {"batch_first": batch_first, "bidirectional": bidirectional}
@@ -253,7 +254,7 @@ class TestLengths(unittest.TestCase):
                 call()
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_random_options(data: st.DataObject) -> None:
     """Shapes and options at random, both cells, against torch; lengths against PackedSequence."""
@@ -543,12 +544,6 @@ class TestState(unittest.TestCase):
             made = eval(repr(layer), {type(layer).__name__: type(layer)})  # noqa: S307
             self.assertEqual(repr(made), repr(layer))
 
-    def test_docstring_examples(self) -> None:
-        for name in ("quantizable", "quantizable_cell", "parts", "observed"):
-            module = importlib.import_module(f"qnn.{name}")
-            result = doctest.testmod(module, extraglobs={"torch": torch})
-            self.assertEqual(result.failed, 0, name)
-
 
 class Widths(TorchDispatchMode):
     """Every tensor that an op takes or makes, if it has two axes or more: its last width."""
@@ -730,7 +725,7 @@ class TestModes(unittest.TestCase):
 
 def test_samples_of_torchs_own_module_tests() -> None:
     """In a child process: torch's test helpers change global switches when they are imported."""
-    out = child(
+    out = forked(
         """
         import copy, pickle, sys, types, unittest, warnings
         import torch

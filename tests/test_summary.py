@@ -8,7 +8,7 @@ from torch import nn
 
 import qnn
 
-from .common import child
+from .common import forked
 
 
 class Mixed(nn.Module):
@@ -72,7 +72,7 @@ class TestSummary(unittest.TestCase):
         self.assertEqual(qnn.summary(nn.ReLU()).rows, [])
 
     def test_summary_and_convert_leave_no_pack(self) -> None:
-        out = child(
+        out = forked(
             """
             import torch, qnn
             from qnn.kernels.cpu import pack
