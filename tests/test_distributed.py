@@ -734,7 +734,8 @@ def trained_together(rank: int, observer: str, learnable: bool) -> None:
         optimiser.zero_grad()
         alike(model)
     low, high = model.rnn.parts()["input"].observer.seen()
-    assert low < -0.9 and high > 4.5  # both are rank 1's
+    assert low < -0.9
+    assert high > 4.5
     parallel.eval()(shown(rank, 1)[0])
     qnn.freeze_observers(model)
     parallel.train()(shown(0, 1)[0] * 100)

@@ -7,7 +7,7 @@ import unittest
 
 from .common import child
 
-# Weights are large enough for torch to share work on them. A child that hangs is ended by its alarm.
+# Weights large enough for torch to share work on them. A child that hangs is ended by its alarm.
 SETUP = """
 import copy, os, signal, sys, torch
 from torch import nn
