@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn.modules.rnn import RNNBase
 
 from qnn.calibrate import is_namedtuple
+from qnn.kinds import is_layer, waits
+from qnn.linear import is_training_layer
 from qnn.qlinear import QLinear
 from qnn.qlstm import QRecurrent
 
@@ -60,20 +62,23 @@ class _Power:
 class Row:
     """A layer's SQNR in dB: `sqnr` where it stands in the quantised model, with the noise that
     comes in from the layers before it; `alone`, fed with the float model's input. The row named
-    `(output)` is the model's.
+    `(output)` is the model's. A layer that was never called has NaN, and a note.
     """
 
     name: str
     scheme: str | None
     sqnr: float
     alone: float | None
+    note: str | None = None
 
 
 class Comparison:
-    """The table that `compare` returns, worst layer first."""
+    """The table that `compare` returns, worst layer first; before it those never called."""
 
     def __init__(self, rows: list[Row]) -> None:
-        self.rows = sorted(rows, key=lambda row: (not math.isnan(row.sqnr), row.sqnr))
+        self.rows = sorted(
+            rows, key=lambda row: (row.note is None, not math.isnan(row.sqnr), row.sqnr)
+        )
 
     @property
     def output(self) -> float:
@@ -88,9 +93,8 @@ class Comparison:
         lines = [f"{'layer'.ljust(width)}  scheme       SQNR dB  alone dB"]
         for row in self.rows:
             alone = "-" if row.alone is None else f"{row.alone:.1f}"
-            lines.append(
-                f"{row.name.ljust(width)}  {row.scheme or '-':11}  {row.sqnr:7.1f}  {alone:>8}"
-            )
+            within = f"{row.sqnr:7.1f}  {alone:>8}" if row.note is None else row.note
+            lines.append(f"{row.name.ljust(width)}  {row.scheme or '-':11}  {within}")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -127,6 +131,7 @@ class Comparison:
 
 
 OUTPUT = "(output)"
+_NEVER = "never called: its weight may be read directly"
 
 
 def compare(
@@ -137,19 +142,21 @@ def compare(
     """Run both models on `inputs` and give the SQNR of each quantised layer and of the output,
     worst first.
 
+    They run in evaluation mode and without gradients; every module's mode is as before at the end.
+
     Args:
-        float_model, quantised_model: the model before and after `convert`; best in eval mode, since
-            dropout is noise too.
+        float_model, quantised_model: the model before and after `convert`, also with
+            `training=True`.
         inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
 
     Raises:
         ValueError: `quantised_model` has no quantised layer, or one that the float model does not
-            have.
+            have or does not call as often; a layer of either has no values before its first batch.
     """
-    layers = {
+    layers: dict[str, Any] = {
         name: module
         for name, module in quantised_model.named_modules()
-        if isinstance(module, QLinear | QRecurrent)
+        if isinstance(module, QLinear | QRecurrent) or is_training_layer(module)
     }
     if not layers:
         raise ValueError(
@@ -157,20 +164,30 @@ def compare(
         )
     originals = dict(float_model.named_modules())
     for name, layer in layers.items():
-        kind = nn.Linear if isinstance(layer, QLinear) else RNNBase
-        if not isinstance(originals.get(name), kind):
-            what = "linear" if kind is nn.Linear else "recurrent"
+        recurrent, original = isinstance(layer, QRecurrent), originals.get(name)
+        if original is None or not is_layer(original) or isinstance(original, RNNBase) != recurrent:
+            what = "recurrent" if recurrent else "linear"
             raise ValueError(
                 f"qnn.compare: the float model has no {what} layer {name!r}; are the models the "
                 "same?"
             )
+    for model in (float_model, quantised_model):
+        for name, module in model.named_modules():
+            if waits(module):
+                raise ValueError(
+                    f"qnn.compare: {name!r} ({type(module).__name__}) has no values before its "
+                    "first batch, and would draw others in each model; run one batch before "
+                    "qnn.convert."
+                )
 
     alone = {name: _Power() for name in layers}
     within = {name: _Power() for name in layers}
     outputs: dict[str, list[Any]] = {name: [] for name in layers}
+    called = set[str]()
 
     def record(name: str) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            called.add(name)
             outputs[name].append(output)
             alone[name].add_all(output, layers[name].forward(*args, **kwargs))
 
@@ -187,7 +204,7 @@ def compare(
 
         return hook
 
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(float_model, quantised_model):
         reference = _run(float_model, inputs, {originals[name]: record(name) for name in layers})
         value = _run(
             quantised_model, inputs, {layer: judge(name) for name, layer in layers.items()}
@@ -201,7 +218,10 @@ def compare(
     total = _Power()
     total.add_all(reference, value)
     rows = [
-        Row(name, layer.scheme, within[name].db, alone[name].db) for name, layer in layers.items()
+        Row(name, layer.scheme, within[name].db, alone[name].db)
+        if name in called
+        else Row(name, layer.scheme, math.nan, None, _NEVER)
+        for name, layer in layers.items()
     ]
     return Comparison([*rows, Row(OUTPUT, None, total.db, None)])
 
@@ -214,6 +234,19 @@ def _run(model: nn.Module, inputs: Any, hooks: dict[nn.Module, Any]) -> Any:
             return model(**inputs)
         several = isinstance(inputs, tuple) and not is_namedtuple(inputs)
         return model(*inputs) if several else model(inputs)
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, and every module's own mode again afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, cast
 
@@ -12,16 +13,41 @@ from torch.nn.modules.rnn import RNNBase
 from qnn import patterns, references
 from qnn.base import not_finite
 from qnn.compressed_tensors import describe
+from qnn.conv1d import QConv1D
 from qnn.kernels import get_scheme, recurrent, training_scheme
 from qnn.kernels.formats import FLOATS
-from qnn.linear import Linear
+from qnn.kinds import (
+    as_linear,
+    inventory,
+    is_conv1d,
+    is_layer,
+    is_transposed,
+    nbytes,
+    own_tensors,
+    qualified,
+    size,
+    waits,
+    why_not_as_linear,
+)
+from qnn.linear import Linear, is_training_layer
 from qnn.observed_linear import ObservedLinear, grid
 from qnn.patterns import Pattern, Patterns
 from qnn.progress import check_progress
 from qnn.qlinear import QLinear
 from qnn.qlstm import QGRU, QLSTM, QRecurrent
 from qnn.quantizable import QuantizableGRU, QuantizableLSTM, QuantizableRecurrent
-from qnn.swap import REASON, Make, Own, Plan, leave_fast_path, raise_unsupported, select, swapped
+from qnn.swap import (
+    ASKED,
+    FLOAT,
+    REASON,
+    Make,
+    Own,
+    Plan,
+    leave_fast_path,
+    raise_unsupported,
+    select,
+    swapped,
+)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 SchemeMap = Mapping[Pattern, str | None]
@@ -109,6 +135,8 @@ def convert(
         raise_unsupported(plan, "qnn.convert", "converted", mend)
     if not plan.schemes:
         raise ValueError(_nothing_to_convert(modules, plan))
+    if include is None:
+        _warn_of_little(modules, plan)
     del modules  # it holds the float layers, which are to be freed one by one
     result = swapped(
         model,
@@ -119,7 +147,7 @@ def convert(
         share=training,
         progress=progress,
     )
-    leave_fast_path(result, (QLinear, Linear))
+    leave_fast_path(result)
     describe(result)
     return result
 
@@ -155,8 +183,8 @@ def _plan_of_prepared(
     candidates = [name for name, module in modules.items() if is_prepared(module)]
     rules: list[tuple[Pattern, str | None]] = [(nn.Module, "int8_static")]
     plan, selected = select("qnn.convert", modules, candidates, rules, include, exclude)
-    for name, scheme in selected.items():
-        plan.schemes[id(modules[name])] = scheme
+    for name, choice in selected.items():
+        plan.schemes[id(modules[name])] = choice.scheme
     keep_ties_to_float(modules, plan)
     for name in selected:
         if id(modules[name]) in plan.schemes:
@@ -186,17 +214,17 @@ def _make_plan(
     exclude: Patterns | None,
     training: bool,
 ) -> Plan:
-    done = Linear if training else QLinear
     candidates = [
         name
         for name, module in modules.items()
-        if isinstance(module, nn.Linear | nn.LSTM | nn.GRU | QuantizableRecurrent)
-        and not isinstance(module, (QLinear, done))
+        if (is_layer(module) or is_training_layer(module)) and not isinstance(module, QLinear)
     ]
     plan, selected = select("qnn.convert", modules, candidates, rules, include, exclude)
-    for name, chosen in selected.items():
+    for name, (chosen, named) in selected.items():
         module = modules[name]
-        if (reason := _left_alone(module, chosen, training)) is not None:
+        if training and is_training_layer(module) and module.scheme == chosen:
+            continue
+        if (reason := left_alone(module, chosen, named=named, training=training)) is not None:
             plan.reasons[id(module)] = reason
         elif (why := why_not_convert(module, chosen)) is not None:
             plan.unsupported[name] = plan.reasons[id(module)] = why
@@ -204,17 +232,33 @@ def _make_plan(
             plan.schemes[id(module)] = chosen
     if not training:
         keep_ties_to_float(modules, plan)
+    _end_training(modules, plan)
     return plan
 
 
-def _left_alone(module: nn.Module, scheme: str, training: bool) -> str | None:
-    """Why a layer that was picked is not for this call, without that being an error."""
-    kind = "nn.Linear" if isinstance(module, nn.Linear) else "nn.LSTM or nn.GRU"
-    plain = (nn.Linear, Linear, *RECURRENT)
-    if type(module) not in plain and not hasattr(module, "parametrizations"):
-        return f"{type(module).__name__} is a subclass of {kind} with a meaning of its own"
-    if isinstance(module, nn.Linear):
-        return None
+def _end_training(modules: dict[str, nn.Module], plan: Plan) -> None:
+    """Training layers that stay float by a scheme map or a tie become plain float layers again."""
+    for module in modules.values():
+        reason = plan.reasons.get(id(module), "")
+        if is_training_layer(module) and (reason == FLOAT or reason.startswith(_TIED)):
+            plan.schemes[id(module)] = None
+
+
+def left_alone(
+    module: nn.Module, scheme: str, *, named: bool = False, training: bool = False
+) -> str | None:
+    """Why a layer that was picked is not for this call, without that being an error; `named` if a
+    pattern means this one.
+    """
+    if waits(module) or hasattr(module, "parametrizations"):
+        return None  # why_not_convert has a word on it
+    if not isinstance(module, RNNBase):
+        plain = type(module) is nn.Linear or is_conv1d(module) or is_training_layer(module)
+        return None if plain else why_not_as_linear(module, named)
+    if type(module) not in RECURRENT:
+        return (
+            f"{type(module).__name__} is a subclass of nn.LSTM or nn.GRU with a meaning of its own"
+        )
     if training:
         return "there is no recurrent layer that trains in low precision; see qnn.prepare"
     if scheme not in recurrent.SCHEMES:
@@ -226,6 +270,9 @@ def _left_alone(module: nn.Module, scheme: str, training: bool) -> str | None:
 def _weights(module: nn.Module) -> dict[str, Any]:
     """The parameters of a float layer that are to be quantised."""
     return {n: p for n, p in module._parameters.items() if n.startswith("weight")}
+
+
+WAITS = "it is not initialised: its sizes come from its first input; run one batch first"
 
 
 def why_not_convert(module: nn.Module, scheme: str = "int8_static") -> str | None:
@@ -261,7 +308,8 @@ def why_not_convert(module: nn.Module, scheme: str = "int8_static") -> str | Non
         if weight.dtype not in FLOATS:
             return f"its {name} is {weight.dtype}; {', '.join(map(str, FLOATS))} can be quantised"
     for name, weight in _weights(module).items():
-        reason = get_scheme(scheme).why_not_linear(*reversed(weight.shape))
+        sizes = weight.shape if is_transposed(module) else reversed(weight.shape)
+        reason = get_scheme(scheme).why_not_linear(*sizes)
         if reason is None and not_finite(weight) is not None:
             bad = int((~weight.detach().isfinite()).sum())
             reason = f"its {name} holds {bad} NaN or inf of {weight.numel()} values"
@@ -287,6 +335,9 @@ def _why_not_its_forward(module: nn.Module) -> str | None:
     )
 
 
+_TIED = "its weight is tied to"
+
+
 def keep_ties_to_float(modules: dict[str, nn.Module], plan: Plan, who: str = "qnn.convert") -> None:
     """Leave alone a layer whose weight something else uses as a float: converting it would untie
     the two.
@@ -300,13 +351,16 @@ def keep_ties_to_float(modules: dict[str, nn.Module], plan: Plan, who: str = "qn
         if id(module) not in plan.schemes:
             continue
         for other, user in _others(module, users):
-            if id(user) not in plan.schemes or not isinstance(module, nn.Linear):
+            why = None
+            if id(user) not in plan.schemes:
+                why = f"{_TIED} {other!r} ({type(user).__name__}), which stays in float"
+            elif isinstance(module, RNNBase):
+                why = f"{_TIED} {other!r}; recurrent layers do not share codes"
+            elif is_transposed(module) != is_transposed(user):
+                why = f"{_TIED} {other!r}, which has it transposed"
+            if why is not None:
                 del plan.schemes[id(module)]
-                plan.reasons[id(module)] = (
-                    f"its weight is tied to {other!r} ({type(user).__name__}), which stays in float"
-                    if id(user) not in plan.schemes
-                    else f"its weight is tied to {other!r}; recurrent layers do not share codes"
-                )
+                plan.reasons[id(module)] = why
                 break
             if plan.schemes[id(user)] != plan.schemes[id(module)]:
                 raise ValueError(
@@ -324,43 +378,99 @@ def _others(
         yield from ((name, user) for name, user in users[id(weight)] if user is not module)
 
 
-def _nothing_to_convert(modules: dict[str, nn.Module], plan: Plan) -> str:
-    done = [m for m in modules.values() if isinstance(m, QLinear | Linear | QRecurrent)]
-    if done:
-        return (
-            f"qnn.convert: nothing to convert: the model is converted already ({len(done)} "
-            f"{type(done[0]).__name__}, scheme {done[0].scheme!r}). To change the scheme, convert "
-            "the float model."
-        )
+def nothing_to_do(who: str, verb: str, modules: dict[str, nn.Module], plan: Plan) -> str:
+    """The error of a call that would change nothing: each reason, or the kinds that there are."""
     if plan.reasons:
-        names = {id(module): name for name, module in modules.items()}
-        listed = "\n".join(
-            f"  {names[key] or 'model'}: {reason}" for key, reason in plan.reasons.items()
-        )
-        return f"qnn.convert: nothing to convert: every layer is left alone:\n{listed}"
-    kinds = sorted({type(module).__name__ for module in modules.values() if not module._modules})
+        names = {id(module): name for name, module in reversed(modules.items())}
+        lines = [f"  {names[key] or 'model'}: {why}" for key, why in plan.reasons.items()]
+        if len(lines) > _LINES:
+            lines[_LINES:] = [f"  and {len(lines) - _LINES} more"]
+        rest = [m for m in modules.values() if id(m) not in plan.reasons and own_tensors(m)]
+        if rest:
+            lines.append(f"The rest holds no layer that qnn knows: {inventory(rest)}.")
+        listed = "\n".join(lines)
+        return f"{who}: nothing to {verb}: every layer is left alone:\n{listed}"
     return (
-        "qnn.convert: nothing to convert: the model has no nn.Linear, nn.LSTM or "
-        f"nn.GRU, only {', '.join(kinds)}."
+        f"{who}: nothing to {verb}: the model has no nn.Linear, nn.LSTM or nn.GRU, only "
+        f"{inventory(modules.values())}."
     )
+
+
+_LINES = 20
+
+
+def _nothing_to_convert(modules: dict[str, nn.Module], plan: Plan) -> str:
+    done: list[Any] = [
+        m for m in modules.values() if isinstance(m, QLinear | QRecurrent) or is_training_layer(m)
+    ]
+    if not done:
+        return nothing_to_do("qnn.convert", "convert", modules, plan)
+    fix = (
+        "Pass another scheme, or {pattern: None} for the float layers again."
+        if all(map(is_training_layer, done))
+        else "To change the scheme, convert the float model; layer.dequantize() gives a float "
+        "layer with the rounded weight."
+    )
+    return (
+        f"qnn.convert: nothing to convert: the model is converted already ({len(done)} "
+        f"{type(done[0]).__name__}, scheme {done[0].scheme!r}). {fix}"
+    )
+
+
+def _warn_of_little(modules: dict[str, nn.Module], plan: Plan) -> None:
+    """Warn where most of a model stays float and no pattern asked for that."""
+    every = {
+        id(t): (t, m) for m in modules.values() for t in m._parameters.values() if t is not None
+    }
+    done, left = 0, dict[str, int]()
+    for tensor, module in every.values():
+        reason = plan.reasons.get(id(module), "")
+        if id(module) in plan.schemes or isinstance(module, QLinear | QRecurrent):
+            done += nbytes([tensor])
+        elif not is_training_layer(module) and not reason.startswith(ASKED):
+            kind = qualified(type(module))
+            left[kind] = left.get(kind, 0) + nbytes([tensor])
+    total = done + sum(left.values())
+    if done < _LITTLE * total:
+        kinds = sorted(left, key=lambda kind: -left[kind])[:3]
+        warnings.warn(
+            f"qnn.convert: {done / total:.1%} of the parameters' bytes are converted; what stays "
+            f"float is mostly {', '.join(f'{kind} ({size(left[kind])})' for kind in kinds)}. "
+            "qnn.summary(model) gives the reasons.",
+            stacklevel=3,
+        )
+
+
+# Of the bytes of a model.
+_LITTLE = 0.1
 
 
 def _maker(plan: Plan, training: bool) -> Make:
     """What makes the layer that stands for another one; a tied weight is quantised once."""
     schemes, tied = plan.schemes, dict[int, tuple[nn.Parameter, ...]]()
 
-    def linear(old: nn.Linear, own: Own) -> nn.Module:
-        layer: QLinear | Linear
-        if training:
-            layer = Linear.from_float(old, schemes[id(old)])
-            layer.weight = own(old.weight)
+    def in_training(old: nn.Module, own: Own) -> nn.Module:
+        layer: Any
+        scheme = schemes[id(old)]
+        if is_transposed(old):
+            from qnn.training_conv1d import TrainingConv1D, plain
+
+            layer = TrainingConv1D.from_float(old, scheme) if scheme else plain(old)
         else:
-            if isinstance(old, ObservedLinear):
-                layer = QLinear.from_observed(old)
-            else:
-                layer = QLinear.from_float(old, schemes[id(old)])
-            stored = tied.setdefault(id(old.weight), layer.stored)
-            layer._parameters.update(zip(layer._stored, stored, strict=True))
+            flat = as_linear(old)
+            layer = Linear.from_float(flat, scheme) if scheme else flat
+        layer.weight = own(old.weight)
+        layer.bias = own(old.bias)
+        return cast(nn.Module, layer)
+
+    def linear(old: Any, own: Own) -> nn.Module:
+        kind = QConv1D if is_transposed(old) else QLinear
+        if isinstance(old, ObservedLinear):
+            layer = kind.from_observed(old)
+        else:
+            layer = kind.from_float(as_linear(old), cast(str, schemes[id(old)]))
+        stored = tied.setdefault(id(old.weight), layer.stored)
+        layer._parameters.update(zip(layer._stored, stored, strict=True))
         if old.bias is not None:
             layer.bias = own(old.bias)
         return layer
@@ -370,13 +480,15 @@ def _maker(plan: Plan, training: bool) -> Make:
         if is_prepared(old):
             layer = kind.from_observed(old)
         else:
-            layer = kind.from_float(cast(RNNBase, old), schemes[id(old)])
+            layer = kind.from_float(cast(RNNBase, old), cast(str, schemes[id(old)]))
         for name, parameter in old._parameters.items():
             if name.startswith("bias"):
                 layer._parameters[name] = own(parameter)
         return layer
 
     def make(old: nn.Module, own: Own) -> nn.Module:
-        return linear(old, own) if isinstance(old, nn.Linear) else recurrent_layer(old, own)
+        if training or schemes[id(old)] is None:
+            return in_training(old, own)
+        return recurrent_layer(old, own) if isinstance(old, RNNBase) else linear(old, own)
 
     return make

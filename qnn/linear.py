@@ -9,6 +9,7 @@ from qnn import functional as F
 from qnn.base import check_input
 from qnn.kernels import training_scheme
 from qnn.kernels.formats import FLOATS
+from qnn.kinds import qualified
 
 
 class Linear(nn.Linear):
@@ -67,7 +68,8 @@ class Linear(nn.Linear):
 
     @classmethod
     def from_float(cls, linear: nn.Linear, scheme: str = "fp8") -> Linear:
-        """A training layer around the parameters of `linear` themselves, in its mode.
+        """A training layer around the parameters of `linear` themselves, in its mode; `linear` may
+        be one of another scheme.
 
         Raises:
             TypeError: `linear` is no `nn.Linear` with float parameters.
@@ -84,8 +86,20 @@ class Linear(nn.Linear):
         return layer.train(linear.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        check_input(self, input, "weight")
+        # A parametrisation, pruning and FSDP1 leave no parameter of that name; the function checks
+        # its arguments too, in words about itself.
+        if "weight" in self._parameters:
+            check_input(self, input, "weight")
         return F.training_linear(input, self.weight, self.bias, scheme=self.scheme)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scheme={self.scheme!r}"
+
+
+def is_training_layer(module: nn.Module) -> bool:
+    """Whether a module trains in low precision: `Linear`, or its like around a `Conv1D`."""
+    # By name: the latter's file imports transformers.
+    return isinstance(module, Linear) or qualified(type(module)) == TRAINING_CONV1D
+
+
+TRAINING_CONV1D = "qnn.training_conv1d.TrainingConv1D"

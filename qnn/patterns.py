@@ -8,7 +8,8 @@ from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from torch import nn
-from torch.nn.modules.rnn import RNNBase
+
+from qnn.kinds import is_layer
 
 Pattern: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Patterns: TypeAlias = Pattern | Iterable[Pattern]
@@ -38,14 +39,21 @@ def matches(pattern: Pattern, name: str, modules: dict[str, nn.Module]) -> bool:
     return bool(pattern(name, modules[name]))
 
 
+def names(pattern: Pattern, name: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether `pattern` picks the module called `name` itself, and not what it is inside of or
+    every layer: `"*.dense"`, its own class, a callable.
+    """
+    if isinstance(pattern, str):
+        return bool(pattern.strip("*?.")) and fnmatchcase(name, pattern)
+    if isinstance(pattern, type):
+        return pattern not in (nn.Module, nn.Linear) and isinstance(modules[name], pattern)
+    return bool(pattern(name, modules[name]))
+
+
 def _path(name: str) -> list[str]:
     """`a.b.c` -> `a`, `a.b`, `a.b.c`; the root is its own path."""
     parts = name.split(".")
     return [".".join(parts[: end + 1]) for end in range(len(parts))]
-
-
-def _layers(modules: dict[str, nn.Module]) -> list[str]:
-    return [n for n, module in modules.items() if isinstance(module, nn.Linear | RNNBase)]
 
 
 def describe(pattern: Pattern) -> str:
@@ -71,7 +79,7 @@ def check(
             )
         # A callable is asked about linear and recurrent layers only: it may read what other modules
         # do not have.
-        asked = modules if isinstance(pattern, str | type) else _layers(modules)
+        asked = [n for n, m in modules.items() if isinstance(pattern, str | type) or is_layer(m)]
         if not any(matches(pattern, name, modules) for name in asked):
             close = (
                 difflib.get_close_matches(pattern, modules, n=3) if isinstance(pattern, str) else []

@@ -5,17 +5,28 @@ from __future__ import annotations
 from typing import Any, TypeVar, cast
 
 from torch import nn
+from torch.nn.modules.rnn import RNNBase
 
-from qnn.convert import keep_ties_to_float, why_not_convert
+from qnn.conv1d import ObservedConv1D
+from qnn.convert import (
+    is_prepared,
+    keep_ties_to_float,
+    left_alone,
+    nothing_to_do,
+    why_not_convert,
+)
+from qnn.kinds import as_linear, is_layer, is_transposed
+from qnn.linear import is_training_layer
 from qnn.observed_linear import ObservedLinear
 from qnn.parts import Specs
 from qnn.patterns import Patterns
 from qnn.progress import check_progress
+from qnn.qlinear import QLinear
+from qnn.qlstm import QRecurrent
 from qnn.quantizable import QuantizableGRU, QuantizableLSTM, QuantizableRecurrent
 from qnn.swap import Make, Own, Plan, leave_fast_path, raise_unsupported, select, swapped
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-_PLAIN = (nn.Linear, nn.LSTM, nn.GRU, QuantizableLSTM, QuantizableGRU)
 
 
 def prepare(
@@ -77,29 +88,29 @@ def prepare(
     plan = _make_plan(modules, include, exclude)
     raise_unsupported(plan, "qnn.prepare", "prepared", "Exclude them to leave them in float.")
     if not plan.schemes:
-        raise ValueError(_nothing_to_prepare(modules, plan))
+        raise ValueError(nothing_to_do("qnn.prepare", "prepare", modules, plan))
     names = {id(module): name for name, module in reversed(modules.items())}
     make = _maker(names, parts, split_gates, qat)
     if parts is not None:
         _check_parts(modules, plan, parts, split_gates)
     del modules
     result = swapped(model, plan, make, inplace=inplace, who="qnn.prepare", progress=progress)
-    leave_fast_path(result, (ObservedLinear,))
+    leave_fast_path(result)
     return result
 
 
 def _make_plan(
     modules: dict[str, nn.Module], include: Patterns | None, exclude: Patterns | None
 ) -> Plan:
-    candidates = [n for n, m in modules.items() if isinstance(m, _PLAIN)]
+    candidates = [n for n, m in modules.items() if is_layer(m) and not _is_quantised(m)]
     rules: list[Any] = [(nn.Module, "int8_static")]
     plan, selected = select("qnn.prepare", modules, candidates, rules, include, exclude)
-    for name, scheme in selected.items():
+    for name, (scheme, named) in selected.items():
         module = modules[name]
-        if type(module) not in _PLAIN:
-            plan.reasons[id(module)] = f"{type(module).__name__} has a meaning of its own"
-        elif getattr(module, "points", None) is not None:
+        if is_prepared(module):
             plan.reasons[id(module)] = "it is prepared already"
+        elif (reason := left_alone(module, scheme, named=named)) is not None:
+            plan.reasons[id(module)] = reason
         elif (why := why_not_convert(module)) is not None:
             plan.unsupported[name] = plan.reasons[id(module)] = why
         else:
@@ -111,8 +122,10 @@ def _make_plan(
 def _maker(names: dict[int, str], parts: Specs | None, split_gates: bool, qat: bool) -> Make:
     def make(old: nn.Module, own: Own) -> nn.Module:
         new: nn.Module
-        if isinstance(old, nn.Linear):
-            new = ObservedLinear.from_float(old, qat=qat, name=names[id(old)])
+        if is_transposed(old):
+            new = ObservedConv1D.from_float(old, qat=qat, name=names[id(old)])
+        elif not isinstance(old, RNNBase):
+            new = ObservedLinear.from_float(as_linear(old), qat=qat, name=names[id(old)])
         else:
             new = _quantizable(old, split_gates).observe(parts, qat=qat)
         for name, parameter in old._parameters.items():
@@ -128,7 +141,7 @@ def _check_parts(
 ) -> None:
     """Raise what `observe` raises, before anything is changed."""
     for module in modules.values():
-        if id(module) in plan.schemes and not isinstance(module, nn.Linear):
+        if id(module) in plan.schemes and isinstance(module, RNNBase):
             _quantizable(module, split_gates).observe(parts)
 
 
@@ -140,13 +153,5 @@ def _quantizable(module: nn.Module, split_gates: bool) -> QuantizableRecurrent:
     return kind.from_float(cast(Any, module), split_gates=split_gates)
 
 
-def _nothing_to_prepare(modules: dict[str, nn.Module], plan: Plan) -> str:
-    if plan.reasons:
-        names = {id(module): name for name, module in modules.items()}
-        listed = "\n".join(f"  {names[key] or 'model'}: {why}" for key, why in plan.reasons.items())
-        return f"qnn.prepare: nothing to prepare: every layer is left alone:\n{listed}"
-    kinds = sorted({type(module).__name__ for module in modules.values() if not module._modules})
-    return (
-        "qnn.prepare: nothing to prepare: the model has no nn.Linear, nn.LSTM or nn.GRU, only "
-        f"{', '.join(kinds)}."
-    )
+def _is_quantised(module: nn.Module) -> bool:
+    return isinstance(module, QLinear | QRecurrent) or is_training_layer(module)

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from qnn.backends import linear_backend, recurrent_backend
-from qnn.convert import is_prepared
-from qnn.linear import Linear
+from qnn.convert import WAITS, is_prepared, left_alone
+from qnn.kinds import is_layer, nbytes, own_tensors, waits
+from qnn.kinds import size as _size
+from qnn.linear import is_training_layer
 from qnn.qlinear import QLinear
 from qnn.qlstm import QRecurrent
-from qnn.quantizable import QuantizableRecurrent
 from qnn.statistics import Statistics
 from qnn.swap import REASON
 
 # Layers that people expect to be quantised too, and why they are not.
 _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
-    (
-        nn.MultiheadAttention,
-        "its q, k and v projections are one fused parameter, not linear layers",
-    ),
     (nn.RNN, "there is no quantised nn.RNN, only LSTM and GRU"),
     (nn.RNNCellBase, "there is no quantised cell; a QLSTM or QGRU takes one step at a time"),
     (nn.Embedding, "embeddings are looked up, not multiplied: left in float"),
@@ -54,9 +53,27 @@ class Row:
     backend: str | None
     reason: str | None
 
+    @property
+    def kind_of_reason(self) -> str:
+        """The reason without what is of this layer alone."""
+        return _OF_ONE.sub("", self.reason or "")
+
+
+# Names and sizes of one layer in a reason: `; gate [4, 64] (…) is probably a weight`.
+_OF_ONE = re.compile(r"; .* is probably a weight.*$|(?<=tied to )'[^']*' ")
+
+
+@dataclass(frozen=True)
+class Total:
+    """The layers that stay float for one reason, and their bytes."""
+
+    reason: str
+    layers: int
+    bytes: int
+
 
 class Summary:
-    """The table that `summary` returns: `print` it, or read `.rows` and `.to_dict()`."""
+    """The table that `summary` returns: `print` it, or read `.rows`, `.totals` and `.to_dict()`."""
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows
@@ -69,10 +86,21 @@ class Summary:
     def bytes_after(self) -> int:
         return sum(row.bytes_after for row in self.rows)
 
+    @property
+    def totals(self) -> list[Total]:
+        """What stays float, by reason, the most bytes first."""
+        held: dict[str, list[int]] = {}
+        for row in self.rows:
+            if row.reason is not None:
+                held.setdefault(row.kind_of_reason, []).append(row.bytes_after)
+        totals = [Total(reason, len(each), sum(each)) for reason, each in held.items()]
+        return sorted(totals, key=lambda total: (-total.bytes, -total.layers))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for `json.dumps`."""
         return {
             "rows": [{**asdict(row), "shape": list(row.shape)} for row in self.rows],
+            "totals": [asdict(total) for total in self.totals],
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
         }
@@ -119,7 +147,12 @@ class Summary:
             for line in (head, total)
         )
         rule = "-" * max(map(len, (first, *lines)))
-        return "\n".join([first, rule, *lines, rule, last])
+        left = [
+            f"  {_size(each.bytes):>8}  {each.layers:>4}  {each.reason}" for each in self.totals
+        ]
+        if left:
+            left = ["", "in float:", "     bytes  layers, reason", *left]
+        return "\n".join([first, rule, *lines, rule, last, *left])
 
     __repr__ = __str__
 
@@ -142,16 +175,11 @@ def summary(model: nn.Module) -> Summary:
 def _rows(model: nn.Module) -> Iterator[Row]:
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, Statistics):
-            continue
-        tensors = [
-            t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None
-        ]
-        if not tensors:
+        if isinstance(module, Statistics) or not (tensors := own_tensors(module)):
             continue
         fresh = [t for t in tensors if id(t) not in seen]
         seen.update(map(id, tensors))
-        after = sum(map(_nbytes, fresh))
+        after = nbytes(fresh)
         kind = type(module).__name__
         if isinstance(module, QLinear):
             held = [module.stored[0], module.bias]
@@ -169,38 +197,58 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             shape = tuple(module._parameters["weight_hh_l0"].shape)  # type: ignore[union-attr]
             backend = recurrent_backend(module)
             yield Row(name, kind, module.scheme, shape, before, after, backend, None)
-        elif isinstance(module, Linear):
-            shape = (module.out_features, module.in_features)
-            yield Row(name, kind, module.scheme, shape, after, after, _TRAINING, None)
+        elif is_training_layer(module):
+            layer: Any = module
+            shape = (layer.out_features, layer.in_features)
+            yield Row(name, kind, layer.scheme, shape, after, after, _TRAINING, None)
         else:
-            weight = module._parameters.get("weight")
-            largest = tuple((weight if weight is not None else max(tensors, key=torch.numel)).shape)
-            yield Row(name, kind, None, largest, after, after, None, _reason(module))
+            yield Row(name, kind, None, _shape(module), after, after, None, _reason(module))
 
 
-def _nbytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    """Of the weight, or of the largest tensor; nothing before the first batch."""
+    tensors = [tensor for tensor in own_tensors(module) if not is_lazy(tensor)]
+    weight = module._parameters.get("weight")
+    if weight is not None and not is_lazy(weight):
+        return tuple(weight.shape)
+    return tuple(max(tensors, key=torch.numel).shape) if tensors else ()
 
 
 def _reason(module: nn.Module) -> str:
+    if waits(module):
+        return WAITS
     told = getattr(module, REASON, None)
     if told is not None:
         return str(told)
     if is_prepared(module):
         return _PREPARED
+    if isinstance(module, nn.MultiheadAttention):
+        own = "one fused parameter" if module._qkv_same_embed_dim else "parameters of its own"
+        return f"its q, k and v projections are {own}, not linear layers"
     for kind, reason in _KINDS:
         if isinstance(module, kind):
             return reason
-    if type(module) in (nn.Linear, nn.LSTM, nn.GRU) or isinstance(module, QuantizableRecurrent):
-        return "not converted"
-    if isinstance(module, nn.Linear):
-        return f"{type(module).__name__} is a subclass of nn.Linear with a meaning of its own"
-    return f"{type(module).__name__} has no quantised layer"
+    if is_layer(module):
+        # A model that no verb has seen: as convert would say it.
+        return left_alone(module, "int8") or "not converted"
+    return f"{type(module).__name__} has no quantised layer{_probable_weights(module)}"
 
 
-def _size(count: int) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.1f} {unit}" if unit != "B" else f"{count} B"
-        count /= 1000  # type: ignore[assignment]
-    return f"{count:.2f} GB"
+def _probable_weights(module: nn.Module) -> str:
+    """Parameters that look like weights of products: two axes or more, and no table of positions or
+    tokens.
+    """
+    found = [
+        f"{name} {list(parameter.shape)} ({_size(nbytes([parameter]))})"
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+        and sum(length > 1 for length in parameter.shape) > 1
+        and not any(word in name for word in _TABLES)
+    ]
+    if not found:
+        return ""
+    what = "is probably a weight" if len(found) == 1 else "each is probably a weight"
+    return f"; {', '.join(found)} {what} that stays float"
+
+
+_TABLES = ("embed", "pos", "token")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from torch import nn
 
 from qnn import patterns, references
 from qnn.forking import return_threads
+from qnn.kinds import waits
 from qnn.patterns import Pattern, Patterns
 from qnn.progress import Meter
 
@@ -29,14 +30,28 @@ class Plan:
     may be shared.
 
     Attributes:
-        schemes: of the modules that will be swapped.
+        schemes: of the modules that will be swapped; None for a training layer that becomes a
+            float layer again.
         reasons: why the others are left alone.
         unsupported: modules that were asked for and cannot be had, by name, with the reason.
     """
 
-    schemes: dict[int, str] = field(default_factory=dict)
+    schemes: dict[int, str | None] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)
     unsupported: dict[str, str] = field(default_factory=dict)
+
+
+class Choice(NamedTuple):
+    """The scheme of a module, and whether a pattern names it or its class, and not all layers."""
+
+    scheme: str
+    named: bool
+
+
+# The reason of a module that a scheme map leaves alone.
+FLOAT = "the scheme map says None"
+# How the reasons begin that patterns give.
+ASKED = (FLOAT, "matches ")
 
 
 def select(
@@ -46,14 +61,14 @@ def select(
     rules: list[tuple[Pattern, str | None]],
     include: Patterns | None,
     exclude: Patterns | None,
-) -> tuple[Plan, dict[str, str]]:
-    """The scheme of each candidate that the patterns pick, by name; the plan has the reasons of the
-    others.
+) -> tuple[Plan, dict[str, Choice]]:
+    """What the patterns choose for each candidate that they pick, by name; the plan has the reasons
+    of the others.
     """
     included, excluded = patterns.as_list(include), patterns.as_list(exclude)
     patterns.check(who, "include", included, modules)
     patterns.check(who, "exclude", excluded, modules)
-    plan, selected = Plan(), dict[str, str]()
+    plan, selected = Plan(), dict[str, Choice]()
     for name in candidates:
         key = id(modules[name])
         out = next((p for p in excluded if patterns.matches(p, name, modules)), None)
@@ -65,9 +80,11 @@ def select(
         elif not schemes:
             plan.reasons[key] = "matches no pattern of the scheme map"
         elif schemes[-1] is None:
-            plan.reasons[key] = "the scheme map says None"
+            plan.reasons[key] = FLOAT
         else:
-            selected[name] = schemes[-1]
+            picked = [*included, *(pattern for pattern, _ in rules)]
+            named = any(patterns.names(pattern, name, modules) for pattern in picked)
+            selected[name] = Choice(schemes[-1], named)
     # A shared module is swapped under each of its names or under none.
     return plan, {n: s for n, s in selected.items() if id(modules[n]) not in plan.reasons}
 
@@ -75,7 +92,7 @@ def select(
 def raise_unsupported(plan: Plan, who: str, verb: str, mend: str) -> None:
     """Raise if layers that were asked for cannot be had, each with its reason."""
     if plan.unsupported:
-        listed = "\n".join(f"  {name}: {reason}" for name, reason in plan.unsupported.items())
+        listed = "\n".join(f"  {n or 'model'}: {reason}" for n, reason in plan.unsupported.items())
         raise ValueError(
             f"{who}: {len(plan.unsupported)} layer(s) cannot be {verb}:\n{listed}\n{mend}"
         )
@@ -117,6 +134,7 @@ def swapped(
 _MODULE = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
 # What a recurrent layer derives from its float parameters, and what observing has added.
 _LEFT_BEHIND = {"_flat_weights", "_flat_weights_names", "_flat_weight_refs", "_all_weights", "qat"}
+_LEFT_BEHIND |= {"scheme"}  # of a training layer that becomes a float layer
 
 
 def _with_the_rest(old: nn.Module, new: nn.Module, own: Own) -> None:
@@ -240,6 +258,12 @@ def _follow_copies(
 
 def _why_no_copy(model: nn.Module, who: str, error: Exception) -> str:
     """Which attribute of which module `copy.deepcopy` fails on."""
+    waiting = [name for name, module in model.named_modules() if waits(module)]
+    if waiting:
+        return (
+            f"{who}: the model cannot be copied: {', '.join(waiting)} took no input yet and so has "
+            "no sizes; run one batch first."
+        )
     place, error = _uncopied(model) or (type(model).__name__, error)
     first = str(error).strip().partition("\n")[0]
     return (
@@ -249,7 +273,7 @@ def _why_no_copy(model: nn.Module, who: str, error: Exception) -> str:
 
 
 def _uncopied(model: nn.Module) -> tuple[str, Exception] | None:
-    kept = {id(p): p for p in model.parameters() if p.is_leaf}
+    kept: dict[int, Any] = {id(p): p for p in model.parameters() if p.is_leaf}
     kept |= {id(module): module for module in model.modules()}
     for name, module in model.named_modules():
         held = {**vars(module), **module._parameters, **module._buffers}
@@ -262,14 +286,19 @@ def _uncopied(model: nn.Module) -> tuple[str, Exception] | None:
     return None
 
 
-def leave_fast_path(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
+def leave_fast_path(model: nn.Module) -> None:
     """Keep torch's fused encoder kernel, which reads the raw weights of its linears, off layers
     that have been swapped.
     """
     for module in model.modules():
         encoder = isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder)
-        if encoder and any(isinstance(child, kinds) for child in module.modules()):
+        if encoder and any(is_swapped(child) for child in module.modules()):
             if isinstance(module, nn.TransformerEncoder):
                 module.use_nested_tensor = False
             else:
                 module.activation_relu_or_gelu = 0  # type: ignore[assignment]
+
+
+def is_swapped(module: nn.Module) -> bool:
+    """Whether a linear layer is one of qnn's."""
+    return isinstance(module, nn.Linear) and type(module).__module__.startswith("qnn.")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 import unittest
@@ -76,6 +77,44 @@ class TestCompare(unittest.TestCase):
         self.twin.once.bias.data[0] = math.nan
         table = qnn.compare(self.model, self.twin, self.x)
         self.assertTrue(math.isnan(table.rows[0].sqnr))
+
+    def test_never_called(self) -> None:
+        class Direct(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4, bias=False)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                y: torch.Tensor = self.a(x) @ self.b.weight.T.float()
+                return y
+
+        model = Direct()
+        for twin in (qnn.convert(model), qnn.convert(model, "fp8", training=True)):
+            twin.a.bias.data[0] = math.nan  # worse than any SQNR, but it was called
+            table = qnn.compare(model, twin, torch.randn(3, 8))
+            self.assertEqual(table.rows[0].name, "b")
+            self.assertTrue(math.isnan(table.rows[0].sqnr))
+            self.assertIn("never called: its weight may be read directly", str(table))
+            self.assertEqual([row.note is None for row in table.rows], [False, True, True])
+            json.dumps(table.to_dict())
+
+    def test_training_models_and_modes(self) -> None:
+        model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Dropout(), nn.Linear(16, 4))
+        x = torch.randn(6, 8)
+        for options in ({"scheme": "int8"}, {"scheme": "fp8", "training": True}):
+            twin = qnn.convert(model, **options)
+            twin[2].eval()
+            modes = [m.training for m in (*model.modules(), *twin.modules())]
+            table = qnn.compare(model, twin, x)
+            self.assertEqual({row.name for row in table.rows}, {"0", "3", "(output)"})
+            self.assertGreater(table.output, 20)  # without dropout
+            self.assertEqual([m.training for m in (*model.modules(), *twin.modules())], modes)
+            self.assertEqual(int(twin[1].num_batches_tracked), 0)
+
+    def test_a_layer_without_values_is_named(self) -> None:
+        model = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(4))
+        with self.assertRaisesRegex(ValueError, "'1' .LazyLinear. has no values before its first"):
+            qnn.compare(model, qnn.convert(model, exclude="1"), torch.randn(2, 8))
 
     def test_bad_models(self) -> None:
         with self.assertRaisesRegex(ValueError, "the second model has no quantised layer"):

@@ -3,7 +3,9 @@ from __future__ import annotations
 import copy
 import io
 import unittest
+import warnings
 from typing import Any
+from unittest import mock
 
 import torch
 from parameterized import parameterized
@@ -113,9 +115,16 @@ class TestSelection(unittest.TestCase):
 
     def test_nothing_to_convert(self) -> None:
         with self.assertRaisesRegex(
-            ValueError, "has no nn.Linear, nn.LSTM or nn.GRU, only Conv2d, ReLU"
+            ValueError,
+            r"has no nn.Linear, nn.LSTM or nn.GRU, only "
+            r"torch.nn.modules.conv.Conv2d \(2, 3.0 kB\), torch.nn.modules.conv.Conv1d \(1, 8 B\), "
+            r"torch.nn.modules.activation.ReLU \(2\)",
         ):
-            qnn.convert(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU()))
+            qnn.convert(
+                nn.Sequential(
+                    nn.Conv1d(1, 1, 1), *(nn.Conv2d(1, 38, 3) for _ in "ab"), nn.ReLU(), nn.ReLU()
+                )
+            )
         with self.assertRaisesRegex(TypeError, "takes an nn.Module, got int"):
             qnn.convert(3)  # type: ignore[type-var]
         with self.assertRaisesRegex(ValueError, "converted already .5 QLinear, scheme 'int8'"):
@@ -354,6 +363,182 @@ class TestUnsupported(unittest.TestCase):
         self.assertIn("Tagged is a subclass of nn.Linear", reasons["0"])
         self.assertIn("fused parameter", reasons["2"])
         self.assertIn("NonDynamicallyQuantizableLinear", reasons["2.out_proj"])
+
+    def test_a_layer_without_sizes(self) -> None:
+        model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4))
+        for verb in (qnn.convert, qnn.prepare):
+            with self.assertRaisesRegex(ValueError, "1: it is not initialised.*one batch first"):
+                verb(model)
+            model = verb(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4)), exclude="1")
+            self.assertIn("one batch first", str(qnn.summary(model)))
+        with self.assertRaisesRegex(ValueError, "1 took no input yet .* run one batch first"):
+            qnn.convert(nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d()))
+
+    def test_little_is_said(self) -> None:
+        def model() -> nn.Module:
+            return nn.Sequential(nn.Embedding(100, 64), nn.Linear(64, 1), nn.Linear(1, 1))
+
+        for convert in (qnn.convert, lambda m: qnn.convert(m, inplace=True)):
+            with self.assertWarnsRegex(
+                UserWarning,
+                r"1\.0% of the parameters' bytes .*torch.nn.modules.sparse.Embedding \(25.6 kB\)",
+            ) as caught:
+                convert(model())
+            self.assertEqual(caught.filename, __file__)
+        with warnings.catch_warnings():  # what patterns leave is left on purpose
+            warnings.simplefilter("error")
+            qnn.convert(model(), include="1")
+            qnn.convert(nn.Sequential(nn.Linear(64, 64), nn.Linear(4, 4)), exclude="0")
+            qnn.convert(nn.Sequential(nn.Linear(64, 64), nn.Linear(4, 4)), {"1": "int8"})
+
+    def test_many_reasons_are_cut(self) -> None:
+        model = nn.Sequential(*(Tagged(4, 4) for _ in range(30)), nn.Conv1d(4, 4, 1))
+        with self.assertRaisesRegex(
+            ValueError, r"(?s)  and 10 more.*no layer that qnn knows: torch.nn.modules.conv.Conv1d"
+        ):
+            qnn.convert(model)
+
+
+class TestTraining(unittest.TestCase):
+    """Into training, to another scheme, back, and on to deployment."""
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"embedding": nn.Embedding(32, 64), "norm": nn.BatchNorm1d(64)})
+        model["first"], model["second"] = nn.Linear(64, 64), nn.Linear(64, 64)
+        model["head"] = nn.Linear(64, 32, bias=False)
+        model["head"].weight = model["embedding"].weight
+        return model
+
+    def identities(self, model: nn.Module) -> dict[str, int]:
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+        return {name: id(tensor) for name, tensor in named}
+
+    def test_every_tensor_is_shared(self) -> None:
+        model = self.model()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        twin = qnn.convert(model, "fp8", training=True)
+        self.assertIsNot(twin, model)
+        self.assertIs(type(model["first"]), nn.Linear)
+        self.assertEqual(self.identities(twin), self.identities(model))
+        before = twin["norm"].weight.detach().clone()
+        x = twin["norm"](twin["embedding"](torch.randint(32, (8,))))
+        twin["head"](twin["second"](twin["first"](x))).square().mean().backward()
+        optimizer.step()
+        self.assertFalse(torch.equal(before, twin["norm"].weight))
+        self.assertEqual(int(model["norm"].num_batches_tracked), 1)
+        # Without training it is a copy as ever.
+        self.assertFalse(
+            set(self.identities(qnn.convert(model)).values()) & set(self.identities(model).values())
+        )
+
+    @parameterized.expand([(False,), (True,)])
+    def test_to_another_scheme_and_back(self, inplace: bool) -> None:
+        model = self.model()
+        want = self.identities(model)
+        model = qnn.convert(model, "fp8", training=True, inplace=inplace)
+        model["first"].register_forward_hook(lambda *_: calls.append(1))
+        calls: list[int] = []
+        for scheme, schemes in (
+            ("mxfp8", ["mxfp8"] * 3),
+            ({"first": "nvfp4"}, ["nvfp4", "mxfp8", "mxfp8"]),
+            ({"second": None, "first": "fp8"}, ["fp8", None, "mxfp8"]),
+            ({"*": None}, [None] * 3),
+            ("fp8_block", ["fp8_block"] * 3),
+        ):
+            model = qnn.convert(model, scheme, training=True, inplace=inplace)
+            layers = [model[name] for name in ("first", "second", "head")]
+            self.assertEqual([getattr(layer, "scheme", None) for layer in layers], schemes)
+            for layer, held in zip(layers, schemes, strict=True):
+                self.assertIs(type(layer), nn.Linear if held is None else qnn.Linear)
+            self.assertEqual(self.identities(model), want)
+            model["first"](torch.randn(2, 64))
+            self.assertEqual(calls.pop(), 1)
+        reasons = {row.name: row.reason for row in qnn.summary(model).rows}
+        self.assertIsNone(reasons["first"])
+
+    @parameterized.expand([(False,), (True,)])
+    def test_deployment_ends_training(self, inplace: bool) -> None:
+        model = qnn.convert(self.model(), "fp8", training=True, inplace=inplace)
+        out = qnn.convert(model.eval(), {"*": "fp8", "second": None}, inplace=inplace)
+        kinds = [type(out[name]) for name in ("first", "second", "head")]
+        self.assertEqual(kinds, [QLinear, nn.Linear, nn.Linear])
+        self.assertIs(out["head"].weight, out["embedding"].weight)
+        reasons = {row.name: str(row.reason) for row in qnn.summary(out).rows}
+        self.assertIn("tied to 'embedding' (Embedding), which stays in float", reasons["head"])
+        self.assertEqual(reasons["second"], "the scheme map says None")
+        with self.assertRaisesRegex(ValueError, "converted already .*layer.dequantize.. gives"):
+            qnn.convert(nn.Sequential(out["first"]), {"*": None})
+
+    @parameterized.expand(
+        [
+            ("weight_norm", parametrizations.weight_norm),
+            ("spectral_norm", parametrizations.spectral_norm),
+            ("orthogonal", parametrizations.orthogonal),
+            ("old weight_norm", torch.nn.utils.weight_norm),
+            ("old spectral_norm", spectral_norm),
+            ("pruned", lambda m: prune.l1_unstructured(m, "weight", 0.5)),
+            ("pruned rows", lambda m: prune.ln_structured(m, "weight", 0.5, 2, 0)),
+        ]
+    )
+    def test_computed_weights(self, _: str, change: Any) -> None:
+        float_layer, layer = nn.Linear(64, 32), qnn.Linear(64, 32, scheme="fp8")
+        layer.load_state_dict(float_layer.state_dict())
+        grads = []
+        for each in (float_layer, layer):
+            torch.manual_seed(1)
+            x = torch.randn(16, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+            changed = change(each)
+            y = changed(x)
+            (y * torch.linspace(-1, 1, 32)).sum().backward()
+            grads.append([y, x.grad, *(p.grad for p in changed.parameters())])
+        for want, got in zip(*grads, strict=True):
+            self.assertGreater(qnn.sqnr(want, got), 15)
+        with self.assertRaisesRegex(ValueError, "parametrized|holds more than weights"):
+            qnn.convert(nn.Sequential(layer), "fp8")
+
+    def test_weights_that_are_views(self) -> None:
+        """As FSDP1 sets them: plain tensors, of one flat parameter."""
+        layer = qnn.Linear(64, 32, scheme="fp8")
+        flat = nn.Parameter(torch.cat([layer.weight.detach().ravel(), layer.bias.detach()]))
+        for name, part in (("weight", flat[: 64 * 32].view(32, 64)), ("bias", flat[64 * 32 :])):
+            del layer._parameters[name]
+            object.__setattr__(layer, name, part)
+        layer(torch.randn(5, 64)).sum().backward()
+        self.assertTrue((flat.grad != 0).all())
+        with self.assertRaisesRegex(ValueError, "x must be .*got .5, 63"):
+            layer(torch.randn(5, 63))
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class TestProgress(unittest.TestCase):
+    def run_with(self, progress: Any, seconds: float, terminal: bool = False) -> str:
+        clock = iter(range(1000))
+        text = Terminal() if terminal else io.StringIO()
+        with (
+            mock.patch("sys.stderr", text),
+            mock.patch("time.monotonic", lambda: next(clock) * seconds),
+        ):
+            qnn.convert(net(), progress=progress)
+            qnn.prepare(net(), progress=progress)
+        return text.getvalue()
+
+    def test_a_line(self) -> None:
+        always = self.run_with("always", 0.001)
+        for verb in ("convert", "prepare"):
+            self.assertRegex(always, f"\rqnn.{verb}: layer 5/5, [0-9.]+ s\n")
+        for quiet in (False, True):  # stderr is no terminal here
+            self.assertEqual(self.run_with(quiet, 10), "")
+        self.assertEqual(self.run_with(True, 0.001, terminal=True), "")  # it took no time
+        self.assertIn("\rqnn.convert: layer 1/5", self.run_with(True, 3, terminal=True))
+        self.assertEqual(self.run_with(False, 3, terminal=True), "")
+        for verb in (qnn.convert, qnn.prepare):
+            with self.assertRaisesRegex(ValueError, "progress must be True, False or 'always'"):
+                verb(net(), progress="yes")
 
 
 class TestTransformerEncoder(unittest.TestCase):

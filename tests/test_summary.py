@@ -58,10 +58,59 @@ class TestSummary(unittest.TestCase):
         self.assertEqual(text, repr(self.summary))
         self.assertTrue(text.startswith("name"))
         self.assertIn("there is no quantised nn.RNN", text)
-        self.assertLessEqual(len(text.splitlines()), len(self.rows) + 4)
+        self.assertLessEqual(len(text.splitlines()), len(self.rows) + len(self.summary.totals) + 7)
         data = json.loads(json.dumps(self.summary.to_dict()))
+        self.assertEqual(len(data["totals"]), len(self.summary.totals))
         self.assertEqual(len(data["rows"]), len(self.rows))
         self.assertEqual(data["bytes_after"], self.summary.bytes_after)
+
+    def test_totals_by_reason(self) -> None:
+        totals = self.summary.totals
+        left = [row for row in self.summary.rows if row.reason is not None]
+        self.assertEqual(sum(total.bytes for total in totals), sum(r.bytes_after for r in left))
+        self.assertEqual(sum(total.layers for total in totals), len(left))
+        self.assertEqual([t.bytes for t in totals], sorted((t.bytes for t in totals), reverse=True))
+        ties = nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in "abcd"})
+        ties["x"], ties["y"] = nn.Embedding(8, 8), nn.Embedding(8, 8)
+        ties["x"].weight, ties["y"].weight = ties["a"].weight, ties["b"].weight
+        totals = qnn.summary(qnn.convert(ties)).totals
+        self.assertEqual([(t.layers, t.bytes) for t in totals], [(2, 512), (2, 0)])
+        self.assertIn("its weight is tied to (Embedding)", totals[0].reason)
+
+    def test_what_is_probably_a_weight(self) -> None:
+        class Experts(nn.Module):
+            def __init__(self, width: int) -> None:
+                super().__init__()
+                self.up = nn.Parameter(torch.ones(4, width, 16))
+                self.pos_embed = nn.Parameter(torch.ones(1, 7, 16))
+                self.gain = nn.Parameter(torch.ones(1, 1, 16))
+
+        class Router(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.weight, self.other = (nn.Parameter(torch.ones(4, 16)) for _ in "ab")
+
+        table = qnn.summary(nn.Sequential(Experts(8), Experts(32), Router()))
+        words = [str(row.reason) for row in table.rows]
+        self.assertEqual(
+            words[0],
+            "Experts has no quantised layer; up [4, 8, 16] (2.0 kB) is probably a weight that "
+            "stays float",
+        )
+        self.assertRegex(words[2], r"weight \[4, 16\] .*, other \[4, 16\] .* each is probably a")
+        reasons = [total.reason for total in table.totals]
+        self.assertEqual(
+            reasons, ["Experts has no quantised layer", "Router has no quantised layer"]
+        )
+
+    def test_specific_reasons(self) -> None:
+        model = nn.Sequential(nn.MultiheadAttention(8, 2, kdim=4, vdim=6), nn.LazyLinear(3))
+        model.append(nn.LazyConv1d(3, 3)).append(nn.LazyBatchNorm1d())
+        words = {row.name: str(row.reason) for row in qnn.summary(model).rows}
+        self.assertIn("projections are parameters of its own, not linear", words["0"])
+        self.assertIn("weight nn.MultiheadAttention reads", words["0.out_proj"])
+        for name in "123":
+            self.assertIn("run one batch first", words[name])
 
     def test_float_and_meta_models(self) -> None:
         rows = qnn.summary(nn.Sequential(nn.Linear(2, 2))).rows

@@ -1,0 +1,86 @@
+"""Layers in the place of transformers' `Conv1D`: `y = x · weight + bias`, `weight` [in, out]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from qnn.kernels.formats import FLOATS
+from qnn.kinds import as_linear
+from qnn.observed_linear import ObservedLinear, fake_quantize_weight
+from qnn.qlinear import QLinear
+from qnn.quant_spec import QuantSpec
+
+
+class QConv1D(QLinear):
+    """A `QLinear` whose float state is that of transformers' `Conv1D`: `weight` `[in, out]`.
+
+    Its own state, its `weight` and its arithmetic are those of `QLinear`, `[out, in]`. Only float
+    checkpoints of the model, which `load_state_dict` quantises, and `dequantize()` have the other
+    layout. `convert` makes it.
+    """
+
+    def _read_state(self, given: dict[str, Any]) -> Any:
+        weight = given.get("weight")
+        if weight is not None and weight.dtype in FLOATS:
+            shape = [self.in_features, self.out_features]
+            if list(weight.shape) != shape:
+                raise ValueError(
+                    f"weight must be {shape}, as Conv1D has it, got {list(weight.shape)}."
+                )
+            given = {**given, "weight": weight.t()}
+        return super()._read_state(given)
+
+    def dequantize(self) -> nn.Module:  # type: ignore[override]
+        """A float `Conv1D` with the weight `(weight * weight_scale)ᵀ`."""
+        from transformers.pytorch_utils import Conv1D
+
+        linear = super().dequantize()
+        with torch.device("meta"):
+            layer: nn.Module = Conv1D(self.out_features, self.in_features)
+        layer.weight = nn.Parameter(linear.weight.detach().t().contiguous())
+        layer.bias = linear.bias
+        return layer.train(self.training)
+
+    @classmethod
+    def from_observed(cls, observed: ObservedLinear) -> QConv1D:
+        flat = ObservedLinear.from_float(_flat(observed), observed.input_quantize.spec)
+        flat.input_quantize = observed.input_quantize
+        made = super().from_observed(flat)
+        assert isinstance(made, QConv1D)  # noqa: S101
+        return made
+
+
+class ObservedConv1D(ObservedLinear):
+    """An `ObservedLinear` around the parameters of a `Conv1D`."""
+
+    @classmethod
+    def from_float(
+        cls, conv: nn.Module, spec: QuantSpec | None = None, qat: bool = False, *, name: str = ""
+    ) -> ObservedConv1D:
+        layer = super().from_float(as_linear(conv), spec, qat, name=name)
+        assert isinstance(layer, ObservedConv1D)  # noqa: S101
+        layer.weight = conv.weight  # type: ignore[assignment]
+        return layer
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        x = self.input_quantize(input)
+        if self.qat:
+            return nn.functional.linear(x, fake_quantize_weight(self.weight.t()), self.bias)
+        y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+def _flat(layer: nn.Linear) -> nn.Linear:
+    """The `nn.Linear` of a layer that holds the weight as `Conv1D` does."""
+    linear = nn.Linear(
+        layer.in_features, layer.out_features, False, device="meta", dtype=layer.weight.dtype
+    )
+    linear.weight = nn.Parameter(layer.weight.detach().t(), requires_grad=False)
+    linear.bias = layer.bias
+    return linear.train(layer.training)
+
+
+__all__ = ["ObservedConv1D", "QConv1D"]

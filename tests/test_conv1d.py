@@ -1,0 +1,217 @@
+"""Layers of other libraries that are linear: transformers' Conv1D, and look-alikes of nn.Linear."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import io
+import pickle
+import unittest
+from typing import Any
+
+import torch
+from parameterized import parameterized
+from torch import nn
+
+import qnn
+from qnn.kernels import SCHEMES
+from qnn.qlinear import QLinear
+
+from .common import same_bits
+
+TRANSFORMERS = importlib.util.find_spec("transformers") is not None
+WITHOUT_DATA = [name for name, scheme in SCHEMES.items() if not scheme.static]
+TRAINED = [name for name, scheme in SCHEMES.items() if scheme.training is not None]
+
+
+class Same(nn.Linear):
+    """Only its class differs."""
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+
+class Other(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+class TestSubclasses(unittest.TestCase):
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.ModuleDict(
+            {"block": nn.ModuleDict({"same": Same(32, 8), "other": Other(32, 8)})}
+        )
+        model["plain"] = nn.Linear(32, 8)
+        nn.init.normal_(model["block"]["same"].weight)
+        return model
+
+    @parameterized.expand(
+        [
+            ("type", Same, True),
+            ("name", "block.same", True),
+            ("wildcards", "*.sa?e", True),
+            ("callable", lambda _, m: isinstance(m, Same), True),
+            ("its parent", "block", False),
+            ("its parent's type", nn.ModuleDict, False),
+            ("all", "*", False),
+            ("nn.Linear", nn.Linear, False),
+        ]
+    )
+    def test_taken_when_named(self, _: str, pattern: Any, taken: bool) -> None:
+        verbs = (
+            lambda m: qnn.convert(m, include=[pattern, "plain"]),
+            lambda m: qnn.convert(m, {"plain": "int8", pattern: "int8"}),
+            lambda m: qnn.convert(m, "fp8", training=True, include=[pattern, "plain"]),
+            lambda m: qnn.prepare(m, include=[pattern, "plain"]),
+        )
+        for verb, kind in zip(
+            verbs, (QLinear, QLinear, qnn.Linear, qnn.ObservedLinear), strict=True
+        ):
+            out = verb(self.model())
+            self.assertIs(type(out["block"]["same"]), kind if taken else Same)
+            self.assertIs(type(out["plain"]), kind)
+            self.assertIs(type(out["block"]["other"]), Other)
+
+    def test_reasons(self) -> None:
+        model = self.model()
+        model["attention"] = nn.MultiheadAttention(8, 2)
+        out = qnn.convert(model, include=[Other, "attention.*", "plain", "block"])
+        words = {row.name: str(row.reason) for row in qnn.summary(out).rows}
+        self.assertIn("Same is a subclass of nn.Linear that computes what", words["block.same"])
+        self.assertIn("name it in include", words["block.same"])
+        self.assertIn("Other is a subclass of nn.Linear with a forward", words["block.other"])
+        self.assertIn("nn.MultiheadAttention reads", words["attention.out_proj"])
+
+    def test_values(self) -> None:
+        model, x = self.model()["block"]["same"], torch.randn(3, 32)
+        plain = nn.Linear(32, 8)
+        plain.load_state_dict(model.state_dict())
+        for scheme in WITHOUT_DATA:
+            got = qnn.convert(model, scheme, include=Same)(x)
+            self.assertTrue(same_bits(got, qnn.convert(plain, scheme)(x)))
+
+
+def conv1d(nx: int = 64, nf: int = 64) -> Any:
+    from transformers.pytorch_utils import Conv1D
+
+    layer = Conv1D(nf, nx)
+    nn.init.normal_(layer.weight, std=0.1)
+    nn.init.normal_(layer.bias)
+    return layer
+
+
+def twin(conv: Any) -> nn.Linear:
+    """The `nn.Linear` with the same values."""
+    nx, nf = conv.weight.shape
+    linear = nn.Linear(nx, nf)
+    with torch.no_grad():
+        linear.weight.copy_(conv.weight.t())
+        linear.bias.copy_(conv.bias)
+    return linear
+
+
+@unittest.skipUnless(TRANSFORMERS, "transformers is not installed")
+class TestConv1D(unittest.TestCase):
+    @parameterized.expand([(scheme, nf) for scheme in WITHOUT_DATA for nf in (64, 48)])
+    def test_it_is_the_linear_layer(self, scheme: str, nf: int) -> None:
+        conv, x = conv1d(nf=nf), torch.randn(2, 5, 64)
+        layer, want = qnn.convert(conv, scheme), qnn.convert(twin(conv), scheme)
+        self.assertIsInstance(layer, QLinear)
+        self.assertTrue(same_bits(layer(x), want(x)))
+        state = want.state_dict()
+        self.assertEqual(list(layer.state_dict()), list(state))
+        self.assertTrue(all(same_bits(t, state[n]) for n, t in layer.state_dict().items()))
+        again = qnn.convert(conv1d(nf=nf), scheme)
+        again.load_state_dict(layer.state_dict())
+        self.assertTrue(same_bits(again(x), want(x)))
+        again = qnn.convert(conv1d(nf=nf), scheme)
+        again.load_state_dict(conv.state_dict())  # a float checkpoint, transposed
+        self.assertTrue(same_bits(again(x), want(x)))
+        back = layer.dequantize()
+        self.assertIs(type(back), type(conv))
+        torch.testing.assert_close(back(x), want.dequantize()(x))
+        file = io.BytesIO()
+        torch.save(copy.deepcopy(layer), file)
+        file.seek(0)
+        copied = torch.load(file, weights_only=False)
+        self.assertTrue(same_bits(copied(x), want(x)))
+        with self.assertRaisesRegex(RuntimeError, r"weight must be \[64, .*as Conv1D has it"):
+            layer.load_state_dict({**conv.state_dict(), "weight": torch.ones(7, 64)})
+
+    @parameterized.expand(TRAINED)
+    def test_training(self, scheme: str) -> None:
+        conv = conv1d(nf=32)
+        linear = twin(conv)
+        layer, want = (qnn.convert(m, scheme, training=True) for m in (conv, linear))
+        self.assertIsInstance(layer, type(conv))
+        self.assertIs(layer.weight, conv.weight)
+        grads = []
+        for each in (layer, want):
+            torch.manual_seed(3)  # nvfp4 draws
+            x = torch.randn(6, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+            y = each(x)
+            (y * torch.linspace(-1, 1, 32)).sum().backward()
+            grads.append((y, x.grad, each.weight.grad, each.bias.grad))
+        (y, dx, dw, db), (want_y, want_dx, want_dw, want_db) = grads
+        for got, expected in ((y, want_y), (dx, want_dx), (dw.t(), want_dw), (db, want_db)):
+            self.assertTrue(same_bits(got.contiguous(), expected))
+        row = qnn.summary(layer).rows[0]
+        self.assertEqual((row.scheme, row.shape), (scheme, (32, 64)))
+        self.assertEqual(list(layer.state_dict()), list(conv.state_dict()))
+        deployed = qnn.convert(layer.eval(), scheme)
+        self.assertTrue(same_bits(deployed(x), qnn.convert(want.eval(), scheme)(x)))
+        back = qnn.convert(copy.deepcopy(layer), {"*": None}, training=True)
+        self.assertIs(type(back), type(conv))
+        pickle.loads(pickle.dumps(layer))
+
+    @parameterized.expand([(False,), (True,)])
+    def test_prepared(self, qat: bool) -> None:
+        conv, x = conv1d(nf=32), torch.randn(6, 64)
+        results = []
+        for model in (conv, twin(conv)):
+            prepared = qnn.prepare(nn.Sequential(model), qat=qat)
+            if not qat:
+                self.assertTrue(same_bits(prepared(x), model(x)))
+            qnn.calibrate(prepared, [x], progress=False)
+            converted = qnn.convert(prepared.eval())
+            self.assertGreater(qnn.sqnr(prepared(x), converted(x)), 30 + 70 * qat)
+            results.append(converted(x))
+        self.assertTrue(same_bits(*results))
+        model = nn.Sequential(conv)
+        weight = conv.weight
+        prepared = qnn.prepare(model, qat=True, inplace=True)
+        self.assertIs(prepared[0].weight, weight)
+        prepared.train()(x).sum().backward()
+        self.assertEqual(weight.grad.shape, (64, 32))
+
+    def test_ties(self) -> None:
+        convs = nn.ModuleDict({name: conv1d() for name in "abcd"})
+        convs["b"].weight = convs["a"].weight
+        convs["linear"], convs["embedding"] = nn.Linear(64, 64), nn.Embedding(64, 64)
+        convs["linear"].weight = convs["c"].weight
+        convs["d"].weight = convs["embedding"].weight
+        x = torch.randn(3, 64)
+        for inplace in (False, True):
+            model = copy.deepcopy(convs)
+            out = qnn.convert(model, inplace=inplace)
+            self.assertIs(out["a"].stored[0], out["b"].stored[0])
+            self.assertIs(out["c"].weight, out["linear"].weight)
+            words = {row.name: str(row.reason) for row in qnn.summary(out).rows}
+            for name in ("c", "linear", "d"):
+                self.assertIn("its weight is tied to", words[name])
+            for name in convs:
+                if name != "embedding":
+                    self.assertGreater(qnn.sqnr(convs[name](x), out[name](x)), 25, name)
+
+    def test_a_model(self) -> None:
+        model = nn.Sequential(conv1d(), nn.GELU(), conv1d(nf=48)).eval()
+        small = qnn.convert(model)
+        self.assertEqual(type(small[0]).__name__, "QConv1D")
+        table = qnn.compare(model, small, torch.randn(5, 64))
+        self.assertEqual(len(table.rows), 3)
+        self.assertGreater(table.output, 30)
+        row = qnn.summary(small).rows[1]
+        self.assertEqual((row.shape, row.bytes_before), ((48, 64), 4 * (48 * 64 + 48)))
+        words = str(qnn.summary(qnn.convert(model, exclude="2")).rows[1].reason)
+        self.assertEqual(words, "matches the exclude pattern '2'")
