@@ -19,6 +19,7 @@ from qnn.convert import convert
 from qnn.fake_quantize import FakeQuantize, freeze_observers, unfreeze_observers
 from qnn.kernels import SCHEMES, Format, Scheme
 from qnn.linear import Linear
+from qnn.load_pretrained import load_pretrained
 from qnn.observed_linear import ObservedLinear
 from qnn.prepare import prepare
 from qnn.qlinear import QLinear
@@ -52,6 +53,7 @@ __all__ = [
     "freeze_observers",
     "functional",
     "kernels",
+    "load_pretrained",
     "parts",
     "prepare",
     "sqnr",

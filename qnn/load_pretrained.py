@@ -1,0 +1,138 @@
+"""`load_pretrained`: a model of transformers or diffusers that was converted and saved."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qnn.compressed_tensors import describe, schemes_of
+from qnn.convert import convert
+from qnn.qlinear import QLinear
+from qnn.qlstm import QRecurrent
+
+
+def load_pretrained(cls: Any, folder: str | Path, **options: Any) -> Any:
+    """The converted model that `save_pretrained` wrote into `folder`, with its quantised layers.
+
+    The model is built from its config, converted to what the config says that it was, and loaded by
+    the library's own reader, which knows renamed and fused keys, tied weights and buffers that are
+    not in the file. Nothing is held in float on the way.
+
+    Args:
+        cls: the class to build: a model of transformers, one of its `Auto…` classes, or a model of
+            diffusers.
+        folder: where it was saved; for transformers also a name on its hub.
+        options: of `cls.from_pretrained`; none for diffusers.
+
+    Raises:
+        ValueError: the config has no description of qnn's, or describes other layers; the file
+            lacks tensors of a quantised layer, has them for a layer that is float, or holds values
+            that no layer takes, such as NaN.
+
+    >>> load_pretrained(BertModel, "bert-int8")  # doctest: +SKIP
+    """
+    if hasattr(cls, "load_config"):
+        if options:
+            raise TypeError(
+                f"qnn.load_pretrained({cls.__name__}, …): {', '.join(options)}: a model of "
+                "diffusers is loaded without options."
+            )
+        return _load_diffusers(cls, Path(folder))
+    return _load_transformers(cls, folder, options)
+
+
+def _load_transformers(cls: Any, folder: str | Path, options: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    _register()
+    who = f"qnn.load_pretrained({cls.__name__}, {str(folder)!r})"
+    config = options.pop("config", None)
+    if config is None:
+        reader = getattr(cls, "config_class", None) or AutoConfig
+        config = reader.from_pretrained(folder)
+    described = getattr(config, "quantization_config", None)
+    config.quantization_config = {"quant_method": "qnn", "described": described}
+    wanted = options.pop("output_loading_info", False)
+    model, info = cls.from_pretrained(folder, config=config, output_loading_info=True, **options)
+    model.hf_quantizer.remove_quantization_config(model)
+    _check(who, model, info)
+    describe(model)
+    return (model, info) if wanted else model
+
+
+@functools.cache
+def _register() -> None:
+    """Tell transformers what `quant_method` "qnn" is: convert the model that was built, on the meta
+    device, and read into it.
+    """
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    class Config(QuantizationConfigMixin):
+        def __init__(self, described: Any = None, **_: Any) -> None:
+            self.quant_method, self.described = "qnn", described
+
+    class Quantizer(HfQuantizer):
+        is_trainable = True
+        is_compileable = True
+
+        def is_serializable(self) -> bool:
+            return True
+
+        def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+            found = {"quantization_config": self.quantization_config.described}
+            convert(model, schemes_of(found, model), inplace=True)
+
+    register_quantization_config("qnn")(Config)
+    register_quantizer("qnn")(Quantizer)
+
+
+def _load_diffusers(cls: Any, folder: Path) -> Any:
+    config = dict(cls.load_config(folder))
+    described = {"quantization_config": config.pop("quantization_config", None)}
+    model = cls.from_config(config).eval()
+    convert(model, schemes_of(described, model), inplace=True)
+    model.load_state_dict(_state(folder), assign=True)
+    return model
+
+
+def _state(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a folder's safetensors files, memory-mapped."""
+    from safetensors.torch import load_file
+
+    state: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        state |= load_file(path)
+    return state
+
+
+def _check(who: str, model: nn.Module, info: Any) -> None:
+    """Refuse what transformers' reader leaves to a log line."""
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QLinear | QRecurrent)
+    }
+    missing = [key for key in info["missing_keys"] if key.rpartition(".")[0] in layers]
+    if missing:
+        raise ValueError(f"{who}: the file has no {', '.join(sorted(missing)[:5])}.")
+    modules = dict(model.named_modules())
+    floats = {k.rpartition(".")[0] for k in info["unexpected_keys"] if "scale" in k}
+    if odd := sorted(name for name in floats if name in modules):
+        raise ValueError(
+            f"{who}: the file has quantised {', '.join(odd[:5])}, which the config does not "
+            "describe."
+        )
+    for name, layer in layers.items():
+        # The reader sets parameters one by one; a layer's own reading checks them together.
+        try:
+            layer.load_state_dict(layer.state_dict(), assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"{who}: {name}: {error}") from None
+        for parameter_name, parameter in layer.named_parameters():
+            parameter.requires_grad_(parameter_name.startswith("bias"))
