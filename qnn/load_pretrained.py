@@ -60,6 +60,7 @@ def _load_transformers(cls: Any, folder: str | Path, options: dict[str, Any]) ->
     model, info = cls.from_pretrained(folder, config=config, output_loading_info=True, **options)
     model.hf_quantizer.remove_quantization_config(model)
     _check(who, model, info)
+    model.config.quantization_config = described
     describe(model)
     return (model, info) if wanted else model
 

@@ -174,7 +174,7 @@ class QRecurrent(Sequences):
         for name, value in floats.items():
             if value.dtype not in FLOATS:
                 raise TypeError(f"{who}: {name} must be float, got {value.dtype}.")
-            if not value.isfinite().all() if value.dim() == 1 else not_finite(value) is not None:
+            if not_finite(value) is not None:
                 raise ValueError(f"{who}: {name} holds NaN or inf.")
         if split_gates is None:
             split_gates = bool(getattr(layer, "split_gates", False))

@@ -47,6 +47,9 @@ class FloatWeight(torch.Tensor):
         )
         made._layer, made._name, made._values = layer, name, values
         if values is None:
+            # Flags of others on the parameter: transformers' says that it has been loaded, and is
+            # not to be drawn again.
+            made.__dict__.update(vars(held))
             made._is_param = True  # isinstance(layer.weight, nn.Parameter), as of nn.Linear
         return made
 
