@@ -69,30 +69,34 @@ def convert(
 ) -> ModelT:
     """Replace the `nn.Linear`, `nn.LSTM` and `nn.GRU` layers of `model` by quantised ones.
 
-    They become `QLinear`, `QLSTM` and `QGRU`. With `training=True` linear layers become
-    `qnn.Linear`, which keeps the float parameters and trains in the scheme's arithmetic; a model
-    that was trained so is converted once more to be deployed. A model from `qnn.prepare` that has
-    seen its data is converted by `convert(model)`: every prepared layer gets the scheme and the
-    ranges that it was prepared for.
+    They become `QLinear`, `QLSTM` and `QGRU`; transformers' `Conv1D` becomes a `QLinear` too. With
+    `training=True` linear layers become `qnn.Linear`, which keeps the float parameters and trains
+    in the scheme's arithmetic; a model that was trained so is converted once more to be deployed. A
+    model from `qnn.prepare` that has seen its data is converted by `convert(model)`: every prepared
+    layer gets the scheme and the ranges that it was prepared for.
 
     A pattern is a name with wildcards (`"encoder.layer.*.output"`), a module type, or a callable
     `(name, module) -> bool`; names and types pick everything inside the module that they match.
-    Layers of other kinds, subclasses with a meaning of their own, and recurrent layers where the
+    Layers of other kinds, subclasses with a forward of their own, and recurrent layers where the
     scheme has none (it has one in the int8 schemes), are left alone; `qnn.summary` lists each with
-    the reason.
+    the reason. A subclass of `nn.Linear` that computes the same is taken if a pattern names it.
 
     Modules that are shared stay shared, and so do tied weights; a layer whose weight is tied to
     something that stays float is left alone. Hooks, train or eval mode, devices and the
-    `requires_grad` of other parameters are kept.
+    `requires_grad` of other parameters are kept. What names a layer besides its parent, such as a
+    list or a bound method, follows it.
 
     Args:
         model: any module, also on the meta device. A bare `nn.Linear` gives a `QLinear`.
         scheme: a scheme's name, `"int8"` if None, or `{pattern: scheme}`, of which the last match
-            counts and None leaves a layer alone. None alone for a prepared model.
+            counts and None leaves a layer alone, or makes a training layer an `nn.Linear` again.
+            None alone for a prepared model.
         include: only layers that match; all if None.
         exclude: no layers that match.
         training: make layers that train in the scheme's arithmetic, around the same parameters;
-            the schemes that quantise weights alone, and int8, have none.
+            the schemes that quantise weights alone, and int8, have none. The result shares every
+            parameter and buffer with `model`, so that an optimizer goes on. A training model goes
+            to another scheme so.
         inplace: change `model` itself, one layer at a time; otherwise it is copied, and untouched.
         on_unsupported: `"error"`, or `"skip"` to leave out what a scheme cannot take.
         progress: a line on stderr once it has taken two seconds: True if stderr is a terminal,
@@ -104,7 +108,8 @@ def convert(
     Raises:
         ValueError: an unknown scheme, a pattern that matches nothing, nothing to convert, or
             layers that the scheme cannot take, each named with its reason; a prepared layer with a
-            part that has seen nothing, or NaN or infinite values. Nothing has been changed then.
+            part that has seen nothing, or NaN or infinite values; a model that cannot be copied, or
+            that names a layer where no other can be put. Nothing has been changed then.
         TypeError: an argument of the wrong kind.
 
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))

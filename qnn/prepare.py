@@ -43,10 +43,12 @@ def prepare(
 ) -> ModelT:
     """Insert observation points into the `nn.Linear`, `nn.LSTM` and `nn.GRU` layers of `model`.
 
-    They become `ObservedLinear`, `QuantizableLSTM` and `QuantizableGRU`, around the same
-    parameters. Run the model on data like that of its use, or `qnn.calibrate` it, and then
-    `qnn.convert(model)`. Without `qat` no output changes; with it, weights and parts are
-    fake-quantised, for training: what `convert` makes then computes what was trained.
+    They become `ObservedLinear`, `QuantizableLSTM` and `QuantizableGRU`. Their parameters are
+    copies, as the rest of the model is, and with `inplace=True` the same objects: an optimizer for
+    quantisation-aware training is made after a copy. Run the model on data like that of its use, or
+    `qnn.calibrate` it, and then `qnn.convert(model)`. Without `qat` no output changes; with it,
+    weights and parts are fake-quantised, for training: what `convert` makes then computes what was
+    trained.
 
     Args:
         model: any float module.
