@@ -22,6 +22,7 @@ from qnn.linear import Linear
 from qnn.load_pretrained import load_pretrained
 from qnn.observed_linear import ObservedLinear
 from qnn.prepare import prepare
+from qnn.qcell import QGRUCell, QLSTMCell
 from qnn.qlinear import QLinear
 from qnn.qlstm import QGRU, QLSTM
 from qnn.quant_spec import QuantSpec
@@ -39,6 +40,8 @@ __all__ = [
     "Format",
     "Linear",
     "ObservedLinear",
+    "QGRUCell",
+    "QLSTMCell",
     "QLinear",
     "QuantSpec",
     "QuantizableGRU",

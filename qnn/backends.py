@@ -13,7 +13,7 @@ from qnn.kernels.cuda.backends import has_kernel, state
 
 if TYPE_CHECKING:
     from qnn.qlinear import QLinear
-    from qnn.qlstm import QRecurrent
+    from qnn.qrecurrent import QRecurrent
 
 _DECODED = "float32 GEMM on decoded blocks of the weight"
 

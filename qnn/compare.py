@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.rnn import RNNBase
 
 from qnn.calibrate import is_namedtuple
-from qnn.kinds import is_layer, waits
+from qnn.kinds import is_layer, is_recurrent, waits
 from qnn.linear import is_training_layer
 from qnn.qlinear import QLinear
-from qnn.qlstm import QRecurrent
+from qnn.qrecurrent import QRecurrent
 
 
 def sqnr(reference: torch.Tensor, value: torch.Tensor) -> float:
@@ -165,7 +164,7 @@ def compare(
     originals = dict(float_model.named_modules())
     for name, layer in layers.items():
         recurrent, original = isinstance(layer, QRecurrent), originals.get(name)
-        if original is None or not is_layer(original) or isinstance(original, RNNBase) != recurrent:
+        if original is None or not is_layer(original) or is_recurrent(original) != recurrent:
             what = "recurrent" if recurrent else "linear"
             raise ValueError(
                 f"qnn.compare: the float model has no {what} layer {name!r}; are the models the "

@@ -19,7 +19,7 @@ from torch import nn
 
 from qnn.kernels import Scheme, get_scheme
 from qnn.qlinear import QLinear
-from qnn.qlstm import QRecurrent
+from qnn.qrecurrent import QRecurrent
 
 # Shown by transformers and diffusers as what they do not know; pydantic cuts at 50 characters.
 _READER = "use qnn.load_pretrained"

@@ -12,6 +12,7 @@ from torch.nn.modules.rnn import RNNBase
 
 from qnn import patterns, references
 from qnn.base import not_finite
+from qnn.cells import NAMES
 from qnn.compressed_tensors import describe
 from qnn.conv1d import QConv1D
 from qnn.kernels import get_scheme, recurrent, training_scheme
@@ -21,6 +22,7 @@ from qnn.kinds import (
     inventory,
     is_conv1d,
     is_layer,
+    is_recurrent,
     is_transposed,
     nbytes,
     own_tensors,
@@ -30,12 +32,16 @@ from qnn.kinds import (
     why_not_as_linear,
 )
 from qnn.linear import Linear, is_training_layer
+from qnn.observed import Observed
 from qnn.observed_linear import ObservedLinear, grid
 from qnn.patterns import Pattern, Patterns
 from qnn.progress import check_progress
+from qnn.qcell import QGRUCell, QLSTMCell
 from qnn.qlinear import QLinear
-from qnn.qlstm import QGRU, QLSTM, QRecurrent
-from qnn.quantizable import QuantizableGRU, QuantizableLSTM, QuantizableRecurrent
+from qnn.qlstm import QGRU, QLSTM
+from qnn.qrecurrent import QRecurrent
+from qnn.quantizable import QuantizableGRU, QuantizableLSTM
+from qnn.quantizable_cell import QuantizableGRUCell, QuantizableLSTMCell
 from qnn.swap import (
     ASKED,
     FLOAT,
@@ -53,6 +59,8 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 SchemeMap = Mapping[Pattern, str | None]
 RECURRENT: dict[type[nn.Module], type[QRecurrent]] = {
     nn.LSTM: QLSTM, QuantizableLSTM: QLSTM, nn.GRU: QGRU, QuantizableGRU: QGRU,
+    nn.LSTMCell: QLSTMCell, QuantizableLSTMCell: QLSTMCell,
+    nn.GRUCell: QGRUCell, QuantizableGRUCell: QGRUCell,
 }  # fmt: skip
 
 
@@ -69,7 +77,8 @@ def convert(
 ) -> ModelT:
     """Replace the `nn.Linear`, `nn.LSTM` and `nn.GRU` layers of `model` by quantised ones.
 
-    They become `QLinear`, `QLSTM` and `QGRU`; transformers' `Conv1D` becomes a `QLinear` too. With
+    They become `QLinear`, `QLSTM` and `QGRU`; `nn.LSTMCell` and `nn.GRUCell` become `QLSTMCell` and
+    `QGRUCell`, and transformers' `Conv1D` becomes a `QLinear` too. With
     `training=True` linear layers become `qnn.Linear`, which keeps the float parameters and trains
     in the scheme's arithmetic; a model that was trained so is converted once more to be deployed. A
     model from `qnn.prepare` that has seen its data is converted by `convert(model)`: every prepared
@@ -177,7 +186,7 @@ def _scheme_rules(
 
 def is_prepared(module: nn.Module) -> bool:
     """Whether a layer has observation points."""
-    if isinstance(module, QuantizableRecurrent):
+    if isinstance(module, Observed):
         return module.points is not None
     return isinstance(module, ObservedLinear)
 
@@ -222,7 +231,8 @@ def _make_plan(
     candidates = [
         name
         for name, module in modules.items()
-        if (is_layer(module) or is_training_layer(module)) and not isinstance(module, QLinear)
+        if (is_layer(module) or is_training_layer(module))
+        and not isinstance(module, QLinear | QRecurrent)
     ]
     plan, selected = select("qnn.convert", modules, candidates, rules, include, exclude)
     for name, (chosen, named) in selected.items():
@@ -257,12 +267,12 @@ def left_alone(
     """
     if waits(module) or hasattr(module, "parametrizations"):
         return None  # why_not_convert has a word on it
-    if not isinstance(module, RNNBase):
+    if not is_recurrent(module):
         plain = type(module) is nn.Linear or is_conv1d(module) or is_training_layer(module)
         return None if plain else why_not_as_linear(module, named)
     if type(module) not in RECURRENT:
         return (
-            f"{type(module).__name__} is a subclass of nn.LSTM or nn.GRU with a meaning of its own"
+            f"{type(module).__name__} is a subclass of a recurrent layer with a meaning of its own"
         )
     if training:
         return "there is no recurrent layer that trains in low precision; see qnn.prepare"
@@ -293,6 +303,8 @@ def why_not_convert(module: nn.Module, scheme: str = "int8_static") -> str | Non
     names = ["weight", "bias"]
     if isinstance(module, RNNBase):
         names = list(module._flat_weights_names)
+    elif is_recurrent(module):
+        names = list(NAMES)
     extra = [*(module._parameters.keys() - set(names)), *module._buffers]
     extra += [name for name in module._modules if name != "points"]
     missing = [name for name in names if name not in module._parameters]
@@ -359,7 +371,7 @@ def keep_ties_to_float(modules: dict[str, nn.Module], plan: Plan, who: str = "qn
             why = None
             if id(user) not in plan.schemes:
                 why = f"{_TIED} {other!r} ({type(user).__name__}), which stays in float"
-            elif isinstance(module, RNNBase):
+            elif is_recurrent(module):
                 why = f"{_TIED} {other!r}; recurrent layers do not share codes"
             elif is_transposed(module) != is_transposed(user):
                 why = f"{_TIED} {other!r}, which has it transposed"
@@ -485,7 +497,7 @@ def _maker(plan: Plan, training: bool) -> Make:
         if is_prepared(old):
             layer = kind.from_observed(old)
         else:
-            layer = kind.from_float(cast(RNNBase, old), cast(str, schemes[id(old)]))
+            layer = kind.from_float(old, cast(str, schemes[id(old)]))
         for name, parameter in old._parameters.items():
             if name.startswith("bias"):
                 layer._parameters[name] = own(parameter)
@@ -494,6 +506,6 @@ def _maker(plan: Plan, training: bool) -> Make:
     def make(old: nn.Module, own: Own) -> nn.Module:
         if training or schemes[id(old)] is None:
             return in_training(old, own)
-        return recurrent_layer(old, own) if isinstance(old, RNNBase) else linear(old, own)
+        return recurrent_layer(old, own) if is_recurrent(old) else linear(old, own)
 
     return make

@@ -37,11 +37,16 @@ def is_transposed(module: nn.Module) -> bool:
 _OBSERVED = "qnn.conv1d.ObservedConv1D"
 
 
-def is_layer(module: nn.Module) -> bool:
-    """Whether a module is of a kind that may be quantised: linear, or an LSTM or GRU."""
+def is_recurrent(module: nn.Module) -> bool:
+    """Whether a module is an LSTM or GRU, a layer or a cell, in any form."""
     if isinstance(module, RNNBase):
         return module.mode in ("LSTM", "GRU")
-    if isinstance(module, nn.Linear):
+    return isinstance(module, nn.LSTMCell | nn.GRUCell)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is of a kind that may be quantised: linear, or an LSTM or GRU."""
+    if is_recurrent(module) or isinstance(module, nn.Linear):
         return True
     return is_conv1d(module) or qualified(type(module)) in _AS_LINEAR
 

@@ -12,7 +12,7 @@ from torch import nn
 from qnn.compressed_tensors import describe, schemes_of
 from qnn.convert import convert
 from qnn.qlinear import QLinear
-from qnn.qlstm import QRecurrent
+from qnn.qrecurrent import QRecurrent
 
 
 def load_pretrained(cls: Any, folder: str | Path, **options: Any) -> Any:

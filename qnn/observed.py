@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar, cast
 
 import torch
@@ -21,6 +22,8 @@ class Observed(nn.Module):
     split_gates: bool
     qat: bool
     points: nn.ModuleDict | None
+    _suffixes: Callable[[], list[str]]
+    """What the names of each layer's and direction's parameters end with, in torch's order."""
 
     def _begin(self, split_gates: bool) -> None:
         if not isinstance(split_gates, bool):
@@ -28,7 +31,7 @@ class Observed(nn.Module):
                 f"split_gates should be of type bool, got: {type(split_gates).__name__}"
             )
         self.split_gates, self.qat = split_gates, False
-        self.points = None
+        self.register_module("points", None)
 
     def observe(self: ObservedT, parts: Specs | None = None, *, qat: bool = False) -> ObservedT:
         """Insert the observation points, or new ones in the place of those that were there.
@@ -70,7 +73,8 @@ class Observed(nn.Module):
         self.qat = qat
         return self
 
-    def _suffixes(self) -> list[str]:
+    def to_float(self) -> nn.Module:
+        """torch's layer around this layer's parameters themselves."""
         raise NotImplementedError
 
     def _names(self) -> dict[str, str]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from torch import nn
-from torch.nn.modules.rnn import RNNBase
 
 from qnn.conv1d import ObservedConv1D
 from qnn.convert import (
@@ -15,18 +14,24 @@ from qnn.convert import (
     nothing_to_do,
     why_not_convert,
 )
-from qnn.kinds import as_linear, is_layer, is_transposed
+from qnn.kinds import as_linear, is_layer, is_recurrent, is_transposed
 from qnn.linear import is_training_layer
+from qnn.observed import Observed
 from qnn.observed_linear import ObservedLinear
 from qnn.parts import Specs
 from qnn.patterns import Patterns
 from qnn.progress import check_progress
 from qnn.qlinear import QLinear
-from qnn.qlstm import QRecurrent
-from qnn.quantizable import QuantizableGRU, QuantizableLSTM, QuantizableRecurrent
+from qnn.qrecurrent import QRecurrent
+from qnn.quantizable import QuantizableGRU, QuantizableLSTM
+from qnn.quantizable_cell import QuantizableGRUCell, QuantizableLSTMCell
 from qnn.swap import Make, Own, Plan, leave_fast_path, raise_unsupported, select, swapped
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+_QUANTIZABLE: dict[type[nn.Module], Any] = {
+    nn.LSTM: QuantizableLSTM, nn.GRU: QuantizableGRU,
+    nn.LSTMCell: QuantizableLSTMCell, nn.GRUCell: QuantizableGRUCell,
+}  # fmt: skip
 
 
 def prepare(
@@ -126,7 +131,7 @@ def _maker(names: dict[int, str], parts: Specs | None, split_gates: bool, qat: b
         new: nn.Module
         if is_transposed(old):
             new = ObservedConv1D.from_float(old, qat=qat, name=names[id(old)])
-        elif not isinstance(old, RNNBase):
+        elif not is_recurrent(old):
             new = ObservedLinear.from_float(as_linear(old), qat=qat, name=names[id(old)])
         else:
             new = _quantizable(old, split_gates).observe(parts, qat=qat)
@@ -143,16 +148,16 @@ def _check_parts(
 ) -> None:
     """Raise what `observe` raises, before anything is changed."""
     for module in modules.values():
-        if id(module) in plan.schemes and isinstance(module, RNNBase):
+        if id(module) in plan.schemes and is_recurrent(module):
             _quantizable(module, split_gates).observe(parts)
 
 
-def _quantizable(module: nn.Module, split_gates: bool) -> QuantizableRecurrent:
+def _quantizable(module: nn.Module, split_gates: bool) -> Observed:
     """The quantisable layer around a recurrent layer's parameters."""
-    if isinstance(module, QuantizableRecurrent):
+    if isinstance(module, Observed):
         split_gates, module = split_gates or module.split_gates, module.to_float()
-    kind = QuantizableLSTM if isinstance(module, nn.LSTM) else QuantizableGRU
-    return kind.from_float(cast(Any, module), split_gates=split_gates)
+    made: Observed = _QUANTIZABLE[type(module)].from_float(module, split_gates=split_gates)
+    return made
 
 
 def _is_quantised(module: nn.Module) -> bool:

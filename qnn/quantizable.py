@@ -60,6 +60,7 @@ class QuantizableLSTM(QuantizableRecurrent):
     fused = staticmethod(torch.lstm)
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     check_forward_args: Any = nn.LSTM.check_forward_args
+    permute_hidden: Any = nn.LSTM.permute_hidden
 
     def __init__(
         self,

@@ -8,22 +8,20 @@ import torch
 from torch import nn
 from torch.nn.modules.rnn import RNNCellBase
 
+from qnn.cells import NAMES, Cells
 from qnn.fake_quantize import FakeQuantize
 from qnn.functional.float_recurrent import States, Weights, float_layer
 from qnn.observed import Observed
 
 CellT = TypeVar("CellT", bound="QuantizableCell")
-NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-class QuantizableCell(Observed, RNNCellBase):
+class QuantizableCell(Cells, Observed):
     """What `QuantizableLSTMCell` and `QuantizableGRUCell` share."""
 
     float_class: type[RNNCellBase]
     fused: Any
     """torch's own kernel."""
-
-    gates: int
 
     def __init__(
         self,
@@ -35,7 +33,8 @@ class QuantizableCell(Observed, RNNCellBase):
         *,
         split_gates: bool = False,
     ) -> None:
-        super().__init__(input_size, hidden_size, bias, self.gates, device, dtype)
+        make: Any = self.float_class.__init__
+        make(self, input_size, hidden_size, bias, device, dtype)
         self._begin(split_gates)
 
     @classmethod
@@ -69,34 +68,14 @@ class QuantizableCell(Observed, RNNCellBase):
         """The observation points by part, as `QuantizableLSTM.parts`; empty if not observed."""
         return self._parts("")
 
-    def _suffixes(self) -> list[str]:
-        return [""]
-
-    def forward(self, input: torch.Tensor, hx: Any = None) -> Any:
-        if input.dim() not in (1, 2):
-            raise ValueError(
-                f"{self.mode}Cell: Expected input to be 1D or 2D, got {input.dim()}D instead"
-            )
-        batched = input.dim() == 2
-        x = input if batched else input.unsqueeze(0)
-        if hx is None:
-            zeros = x.new_zeros(x.shape[0], self.hidden_size)
-            states: States = (zeros,) if self.mode == "GRU" else (zeros, zeros)
-        else:
-            states = self._given(hx)
-            states = states if batched else tuple(state.unsqueeze(0) for state in states)
+    def _run(self, x: torch.Tensor, states: States, given: bool) -> States:
         if self.split_gates or self.qat:
-            last = self._step(x, states, hx is not None)
-        else:
-            last = self._fused(x, states)
-            if self._observes:
-                with torch.no_grad():
-                    self._step(x, states, hx is not None)
-        last = last if batched else tuple(state.squeeze(0) for state in last)
-        return last[0] if self.mode == "GRU" else last
-
-    def _given(self, hx: Any) -> States:
-        raise NotImplementedError
+            return self._step(x, states, given)
+        last = self._fused(x, states)
+        if self._observes:
+            with torch.no_grad():
+                self._step(x, states, given)
+        return last
 
     def _fused(self, x: torch.Tensor, states: States) -> States:
         given = states[0] if self.mode == "GRU" else states
@@ -120,29 +99,11 @@ class QuantizableCell(Observed, RNNCellBase):
         self._observe("", points, reverse=False, lengths=None)
         return last
 
-    def _check(self, x: torch.Tensor, states: States) -> None:
-        """What torch's kernel checks, in its words."""
-        if x.shape[1] != self.input_size:
-            raise RuntimeError(
-                f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}"
-            )
-        for index, state in enumerate(states):
-            if state.shape[0] != x.shape[0]:
-                raise RuntimeError(
-                    f"Input batch size {x.shape[0]} doesn't match hidden{index} batch size "
-                    f"{state.shape[0]}"
-                )
-            if state.shape[1] != self.hidden_size:
-                raise RuntimeError(
-                    f"hidden{index} has inconsistent hidden_size: got {state.shape[1]}, expected "
-                    f"{self.hidden_size}"
-                )
-
     def extra_repr(self) -> str:
         return super().extra_repr() + self._extra()
 
 
-class QuantizableLSTMCell(QuantizableCell):
+class QuantizableLSTMCell(QuantizableCell, nn.LSTMCell):
     """`nn.LSTMCell`, one step of an LSTM, which can be observed and trained quantisation-aware.
 
     Arithmetic, parts and `split_gates` are those of `QuantizableLSTM`; parameters, initialisation
@@ -168,18 +129,9 @@ class QuantizableLSTMCell(QuantizableCell):
     float_class = nn.LSTMCell
     fused = staticmethod(torch.lstm_cell)
     mode = "LSTM"
-    gates = 4
-
-    def _given(self, hx: Any) -> States:
-        for index, state in enumerate(hx):
-            if state.dim() not in (1, 2):
-                raise ValueError(
-                    f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead"
-                )
-        return hx[0], hx[1]
 
 
-class QuantizableGRUCell(QuantizableCell):
+class QuantizableGRUCell(QuantizableCell, nn.GRUCell):
     """`nn.GRUCell`, one step of a GRU, which can be observed and trained quantisation-aware.
 
     All else is as in `QuantizableLSTMCell`, with one state h and 3H for 4H.
@@ -191,12 +143,6 @@ class QuantizableGRUCell(QuantizableCell):
     float_class = nn.GRUCell
     fused = staticmethod(torch.gru_cell)
     mode = "GRU"
-    gates = 3
-
-    def _given(self, hx: Any) -> States:
-        if hx.dim() not in (1, 2):
-            raise ValueError(f"GRUCell: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
-        return (hx,)
 
 
 def _arguments(cell: RNNCellBase) -> tuple[int, int, bool]:

@@ -17,7 +17,7 @@ from qnn.sequences import Sequences
 LayerT = TypeVar("LayerT", bound="QuantizableRecurrent")
 
 
-class QuantizableRecurrent(Sequences, Observed, RNNBase):
+class QuantizableRecurrent(Sequences, Observed):
     """All but the constructor."""
 
     float_class: type[RNNBase]

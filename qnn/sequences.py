@@ -5,32 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from qnn.functional.float_recurrent import States
 
 
-class Sequences(nn.Module):
-    """A recurrent layer that takes what `nn.LSTM` or `nn.GRU` takes; a subclass has their
-    attributes, and `_run` for sequences `[T, B, I]`.
+class Sequences(RNNBase):
+    """A recurrent layer that takes what `nn.LSTM` or `nn.GRU` takes, and has what they have; a
+    subclass has `_run` for sequences `[T, B, I]`.
+
+    It is an `nn.RNNBase`, and cannot be an `nn.LSTM`: Dynamo refuses each module that is one.
     """
-
-    mode: str
-    input_size: int
-    hidden_size: int
-    num_layers: int
-    bias: bool
-    batch_first: bool
-    dropout: float
-    bidirectional: bool
-    proj_size: int
-
-    check_input: Any = RNNBase.check_input
-    check_hidden_size: Any = RNNBase.check_hidden_size
-    get_expected_hidden_size: Any = RNNBase.get_expected_hidden_size
-    get_expected_cell_size: Any = nn.LSTM.get_expected_cell_size
 
     def _run(
         self, x: torch.Tensor, states: States, given: bool, lengths: torch.Tensor | None
@@ -38,9 +24,7 @@ class Sequences(nn.Module):
         """The outputs `[T, B, D·P]` and the last states; `given`: not the zeros of no hx."""
         raise NotImplementedError
 
-    def forward(
-        self, input: Any, hx: Any = None, lengths: torch.Tensor | None = None
-    ) -> tuple[Any, Any]:
+    def forward(self, input: Any, hx: Any = None, lengths: Any = None) -> tuple[Any, Any]:
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError(f"{self._who}: a PackedSequence has its own lengths.")
@@ -129,20 +113,29 @@ class Sequences(nn.Module):
     def _returned(self, states: States) -> Any:
         return states[0] if self.mode == "GRU" else states
 
-    def _checked(self, lengths: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def _checked(self, lengths: Any, x: torch.Tensor) -> torch.Tensor:
+        """Lengths as an op takes them, int64, of whole numbers in any form."""
         limit, batch = x.shape[:2]
-        if lengths.dim() != 1 or lengths.shape[0] != batch or lengths.dtype != torch.int64:
+        given = lengths if isinstance(lengths, torch.Tensor) else None
+        if isinstance(lengths, list | tuple) and all(type(each) is int for each in lengths):
+            given = torch.tensor(lengths, dtype=torch.int64)
+        if given is None or given.dtype not in _WHOLE or tuple(given.shape) != (batch,):
+            got = type(lengths).__name__
+            if isinstance(lengths, list | tuple):
+                got = f"{lengths!r}"
+            elif given is not None:
+                got = f"{given.dtype} {list(given.shape)}"
             raise ValueError(
-                f"{self._who}: lengths must be int64 [{batch}], a length for each sequence of the "
-                f"batch; got {lengths.dtype} {list(lengths.shape)}."
+                f"{self._who}: lengths must be {batch} whole numbers, one for each sequence of the "
+                f"batch, as a tensor of integers or a list; got {got}."
             )
         # A graph cannot raise on values: there a length beyond T counts as T, and one below 0 as 0.
-        if not torch.compiler.is_compiling() and bool(((lengths < 0) | (lengths > limit)).any()):
+        if not torch.compiler.is_compiling() and bool(((given < 0) | (given > limit)).any()):
             raise ValueError(
                 f"{self._who}: lengths must lie in 0 … {limit}, the number of steps; got "
-                f"{int(lengths.min())} … {int(lengths.max())}."
+                f"{int(given.min())} … {int(given.max())}."
             )
-        return lengths.to(x.device)
+        return given.to(x.device, torch.int64)
 
     def _suffixes(self) -> list[str]:
         """What the names of each layer's and direction's parameters end with, in torch's order."""
@@ -152,3 +145,6 @@ class Sequences(nn.Module):
     @property
     def _who(self) -> str:
         return f"qnn.{type(self).__name__}({self.extra_repr()})"
+
+
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

@@ -17,14 +17,14 @@ from qnn.kinds import is_layer, nbytes, own_tensors, waits
 from qnn.kinds import size as _size
 from qnn.linear import is_training_layer
 from qnn.qlinear import QLinear
-from qnn.qlstm import QRecurrent
+from qnn.qrecurrent import QRecurrent
 from qnn.statistics import Statistics
 from qnn.swap import REASON
 
 # Layers that people expect to be quantised too, and why they are not.
 _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.RNN, "there is no quantised nn.RNN, only LSTM and GRU"),
-    (nn.RNNCellBase, "there is no quantised cell; a QLSTM or QGRU takes one step at a time"),
+    (nn.RNNCell, "there is no quantised nn.RNNCell, only LSTMCell and GRUCell"),
     (nn.Embedding, "embeddings are looked up, not multiplied: left in float"),
     (nn.EmbeddingBag, "embeddings are looked up, not multiplied: left in float"),
     (nn.modules.conv._ConvNd, "there is no quantised convolution yet"),
@@ -194,9 +194,8 @@ def _rows(model: nn.Module) -> Iterator[Row]:
         elif isinstance(module, QRecurrent):
             values = [t for t in fresh if t.dtype == torch.int8 or t.dim() == 1]
             before = module.dtype.itemsize * sum(map(torch.numel, values))
-            shape = tuple(module._parameters["weight_hh_l0"].shape)  # type: ignore[union-attr]
             backend = recurrent_backend(module)
-            yield Row(name, kind, module.scheme, shape, before, after, backend, None)
+            yield Row(name, kind, module.scheme, module.matrix, before, after, backend, None)
         elif is_training_layer(module):
             layer: Any = module
             shape = (layer.out_features, layer.in_features)

@@ -3,14 +3,17 @@ refuse. The kernels are held to the references in test_recurrent_kernels.py.
 """
 
 import copy
+import inspect
 import io
 import itertools
 import pickle
 import tempfile
 import unittest
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -234,7 +237,11 @@ class TestContract(unittest.TestCase):
             (lambda: gru(x, x[0]), RuntimeError, "hx should also be 3-D but got 2-D tensor"),
             (lambda: gru(x, x[:1]), RuntimeError, "Expected hidden size"),
             (lambda: quantized(x, None, torch.tensor([6, 1, 1])), ValueError, "0 … 5.*got 1 … 6"),
-            (lambda: quantized(x, None, torch.tensor([1, 1])), ValueError, r"int64 \[3\].*\[2\]"),
+            (
+                lambda: quantized(x, None, torch.tensor([1, 1])),
+                ValueError,
+                r"3 whole numbers.*\[2\]",
+            ),
             (lambda: quantized(x, None, torch.ones(3)), ValueError, "got torch.float32"),
             (
                 lambda: quantized(pack_padded_sequence(x, [5, 5, 5]), None, torch.ones(3)),
@@ -245,15 +252,14 @@ class TestContract(unittest.TestCase):
             (lambda: qnn.QLSTM(6, 0), ValueError, "hidden_size must be greater than zero"),
             (lambda: qnn.QLSTM(6, 9, proj_size=9), ValueError, "smaller than hidden_size"),
             (lambda: qnn.QLSTM(6, 9, dropout=2), ValueError, "number in range"),
-            (lambda: qnn.QLSTM(66000, 9), ValueError, "65793 the int32 sum of a row can overflow"),
+            (
+                lambda: qnn.QLSTM(66000, 9, scheme="int8_static"),
+                ValueError,
+                "65793 the int32 sum of a row can overflow",
+            ),
             (lambda: qnn.QLSTM.from_float(nn.GRU(6, 9)), TypeError, "takes an nn.LSTM or a qnn.Qu"),
             (lambda: qnn.QGRU.from_float(nn.Linear(6, 9)), TypeError, "got Linear"),
             (lambda: qnn.QLSTM.from_observed(nn.LSTM(6, 9)), TypeError, "qnn.QuantizableLSTM, got"),
-            (
-                lambda: qnn.QLSTM.from_float(nn.LSTM(6, 9), "int8_static"),
-                ValueError,
-                "qnn.prepare the model",
-            ),
             (
                 lambda: qnn.QLSTM.from_observed(qnn.QuantizableLSTM(6, 9)),
                 ValueError,
@@ -268,6 +274,119 @@ class TestContract(unittest.TestCase):
             broken.weight_hh_l0[3, 2] = torch.nan
         with self.assertRaisesRegex(ValueError, "weight_hh_l0 holds NaN or inf"):
             qnn.QLSTM.from_float(broken)
+
+
+class TestAsTorchs(unittest.TestCase):
+    """What other code finds on a layer that it takes for torch's."""
+
+    @parameterized.expand(
+        [(cell, options, bias) for cell in (0, 1) for options in LAYERS for bias in (True, False)]
+    )
+    def test_everything_that_torchs_layer_has(self, cell: int, options: str, bias: bool) -> None:
+        layer: Any = CELLS[cell][0](6, 9, bias=bias, **LAYERS[options])
+        observed: Any = (qnn.QuantizableLSTM, qnn.QuantizableGRU)[cell]
+        x, batch = torch.randn(3, 2, 6), torch.tensor([2])
+        order = torch.tensor([1, 0])
+        for kind in (observed, CELLS[cell][1]):
+            made = kind(6, 9, bias=bias, **LAYERS[options])
+            self.assertIsInstance(made, nn.RNNBase)
+            self.assertEqual([name for name in dir(layer) if not hasattr(made, name)], [])
+            for name in dir(layer):
+                mine, other = getattr(made, name), getattr(layer, name)
+                self.assertEqual(callable(mine), callable(other), name)
+                if isinstance(other, int | str | float | tuple) and name not in _OWN:
+                    self.assertEqual(mine, other, name)
+                if callable(other) and not name.startswith("_") and hasattr(other, "__self__"):
+                    given = list(inspect.signature(other).parameters)
+                    own = list(inspect.signature(mine).parameters)
+                    self.assertEqual(own[: len(given)], given, name)
+            self.assertIsNone(made.flatten_parameters())
+            self.assertEqual(made._flat_weights_names, layer._flat_weights_names)
+            self.assertEqual(made._all_weights, layer._all_weights)
+            self.assertEqual(
+                [[w.shape for w in each] for each in made.all_weights],
+                [[w.shape for w in each] for each in layer.all_weights],
+            )
+            self.assertEqual(len(made._flat_weights), len(layer._flat_weights))
+            state = torch.randn(layer.get_expected_hidden_size(x, None))
+            given: Any = (state, state) if cell == 0 else state
+            for call in (
+                lambda m: m.permute_hidden(given, order),  # noqa: B023
+                lambda m: m.check_forward_args(x, given, None),  # noqa: B023
+                lambda m: m.get_expected_hidden_size(x[0], batch),
+            ):
+                got, want = call(made), call(layer)
+                if want is None or isinstance(want[0], int):
+                    self.assertEqual(got, want)
+                else:
+                    self.assertTrue(alike((got[0], got), (want[0], want)))
+            self.assertTrue(torch.equal(made(input=x, hx=given)[0], made(x, given)[0]))
+
+    @parameterized.expand(grid())
+    def test_one_tensor_may_be_both_states_and_the_input(self, scheme: str, cell: int) -> None:
+        _, quantized = twin(scheme, cell, 9, 9)
+        x = torch.randn(1, 3, 9)
+        state: Any = (x, x) if cell == 0 else x
+        with torch.no_grad():
+            want = quantized(x, state)
+            torch._dynamo.reset()
+            compiled = torch.compile(quantized, backend="aot_eager", fullgraph=True)
+            self.assertTrue(alike(compiled(x, state), want))
+
+    def test_lengths_in_every_form(self) -> None:
+        for made in (qnn.QLSTM(6, 9), qnn.QGRU(6, 9), qnn.QuantizableGRU(6, 9)):
+            x = torch.randn(3, 2, 6)
+            want = made(x, None, torch.tensor([3, 2]))
+            forms = [[3, 2], (3, 2), torch.tensor([3, 2], dtype=torch.int32)]
+            for lengths in (*forms, torch.tensor([3, 2], dtype=torch.uint8)):
+                self.assertTrue(alike(made(x, None, lengths), want))
+            bad = [[3], [3.0, 2.0], [True, False], "32", 3, np.array([3, 2]), torch.ones(2) > 0]
+            for lengths in (*bad, torch.tensor([3.0, 2.0]), torch.tensor([[3], [2]])):
+                with self.assertRaisesRegex(ValueError, "lengths must be 2 whole numbers"):
+                    made(x, None, lengths)
+
+    @parameterized.expand(
+        [(scheme, kind) for scheme in ("int8", "int8_weight") for kind in range(4)]
+    )
+    def test_converted_on_meta(self, scheme: str, at: int) -> None:
+        kind: Any = (nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell)[at]
+        with torch.device("meta"):
+            empty = qnn.convert(nn.Sequential(kind(6, 8), nn.Linear(8, 2)), scheme)
+        torch.manual_seed(0)
+        full = qnn.convert(nn.Sequential(kind(6, 8), nn.Linear(8, 2)), scheme)
+        self.assertTrue(all(p.is_meta for p in empty.parameters()))
+        empty.load_state_dict(full.state_dict(), assign=True)
+        x = torch.randn(4, 6)
+        self.assertTrue(all(map(same_bits, _leaves(empty[0](x)), _leaves(full[0](x)))))
+
+
+_KINDS = (nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell)
+
+
+def _options(kind: Any) -> dict[str, Any]:
+    return {"num_layers": 2} if issubclass(kind, nn.RNNBase) else {}
+
+
+def _one(kind: Any, scheme: str) -> tuple[Any, Any]:
+    """A float layer or cell and its quantised twin, seeded; a static one is calibrated."""
+    torch.manual_seed(1)
+    layer = kind(6, 9, **_options(kind)).eval()
+    if scheme != "int8_static":
+        return layer, qnn.convert(layer, scheme)
+    return layer, qnn.convert(qnn.calibrate(qnn.prepare(layer), [torch.randn(12, 6)]))
+
+
+def _with(values: torch.Tensor, at: Any, value: Any) -> torch.Tensor:
+    changed = values.clone()
+    changed[at] = value
+    return changed
+
+
+_OWN = {"__doc__", "__module__", "__annotations__"}
+
+
+def _leaves(value: Any) -> list[torch.Tensor]:
+    return [value] if isinstance(value, torch.Tensor) else [t for v in value for t in _leaves(v)]
 
 
 class TestModes(unittest.TestCase):
@@ -473,29 +592,125 @@ class TestState(unittest.TestCase):
         self.assertEqual(parent[0].dtype, torch.bfloat16)
 
     def test_bad_states(self) -> None:
-        layer, quantized = twin("int8", 0, 6, 9)
-        good = quantized.state_dict()
-        cases = [
-            ({**good, "weight_ih_l0": good["weight_ih_l0"][:, :5]}, r"must be \[36, 6\], got"),
-            ({**good, "weight_ih_l0": good["weight_ih_l0"].int()}, "int32, but scheme 'int8' stor"),
-            (
-                {**good, "weight_ih_l0": layer.weight_ih_l0},
-                "yet the state has a weight_ih_l0_scale",
-            ),
-            ({n: t for n, t in good.items() if n != "weight_hh_l0"}, "weight_hh_l0_scale but no"),
-            ({n: t for n, t in good.items() if n != "weight_hh_l0_scale"}, "no weight_hh_l0_scale"),
-            ({**good, "weight_hh_l0_scale": -good["weight_hh_l0_scale"]}, "positive and finite"),
-        ]
-        for state, words in cases:
-            for strict in (True, False):
-                with self.subTest(words), self.assertRaisesRegex(RuntimeError, words):
-                    copy.deepcopy(quantized).load_state_dict(state, strict=strict)
-        with self.assertRaisesRegex(RuntimeError, "load it before qnn.prepare"):
-            qnn.QLSTM(6, 9, scheme="int8_static").load_state_dict(layer.state_dict())
+        for scheme, kind in itertools.product(("int8", "int8_static"), _KINDS):
+            layer, quantized = _one(kind, scheme)
+            end = "_l1" if isinstance(layer, nn.RNNBase) else ""
+            good = {name: t.clone() for name, t in quantized.state_dict().items()}
+            x = torch.randn(5, 6)
+            want = [t.clone() for t in _leaves(quantized(x))]
+            for words, change in self._bad(good, end, layer, scheme):
+                state = change(dict(good))
+                for strict in (True, False):
+                    with self.subTest(f"{kind.__name__}: {words}"):
+                        with self.assertRaisesRegex(RuntimeError, words):
+                            quantized.load_state_dict(state, strict=strict)
+                        self.assertTrue(all(map(same_bits, _leaves(quantized(x)), want)))
 
-    def test_a_static_layer_without_ranges(self) -> None:
-        with self.assertRaisesRegex(ValueError, "table must give the part input a positive scale"):
-            qnn.QLSTM(6, 9, scheme="int8_static")(torch.randn(5, 3, 6))
+    def _bad(
+        self, good: dict[str, torch.Tensor], end: str, layer: nn.Module, scheme: str
+    ) -> Iterator[tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]]:
+        """What an error says, and what makes a good state bad."""
+        hh, scale, bias = f"weight_hh{end}", f"weight_hh{end}_scale", f"bias_ih{end}"
+
+        def put(name: str, value: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+            return lambda state: {**state, name: value}
+
+        def drop(*names: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+            return lambda state: {n: t for n, t in state.items() if n not in names}
+
+        yield f"{hh} must be .*got", put(hh, good[hh][:, :5])
+        yield f"{hh} is torch.int32, but scheme '{scheme}' st", put(hh, good[hh].int())
+        yield f"yet the state has a {scale}", put(hh, layer.state_dict()[hh])
+        yield f"has a {scale} but no {hh}", drop(hh)
+        yield f"no {scale}", drop(scale)
+        yield f"has a weight_.* but no {hh}", drop(hh, scale)
+        yield f"but no {bias}.*whole", drop(bias)
+        yield f"{scale} must be positive and finite", put(scale, -good[scale])
+        yield f"{scale} must be positive and finite", put(scale, good[scale] * torch.nan)
+        yield f"{scale} must be float32", put(scale, good[scale][1:])
+        for dtype in (torch.bool, torch.int32, torch.float8_e4m3fn):
+            yield f"{scale} is {dtype}", put(scale, good[scale].to(dtype))
+        yield f"{bias} must be float", put(bias, good[bias].int())
+        yield f"{bias} holds NaN or inf in row 3", put(bias, _with(good[bias], 3, torch.inf))
+        yield f"{bias} must be ", put(bias, good[bias][1:])
+        table = f"table{end}"
+        if scheme == "int8":
+            yield f"{table} belongs to another scheme", put(table, torch.zeros(17, 4))
+            return
+        values = good[table]
+        yield f"no {table}", drop(table)
+        yield "no table", lambda _: layer.state_dict()
+        for dtype in (torch.int8, torch.bool, torch.float8_e5m2):
+            yield f"{table} is {dtype}", put(table, values.to(dtype))
+        yield f"{table} must be float32", put(table, values[1:])
+        yield f"{table} must be finite", put(table, _with(values, (3, 0), torch.nan))
+        yield "the part input must have a positive", put(table, _with(values, (0, 0), 0.0))
+        yield "must have a positive, finite scale", put(table, _with(values, (1, 0), -1.0))
+        yield "whole zero point and whole ends", put(table, _with(values, (3, 1), 0.5))
+        yield "must have qmin ≤ qmax", put(table, _with(values, (3, 2), values[3, 3] + 1))
+        yield "hidden_state enters an int8 product", put(table, _with(values, (1, 3), 4000.0))
+
+    @parameterized.expand([(dtype,) for dtype in (torch.float16, torch.float64, torch.bfloat16)])
+    def test_float32_is_read_from_any_float(self, dtype: torch.dtype) -> None:
+        _, quantized = _one(nn.LSTM, "int8_static")
+        good = quantized.state_dict()
+        quantized.load_state_dict(
+            {
+                n: t.to(dtype) if t.is_floating_point() else t
+                for n, t in good.items()
+                if not n.startswith("table")
+            }
+            | {n: t.double() for n, t in good.items() if n[0] == "t"}
+        )
+        self.assertEqual(
+            {t.dtype for t in quantized.state_dict().values()}, {torch.int8, torch.float32}
+        )
+
+    @parameterized.expand([(at,) for at in range(4)])
+    def test_a_static_layer_without_ranges(self, at: int) -> None:
+        layer, calibrated = _one(_KINDS[at], "int8_static")
+        x = torch.randn(5, 6)
+        for made in (
+            type(calibrated)(6, 9, scheme="int8_static", **_options(_KINDS[at])),
+            type(calibrated).from_float(layer, "int8_static"),
+            qnn.convert(layer, "int8_static"),
+        ):
+            self.assertIn("not calibrated", repr(made))
+            with self.assertRaisesRegex(RuntimeError, "is not calibrated.*Load a state.*prepare"):
+                made(x)
+            made.load_state_dict(calibrated.state_dict())
+            self.assertNotIn("not calibrated", repr(made))
+            self.assertTrue(all(map(same_bits, _leaves(made(x)), _leaves(calibrated(x)))))
+
+    @parameterized.expand([(at, scheme) for at in range(4) for scheme in recurrent.SCHEMES])
+    def test_weights_read_as_floats_and_take_writes(self, at: int, scheme: str) -> None:
+        layer, quantized = _one(_KINDS[at], scheme)
+        back, x = quantized.dequantize(), torch.randn(5, 6)
+
+        def run() -> list[torch.Tensor]:
+            states = quantized(x) if at > 1 else quantized(x)[1]
+            return _leaves(quantized(x, states))
+
+        want = run()
+        for name in [n for n, _ in layer.named_parameters() if n.startswith("weight")]:
+            view = getattr(quantized, name)
+            self.assertEqual((view.dtype, view.shape), (torch.float32, getattr(layer, name).shape))
+            self.assertTrue(torch.equal(view + 0, getattr(back, name)))
+            codes = quantized.state_dict()[name].clone()
+            with torch.no_grad():
+                view.mul_(2)
+            self.assertTrue(torch.equal(getattr(quantized, name) + 0, getattr(back, name) * 2))
+            with self.assertRaisesRegex(ValueError, f"{name} holds NaN"):
+                setattr(quantized, name, nn.Parameter(getattr(layer, name).detach() * torch.nan))
+            with self.assertRaisesRegex(TypeError, "a write to a part or a view"):
+                getattr(quantized, name)[0].zero_()
+            getattr(quantized, name).data = getattr(layer, name).detach()
+            self.assertTrue(torch.equal(quantized.state_dict()[name], codes))
+            setattr(quantized, name, nn.Parameter(getattr(layer, name).detach() / 2))
+            self.assertFalse(same_bits(run()[0], want[0]))
+            setattr(quantized, name, nn.Parameter(getattr(layer, name).detach()))
+            self.assertEqual(quantized.state_dict()[name].dtype, torch.int8)
+        self.assertTrue(all(map(same_bits, run(), want)))
 
     def test_resident_bytes(self) -> None:
         layer, quantized = twin("int8", 0, 256, 512)

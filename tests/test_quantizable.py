@@ -26,6 +26,7 @@ from torch.nn.utils.rnn import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import qnn
 from qnn.quantizable import QuantizableGRU, QuantizableLSTM
 from qnn.quantizable_cell import QuantizableGRUCell, QuantizableLSTMCell
 from tests.common import forked
@@ -242,9 +243,12 @@ class TestLengths(unittest.TestCase):
         for call, message in (
             (
                 lambda: lstm(x, lengths=torch.tensor([3])),
-                r"QuantizableLSTM\(5, 7\): lengths .*\[2\]",
+                r"QuantizableLSTM\(5, 7\): lengths .*\[1\]",
             ),
-            (lambda: lstm(x, lengths=torch.tensor([3.0, 1.0])), "lengths must be int64"),
+            (
+                lambda: lstm(x, lengths=torch.tensor([3.0, 1.0])),
+                "lengths must be 2 whole numbers.*float32",
+            ),
             (lambda: lstm(x, lengths=torch.tensor([4, 1])), r"0 … 3, .*; got 1 … 4"),
             (lambda: lstm(x, lengths=torch.tensor([-1, 1])), r"0 … 3, .*; got -1 … 1"),
             (lambda: lstm(x[:, 0], lengths=torch.tensor([3])), "needs a batch"),
@@ -673,6 +677,14 @@ class TestFaults(unittest.TestCase):
         assert_close(tensors(compiled(x, lengths=lengths)), tensors(made(x, lengths=lengths)))
         with torch.no_grad():
             assert_close(tensors(compiled(x)), tensors(made(x)))
+
+
+class TestPreparedAgain(unittest.TestCase):
+    def test_a_layer_without_points_gets_them(self) -> None:
+        for made in (QuantizableLSTM(5, 7), QuantizableGRU(5, 7)):
+            prepared = qnn.prepare(nn.Sequential(made))
+            self.assertIn("hidden_state", prepared[0].parts())
+            self.assertEqual(made.parts(), {})
 
 
 class TestModes(unittest.TestCase):
