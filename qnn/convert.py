@@ -271,9 +271,10 @@ def left_alone(
         plain = type(module) is nn.Linear or is_conv1d(module) or is_training_layer(module)
         return None if plain else why_not_as_linear(module, named)
     if type(module) not in RECURRENT:
-        return (
-            f"{type(module).__name__} is a subclass of a recurrent layer with a meaning of its own"
-        )
+        kind = "nn.LSTM or nn.GRU"
+        if not isinstance(module, RNNBase):
+            kind = "nn.LSTMCell or nn.GRUCell"
+        return f"{type(module).__name__} is a subclass of {kind} with a meaning of its own"
     if training:
         return "there is no recurrent layer that trains in low precision; see qnn.prepare"
     if scheme not in recurrent.SCHEMES:
