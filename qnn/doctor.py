@@ -99,6 +99,7 @@ def report() -> dict[str, Any]:
             "compiler": kernels.compiler,
             "missing": list(kernels.missing),
             "tiers": dict(kernels.tiers),
+            "passed_over": list(kernels.passed_over),
         },
         "cuda_kernels": {
             "table": [list(row) for row in backends.table()],
@@ -121,7 +122,8 @@ def _native_lines(data: dict[str, Any]) -> list[str]:
         "lacks": ", ".join(data["missing"]),
         "tiers": ", ".join(f"{name}: {state}" for name, state in data["tiers"].items()),
     }
-    return [f"  {name:8} {text}" for name, text in rows.items() if text]
+    lines = [f"  {name:8} {text}" for name, text in rows.items() if text]
+    return lines + [f"  passed over: {line}" for line in data["passed_over"]]
 
 
 def _columns(rows: list[Any]) -> list[str]:

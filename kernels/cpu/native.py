@@ -1,13 +1,16 @@
 """The library of the C++ kernels: found, built and loaded, once a process.
 
 It is looked for in the package (a wheel may bring it), then in the user's cache (`cache.py`). It
-counts only if its digest (`toolchain.digest`) is that of the sources in the package. Where there is
+counts only if its digest (`toolchain.digest`) is that of the sources in the package, if it is what
+was built, byte for byte, and if nobody else could have put it there (`trust.py`). Where there is
 none, the first call that needs it builds it, once for each user and digest. A build that failed is
 remembered and not tried again, in any process, before `python -m qnn build`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import platform
 import shutil
@@ -15,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
@@ -28,6 +31,7 @@ from qnn.kernels.cpu.toolchain import (
     RECORD,
     BuildError,
     Compiler,
+    FullError,
     NoCompilerError,
     Record,
     build_library,
@@ -68,6 +72,7 @@ class Status:
         reason: why it is not loaded, and what to do.
         compiler: what built it, or would.
         missing: the tiers that this compiler was too old for.
+        passed_over: libraries and folders that were not taken, each with the reason.
         tiers: what the loaded library says of each tier on this CPU, the best first.
     """
 
@@ -77,6 +82,7 @@ class Status:
     compiler: str = ""
     missing: tuple[str, ...] = ()
     tiers: tuple[tuple[str, str], ...] = ()
+    passed_over: tuple[str, ...] = ()
 
     @property
     def loaded(self) -> bool:
@@ -161,13 +167,31 @@ if hasattr(os, "register_at_fork"):
 
 def find(csrc: Path = CSRC) -> Path | None:
     """The library of these sources, if there is one. Compiles nothing and runs nothing."""
-    if _disabled(csrc):
-        return None
-    key = digest(csrc)
-    brought, record = csrc.parent / LIBRARY, Record.read(csrc.parent / RECORD)
-    if record is not None and record.digest == key and brought.is_file():
-        return brought
-    return next((path for f in cache.folders(key) if (path := f / LIBRARY).is_file()), None)
+    return None if _disabled(csrc) else _look(csrc)[0]
+
+
+# Libraries that were what was built and did not load, with the loader's words.
+_unloadable: dict[Path, str] = {}
+_NOT_MAPPED = "failed to map segment"  # what the loader says where no code may run from
+
+
+def _look(csrc: Path) -> tuple[Path | None, tuple[str, ...]]:
+    """The first library that may be loaded, and what was passed over on the way to it."""
+    key, passed_over = digest(csrc), []
+    for path, why_not in _candidates(csrc, key):
+        why_not = why_not or _unloadable.get(path, "")
+        if not why_not:
+            return path, tuple(passed_over)
+        passed_over.append(f"{path}: {why_not}")
+    return None, tuple(passed_over)
+
+
+def _candidates(csrc: Path, key: str) -> Iterator[tuple[Path, str]]:
+    # Whoever could change the package could change its Python too.
+    brought = csrc.parent / LIBRARY
+    if os.path.lexists(brought):
+        yield brought, cache.why_not_library(brought, key, owned=False)
+    yield from cache.libraries(key)
 
 
 def build(*, force: bool = False, log: TextIO | None = None, csrc: Path = CSRC) -> Path:
@@ -190,14 +214,20 @@ def ready(csrc: Path = CSRC) -> Status:
     with _lock:
         if _final is not None:
             return _final
+        why = _disabled(csrc)
+        if why:
+            return Status("disabled", reason=why)
         try:
-            path = find(csrc)
-            if path is None:
-                return _not_loaded(csrc)
+            while True:
+                path, passed_over = _look(csrc)
+                if path is None:
+                    return _not_loaded(csrc, passed_over)
+                opened = _open(path, csrc)
+                if opened.loaded or _NOT_MAPPED not in opened.reason:
+                    _final = replace(opened, passed_over=passed_over)
+                    return _final
         except OSError as error:
             return Status("failed", reason=f"cannot read the sources or the cache: {error}")
-        _final = _open(path, csrc)
-        return _final
 
 
 def ensure(csrc: Path = CSRC) -> Status:
@@ -214,29 +244,33 @@ def ensure(csrc: Path = CSRC) -> Status:
 def status(csrc: Path = CSRC) -> Status:
     """As `ready`, and asks which compiler would build what is not there; for `doctor`."""
     now = ready(csrc)
-    if now is not _NOT_BUILT:
+    if now.reason != _NOT_BUILT.reason:
         return now
+    held = cache.held(digest(csrc))
     try:
-        return replace(now, compiler=find_compiler().name)
+        return replace(
+            now,
+            compiler=find_compiler().name,
+            reason=f"not built yet: {held}" if held else now.reason,
+        )
     except NoCompilerError as error:
-        return Status("absent", reason=str(error))
+        return replace(now, reason=str(error))
 
 
 def _disabled(csrc: Path) -> str:
     if sys.platform != "linux":
         return f"there are no native kernels for {platform.system()}, only for Linux"
+    if (path := cache.forbidden()) is not None:
+        return f"native code is forbidden by {path}"
     if not next(csrc.glob("*.cpp"), None):
         return f"this installation has no C++ sources in {csrc}: install qnn again"
     return ""
 
 
-def _not_loaded(csrc: Path) -> Status:
-    why = _disabled(csrc)
-    if why:
-        return Status("disabled", reason=why)
-    failures = map(cache.failure, cache.folders(digest(csrc)))
-    reason = next(filter(None, failures), "")
-    return Status("failed", reason=reason) if reason else _NOT_BUILT
+def _not_loaded(csrc: Path, passed_over: tuple[str, ...] = ()) -> Status:
+    reason = cache.failure(digest(csrc))
+    now = Status("failed", reason=reason) if reason else _NOT_BUILT
+    return replace(now, passed_over=passed_over) if passed_over else now
 
 
 def _built(csrc: Path) -> Status:
@@ -244,21 +278,29 @@ def _built(csrc: Path) -> Status:
     if why:
         return Status("disabled", reason=why)
     try:
-        return _open(_build(csrc, force=False, asked=False, log=sys.stderr), csrc)
+        while True:
+            path = _build(csrc, force=False, asked=False, log=sys.stderr)
+            opened = _open(path, csrc)
+            if opened.loaded or _NOT_MAPPED not in opened.reason:
+                break  # else it is passed over from now on
     except NoCompilerError as error:
-        return Status("absent", reason=str(error))
-    except BuildError as error:
-        return Status("failed", reason=str(error))
+        opened = Status("absent", reason=str(error))
+    except (BuildError, OSError) as error:
+        opened = Status("failed", reason=str(error))
+    with contextlib.suppress(OSError):
+        opened = replace(opened, passed_over=_look(csrc)[1])
+    return opened
 
 
 def _open(path: Path, csrc: Path) -> Status:
     try:
         _load(path)
     except OSError as error:
+        _unloadable[path] = f"does not load: {error}"
         return Status(
             "failed", path, f"{path} does not load: {error}; try python -m qnn build --force"
         )
-    record = Record.read(path.with_name(RECORD)) or Record("", "unknown", ())
+    record = Record.read(path.with_name(RECORD)) or Record("", "unknown", (), 0, "")
     return Status(
         "prebuilt" if path.parent == csrc.parent else "built",
         path,
@@ -300,23 +342,31 @@ def _build(csrc: Path, *, force: bool, asked: bool, log: TextIO | None) -> Path:
     why = _disabled(csrc)
     if why:
         raise BuildError(why)
+    # Where a library could not be mapped, another would not be.
+    skipped = {} if asked else {path.parent: why for path, why in _unloadable.items()}
     try:
-        found, key = find(csrc), digest(csrc)
+        found, key = _look(csrc)[0], digest(csrc)
+        if found is not None and not force:
+            return found
+        if found is not None and found.parent == csrc.parent:
+            raise BuildError(
+                f"the package brings {found}, built from these sources: delete it first"
+            )
+        while True:
+            with cache.locked(key, lambda line: _say(log, line), skipped) as folder:
+                library = folder / LIBRARY
+                if not force and not cache.why_not_library(library, key):
+                    return library  # another process was first
+                known = "" if asked else cache.failure_in(folder)
+                if known:
+                    raise BuildError(known)
+                try:
+                    _build_in(folder, csrc, key, asked, log)
+                    return library
+                except FullError as error:
+                    skipped[folder] = str(error)  # the next one may lie on another disk
     except OSError as error:
         raise BuildError(f"cannot read the sources or the cache: {error}") from error
-    if found is not None and not force:
-        return found
-    if found is not None and found.parent == csrc.parent:
-        raise BuildError(f"the package brings {found}, built from these sources: delete it first")
-    with cache.locked(key) as folder:
-        library = folder / LIBRARY
-        if library.is_file() and not force:  # another process was first
-            return library
-        known = "" if asked else cache.failure(folder)
-        if known:
-            raise BuildError(known)
-        _build_in(folder, csrc, key, asked, log)
-        return library
 
 
 def _build_in(folder: Path, csrc: Path, key: str, asked: bool, log: TextIO | None) -> None:
@@ -324,22 +374,33 @@ def _build_in(folder: Path, csrc: Path, key: str, asked: bool, log: TextIO | Non
     for leftover in folder.glob("tmp-*"):  # of a builder that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     line, torch_folder, outcome = _Line(log, compiler), Path(torch.__path__[0]), "interrupted"
+
+    def step(done: int, total: int) -> None:
+        cache.sign_of_life(folder)
+        line.step(done, total)
+
     try:
         with tempfile.TemporaryDirectory(
             prefix="tmp-", dir=folder, ignore_cleanup_errors=True
         ) as scratch:
             build_library(
                 csrc, folder / LIBRARY, torch_folder, Path(scratch), compiler=compiler, key=key,
-                progress=line.step,
+                progress=step,
             )  # fmt: skip
         cache.forget(folder)
         outcome = f"done in {time.perf_counter() - line.start:.1f} s"
     except (BuildError, OSError) as error:
+        if isinstance(error, FullError) or getattr(error, "errno", 0) in _FULL:
+            outcome = "failed: the disk is full"
+            raise FullError("the disk is full") from error
         reason = cache.remember(folder, error)
         outcome = "failed" if asked else f"failed: {reason}"
         raise BuildError(reason) from error
     finally:
         line.end(outcome)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class _Line:
@@ -360,10 +421,16 @@ class _Line:
         self._say(f"\r{self._text}{text}\n" if self._counts else f"{text}\n")
 
     def _say(self, text: str) -> None:
-        if self._stream is None:
-            return
-        try:
-            self._stream.write(text)
-            self._stream.flush()
-        except (OSError, ValueError):  # closed, or a pipe without a reader: building goes on
+        if not _say(self._stream, text):
             self._stream = None
+
+
+def _say(stream: TextIO | None, text: str) -> bool:
+    """Whether it could be said."""
+    try:
+        if stream is not None:
+            stream.write(text)
+            stream.flush()
+    except (OSError, ValueError):  # closed, or a pipe without a reader: building goes on
+        return False
+    return stream is not None

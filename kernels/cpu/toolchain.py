@@ -64,6 +64,13 @@ class BuildError(RuntimeError):
         self.log = log
 
 
+class FullError(BuildError):
+    """The disk has no room for the build."""
+
+
+_FULL = ("No space left on device", "Disk quota exceeded")
+
+
 class NoCompilerError(BuildError):
     """No C++ compiler was found, so that nothing was tried."""
 
@@ -85,24 +92,28 @@ class Compiler:
 
 @dataclass(frozen=True)
 class Record:
-    """What is written beside a library: the digest of its sources, the compiler, and the tiers that
-    this compiler is too old for.
+    """What is written beside a library: the digest of its sources, the compiler, the tiers that
+    this compiler is too old for, and what the library is known by.
     """
 
     digest: str
     compiler: str
     missing: tuple[str, ...]
+    size: int
+    sha256: str
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(vars(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def read(cls, path: Path) -> Record | None:
-        """The record, or None where there is none that can be read."""
+    def read(cls, path: Path, text: Callable[[Path], str] = Path.read_text) -> Record | None:
+        """The record, or None where there is none that can be read; `text` reads the file."""
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            return cls(str(data["digest"]), str(data["compiler"]), tuple(map(str, data["missing"])))
-        except (OSError, ValueError, KeyError, TypeError):
+            data = json.loads(text(path))
+            missing = tuple(map(str, data["missing"]))
+            size, sha256 = int(data["size"]), str(data["sha256"])
+            return cls(str(data["digest"]), str(data["compiler"]), missing, size, sha256)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
 
@@ -128,28 +139,89 @@ def find_compiler() -> Compiler:
     """
     chosen = os.environ.get("CXX", "").strip()
     if chosen:
-        words = shlex.split(chosen)
-        path = shutil.which(words[0])
+        fix = "; set CXX to a compiler, or unset it to use c++, g++ or clang++"
+        try:
+            words = shlex.split(chosen)
+        except ValueError as error:
+            raise NoCompilerError(
+                f"no C++ compiler: CXX is {chosen!r}, which is not a command ({error}){fix}"
+            ) from None
+        path = shutil.which(words[0]) if words else None
         if path is None:
             raise NoCompilerError(
-                f"no C++ compiler: CXX is {chosen!r}, which is no program here; set it to one, or "
-                "unset it to use c++, g++ or clang++"
+                f"no C++ compiler: CXX is {chosen!r}, which is not a program here{fix}"
             )
         command = (path, *words[1:])
     else:
+        fix = "; install g++ or clang++, or set CXX"
         paths = [path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))]
         if not paths:
-            raise NoCompilerError("no C++ compiler: install g++ or clang++, or set CXX")
+            raise NoCompilerError(f"no C++ compiler{fix}")
         command = (paths[0],)
-    try:
-        done = subprocess.run(  # noqa: S603, the user's own compiler
-            [*command, "--version"], capture_output=True, text=True, errors="replace", check=False
-        )
-    except OSError as error:
+    code, version = _version(command)
+    if code != 0:
+        how = f"exit code {code}" if isinstance(code, int) else code
         raise NoCompilerError(
-            f"no C++ compiler: {command[0]} does not run ({error.strerror})"
-        ) from None
-    return Compiler(command, next(iter(done.stdout.splitlines()), "version unknown"))
+            f"no C++ compiler: {shlex.join(command)} does not run (--version: {how}){fix}"
+        )
+    return Compiler(command, version)
+
+
+# Seconds in which a compiler says its version, compiles one line, and compiles or links a file: in
+# 0.01, 0.1 and 10 where nothing else runs.
+_SAID, _TRIED, _COMPILED = 20.0, 60.0, 600.0
+
+
+def _version(command: tuple[str, ...]) -> tuple[int | str, str]:
+    """The outcome of `--version`, and the first line of what it says."""
+    end, out = os.pipe()
+    try:
+        code = _Process([*command, "--version"], out, subprocess.DEVNULL).wait(_SAID)
+        os.set_blocking(end, False)  # whoever holds the other end still
+        output = os.read(end, 1 << 16).decode(errors="replace")
+    except BlockingIOError:
+        output = ""
+    except OSError as error:
+        code, output = error.strerror or str(error), ""
+    finally:
+        os.close(end)
+        os.close(out)
+    return code, next(iter(output.splitlines()), "version unknown")
+
+
+class _Process:
+    """A command in a session of its own, which ends with all that it has started."""
+
+    def __init__(
+        self, command: list[str], out: int, err: int, environment: dict[str, str] | None = None
+    ) -> None:
+        self._start = time.monotonic()
+        self._process = subprocess.Popen(  # noqa: S603, the user's own compiler
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment,
+            start_new_session=True,  # Ctrl-C is for Python, which then stops them all
+        )  # fmt: skip
+
+    def poll(self, limit: float) -> int | str | None:
+        """Its exit code; None while it runs; after `limit` seconds it is stopped, in words."""
+        code = self._process.poll()
+        if code is None and time.monotonic() - self._start > limit:
+            self.stop()
+            return f"stopped after {limit:.0f} s"
+        return code
+
+    def wait(self, limit: float) -> int | str:
+        try:
+            while (code := self.poll(limit)) is None:
+                time.sleep(0.005)
+        finally:
+            self.stop()
+        return code
+
+    def stop(self) -> None:
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
 
 def build_library(
@@ -198,17 +270,28 @@ def build_library(
     _run_all(compiler, {LIBRARY: link}, scratch, lambda done: progress(total, total))
     if digest(csrc) != key:
         raise BuildError(f"the sources in {csrc} changed while they were compiled: build again")
+    with whole.open("rb") as file:  # a power cut must not leave a name without its bytes
+        os.fsync(file.fileno())
+        content = file.read()
     record = Record(
         key,
         f"{compiler.name} ({shlex.join(compiler.command)})",
         tuple(Path(name).stem for name in refused),
+        len(content),
+        hashlib.sha256(content).hexdigest(),
     )
     record.write(scratch / RECORD)
-    with whole.open("rb") as file:  # a power cut must not leave a name without its bytes
-        os.fsync(file.fileno())
-    os.replace(scratch / RECORD, target.with_name(RECORD))
-    os.replace(whole, target)
+    whole.chmod(0o755)  # whatever the umask is, nobody else may write to what will be loaded
+    (scratch / RECORD).chmod(0o644)
+    _replace(scratch / RECORD, target.with_name(RECORD))
+    _replace(whole, target)
     return record
+
+
+def _replace(new: Path, old: Path) -> None:
+    if old.is_dir() and not old.is_symlink():  # which no file replaces
+        shutil.rmtree(old)
+    os.replace(new, old)
 
 
 def _refused(compiler: Compiler, names: list[str], scratch: Path) -> list[str]:
@@ -216,13 +299,22 @@ def _refused(compiler: Compiler, names: list[str], scratch: Path) -> list[str]:
     line = scratch / "flags.cc"
     line.write_text("int flags;\n")
     asked = {
-        name: subprocess.Popen(  # noqa: S603
+        name: _Process(
             [*compiler.command, *MACHINE_FLAGS[name], "-c", str(line), "-o", f"{scratch / name}.o"],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            subprocess.DEVNULL, subprocess.DEVNULL, _environment(scratch),
         )
         for name in names
     }  # fmt: skip
-    return [name for name, process in asked.items() if process.wait() != 0]
+    codes = {name: process.wait(_TRIED) for name, process in asked.items()}
+    stopped = next((code for code in codes.values() if isinstance(code, str)), None)
+    if stopped is not None:
+        raise BuildError(f"{compiler.name} could not compile one line (it was {stopped})")
+    return [name for name, code in codes.items() if code != 0]
+
+
+def _environment(scratch: Path) -> dict[str, str]:
+    """A compiler's own files lie in `scratch` too, and not on another disk, which may be full."""
+    return {**os.environ, "TMPDIR": str(scratch)}
 
 
 def _run_all(
@@ -231,44 +323,52 @@ def _run_all(
     scratch: Path,
     finished: Callable[[int], None],
 ) -> None:
-    """Run all commands, one a core at a time; the first failure stops the rest."""
+    """Run all commands, one a core at a time; the first failure stops the rest. `finished(count)`
+    is called at least once a second.
+    """
     waiting = list(commands)
-    running: dict[str, subprocess.Popen[bytes]] = {}
-    done = 0
+    running: dict[str, _Process] = {}
+    done, told = 0, time.monotonic()
     try:
         while waiting or running:
             while waiting and len(running) < _cores():
                 name = waiting.pop(0)
                 with (scratch / f"{name}.log").open("wb") as log:
-                    running[name] = subprocess.Popen(  # noqa: S603
-                        commands[name], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                        start_new_session=True,  # Ctrl-C is for Python, which then stops them all
-                    )  # fmt: skip
-            for name in [name for name, process in running.items() if process.poll() is not None]:
-                code = running.pop(name).returncode
+                    running[name] = _Process(
+                        commands[name], log.fileno(), log.fileno(), _environment(scratch)
+                    )
+            for name, process in list(running.items()):
+                code = process.poll(_COMPILED)
+                if code is None:
+                    continue
+                del running[name]
                 if code != 0:
                     raise _failure(compiler, name, commands[name], code, scratch)
                 done += 1
                 finished(done)
+            if time.monotonic() - told > 1:
+                told = time.monotonic()
+                finished(done)
             time.sleep(0.01)
     finally:
         for process in running.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        for process in running.values():
-            process.wait()
+            process.stop()
 
 
 def _failure(
-    compiler: Compiler, name: str, command: list[str], code: int, scratch: Path
+    compiler: Compiler, name: str, command: list[str], code: int | str, scratch: Path
 ) -> BuildError:
     output = (scratch / f"{name}.log").read_text(encoding="utf-8", errors="replace")[:20_000]
-    how = f"was killed by signal {-code}" if code < 0 else f"gave exit code {code}"
+    if isinstance(code, str):
+        how = f"was {code}"
+    else:
+        how = f"was killed by signal {-code}" if code < 0 else f"gave exit code {code}"
     lines = output.splitlines() or ["no output"]
     told = next((line for line in lines if "error" in line.lower()), lines[-1]).strip()
     told = told.replace(f"{scratch}{os.sep}", "")[:300]
     verb = "link" if name == LIBRARY else "compile"
-    return BuildError(
+    kind = FullError if any(words in output for words in _FULL) else BuildError
+    return kind(
         f"{compiler.name} could not {verb} {name} ({how}): {told}",
         f"{compiler.version}\n{shlex.join(command)}\n{name} {how}\n\n{output}",
     )
