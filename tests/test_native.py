@@ -176,7 +176,7 @@ class TestFind(Case):
         self.assertIsNotNone(self.find())
         base.chmod(0o777)
         self.assertIsNone(self.find())
-        with self.assertRaisesRegex(native.BuildError, "Not a directory.*set XDG_CACHE_HOME"):
+        with self.assertRaisesRegex(native.BuildError, "is not a folder.*set XDG_CACHE_HOME"):
             self.build()
 
 
@@ -306,10 +306,23 @@ class TestFailure(Case):
         self.assertIsNone(self.find())
 
     def test_a_library_that_does_not_load(self) -> None:
-        self.build().write_text("no library")
-        out, _ = self.fresh("print(native.ensure(csrc))")
-        self.assertIn("state='failed'", out)
-        self.assertIn("try python -m qnn build --force", out)
+        def broken(path: Path) -> None:
+            raise OSError(f"{path}: undefined symbol: x")
+
+        path = self.build()
+        with mock.patch.object(native, "_load", broken), mock.patch.object(native, "_final", None):
+            status = native.ensure(self.csrc)
+        self.addCleanup(native._unloadable.clear)
+        self.assertEqual((status.state, status.path), ("failed", path))
+        self.assertRegex(status.reason, "undefined symbol.*try python -m qnn build --force")
+        self.assertEqual(self.compiled(), 1)  # another would not load either
+
+    def test_a_damaged_library_is_built_again(self) -> None:
+        path = self.build()
+        path.write_bytes(path.read_bytes()[:1000])
+        self.assertIsNone(self.find())
+        self.assertEqual(ctypes.CDLL(str(self.build())).answer(), 42)
+        self.assertEqual(self.compiled(), 2)
 
     def test_no_sources(self) -> None:
         shutil.rmtree(self.csrc)
@@ -337,7 +350,7 @@ class TestProcesses(Case):
         )
         self.assertEqual(out, "built 42\n" * 8 + "built\n")
         self.assertEqual((self.compiled(), self.compiled("ops.cpp")), (1, 1))
-        self.assertEqual((err.count("building"), err.count("\n")), (1, 1), err)
+        self.assertEqual((err.count("building"), err.count("done in")), (1, 1), err)
 
     def test_builder_killed_midway(self) -> None:
         (self.folder / "slow").touch()

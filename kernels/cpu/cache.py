@@ -27,9 +27,10 @@ _LOG = "build.log"
 _LOCK = "lock"
 _FORBIDDEN = "no-native-code"
 
-_QUIET = 2.0  # seconds until a wait for the lock is said
-_NO_SIGN = 20.0  # … until a builder that shows no sign of life is not waited for
-_LONGEST = 120.0  # … until none is
+# Seconds of waiting for the lock: until it is said where its holder shows no sign of life, until it
+# is said where it does (it has said itself that it builds); and how long one waits at all.
+_QUIET, _QUIET_AT_WORK = 2.0, 30.0
+_NO_SIGN, _LONGEST = 20.0, 120.0
 _ROOM = 32 << 20  # bytes that a build needs
 
 
@@ -209,7 +210,7 @@ def _wait(lock: int, path: Path, say: Callable[[str], None]) -> None:
         now = time.monotonic()
         if os.fstat(lock).st_mtime_ns != sign:
             seen, sign = now, os.fstat(lock).st_mtime_ns
-        if now - start >= _QUIET and not said:
+        if not said and (now - seen >= _QUIET or now - start >= _QUIET_AT_WORK):
             said = True
             say(f"qnn: another process builds the kernels, waiting for it ({path}) ...\n")
         if now - seen >= _NO_SIGN or now - start >= _LONGEST:

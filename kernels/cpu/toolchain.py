@@ -324,7 +324,7 @@ def _run_all(
     finished: Callable[[int], None],
 ) -> None:
     """Run all commands, one a core at a time; the first failure stops the rest. `finished(count)`
-    is called at least once a second.
+    is called at least twice a second.
     """
     waiting = list(commands)
     running: dict[str, _Process] = {}
@@ -346,7 +346,7 @@ def _run_all(
                     raise _failure(compiler, name, commands[name], code, scratch)
                 done += 1
                 finished(done)
-            if time.monotonic() - told > 1:
+            if time.monotonic() - told > 0.5:
                 told = time.monotonic()
                 finished(done)
             time.sleep(0.01)

@@ -69,7 +69,7 @@ def is_trusted(uid: int) -> bool:
 def _content(path: Path, owned: bool, most: int = 1 << 28) -> bytes:
     # A pipe would wait for a writer; a link may lead anywhere.
     file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(file, "rb") as stream:
+    try:
         found = os.fstat(file)
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "is not a regular file")
@@ -80,7 +80,10 @@ def _content(path: Path, owned: bool, most: int = 1 << 28) -> bytes:
             raise OSError(errno.EPERM, f"can be written to by others (mode {mode:o})")
         if found.st_size > most:
             raise OSError(errno.EFBIG, f"has {found.st_size} bytes, too many")
-        return stream.read(most)
+        with open(file, "rb", closefd=False) as stream:
+            return stream.read(most)
+    finally:
+        os.close(file)
 
 
 def _words(error: OSError) -> str:

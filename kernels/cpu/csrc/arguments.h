@@ -90,13 +90,17 @@ class Arguments {
   }
 
   [[noreturn]] void fail(const std::string& reason) const {
-    std::string text = std::string("qnn::") + op_ + "(";
-    const char* comma = "";
-    for (const auto& [name, t] : tensors_) {
-      text += std::string(comma) + name + "=" + name_of(t->scalar_type()) + sizes_of(*t);
-      comma = ", ";
-    }
-    throw std::invalid_argument(text + rest_ + "): " + reason + ".");
+    throw std::invalid_argument(call() + ": " + reason + ".");
+  }
+
+  // The words of torch's own error, by which programs know that a smaller batch may do.
+  [[noreturn]] void no_memory(double bytes, const std::string& what) const {
+    const std::string size =
+        bytes < 9e15 ? std::to_string(static_cast<int64_t>(bytes)) : "more than 9e15";
+    throw std::runtime_error(call() +
+                             ": DefaultCPUAllocator: can't allocate memory: you tried to "
+                             "allocate " +
+                             size + " bytes for " + what + ".");
   }
 
   // The sizes of argument `i` are `wanted`, which `rule` describes.
@@ -136,10 +140,31 @@ class Arguments {
     if (!t.is_cpu())
       fail(std::string(tensors_[i].first) +
            " is not on the CPU, where the first argument is; move them together");
-    return t.is_contiguous() ? t : torch::stable::contiguous(t);
+    if (t.is_contiguous()) return t;
+    try {
+      return torch::stable::contiguous(t);
+    } catch (const std::exception&) {  // whose words name this interface and not the reason
+      const double each = static_cast<double>(t.element_size());
+      no_memory(static_cast<double>(t.numel()) * each,
+                std::string("a dense copy of ") + tensors_[i].first);
+    }
   }
 
+  // A new tensor.
+  Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) const;
+
  private:
+  // The call, as it can be repeated.
+  std::string call() const {
+    std::string text = std::string("qnn::") + op_ + "(";
+    const char* comma = "";
+    for (const auto& [name, t] : tensors_) {
+      text += std::string(comma) + name + "=" + name_of(t->scalar_type()) + sizes_of(*t);
+      comma = ", ";
+    }
+    return text + rest_ + ")";
+  }
+
   const char* op_;
   std::vector<std::pair<const char*, const Tensor*>> tensors_;
   std::string rest_;
@@ -161,32 +186,34 @@ inline bool same_lead(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
+inline Tensor Arguments::empty(const std::vector<int64_t>& sizes, ScalarType dtype) const {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;)
     strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
   AtenTensorHandle handle;
   int32_t code;
+  double bytes;
   switch (dtype) {
     case ScalarType::Float:
-      code = aoti_torch_dtype_float32();
+      code = aoti_torch_dtype_float32(), bytes = 4;
       break;
     case ScalarType::BFloat16:
-      code = aoti_torch_dtype_bfloat16();
+      code = aoti_torch_dtype_bfloat16(), bytes = 2;
       break;
     case ScalarType::Half:
-      code = aoti_torch_dtype_float16();
+      code = aoti_torch_dtype_float16(), bytes = 2;
       break;
     case ScalarType::Double:
-      code = aoti_torch_dtype_float64();
+      code = aoti_torch_dtype_float64(), bytes = 8;
       break;
     default:
-      code = aoti_torch_dtype_int8();
+      code = aoti_torch_dtype_int8(), bytes = 1;
       break;
   }
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
-                                                         sizes.data(), strides.data(), code,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  for (const int64_t size : sizes) bytes *= static_cast<double>(size);
+  if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               code, aoti_torch_device_type_cpu(), 0, &handle) != 0)
+    no_memory(bytes, "its result");
   return Tensor(handle);
 }
 

@@ -19,14 +19,16 @@ namespace {
 
 constexpr const char* kActivations[] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
 
-void run_parallel(const Kernel& kernel, const Linear& p) {
+void run_parallel(const Arguments& args, const Kernel& kernel, const Linear& p) {
   // A thread more is worth its start, some µs, from about so many products, or so many bytes of w,
   // to each.
   constexpr int64_t kProducts = 1 << 20, kBytes = 1 << 17;
   const int64_t worth = std::max(p.m * p.n * p.k / kProducts, p.n * p.k / kBytes);
   const size_t bytes = kernel.scratch_bytes(p);
-  share(worth,
-        [&](int part, int parts) { kernel.run(p, part, parts, scratch_of_this_thread(bytes)); });
+  with_memory(args, [&] {
+    share(worth,
+          [&](int part, int parts) { kernel.run(p, part, parts, scratch_of_this_thread(bytes)); });
+  });
 }
 
 struct Call {
@@ -112,7 +114,7 @@ Tensor linear(const Call& call, const Tier& tier, const Tensor& x, const Tensor&
   p.m = 1;
   std::vector<int64_t> sizes(x.dim(), p.n);
   for (int64_t i = 0; i < last; ++i) p.m *= sizes[i] = x.size(i);
-  Tensor y = empty(sizes, call.dtype);
+  Tensor y = args.empty(sizes, call.dtype);
   if (p.m == 0 || p.n == 0) return y;
   p.x = dense_x.data_ptr(), p.w = static_cast<const int8_t*>(dense_w.data_ptr()),
   p.y = y.data_ptr();
@@ -129,7 +131,7 @@ Tensor linear(const Call& call, const Tier& tier, const Tensor& x, const Tensor&
   }
   if (bias.has_value()) p.bias = dense_bias.data_ptr();
   if (residual.has_value()) p.residual = dense_residual.data_ptr();
-  run_parallel(call.weight_only ? tier.weight_only : tier.int8, p);
+  run_parallel(args, call.weight_only ? tier.weight_only : tier.int8, p);
   return y;
 }
 
@@ -184,7 +186,7 @@ Tensor float_weight_linear(const char* op, const Tier& tier, const Tensor& x, co
   p.m = 1;
   std::vector<int64_t> sizes(x.dim(), p.n);
   for (int64_t i = 0; i < last; ++i) p.m *= sizes[i] = x.size(i);
-  Tensor y = empty(sizes, x.scalar_type());
+  Tensor y = args.empty(sizes, x.scalar_type());
   if (p.m == 0 || p.n == 0) return y;
   float scale = 1.0f;
   p.x = dense_x.data_ptr(), p.y = y.data_ptr();
@@ -197,7 +199,7 @@ Tensor float_weight_linear(const char* op, const Tier& tier, const Tensor& x, co
     p.sw = &scale;
   }
   if (bias.has_value()) p.bias = dense_bias.data_ptr();
-  run_parallel(tier.weight_only, p);
+  run_parallel(args, tier.weight_only, p);
   return y;
 }
 
@@ -243,10 +245,10 @@ std::tuple<Tensor, Tensor> int8_quantize(Tensor x) {
   const Tensor dense = args.dense(0);
   std::vector<int64_t> sizes(x.dim());
   for (int64_t i = 0; i < x.dim(); ++i) sizes[i] = x.size(i);
-  const Tensor codes = empty(sizes, ScalarType::Char);
+  const Tensor codes = args.empty(sizes, ScalarType::Char);
   const int64_t k = sizes.back();
   sizes.back() = 1;
-  const Tensor scales = empty(sizes, ScalarType::Float);
+  const Tensor scales = args.empty(sizes, ScalarType::Float);
   const Quantize p{scales.numel(),
                    k,
                    dense.data_ptr(),

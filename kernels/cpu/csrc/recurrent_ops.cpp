@@ -213,7 +213,8 @@ Tensor recurrent(const RecurrentArguments& a, const Tier& tier, int64_t parts_wa
   }
 
   const int64_t last = p.batch * p.outputs, out = p.steps * last;
-  const Tensor result = empty({out + last + (lstm ? p.batch * p.hidden : 0)}, a.x->scalar_type());
+  const Tensor result =
+      args.empty({out + last + (lstm ? p.batch * p.hidden : 0)}, a.x->scalar_type());
   if (p.batch == 0) return result;
   const int64_t size = p.dtype == DType::float64 ? 8 : p.dtype == DType::float32 ? 4 : 2;
   char* to = static_cast<char*>(result.data_ptr());
@@ -222,12 +223,14 @@ Tensor recurrent(const RecurrentArguments& a, const Tier& tier, int64_t parts_wa
   const RecurrentKernel& kernel =
       p.scheme == Scheme::weight ? tier.recurrent_weight : tier.recurrent;
   Meeting meeting;
-  share_memory(
-      parts_wanted == 0 ? parts_worth(p) : parts_wanted,
-      [&](int n) { return kernel.scratch_bytes(p, n); },
-      [&](int begin, int end, int n, char* scratch) {
-        kernel.run(p, {begin, end, n, &meeting}, scratch);
-      });
+  with_memory(args, [&] {
+    share_memory(
+        parts_wanted == 0 ? parts_worth(p) : parts_wanted,
+        [&](int n) { return kernel.scratch_bytes(p, n); },
+        [&](int begin, int end, int n, char* scratch) {
+          kernel.run(p, {begin, end, n, &meeting}, scratch);
+        });
+  });
   return result;
 }
 

@@ -5,10 +5,30 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <exception>
 #include <memory>
+#include <mutex>
 #include <new>
+#include <utility>
+
+#include "arguments.h"
 
 namespace qnn {
+
+struct NoMemory : std::bad_alloc {
+  explicit NoMemory(size_t bytes) : bytes(bytes) {}
+  size_t bytes;
+};
+
+// `work()`, where the call's arguments say what there was no memory for.
+template <class Work>
+void with_memory(const Arguments& args, const Work& work) {
+  try {
+    work();
+  } catch (const NoMemory& error) {
+    args.no_memory(static_cast<double>(error.bytes), "the memory of a thread");
+  }
+}
 
 // Memory of a thread, kept between its calls up to kKept bytes.
 inline char* scratch_of_this_thread(size_t bytes) {
@@ -23,8 +43,8 @@ inline char* scratch_of_this_thread(size_t bytes) {
     size = (bytes + 4095) / 4096 * 4096;
     memory.reset(static_cast<char*>(std::aligned_alloc(64, size)));
     if (memory == nullptr) {
-      size = 0;
-      throw std::bad_alloc();
+      const size_t wanted = std::exchange(size, 0);
+      throw NoMemory(wanted);
     }
   }
   return memory.get();
@@ -41,9 +61,17 @@ template <class Work>
 void share(int64_t worth, const Work& work) {
   const int parts = parts_of(worth);
   if (parts == 1) return work(0, 1);
+  // An exception would lose its type and words on its way through torch's interface.
+  std::exception_ptr failed;
+  std::once_flag first;
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) work(static_cast<int>(part), parts);
+    try {
+      for (int64_t part = begin; part < end; ++part) work(static_cast<int>(part), parts);
+    } catch (...) {
+      std::call_once(first, [&] { failed = std::current_exception(); });
+    }
   });
+  if (failed) std::rethrow_exception(failed);
 }
 
 // `work(begin, end, parts, scratch)`, all at the same time, with one memory for all of
