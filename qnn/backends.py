@@ -85,16 +85,15 @@ def recurrent_backend(layer: QRecurrent) -> str:
 
 
 def _on_cpu(scheme: Scheme, weights: int) -> str:
-    op = OPS[scheme.linear]
-    if native.serves(op):
-        return native_tier() or _without_native(scheme, weights)
-    # The product is that of the op without activations' casts.
-    (gradient,) = op.backward.values()
-    (product,) = OPS[gradient].backward.values()
-    tier = native_tier() if native.serves(OPS[product]) else None
-    return f"{tier or _DECODED}; activations cast in torch operations"
-
-
-def _without_native(scheme: Scheme, weights: int) -> str:
-    engine = _DECODED if scheme.activation is None else int8_engine(weights)
-    return f"{engine}; not native: {native.ready().reason}"
+    op, casts = OPS[scheme.linear], ""
+    if not native.serves(op) and scheme.activation is not None:
+        # The product is that of the op without activations' casts.
+        (gradient,) = op.backward.values()
+        (product,) = OPS[gradient].backward.values()
+        op, casts = OPS[product], "; activations cast in torch operations"
+    if not native.serves(op):
+        return f"{_DECODED}; not native: there is no native kernel for it{casts}"
+    if (tier := native_tier()) is not None:
+        return tier + casts
+    engine = _DECODED if scheme.activation is None or casts else int8_engine(weights)
+    return f"{engine}; not native: {native.ready().reason}{casts}"

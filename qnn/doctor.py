@@ -30,6 +30,21 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _without_onednn(reason: str, kernels: native.Status) -> str:
+    """What it means that oneDNN's integers are not trusted."""
+    if "wrong integers" in reason:
+        reason = (
+            "this CPU (or ONEDNN_MAX_CPU_ISA) has no VNNI instructions, without which its integers "
+            "are wrong"
+        )
+    if kernels.loaded:
+        return f"oneDNN's int8 is not used: {reason}. Nothing is lost: the native kernels run."
+    return (
+        f"int8 runs on exact float32 GEMMs, several times slower than oneDNN, which is not used: "
+        f"{reason}. The native kernels help, and so does a CPU with AVX-512 VNNI, AVX-VNNI or AMX."
+    )
+
+
 def _native_advice(status: native.Status) -> list[str]:
     """What to do so that the native kernels, or all their tiers, run."""
     if status.missing:
@@ -57,9 +72,7 @@ def report() -> dict[str, Any]:
     advice = []
     if used != "onednn":
         advice.append(
-            "int8 runs on exact float32 GEMMs, several times slower than oneDNN: this CPU (or "
-            "ONEDNN_MAX_CPU_ISA) has no VNNI instructions, without which oneDNN's integers are "
-            "wrong. A CPU with AVX-512 VNNI, AVX-VNNI or AMX helps."
+            _without_onednn(next(e.reason for e in engines if e.engine == "onednn"), kernels)
         )
     advice += _native_advice(kernels)
     if not torch.cuda.is_available():
@@ -126,6 +139,10 @@ def _native_lines(data: dict[str, Any]) -> list[str]:
     return lines + [f"  passed over: {line}" for line in data["passed_over"]]
 
 
+def _loaded(data: dict[str, Any]) -> bool:
+    return bool(data["native"]["tiers"])
+
+
 def _columns(rows: list[Any]) -> list[str]:
     """Rows of text, in columns as wide as they need."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -148,10 +165,12 @@ def render(data: dict[str, Any]) -> str:
         f"features   {', '.join(cpu['features'])}",
         f"cuda       {', '.join(data['cuda']) or 'none'}",
         "",
-        "int8 engines of the CPU",
+        "int8 engines of the CPU"
+        + (", which serve where its native kernels do not" if _loaded(data) else ""),
     ]
     for engine in data["engines"]:
-        state = "used" if engine["used"] else "ready" if engine["usable"] else "not used"
+        used = engine["used"] and not _loaded(data)
+        state = "used" if used else "ready" if engine["usable"] else "not used"
         lines.append(f"  {engine['name']:8} {state:9} {engine['reason']}")
     lines += ["", "native int8 kernels of the CPU", *_native_lines(data["native"])]
     lines += ["", "kernels of GPUs: the first row that fits, if it passes its known-answer test"]

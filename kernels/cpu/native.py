@@ -177,7 +177,7 @@ _NOT_MAPPED = "failed to map segment"  # what the loader says where no code may 
 
 def _look(csrc: Path) -> tuple[Path | None, tuple[str, ...]]:
     """The first library that may be loaded, and what was passed over on the way to it."""
-    key, passed_over = digest(csrc), []
+    key, passed_over = digest(csrc), list[str]()
     for path, why_not in _candidates(csrc, key):
         why_not = why_not or _unloadable.get(path, "")
         if not why_not:
