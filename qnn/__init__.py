@@ -16,6 +16,7 @@ from qnn import functional, kernels, parts
 from qnn.calibrate import calibrate
 from qnn.compare import Comparison, compare, sqnr
 from qnn.convert import convert
+from qnn.doubts import CalibrationWarning
 from qnn.fake_quantize import FakeQuantize, freeze_observers, unfreeze_observers
 from qnn.kernels import SCHEMES, Format, Scheme
 from qnn.linear import Linear
@@ -35,6 +36,7 @@ __all__ = [
     "QGRU",
     "QLSTM",
     "SCHEMES",
+    "CalibrationWarning",
     "Comparison",
     "FakeQuantize",
     "Format",

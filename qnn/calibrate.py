@@ -104,14 +104,10 @@ def _run_together(
     except Exception as error:
         failure = error
     try:
-        done = shares.join(failure, done)
+        return shares.join(failure, done)
     except BaseException:
         shares.take_back()
         raise
-    if failure is not None:
-        shares.take_back()
-        raise failure
-    return done
 
 
 def _run(

@@ -15,6 +15,7 @@ from qnn.base import not_finite
 from qnn.cells import NAMES
 from qnn.compressed_tensors import describe
 from qnn.conv1d import QConv1D
+from qnn.doubts import warn_of
 from qnn.kernels import get_scheme, recurrent, training_scheme
 from qnn.kernels.formats import FLOATS
 from qnn.kinds import (
@@ -82,7 +83,8 @@ def convert(
     `training=True` linear layers become `qnn.Linear`, which keeps the float parameters and trains
     in the scheme's arithmetic; a model that was trained so is converted once more to be deployed. A
     model from `qnn.prepare` that has seen its data is converted by `convert(model)`: every prepared
-    layer gets the scheme and the ranges that it was prepared for.
+    layer gets the scheme and the ranges that it was prepared for. A `CalibrationWarning` names
+    those whose range was much cut, or whose input is too fine for its grid.
 
     A pattern is a name with wildcards (`"encoder.layer.*.output"`), a module type, or a callable
     `(name, module) -> bool`; names and types pick everything inside the module that they match.
@@ -134,7 +136,8 @@ def convert(
         )
     check_progress("qnn.convert", progress)
     modules = dict(model.named_modules(remove_duplicate=False))
-    if any(map(is_prepared, modules.values())):
+    prepared = any(map(is_prepared, modules.values()))
+    if prepared:
         if scheme is not None or training:
             raise ValueError(
                 "qnn.convert: the model is prepared, and its layers know their scheme; call "
@@ -162,6 +165,8 @@ def convert(
         progress=progress,
     )
     leave_fast_path(result)
+    if prepared:
+        warn_of(result)
     describe(result)
     return result
 

@@ -192,6 +192,25 @@ class FakeQuantize(Statistics):
             self.observer.merge(other.observer)
             self.refresh()
 
+    def begin(self, other: FakeQuantize) -> None:
+        """Go on from what another point has observed, such as one for calibration: from all of it
+        with the same spec, else from its range, where this one's observer is of a kind that holds
+        no more than that. Frozen stays frozen.
+        """
+        mine, its = self.observer, other.observer
+        if mine is None or its is None:
+            return
+        if int(its.count):
+            if type(mine) is type(its) and self.spec == other.spec:
+                mine.merge(its)
+            else:
+                its.check()
+                mine.begin(*its.low_high(), int(its.count))
+                if mine.magnitudes is not None and its.magnitudes is not None:
+                    mine.magnitudes.copy_(its.magnitudes)
+            self.refresh(anew=True)
+        self.freeze(not other.observing)
+
     def reset(self) -> None:
         """Forget what was observed; a fixed scale stays."""
         if self.observer is not None:

@@ -11,6 +11,7 @@ from torch import nn
 from qnn.fake_quantize import FakeQuantize
 from qnn.functional.float_recurrent import Points
 from qnn.parts import Specs, choose, points_of
+from qnn.quant_spec import QuantSpec
 
 ObservedT = TypeVar("ObservedT", bound="Observed")
 
@@ -72,6 +73,27 @@ class Observed(nn.Module):
         ).train(self.training)
         self.qat = qat
         return self
+
+    def specs(self) -> dict[str, QuantSpec | None]:
+        """The specs that it was observed with, as `observe` takes them; empty if it was not."""
+        suffix = self._suffixes()[0]
+        own = self._own(suffix)
+        return (
+            {
+                name: own[name].spec if name in own else None
+                for name in dict.fromkeys(self._names().values())
+            }
+            if own
+            else {}
+        )
+
+    def go_on_from(self, other: Observed) -> None:
+        """Let each point begin with what the one of the same name in `other` has observed."""
+        if self.points is None or other.points is None:
+            return
+        for name, point in self.points.items():
+            if name in other.points:
+                cast(FakeQuantize, point).begin(cast(FakeQuantize, other.points[name]))
 
     def to_float(self) -> nn.Module:
         """torch's layer around this layer's parameters themselves."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
 from qnn import functional as F
 from qnn.fake_quantize import FakeQuantize
+from qnn.parts import Specs
 from qnn.quant_spec import QuantSpec
 
 # The clipping that errs least, from a histogram; in training the range has to be cheap and to
@@ -117,6 +119,30 @@ def fake_quantize_weight(weight: torch.Tensor) -> torch.Tensor:
     return stored - (weight.detach() - weight)
 
 
+def spec_of_input(parts: Specs | None) -> QuantSpec | None:
+    """The spec that `parts` has for a linear layer: that of the last key that matches `"input"`.
+
+    Raises:
+        ValueError: None, or a spec that the quantised layer has no form for.
+    """
+    given = [spec for pattern, spec in (parts or {}).items() if fnmatchcase("input", pattern)]
+    if not given:
+        return None
+    if given[-1] is None:
+        raise ValueError(
+            "qnn.ObservedLinear: 'input' enters an int8 product, so its dtype must be torch.uint8 "
+            "or torch.int8; got None. Exclude the layer to leave it in float."
+        )
+    return _accepted(given[-1])
+
+
+def training_spec(spec: QuantSpec) -> QuantSpec | None:
+    """The spec with which an input that was calibrated with `spec` is trained; None for the default
+    of training, after the default of calibration.
+    """
+    return None if spec == _CALIBRATED else spec
+
+
 def _accepted(spec: QuantSpec) -> QuantSpec:
     """`spec`, over all 256 integers: the layer clamps to these."""
     who = "qnn.ObservedLinear"
@@ -142,4 +168,4 @@ def grid(point: FakeQuantize) -> tuple[torch.Tensor, torch.Tensor]:
     return scale.detach().clone(), zero_point.to(torch.int8)
 
 
-__all__ = ["ObservedLinear", "fake_quantize_weight", "grid"]
+__all__ = ["ObservedLinear", "fake_quantize_weight", "grid", "spec_of_input", "training_spec"]

@@ -106,8 +106,32 @@ class MSEObserver(_Average):
     where that serves the rest.
     """
 
+    least: torch.Tensor
+    most: torch.Tensor
+    _later = (*Observer._later, "least", "most")
+
+    def __init__(self, spec: QuantSpec, *, name: str = "", channels: int | None = None) -> None:
+        super().__init__(spec, name=name, channels=channels)
+        self._declare("least", (self._channels,), torch.float32, torch.inf)
+        self._declare("most", (self._channels,), torch.float32, -torch.inf)
+
+    def _merge(self, other: MSEObserver) -> None:  # type: ignore[override]
+        super()._merge(other)
+        self._widen(other.least, other.most)
+
+    def _widen(self, low: torch.Tensor, high: torch.Tensor) -> None:
+        self.least.copy_(torch.minimum(self.least, low))
+        self.most.copy_(torch.maximum(self.most, high))
+
+    def seen(self) -> tuple[torch.Tensor, torch.Tensor]:
+        # A range from a file that did not have these, or from `begin`, may be alone.
+        known = self.least <= self.most
+        low, high = self.low_high()
+        return torch.where(known, self.least, low), torch.where(known, self.most, high)
+
     def _update(self, x: torch.Tensor) -> None:
         low, high = _min_max(x)
+        self._widen(low, high)
         finite = low.isfinite() & high.isfinite()
         # An outlier of float64 has been infinite in float32 above.
         values = torch.where(finite[:, None], x, 0).float()
@@ -285,7 +309,7 @@ class PercentileObserver(MinMaxObserver):
         self.bins.copy_(self.bins + other.bins)
 
     def begin(self, low: torch.Tensor, high: torch.Tensor, count: int) -> None:
-        Observer.begin(self, low, high, count)
+        pass  # the range alone is not enough
 
     def seen(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.low, self.high

@@ -111,7 +111,7 @@ def choose(parts: Specs | None, names: Mapping[str, str], who: str) -> dict[str,
     """
     points = list(dict.fromkeys(names.values()))
     parts = PartSpecs() if parts is None else parts
-    _check(parts, points, who)
+    check(parts, points, who, "this layer's")
     chosen: dict[str, QuantSpec] = {}
     for point in points:
         for pattern, spec in [*DEFAULT.items(), *parts.items()]:
@@ -125,7 +125,8 @@ def choose(parts: Specs | None, names: Mapping[str, str], who: str) -> dict[str,
     return chosen
 
 
-def _check(parts: Specs, points: list[str], who: str) -> None:
+def check(parts: Specs, points: list[str], who: str, whose: str) -> None:
+    """Raise unless `parts` is a mapping to specs whose keys match some of `points`."""
     if not isinstance(parts, Mapping):
         raise TypeError(
             f"{who}: parts must map part names to QuantSpecs, got {type(parts).__name__}."
@@ -150,7 +151,7 @@ def _check(parts: Specs, points: list[str], who: str) -> None:
             if pattern in {*LSTM_PARTS, *GRU_PARTS} and "_linear_" in pattern:
                 hint = " A gate has a linear of its own only with split_gates=True."
             raise ValueError(
-                f"{who}: parts has the key {pattern!r}, which matches none of this layer's "
+                f"{who}: parts has the key {pattern!r}, which matches none of {whose} "
                 f"observation points: {', '.join(points)}.{hint}"
             )
 

@@ -17,8 +17,8 @@ from qnn.convert import (
 from qnn.kinds import as_linear, is_layer, is_recurrent, is_transposed
 from qnn.linear import is_training_layer
 from qnn.observed import Observed
-from qnn.observed_linear import ObservedLinear
-from qnn.parts import Specs
+from qnn.observed_linear import ObservedLinear, spec_of_input, training_spec
+from qnn.parts import PartSpecs, Specs, check, points_of
 from qnn.patterns import Patterns
 from qnn.progress import check_progress
 from qnn.qlinear import QLinear
@@ -58,12 +58,14 @@ def prepare(
     Args:
         model: any float module.
         scheme: `"int8_static"`, the scheme whose activations have fixed grids.
-        parts: for recurrent layers, specs by part name with wildcards, over the defaults, 8 bits
-            for the operands of products and 16 for the rest: see `QuantizableLSTM.observe`.
-            `qnn.parts.EIGHT_BIT` spends 8 on all.
+        parts: specs by part name with wildcards, over the defaults: 8 bits for the operands of
+            products and 16 for the rest of a recurrent layer, see `QuantizableLSTM.observe`;
+            `qnn.parts.EIGHT_BIT` spends 8 on all. A linear layer has one part, `"input"`. A key
+            serves the layers that have such a part.
         split_gates: each gate of a recurrent layer is a linear layer of its own, with grids of its
             own.
-        qat: fake-quantise, for quantisation-aware training.
+        qat: fake-quantise, for quantisation-aware training. A model that was prepared and
+            calibrated without goes on from its specs and ranges.
         include, exclude: patterns as in `qnn.convert`.
         inplace: change `model` itself; otherwise it is copied, and untouched.
         progress: as in `qnn.convert`.
@@ -92,14 +94,13 @@ def prepare(
         )
     check_progress("qnn.prepare", progress)
     modules = dict(model.named_modules(remove_duplicate=False))
-    plan = _make_plan(modules, include, exclude)
+    plan = _make_plan(modules, include, exclude, qat)
     raise_unsupported(plan, "qnn.prepare", "prepared", "Exclude them to leave them in float.")
     if not plan.schemes:
         raise ValueError(nothing_to_do("qnn.prepare", "prepare", modules, plan))
     names = {id(module): name for name, module in reversed(modules.items())}
+    parts = _checked_parts(modules, plan, parts, split_gates)
     make = _maker(names, parts, split_gates, qat)
-    if parts is not None:
-        _check_parts(modules, plan, parts, split_gates)
     del modules
     result = swapped(model, plan, make, inplace=inplace, who="qnn.prepare", progress=progress)
     leave_fast_path(result)
@@ -107,7 +108,10 @@ def prepare(
 
 
 def _make_plan(
-    modules: dict[str, nn.Module], include: Patterns | None, exclude: Patterns | None
+    modules: dict[str, nn.Module],
+    include: Patterns | None,
+    exclude: Patterns | None,
+    qat: bool,
 ) -> Plan:
     candidates = [n for n, m in modules.items() if is_layer(m) and not _is_quantised(m)]
     rules: list[Any] = [(nn.Module, "int8_static")]
@@ -115,7 +119,10 @@ def _make_plan(
     for name, (scheme, named) in selected.items():
         module = modules[name]
         if is_prepared(module):
-            plan.reasons[id(module)] = "it is prepared already"
+            if qat and not module.qat:
+                plan.schemes[id(module)] = scheme
+            else:
+                plan.reasons[id(module)] = "it is prepared already"
         elif (reason := left_alone(module, scheme, named=named)) is not None:
             plan.reasons[id(module)] = reason
         elif (why := why_not_convert(module)) is not None:
@@ -128,13 +135,22 @@ def _make_plan(
 
 def _maker(names: dict[int, str], parts: Specs | None, split_gates: bool, qat: bool) -> Make:
     def make(old: nn.Module, own: Own) -> nn.Module:
-        new: nn.Module
-        if is_transposed(old):
-            new = ObservedConv1D.from_float(old, qat=qat, name=names[id(old)])
-        elif not is_recurrent(old):
-            new = ObservedLinear.from_float(as_linear(old), qat=qat, name=names[id(old)])
+        new: Any
+        if not is_recurrent(old):
+            before = old.input_quantize if isinstance(old, ObservedLinear) else None
+            spec = spec_of_input(parts) or (before and training_spec(before.spec))
+            if is_transposed(old):
+                new = ObservedConv1D.from_float(old, spec, qat, name=names[id(old)])
+            else:
+                new = ObservedLinear.from_float(as_linear(old), spec, qat, name=names[id(old)])
+            if before is not None:
+                new.input_quantize.begin(before)
         else:
-            new = _quantizable(old, split_gates).observe(parts, qat=qat)
+            new = _quantizable(old, split_gates)
+            known = old.specs() if isinstance(old, Observed) else {}
+            new.observe(PartSpecs(known) | (parts or {}), qat=qat)
+            if known:
+                new.go_on_from(old)
         for name, parameter in old._parameters.items():
             if parameter is not None:
                 setattr(new, name, own(parameter))
@@ -143,13 +159,29 @@ def _maker(names: dict[int, str], parts: Specs | None, split_gates: bool, qat: b
     return make
 
 
-def _check_parts(
-    modules: dict[str, nn.Module], plan: Plan, parts: Specs, split_gates: bool
-) -> None:
-    """Raise what `observe` raises, before anything is changed."""
-    for module in modules.values():
-        if id(module) in plan.schemes and is_recurrent(module):
-            _quantizable(module, split_gates).observe(parts)
+def _checked_parts(
+    modules: dict[str, nn.Module], plan: Plan, parts: Specs | None, split_gates: bool
+) -> PartSpecs | None:
+    """`parts`, each key for the layers that have it; what is wrong is raised before anything is
+    changed.
+    """
+    if parts is None:
+        return None
+    layers = [module for module in modules.values() if id(module) in plan.schemes]
+    recurrent = [_quantizable(m, split_gates) for m in layers if is_recurrent(m)]
+    points = ["input"]
+    for layer in recurrent:
+        projection = bool(getattr(layer, "proj_size", 0))
+        points += points_of(
+            layer.mode, split_gates=layer.split_gates, projection=projection
+        ).values()
+    check(parts, list(dict.fromkeys(points)), "qnn.prepare", "the layers'")
+    parts = PartSpecs(parts)
+    for layer in recurrent:
+        layer.observe(parts)
+    if len(recurrent) < len(layers):
+        spec_of_input(parts)
+    return parts
 
 
 def _quantizable(module: nn.Module, split_gates: bool) -> Observed:

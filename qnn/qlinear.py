@@ -18,6 +18,7 @@ from qnn.base import (
     quantize,
     why_not_finite,
 )
+from qnn.doubts import note_on
 from qnn.kernels import get_scheme
 from qnn.kernels.formats import FLOATS
 from qnn.observed_linear import ObservedLinear, grid
@@ -175,6 +176,7 @@ class QLinear(Quantized, nn.Linear):
         layer = cls._around(observed, "int8_static")
         found = (part.to(observed.weight.device) for part in grid(observed.input_quantize))
         layer._set_calibration(dict(zip(layer._calibration(), found, strict=True)))
+        note_on(layer, [observed.input_quantize])
         return layer
 
     @classmethod

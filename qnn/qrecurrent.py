@@ -12,6 +12,7 @@ from torch import nn
 from qnn import functional as F
 from qnn.backends import recurrent_backend
 from qnn.base import Found, Quantized, frozen, normal, quantize, require_float, why_not_finite
+from qnn.doubts import note_on
 from qnn.functional import RecurrentWeights
 from qnn.functional.float_recurrent import States
 from qnn.kernels.formats import FLOATS
@@ -155,6 +156,7 @@ class QRecurrent(Quantized):
         made = cls._of(layer, "int8_static", None)
         device = made._device
         made._set_calibration({f"table{end}": each.to(device) for end, each in tables.items()})
+        note_on(made, layer.points.values())
         return made
 
     @classmethod

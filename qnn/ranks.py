@@ -95,8 +95,10 @@ class Shares:
         )
         every: list[Any] = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(every, mine, group=self.group)
+        if failure is not None:
+            raise failure
         for rank, (failed, _, points, *_) in enumerate(every):
-            if failed and failure is None:
+            if failed:
                 raise RuntimeError(
                     f"qnn.calibrate: process {rank} of {len(every)} has failed, and nothing was "
                     f"added up: {failed}"

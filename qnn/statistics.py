@@ -130,11 +130,9 @@ class Observer(Statistics):
         self._merge(batch)
 
     def begin(self, low: torch.Tensor, high: torch.Tensor, count: int) -> None:
-        """Go on from a range that another kind of observer has found in `count` values."""
-        raise TypeError(
-            f"{self.who} cannot begin with the range of another kind of observer; give the part a "
-            "spec with the observer that it was calibrated with, 'minmax' or 'moving_average'."
-        )
+        """Go on from a range that another kind of observer has found in `count` values; one that
+        holds more than a range starts anew.
+        """
 
     # What they have.
 

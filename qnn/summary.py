@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from qnn.backends import linear_backend, recurrent_backend
 from qnn.convert import WAITS, is_prepared, left_alone
+from qnn.doubts import NOTE
 from qnn.kinds import is_layer, nbytes, own_tensors, waits
 from qnn.kinds import size as _size
 from qnn.linear import is_training_layer
@@ -52,6 +53,8 @@ class Row:
     bytes_after: int
     backend: str | None
     reason: str | None
+    note: str | None = None
+    """What calibration has found that may make the layer inaccurate; not in a state dict."""
 
     @property
     def kind_of_reason(self) -> str:
@@ -152,7 +155,8 @@ class Summary:
         ]
         if left:
             left = ["", "in float:", "     bytes  layers, reason", *left]
-        return "\n".join([first, rule, *lines, rule, last, *left])
+        notes = [f"{row.name or '(model)'}: {row.note}" for row in self.rows if row.note]
+        return "\n".join([first, rule, *lines, rule, last, *notes, *left])
 
     __repr__ = __str__
 
@@ -169,7 +173,8 @@ def summary(model: nn.Module) -> Summary:
     name     layer    scheme  shape  before  after   backend, or why it was left alone
     ...
     """
-    return Summary(list(_rows(model)))
+    notes = {name: getattr(module, NOTE, None) for name, module in model.named_modules()}
+    return Summary([replace(row, note=notes.get(row.name)) for row in _rows(model)])
 
 
 def _rows(model: nn.Module) -> Iterator[Row]:
