@@ -84,7 +84,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _foreign(module: nn.Module) -> str | None:
     """What to call a layer that stands for no `nn.Linear`, which the package knows alone."""
-    return None if isinstance(module, QLinear) else f"qnn.{type(module).__name__}"
+    return None if type(module) is QLinear else f"qnn.{type(module).__name__}"
 
 
 def _elsewhere(

@@ -86,7 +86,7 @@ def find(
 
 def put(place: Place, current: dict[int, nn.Module], change: Callable[[Any], Any]) -> None:
     """Change what stands in a place; `current` has the modules that stand for replaced ones."""
-    holder = current[place.holder] if isinstance(place.holder, int) else place.holder
+    holder: Any = current[place.holder] if isinstance(place.holder, int) else place.holder
     if place.kind == "attribute":
         values = vars(holder)
         if place.key in values:  # else it is something that the new layer has no use for

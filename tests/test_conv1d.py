@@ -14,6 +14,7 @@ from parameterized import parameterized
 from torch import nn
 
 import qnn
+from qnn.compressed_tensors import quantization_config
 from qnn.kernels import SCHEMES
 from qnn.qlinear import QLinear
 
@@ -215,3 +216,11 @@ class TestConv1D(unittest.TestCase):
         self.assertEqual((row.shape, row.bytes_before), ((48, 64), 4 * (48 * 64 + 48)))
         words = str(qnn.summary(qnn.convert(model, exclude="2")).rows[1].reason)
         self.assertEqual(words, "matches the exclude pattern '2'")
+
+    def test_plain_transformers_refuses_its_file(self) -> None:
+        # It would read the codes of a square layer into a Conv1D, as floats and transposed.
+        model = qnn.convert(nn.ModuleDict({"conv": conv1d(), "linear": nn.Linear(64, 64)}))
+        groups = quantization_config(model)["config_groups"].values()
+        formats = {group["targets"][0]: group["format"] for group in groups}
+        self.assertEqual(formats["conv"], "qnn.QConv1D; use qnn.load_pretrained")
+        self.assertEqual(formats["linear"], "int-quantized")
