@@ -484,18 +484,44 @@ def name_of(layer: Any) -> str:
     return f"{kind}({layer.in_features}, {layer.out_features}, scheme={layer.scheme!r})"
 
 
+def of_other_kind(layer: nn.Module, *inputs: Any, **options: Any) -> Any:
+    """The result of a layer for an input that is no plain tensor, or None where it is one.
+
+    `torch.fx` passes a proxy: the layer is a leaf of its graph, whoever traces, as torch's own
+    layers are. A jagged nested tensor gives another one.
+    """
+    nested: Any = inputs[0]
+    if isinstance(nested, torch.fx.Proxy):
+        tracer: Any = nested.tracer
+        target = tracer.path_of_module(layer)
+        return tracer.create_proxy("call_module", target, inputs, options)
+    if isinstance(nested, torch.Tensor) and nested.layout == torch.jagged:
+        if not isinstance(nested.shape[-1], int):
+            return None  # the last axis is the ragged one
+        return torch.nested.nested_tensor_from_jagged(
+            layer.forward(nested.values()),
+            nested.offsets(),
+            nested.lengths(),
+            jagged_dim=nested._ragged_idx,
+        )
+    return None
+
+
 def check_input(layer: Any, input: torch.Tensor, weight: str) -> None:
     """Raise a TypeError or ValueError where a linear `layer` cannot take `input`; `weight` is the
     parameter that says where the layer is.
     """
     if (
-        input.dtype in FLOATS
+        input.layout is torch.strided
+        and not input.is_nested
+        and input.dtype in FLOATS
         and input.dim() > 0
         and input.shape[-1] == layer.in_features
         and input.device == layer._parameters[weight].device
     ):
         return
     who, dtype, device = name_of(layer), input.dtype, layer._parameters[weight].device
+    require_dense(who, input)
     require_float(who, dtype)
     if input.device != device:
         raise ValueError(
@@ -506,6 +532,19 @@ def check_input(layer: Any, input: torch.Tensor, weight: str) -> None:
         f"{who}: the input must be [..., {layer.in_features}], got {tuple(input.shape)}; its last "
         f"axis must have in_features = {layer.in_features} elements."
     )
+
+
+def require_dense(who: str, input: torch.Tensor) -> None:
+    """Raise a TypeError for a sparse input, or a nested one whose layout is not jagged."""
+    if input.is_nested and input.layout == torch.strided:
+        raise TypeError(
+            f"{who}: the input is a nested tensor of strided layout; build it with "
+            "layout=torch.jagged, or pad it with .to_padded_tensor(0.0)."
+        )
+    if input.layout not in (torch.strided, torch.jagged):
+        raise TypeError(
+            f"{who}: the input is sparse ({input.layout}); convert it with .to_dense()."
+        )
 
 
 def require_float(who: str, dtype: torch.dtype) -> None:

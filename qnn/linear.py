@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
 from qnn import functional as F
-from qnn.base import check_input
+from qnn.base import check_input, of_other_kind
 from qnn.kernels import training_scheme
 from qnn.kernels.formats import FLOATS
 from qnn.kinds import qualified
@@ -86,6 +88,8 @@ class Linear(nn.Linear):
         return layer.train(linear.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if type(input) is not torch.Tensor and (y := of_other_kind(self, input)) is not None:
+            return cast(torch.Tensor, y)
         # A parametrisation, pruning and FSDP1 leave no parameter of that name; the function checks
         # its arguments too, in words about itself.
         if "weight" in self._parameters:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import cast
 
 import torch
 from torch import nn
 
 from qnn import functional as F
+from qnn.base import of_other_kind
 from qnn.fake_quantize import FakeQuantize
 from qnn.parts import Specs
 from qnn.quant_spec import QuantSpec
@@ -101,6 +103,8 @@ class ObservedLinear(nn.Linear):
         return layer.train(linear.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if type(input) is not torch.Tensor and (y := of_other_kind(self, input)) is not None:
+            return cast(torch.Tensor, y)
         weight = fake_quantize_weight(self.weight) if self.qat else self.weight
         return nn.functional.linear(self.input_quantize(input), weight, self.bias)
 

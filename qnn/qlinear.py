@@ -15,6 +15,7 @@ from qnn.base import (
     check_input,
     name_of,
     normal,
+    of_other_kind,
     quantize,
     why_not_finite,
 )
@@ -215,6 +216,8 @@ class QLinear(Quantized, nn.Linear):
         return linear.train(self.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if type(input) is not torch.Tensor and (y := of_other_kind(self, input)) is not None:
+            return cast(torch.Tensor, y)
         first, second, *rest = self._stored
         check_input(self, input, first)
         if self._uncalibrated:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from qnn.base import of_other_kind
 from qnn.functional.float_recurrent import States
 
 
@@ -25,6 +26,8 @@ class Sequences(RNNBase):
         raise NotImplementedError
 
     def forward(self, input: Any, hx: Any = None, lengths: Any = None) -> tuple[Any, Any]:
+        if isinstance(input, torch.fx.Proxy):
+            return cast(tuple[Any, Any], of_other_kind(self, input, hx, lengths))
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError(f"{self._who}: a PackedSequence has its own lengths.")
