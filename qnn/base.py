@@ -158,6 +158,23 @@ class Quantized(nn.Module):
             )
         super().register_parameter(name, param)
 
+    def __delattr__(self, name: str) -> None:
+        if name.startswith("weight") and name in self._weight_shapes():
+            raise TypeError(
+                f"{self._who}: its {name} is quantised and cannot be parametrised or taken away; "
+                "do so in float, and convert afterwards."
+            )
+        super().__delattr__(name)
+
+    def requires_grad_(self: LayerT, requires_grad: bool = True) -> LayerT:
+        """As of `nn.Module`; what is quantised cannot be trained."""
+        if requires_grad:
+            raise TypeError(
+                f"{self._who}: its weight is quantised and cannot be trained. Train adapters over "
+                "it, or leave the layer in float: convert(…, exclude=…), and no modules_to_save."
+            )
+        return super().requires_grad_(requires_grad)
+
     def get_parameter(self, target: str) -> nn.Parameter:
         """The parameter as it is stored, also where `layer.weight` is the float weight."""
         held = self._parameters.get(target)
@@ -200,7 +217,13 @@ class Quantized(nn.Module):
         parts = self._parts_of(weight)
         (first, part), *_ = parts
         who = f"{self._who}.{weight}"
-        if is_distributed(cast(torch.Tensor, self._parameters[first])):
+        held = self._parameters.get(first)
+        if held is None:
+            raise TypeError(
+                f"{who} was deleted. A quantised weight cannot be parametrised; do so in float, "
+                "and convert afterwards."
+            )
+        if is_distributed(held):
             raise TypeError(f"{who} is sharded; write to it before sharding.")
         if value.dtype in FLOATS:
             try:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.rnn import RNNBase
 
 from qnn import patterns, references
-from qnn.base import not_finite
+from qnn.base import not_finite, why_not_finite
 from qnn.cells import NAMES
 from qnn.compressed_tensors import describe
 from qnn.conv1d import QConv1D
@@ -336,6 +336,8 @@ def why_not_convert(module: nn.Module, scheme: str = "int8_static") -> str | Non
         if reason is None and not_finite(weight) is not None:
             bad = int((~weight.detach().isfinite()).sum())
             reason = f"its {name} holds {bad} NaN or inf of {weight.numel()} values"
+            if not bad:
+                reason = f"its {name} holds {why_not_finite(weight)}"
         if reason is not None:
             return reason
     return None

@@ -96,7 +96,7 @@ class FloatWeight(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return args[0]
+            return FloatWeight(args[0]._layer, args[0]._name, args[0]._values)
         kwargs = kwargs or {}
         if func is torch.ops.aten._to_copy.default and _on_meta(kwargs.get("device")):
             dtype = kwargs.get("dtype") or args[0].dtype
