@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.nn.modules.rnn import RNNCellBase
 
+from qnn.base import of_other_kind
 from qnn.functional.float_recurrent import States
 
 NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -27,6 +28,8 @@ class Cells(RNNCellBase):
         return [""]
 
     def forward(self, input: torch.Tensor, hx: Any = None) -> Any:
+        if isinstance(input, torch.fx.Proxy):
+            return of_other_kind(self, input, hx)
         if input.dim() not in (1, 2):
             raise ValueError(
                 f"{self.mode}Cell: Expected input to be 1D or 2D, got {input.dim()}D instead"
