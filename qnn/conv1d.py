@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from qnn.base import of_other_kind
 from qnn.kernels.formats import FLOATS
 from qnn.kinds import as_linear
 from qnn.observed_linear import ObservedLinear, fake_quantize_weight
@@ -66,6 +67,8 @@ class ObservedConv1D(ObservedLinear):
         return layer
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if type(input) is not torch.Tensor and (y := of_other_kind(self, input)) is not None:
+            return cast(torch.Tensor, y)
         x = self.input_quantize(input)
         if self.qat:
             return nn.functional.linear(x, fake_quantize_weight(self.weight.t()), self.bias)
