@@ -6,7 +6,19 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 INPUTS := pyproject.toml setup.py constraints.txt
 CSRC := $(wildcard $(foreach d,kernels/cpu/csrc tests/cpp benchmarks,$(d)/*.cpp $(d)/*.h))
 
-.PHONY: help demo test test-long lint docs examples bench clean
+# `make test-torch`: another torch, in a folder of its own that stays from run to run.
+TORCH ?= 2.11.0
+OTHER := .venv-torch-$(TORCH)
+PINS := tests/versions/torch-$(TORCH).txt
+# What the drivers of the kernels, the benchmarks and the examples test is not torch's.
+NOT_TORCH := $(foreach t,kernels_cpp examples bench_fp8 bench_lstm float_formats,--ignore tests/test_$(t).py)
+# Three minutes: where versions differ is in tracing, autograd, export and sharding.
+QUICK := tests/test_training.py tests/test_fusion.py tests/test_invoke_quant.py tests/test_qlinear.py \
+	tests/test_neighbours.py tests/test_spec.py \
+	-k 'one_node or codes_are_those or test_autocast or every_subset or rows_are or test_saved or \
+	test_export or fsdp2 or second_derivatives or test_samples or test_opcheck or test_vmap or test_compile or torch_func'
+
+.PHONY: help demo test test-long test-torch lint docs examples bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -23,6 +35,21 @@ test: $(VENV)/.examples $(VENV)/.dev ## the whole test suite
 test-long: $(VENV)/.examples $(VENV)/.dev ## thousands of random calls of each C++ kernel
 	@echo "test-long: the C++ kernels on thousands of random calls (some minutes on 2 cores)"
 	$(BIN)/python -m pytest -q -n 2 tests -m long
+
+test-torch: $(OTHER)/.ready ## the suite against another torch: TORCH=2.11.0 or 2.12.1; PART=quick for 3 minutes
+	@echo "test-torch: torch $(TORCH), $(if $(PART),a part,all that asks anything of torch)"
+	PYTHONPATH=$(CURDIR) $(OTHER)/bin/python -m pytest -q -n 2 -p no:cacheprovider $(if $(PART),$(QUICK),tests $(NOT_TORCH))
+
+$(OTHER)/.ready: constraints.txt $(PINS)
+	@echo "set up: virtual environment $(OTHER), torch $(TORCH)"
+	$(PYTHON) -m venv $(OTHER)
+	grep -vE '^(torch|numpy)==' constraints.txt | cat - $(PINS) > $(OTHER)/constraints.txt
+	$(OTHER)/bin/python -m pip install -q --disable-pip-version-check -c $(OTHER)/constraints.txt torch numpy einops \
+		triton setuptools compressed-tensors hypothesis parameterized pytest pytest-xdist safetensors
+	@touch $@
+
+$(PINS):
+	@echo "no pins for torch $(TORCH): write $@, as $(wildcard tests/versions/*.txt)"; exit 1
 
 lint: $(VENV)/.dev ## format, lint and strict types
 	@echo "lint: ruff format, ruff check, clang-format, mypy --strict"
@@ -85,4 +112,4 @@ $(VENV)/.bench: $(VENV)/.examples
 	@touch $@
 
 clean: ## remove .venv and everything that was built
-	rm -rf $(VENV) build dist site out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-torch-* build dist site out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

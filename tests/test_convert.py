@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
 import qnn
 from qnn import QLinear
 
-from .common import child, forked
+from .common import child, forked, need_sharded_integers
 
 
 class Block(nn.Module):
@@ -331,6 +331,7 @@ class TestUnsupported(unittest.TestCase):
                 self.assertEqual(out[name](torch.randn(2, 4)).shape, (2, 4))
 
     def test_a_tensor_subclass_is_refused(self) -> None:
+        need_sharded_integers()
         forked(
             """
             import torch, qnn

@@ -31,6 +31,8 @@ from torch import nn
 import qnn
 from qnn import functional as F
 
+from .common import need_sharded_integers
+
 TRAINING = [scheme.name for scheme in qnn.SCHEMES.values() if scheme.trainable]
 Tensors = list[torch.Tensor]
 TIMEOUT = 300  # seconds a check; none takes 20 on a quiet machine
@@ -628,6 +630,8 @@ def sharded_inference(rank: int, scheme: str) -> None:
 class TestInference(unittest.TestCase):
     @parameterized.expand(qnn.SCHEMES)
     def test_fsdp2(self, scheme: str) -> None:
+        if not qnn.SCHEMES[scheme].weight.storage.is_floating_point:
+            need_sharded_integers()
         both_ranks(sharded_inference, scheme)
 
 

@@ -7,11 +7,12 @@ under sanitizers; and for CPUs that QEMU plays.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,18 +78,41 @@ THREADS = variant(
 AARCH64 = variant({}, link=("-static",), compiler=("aarch64-linux-gnu-g++",))
 
 
-class Drivers:
-    """The drivers that this run has built, in a folder; each when it is first asked for."""
+def digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
-    def __init__(self, folder: Path, compiler: Compiler) -> None:
-        self.folder, self.compiler = folder, compiler
-        self.drivers: dict[Variant, Path] = {}
-        self.objects: dict[tuple[str | Path, ...], Path] = {}  # by what compiles them
+
+class Drivers:
+    """The drivers, each built when it is first asked for, and kept for the next run: in a folder
+    that is named by what the sources say.
+    """
+
+    def __init__(self, cache: Path, compiler: Compiler) -> None:
+        sources = sorted(path for folder in (CSRC, CPP) for path in folder.iterdir())
+        self.folder = cache / digest([(path.name, path.read_bytes()) for path in sources])
+        for other in cache.iterdir():
+            if other != self.folder:
+                shutil.rmtree(other)
+        self.folder.mkdir(exist_ok=True)
+        self.compiler = compiler
+        self.versions: dict[tuple[str, ...], str] = {}
 
     def __getitem__(self, wanted: Variant) -> Path:
-        if wanted not in self.drivers:
-            self.drivers[wanted] = self._link(wanted)
-        return self.drivers[wanted]
+        command = wanted.compiler or self.compiler.command
+        objects = self.objects_of(wanted)
+        return self._made("kernel_test", [*command, *wanted.link, "-pthread", *objects], command)
+
+    def _made(self, name: str, job: Sequence[str | Path], command: tuple[str, ...]) -> Path:
+        """What `job` makes, which is run if no run before has done so."""
+        if command not in self.versions:
+            self.versions[command] = run([*command, "--version"])
+        made = self.folder / digest(list(map(str, job)), self.versions[command]) / name
+        if not made.exists():
+            made.parent.mkdir(exist_ok=True)
+            unfinished = made.with_suffix(f".{os.getpid()}")
+            run([*job, "-o", unfinished])
+            unfinished.replace(made)
+        return made
 
     def objects_of(self, wanted: Variant) -> list[Path]:
         command = wanted.compiler or self.compiler.command
@@ -102,21 +126,8 @@ class Drivers:
         plain = [word for word in base if not word.startswith(("-fsanitize", "-fno-sanitize"))]
         jobs.append((*plain, *wanted.defines, f"-I{CSRC}", CPP / "kernel_test.cpp"))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(self._compile, jobs))
-
-    def _compile(self, job: tuple[str | Path, ...]) -> Path:
-        if job not in self.objects:
-            folder = self.folder / f"{len(self.objects)}-{Path(job[-1]).stem}"
-            folder.mkdir()
-            self.objects[job] = folder / f"{Path(job[-1]).stem}.o"
-            run([*job, "-o", self.objects[job]])
-        return self.objects[job]
-
-    def _link(self, wanted: Variant) -> Path:
-        driver = self.folder / f"kernel_test-{len(self.drivers)}"
-        command = wanted.compiler or self.compiler.command
-        run([*command, *wanted.link, "-pthread", *self.objects_of(wanted), "-o", driver])
-        return driver
+            made = lambda job: self._made(f"{Path(job[-1]).stem}.o", job, command)  # noqa: E731
+            return list(pool.map(made, jobs))
 
     @staticmethod
     def _knows(command: tuple[str, ...], flags: tuple[str, ...]) -> bool:
@@ -152,14 +163,16 @@ def cases(short: int, long: int) -> pytest.MarkDecorator:
 
 
 @pytest.fixture(scope="module")
-def drivers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drivers]:
+def drivers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Drivers:
     try:
         compiler = find_compiler()
     except NoCompilerError as error:
         pytest.skip(str(error))
-    folder = tmp_path_factory.mktemp("drivers")
-    yield Drivers(folder, compiler)
-    shutil.rmtree(folder)
+    kept = request.config.pluginmanager.hasplugin("cacheprovider")
+    return Drivers(
+        request.config.cache.mkdir("drivers") if kept else tmp_path_factory.mktemp("drivers"),
+        compiler,
+    )
 
 
 def program(name: str) -> str:

@@ -14,7 +14,7 @@ import torch
 
 import qnn
 
-from .common import child, mlp
+from .common import child, mlp, need_sharded_integers
 
 
 def bert(layers: int = 2, **config: Any) -> Any:
@@ -225,6 +225,7 @@ class TestDistributed(unittest.TestCase):
         self.assertIn("both ranks agree", out)
 
     def test_fsdp2_shards_the_quantised_weight(self) -> None:
+        need_sharded_integers()
         self.both_ranks(
             """
             from torch.distributed.device_mesh import init_device_mesh

@@ -118,8 +118,8 @@ class TestEveryOp(unittest.TestCase):
         for args in first_empty_and_bare(op):
             opcheck(op, args)
 
-    @pytest.mark.long
     @parameterized.expand(EVERY_OP)
+    @pytest.mark.long
     def test_opcheck_of_more_samples(self, _: str, op: Op) -> None:
         for _, args in itertools.islice(op.samples(), 8):
             opcheck(op, args)

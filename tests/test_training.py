@@ -27,6 +27,9 @@ from .test_invoke_quant import schemes_of
 
 TRAINED = [(s.name,) for s in SCHEMES.values() if s.trainable]
 NAMES = [name for (name,) in TRAINED]
+# One of each way through the compiled step: rows, blocks, and two scales with random rounding. In
+# eager mode and in the ops' own tests every scheme runs.
+CODE_PATHS = ("fp8", "fp8_block", "nvfp4")
 BACKENDS = ("aot_eager", "inductor")
 
 
@@ -342,7 +345,10 @@ def gradients(function: Any, *given: torch.Tensor) -> list[torch.Tensor]:
 
 class TestWhatIsAskedFor(unittest.TestCase):
     @parameterized.expand(
-        itertools.product(NAMES, *itertools.repeat((False, True), 3), (None, "aot_eager"))
+        [
+            *itertools.product(NAMES, *itertools.repeat((False, True), 3), (None,)),
+            *itertools.product(CODE_PATHS, *itertools.repeat((False, True), 3), ("aot_eager",)),
+        ]
     )
     def test_every_subset_of_gradients(
         self, scheme: str, of_x: bool, of_w: bool, of_bias: bool, backend: str | None
@@ -432,7 +438,7 @@ class TestWhatIsAskedFor(unittest.TestCase):
 
 
 class TestCompile(unittest.TestCase):
-    @parameterized.expand(itertools.product(NAMES, BACKENDS))
+    @parameterized.expand(itertools.product(CODE_PATHS, BACKENDS))
     def test_dynamic_batches_without_recompiling(self, scheme: str, backend: str) -> None:
         """Eager and compiled steps agree, on models of their own."""
         eager, model = mlp(scheme), mlp(scheme)
@@ -455,7 +461,7 @@ class TestCompile(unittest.TestCase):
             torch.testing.assert_close(got.grad, want.grad)
 
     @parameterized.expand(
-        [*itertools.product(NAMES, ("aot_eager",)), ("fp8", "inductor"), ("nvfp4", "inductor")]
+        [*itertools.product(CODE_PATHS, ("aot_eager",)), ("fp8", "inductor"), ("nvfp4", "inductor")]
     )
     def test_train_eval_train_on_one_compiled_module(self, scheme: str, backend: str) -> None:
         model = mlp(scheme)
@@ -473,7 +479,8 @@ class TestCompile(unittest.TestCase):
 
     @parameterized.expand(
         [
-            *itertools.product(NAMES, (False, True), (None, "aot_eager")),
+            *itertools.product(NAMES, (False, True), (None,)),
+            *itertools.product(CODE_PATHS, (False, True), ("aot_eager",)),
             *itertools.product(("fp8", "nvfp4"), (False, True), ("inductor",)),
         ]
     )
@@ -500,7 +507,10 @@ class TestCompile(unittest.TestCase):
             else:
                 torch.testing.assert_close(mine, plain)
 
-    @parameterized.expand([*itertools.product(NAMES, (None, "aot_eager")), ("fp8", "inductor")])
+    @parameterized.expand(
+        [*((name, None) for name in NAMES), *itertools.product(CODE_PATHS, ("aot_eager",)),
+         ("fp8", "inductor")]
+    )  # fmt: skip
     def test_autocast(self, scheme: str, backend: str | None) -> None:
         module = layer(scheme)
         call = torch.compile(module, fullgraph=True, backend=backend) if backend else module
@@ -531,7 +541,7 @@ class TestCompile(unittest.TestCase):
 class TestScripts(unittest.TestCase):
     """What training scripts do around a layer."""
 
-    @parameterized.expand(itertools.product(NAMES, (False, True)))
+    @parameterized.expand([*((n, False) for n in NAMES), *((n, True) for n in CODE_PATHS)])
     def test_a_model_learns(self, scheme: str, compiled: bool) -> None:
         model = mlp(scheme)
         call = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
