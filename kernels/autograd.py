@@ -90,7 +90,7 @@ def _function(op: Op, ops: Mapping[str, Op]) -> type[SingleLevelFunction]:
     class Gradient(SingleLevelFunction):
         @staticmethod
         def forward(below: Callable[..., Any], *args: Any) -> Any:
-            # A function's forward has no gradients of its own; transforms around this one want theirs.
+            # A function's forward has no gradients of its own; transforms around it want theirs.
             around = with_gradients if in_functorch_transform() else below_autograd
             with around():
                 return below(*args)

@@ -419,7 +419,7 @@ def gru_dgrad_reference(
 def split_gradients(
     given: Mapping[str, torch.Tensor | None], flat: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """The result of a gradient's op by the names of the forward's arguments, where they are given."""
+    """What a gradient's op returns, by the names of the forward's arguments that are given."""
     found: dict[str, torch.Tensor] = {}
     at, w_hh = 0, given["w_hh"]
     assert w_hh is not None  # noqa: S101  # it is not optional

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import io
 import unittest
 import warnings
@@ -518,11 +519,11 @@ class Terminal(io.StringIO):
 
 class TestProgress(unittest.TestCase):
     def run_with(self, progress: Any, seconds: float, terminal: bool = False) -> str:
-        clock = iter(range(1000))
+        clock = itertools.count(step=seconds)
         text = Terminal() if terminal else io.StringIO()
         with (
             mock.patch("sys.stderr", text),
-            mock.patch("time.monotonic", lambda: next(clock) * seconds),
+            mock.patch("time.monotonic", side_effect=clock),
         ):
             qnn.convert(net(), progress=progress)
             qnn.prepare(net(), progress=progress)
