@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import io
+import itertools
 import unittest
 import warnings
 from typing import Any
