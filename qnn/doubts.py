@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable
 
@@ -21,6 +22,7 @@ OTHERWISE = (
     "exclude the layer from qnn.prepare, and qnn.convert(model, 'int8', include=…) it, which takes "
     "a scale for each row, or convert it to 'int8_weight', which leaves activations in float"
 )
+WIDE = "16 bits and no limit, the default"
 
 
 class CalibrationWarning(UserWarning):
@@ -31,7 +33,7 @@ def note_on(layer: nn.Module, points: Iterable[FakeQuantize]) -> None:
     """Hang on a converted layer what is to be said of its observation points."""
     doubts = [doubt for point in dict.fromkeys(points) for doubt in _doubts(point)]
     if doubts:
-        layer.__dict__[NOTE] = "; ".join(doubts)
+        layer.__dict__[NOTE] = ". ".join(doubts)
 
 
 def warn_of(model: nn.Module) -> None:
@@ -52,28 +54,23 @@ def _doubts(point: FakeQuantize) -> Iterable[str]:
         return
     scale, zero_point = (value.item() for value in point.qparams())
     part = point.name.rpartition(".")[2]
-    operand = any(part == name or part.startswith(f"{name}_l") for name in BYTES)
+    operand = re.sub(r"_l\d+(_reverse)?$", "", part) in BYTES
     low, high = (value.item() for value in observer.seen())
     ends = (spec.qmin - zero_point) * scale, (spec.qmax - zero_point) * scale
     learned = spec.learnable and point.qat
     if not learned and (_cut(-low, -ends[0], ends) or _cut(high, ends[1], ends)):
+        by = f"observer={_name(spec.observer)}" if spec.limit is None else f"limit={spec.limit:g}"
+        fix = f"a spec with observer='minmax', or {OTHERWISE}" if operand else WIDE
         yield (
-            f"the range {low:.4g} … {high:.4g} of {part!r} is cut to {ends[0]:.4g} … {ends[1]:.4g} "
-            f"(limit={spec.limit:g})"
-            if spec.limit is not None
-            else f"the range {low:.4g} … {high:.4g} of {part!r} is cut to {ends[0]:.4g} … "
-            f"{ends[1]:.4g} (observer={_name(spec.observer)})"
-        ) + (
-            f": if the large values matter, give it a spec with observer='minmax', or {OTHERWISE}"
-            if operand
-            else ": if the large values matter, give it 16 bits without a limit, the default"
+            f"the range {low:.4g} … {high:.4g} of {part!r} is cut to {ends[0]:.4g} … "
+            f"{ends[1]:.4g} ({by}); if the large values matter, give it {fix}"
         )
     share = observer.share_below(scale / 2)
     if share is not None and share > MANY_LOST:
+        fix = OTHERWISE if operand else f"give it {WIDE}"
         yield (
             f"{100 * share:.0f}% of the nonzero values of {part!r} fall to zero on its grid of "
-            f"steps of {scale:.4g}: "
-            + (OTHERWISE if operand else "give it 16 bits, the default, or None")
+            f"steps of {scale:.4g}; {fix}"
         )
 
 

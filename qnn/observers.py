@@ -343,6 +343,8 @@ def _quantile(counts: torch.Tensor, share: float, edges: torch.Tensor) -> torch.
     """The value at `share` of the way from the least to the largest that was counted, float32
     `[C]`.
     """
+    if share in (0, 1):  # clamped to what was seen
+        return torch.full_like(counts[:, 0], torch.inf if share else -torch.inf, dtype=torch.float)
     before = counts.cumsum(1).double()
     place = share * (before[:, -1:] - 1).clamp_min(0)
     index = torch.searchsorted(before, place, right=True).clamp_max(counts.shape[1] - 1)

@@ -248,6 +248,54 @@ def distributions() -> dict[str, torch.Tensor]:
     }
 
 
+class TestPercentile(unittest.TestCase):
+    @parameterized.expand(
+        itertools.product(distributions(), (60.0, 99.0, 99.9, 100), (False, True), (1e-20, 1, 1e20))
+    )
+    def test_range(self, name: str, percentile: float, symmetric: bool, size: float) -> None:
+        """torch's quantiles, in whatever batches and order the values come."""
+        torch.manual_seed(5)
+        x = distributions()[name]
+        # A bin is a 16th of its value wide at most, and a place between two values goes to one.
+        share, place = percentile / 100, 1.5 / len(x)
+        ends = [(share, x.abs() if symmetric else x)]
+        if not symmetric:
+            ends.append((share, -x))
+        for order in (x, x.flip(0)):
+            watcher = observer("percentile", symmetric=symmetric, percentile=percentile)
+            for batch in order.split((1, 1500, 2499)):
+                watcher(batch * size)
+            low, high = (end.item() / size for end in watcher.low_high())
+            for got, (at, values) in zip((high, -low), ends, strict=not symmetric):
+                near = torch.tensor([at - place, at + place]).clamp(0, 1)
+                least, most = values.double().quantile(near.double()).tolist()
+                self.assertGreaterEqual(got, least - abs(least) / 16 - 1e-6)
+                self.assertLessEqual(got, most + abs(most) / 16 + 1e-6)
+            if symmetric:
+                self.assertEqual(low, -high)
+            if percentile == 100:
+                self.assertEqual(watcher.low_high()[1], (ends[0][1] * size).max())
+        self.assertEqual(int(watcher.bins.sum()), 4000)
+
+    def test_default_and_refused(self) -> None:
+        x = torch.cat([torch.rand(99_990), torch.full((10,), 50.0)])
+        watcher = observer("percentile")
+        watcher(x)
+        self.assertLess(watcher.low_high()[1].item(), 51)
+        watcher(torch.rand(200_000))
+        self.assertLess(watcher.low_high()[1].item(), 1.1)
+        self.assertEqual(watcher.seen()[1].item(), 50)
+        for wrong in (50, 101, "99", float("nan")):
+            with self.assertRaisesRegex(ValueError, "percentile must be above 50 and up to 100"):
+                QuantSpec(observer="percentile", percentile=wrong)
+        with self.assertRaisesRegex(ValueError, "percentile belongs to observer='percentile'"):
+            QuantSpec(percentile=99.0)
+        self.assertEqual(
+            repr(QuantSpec(observer="percentile", percentile=99.0)),
+            "QuantSpec(torch.uint8, observer='percentile', percentile=99.0)",
+        )
+
+
 class TestErrs(unittest.TestCase):
     """The observers that look for the range which errs least."""
 

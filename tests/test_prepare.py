@@ -163,6 +163,119 @@ class TestFlow(unittest.TestCase):
         self.assertEqual(rows["projection_input"], [0, 0, 0, 0])
         self.assertGreater(rows["input"][0], 0)
 
+    def test_a_key_serves_the_layers_that_have_the_part(self) -> None:
+        wide = qnn.QuantSpec(torch.int16, symmetric=True, limit=9.0)
+        inner = qnn.QuantSpec(torch.int8, symmetric=True)
+        given = qnn.QuantSpec(torch.uint8, observer="percentile", percentile=99.0)
+        model = nn.ModuleDict(
+            {
+                "lstm": nn.LSTM(4, 6, proj_size=3),
+                "plain": nn.LSTM(4, 6),
+                "gru": nn.GRU(4, 6),
+                "cell": nn.LSTMCell(4, 6),
+                "linear": nn.Linear(4, 6),
+            }
+        )
+        parts = {"cell_state": wide, "projection_input": inner, "new_gate": None, "input": given}
+        prepared = qnn.prepare(model, parts=parts)
+        for name in ("lstm", "plain", "cell"):
+            self.assertEqual(prepared[name].parts()["cell_state"].spec, wide)
+        self.assertEqual(prepared["lstm"].parts()["projection_input"].spec, inner)
+        self.assertNotIn("new_gate", prepared["gru"].parts())
+        self.assertEqual(prepared["linear"].input_quantize.spec, given)
+        for name in ("lstm", "plain", "gru", "cell"):
+            self.assertEqual(prepared[name].parts()["input"].spec, given)
+        for layer in prepared.values():
+            layer(torch.randn(9, 4))
+        qnn.convert(prepared)
+        with self.assertRaisesRegex(ValueError, "'cell_stat', which matches none.*'cell_state'"):
+            qnn.prepare(model, parts={"cell_stat": wide})
+        for wrong, words in (
+            (
+                {"reset_gate": None},
+                "matches none of the layers' observation points: input$|input\\.",
+            ),
+            ({"input": None}, "'input' enters an int8 product"),
+            ({"input": qnn.QuantSpec(torch.int16)}, "int8 or uint8"),
+            ({"input": qnn.QuantSpec(channel_axis=0)}, "channel_axis must be None"),
+        ):
+            only = nn.Sequential(nn.Linear(4, 4))
+            with self.subTest(words), self.assertRaisesRegex(ValueError, words):
+                qnn.prepare(only, parts=wrong, inplace=True)
+            self.assertIs(type(only[0]), nn.Linear)
+
+    @parameterized.expand(
+        [(name, frozen) for name in ("default", "parts", "learnable") for frozen in (False, True)]
+    )
+    def test_calibrated_goes_on_to_training(self, name: str, frozen: bool) -> None:
+        """From its specs and its ranges; and what is given anew counts."""
+        specs = {
+            "default": None,
+            "parts": {
+                "*_linear": qnn.QuantSpec(torch.uint8, observer="histogram"),
+                "input": qnn.QuantSpec(torch.uint8, observer="mse"),
+                "cell_tanh": None,
+            },
+            "learnable": {"cell_state": qnn.QuantSpec(torch.int16, symmetric=True, limit=30.0)},
+        }[name]
+        model = nn.ModuleDict({"r": nn.LSTM(4, 6), "c": nn.LSTMCell(4, 6), "l": nn.Linear(4, 6)})
+        x = torch.randn(40, 4)
+        calibrated = qnn.prepare(model, parts=specs)
+        for layer in calibrated.values():
+            layer(x)
+        if frozen:
+            qnn.freeze_observers(calibrated)
+        learned = {"cell_state": qnn.QuantSpec(torch.int16, symmetric=True, learnable=True)}
+        trained = qnn.prepare(
+            calibrated, qat=True, parts=learned if name == "learnable" else None
+        ).eval()
+        self.assertIsInstance(trained["l"], qnn.ObservedLinear)
+        before, after = points(calibrated), points(trained)
+        self.assertEqual(before.keys(), after.keys())
+        for key, point in after.items():
+            self.assertTrue(point.qat)
+            torch.testing.assert_close(point.qparams(), before[key].qparams())
+            self.assertEqual(point.observing, before[key].observing, key)
+            torch.testing.assert_close(point.scale.detach(), before[key].qparams()[0])
+        with torch.no_grad():  # evaluation has its grids at once
+            quantised = qnn.convert(calibrated)
+            for key in trained:
+                for got, want in zip(flat(trained[key](x)), flat(quantised[key](x)), strict=True):
+                    self.assertGreater(qnn.sqnr(got, want), 45, key)
+        trained.train()["r"](50 * x)
+        moved = after["r.points.input_l0"].qparams()[0] > before["r.points.input_l0"].qparams()[0]
+        self.assertEqual(bool(moved), not frozen)
+        with self.assertRaisesRegex(ValueError, "it is prepared already"):
+            qnn.prepare(trained, qat=True)
+
+    def test_observing_holds_the_steps_of_one_layer(self) -> None:
+        held: list[int] = []
+        layer = qnn.prepare(nn.LSTM(4, 6, 3, bidirectional=True))
+        made: list[Any] = []
+        points_of, observe = layer._points, layer._observe
+
+        def kept(suffix: str) -> Any:
+            made.append(points_of(suffix))
+            return made[-1]
+
+        def watched(suffix: str, seen: Any, **options: Any) -> None:
+            held.append(sum(bool(any(each.steps.values())) for each in made))
+            observe(suffix, seen, **options)
+
+        layer._points, layer._observe = kept, watched
+        layer(torch.randn(5, 2, 4))
+        self.assertEqual(held, [1] * 6)
+
+
+def points(model: nn.Module) -> dict[str, qnn.FakeQuantize]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, qnn.FakeQuantize)}
+
+
+def flat(result: Any) -> list[torch.Tensor]:
+    if isinstance(result, torch.Tensor):
+        return [result]
+    return [tensor for each in result for tensor in flat(each)]
+
 
 class TestErrors(unittest.TestCase):
     @parameterized.expand(
@@ -240,6 +353,14 @@ class TestErrors(unittest.TestCase):
         ):
             with self.subTest(words), self.assertRaisesRegex(ValueError, words):
                 qnn.convert(model, "int8")
+        for model, words in (
+            (nn.Sequential(norm), "0: it is parametrized; call"),
+            (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))), "parametrized"),
+            (nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 4))), "more than weights and bias"),
+            (nn.Sequential(Mine(6, 6)), "Mine is a subclass of nn.LSTM"),
+        ):
+            with self.subTest(words), self.assertRaisesRegex(ValueError, words):
+                qnn.prepare(model)
         with self.assertRaisesRegex(ValueError, "0: its weight_ih_l0 holds 1 NaN") as raised:
             qnn.prepare(nn.Sequential(broken))
         self.assertNotIn("on_unsupported", str(raised.exception))  # prepare has no such argument
