@@ -33,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _build(force: bool) -> int:
+    for line in native.passed_over():
+        print(f"passed over: {line}", file=sys.stderr)
     try:
         print(native.build(force=force, log=sys.stderr))
     except native.BuildError as error:

@@ -16,6 +16,7 @@ import threading
 import time
 import unittest
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -104,7 +105,7 @@ class Case(unittest.TestCase):
     @property
     def place(self) -> Path:
         """The folder of the first choice."""
-        return next(cache.folders(self.key))[0]
+        return next(cache.folders(self.key))
 
     @property
     def temporary(self) -> Path:
@@ -563,6 +564,21 @@ class TestDoctor(Case):
         (line,) = data["native"]["passed_over"]
         self.assertIn("has 3 bytes", line)
         self.assertIn(f"passed over: {line}", doctor.render(data))
+
+    def test_build_names_it_too(self) -> None:
+        library = put(self.place, self.key)
+        for options in ([], ["--force"]):
+            library.write_bytes(b"bad")
+            out, err = io.StringIO(), io.StringIO()
+            with (
+                mock.patch.object(native, "passed_over", partial(native.passed_over, self.csrc)),
+                mock.patch.object(native, "build", partial(native.build, csrc=self.csrc)),
+                contextlib.redirect_stdout(out),
+                contextlib.redirect_stderr(err),
+            ):
+                self.assertEqual(command.main(["build", *options]), 0)
+            self.assertEqual(out.getvalue(), f"{library}\n")
+            self.assertIn(f"passed over: {library}: has 3 bytes", err.getvalue())
 
     def test_a_path_of_any_bytes(self) -> None:
         os.environ["XDG_CACHE_HOME"] = str(self.folder / "\udcff")

@@ -404,6 +404,7 @@ class TestStatus(unittest.TestCase):
             out, err = io.StringIO(), io.StringIO()
             with (
                 mock.patch.object(native, "build", side_effect=[outcome]) as build,
+                mock.patch.object(native, "passed_over", return_value=()),
                 contextlib.redirect_stdout(out),
                 contextlib.redirect_stderr(err),
             ):

@@ -48,7 +48,12 @@ def forbidden() -> Path | None:
     return None
 
 
-def folders(key: str) -> Iterator[tuple[Path, str]]:
+def folders(key: str) -> Iterator[Path]:
+    """Where a library of this digest may lie, in the order of preference."""
+    return (folder for folder, _ in places(key))
+
+
+def places(key: str) -> Iterator[tuple[Path, str]]:
     """`…/qnn/linux-x86_64-glibc2.36-0123456789abcdef`, in the order of preference, each with the
     reason why it is passed over, if there is one. (A home may be shared by machines with another C
     library.)
@@ -100,7 +105,7 @@ def libraries(key: str) -> Iterator[tuple[Path, str]]:
     """The libraries of a digest, each with the reason why it is passed over, if there is one; and
     the folders that are passed over.
     """
-    for folder, why_not in folders(key):
+    for folder, why_not in places(key):
         library = folder / LIBRARY
         if why_not:
             yield folder, why_not
@@ -130,7 +135,7 @@ def locked(key: str, say: Callable[[str], None], skipped: Mapping[Path, str]) ->
         BuildError: there is no such folder, or the lock is held for too long.
     """
     refused = []
-    for folder, why_not in folders(key):
+    for folder, why_not in places(key):
         lock, why_not = None, why_not or skipped.get(folder, "")
         if why_not:
             refused.append(f"{folder} ({why_not})")
@@ -233,7 +238,7 @@ def held(key: str) -> str:
     """Which lock another process holds at this moment, in words, or nothing."""
     import fcntl  # not on Windows
 
-    for folder, why_not in folders(key):
+    for folder, why_not in places(key):
         if why_not:
             continue
         try:
@@ -253,7 +258,7 @@ def held(key: str) -> str:
 
 def failure(key: str) -> str:
     """Why an earlier build failed, or nothing."""
-    return next((why for f, bad in folders(key) if not bad and (why := failure_in(f))), "")
+    return next((why for f, bad in places(key) if not bad and (why := failure_in(f))), "")
 
 
 def failure_in(folder: Path) -> str:

@@ -9,7 +9,6 @@ remembered and not tried again, in any process, before `python -m qnn build`.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import platform
@@ -47,6 +46,7 @@ __all__ = [
     "build",
     "ensure",
     "find",
+    "passed_over",
     "preferred",
     "ready",
     "replaces",
@@ -170,6 +170,14 @@ def find(csrc: Path = CSRC) -> Path | None:
     return None if _disabled(csrc) else _look(csrc)[0]
 
 
+def passed_over(csrc: Path = CSRC) -> tuple[str, ...]:
+    """Libraries and folders that are not taken, each with the reason."""
+    try:
+        return () if _disabled(csrc) else _look(csrc)[1]
+    except OSError as error:
+        return (f"{csrc}: {error.strerror}",)
+
+
 # Libraries that were what was built and did not load, with the loader's words.
 _unloadable: dict[Path, str] = {}
 _NOT_MAPPED = "failed to map segment"  # what the loader says where no code may run from
@@ -287,9 +295,7 @@ def _built(csrc: Path) -> Status:
         opened = Status("absent", reason=str(error))
     except (BuildError, OSError) as error:
         opened = Status("failed", reason=str(error))
-    with contextlib.suppress(OSError):
-        opened = replace(opened, passed_over=_look(csrc)[1])
-    return opened
+    return replace(opened, passed_over=passed_over(csrc))
 
 
 def _open(path: Path, csrc: Path) -> Status:
