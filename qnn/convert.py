@@ -340,6 +340,10 @@ def why_not_convert(module: nn.Module, scheme: str = "int8_static") -> str | Non
                 reason = f"its {name} holds {why_not_finite(weight)}"
         if reason is not None:
             return reason
+    for name, bias in module._parameters.items():
+        reason = why_not_finite(bias) if name.startswith("bias") and bias is not None else None
+        if reason is not None:
+            return f"its {name} holds {reason}"
     return None
 
 

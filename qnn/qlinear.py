@@ -94,11 +94,12 @@ class QLinear(Quantized, nn.Linear):
         reason = get_scheme(scheme).why_not_linear(in_features, out_features)
         if reason is not None:
             raise ValueError(f"{who}: {reason}.")
-        self._empty_weights(device)
+        # The bias first: what asks a model for its dtype takes that of the first float parameter,
+        # which is not to be a scale or a code of float8.
+        self.register_parameter("bias", None)
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, dtype=self.dtype, device=device))
-        else:
-            self.register_parameter("bias", None)
+        self._empty_weights(device)
         self._stored = tuple(name for name, _ in self._parts_of("weight"))
         self._storage = self._scheme.weight.storage
         self.reset_parameters()

@@ -15,7 +15,7 @@ import qnn
 from qnn.kernels.cpu import native
 from qnn.kernels.cpu.engines import self_test
 
-from .common import DTYPES, forked
+from .common import DTYPES, forked, same_bits
 
 SCHEMES = ("int8", "int8_weight")
 
@@ -311,3 +311,164 @@ class TestState(unittest.TestCase):
         self.assertGreater(
             qnn.sqnr(module.dequantize()(torch.ones(1, 48)), module(torch.ones(1, 48))), 30
         )
+
+
+class TestWhatIsRefused(unittest.TestCase):
+    """Strict means strict, in every scheme: what is no number is not loaded or converted."""
+
+    def refused(self, module: nn.Module, state: dict[str, torch.Tensor], message: str) -> None:
+        before = copy.deepcopy(module.state_dict())
+        for assign in (False, True):
+            with self.assertRaisesRegex(RuntimeError, message):
+                module.load_state_dict(state, assign=assign)
+        for name, tensor in module.state_dict().items():
+            self.assertTrue(same_bits(tensor, before[name]), name)
+
+    @parameterized.expand([(scheme,) for scheme in qnn.SCHEMES])
+    def test_nan_in_any_tensor(self, scheme: str) -> None:
+        module = qnn.QLinear.from_float(nn.Linear(32, 16), scheme)
+        if scheme == "int8_static":
+            module.input_scale = nn.Parameter(torch.ones(1), requires_grad=False)
+        state = copy.deepcopy(module.state_dict())
+        nan = {
+            torch.float32: lambda t: t.view(-1)[-1].fill_(torch.nan),
+            torch.float8_e4m3fn: lambda t: t.view(torch.uint8).view(-1)[-1].fill_(0xFF),
+            torch.uint8: lambda t: t.view(-1)[-1].fill_(255),
+        }
+        spoilt = 0
+        for name, tensor in state.items():
+            if tensor.dtype == torch.int8 or name == "weight_packed":
+                continue  # every code is a number
+            bad = {**state, name: tensor.clone()}
+            nan[tensor.dtype](bad[name])
+            self.refused(module, bad, f"{name} ")
+            spoilt += 1
+        self.assertGreaterEqual(spoilt, 2)
+        module.load_state_dict(state)
+        for name in state:
+            missing = {key: value for key, value in state.items() if key != name}
+            self.refused(module, missing, name)
+
+    @parameterized.expand([("int8",), ("fp8",), ("nvfp4",)])
+    def test_beyond_float32(self, scheme: str) -> None:
+        for part in ("weight", "bias"):
+            plain = nn.Linear(16, 4, dtype=torch.float64)
+            plain._parameters[part].data[1] = 1e300  # type: ignore[union-attr]
+            module = qnn.QLinear(16, 4, dtype=torch.float64, scheme=scheme)
+            message = "beyond float32, in which scales and sums are, in row 1"
+            self.refused(module, plain.state_dict(), f"{part} holds values {message}")
+            with self.assertRaisesRegex(ValueError, message):
+                qnn.QLinear.from_float(plain, scheme)
+            model = nn.Sequential(nn.Linear(16, 16, dtype=torch.float64), plain)
+            with self.assertRaisesRegex(ValueError, f"1: its {part} holds values {message}"):
+                qnn.convert(model, scheme, inplace=True)
+            self.assertIs(type(model[0]), nn.Linear)
+
+    def test_a_bias_of_another_kind(self) -> None:
+        state = layer().state_dict()
+        self.refused(layer(), {**state, "bias": torch.ones(64).int()}, "bias must be float")
+        self.refused(layer(), {**state, "bias": torch.ones(3)}, r"bias must be \[64\], got \[3\]")
+
+
+class TestFollowsTheState(unittest.TestCase):
+    @parameterized.expand(
+        [(bias, quantised) for bias in (True, False) for quantised in (True, False)]
+    )
+    def test_assigned_dtype(self, bias: bool, quantised: bool) -> None:
+        source = nn.Sequential(nn.Linear(48, 64, bias)).bfloat16()
+        state = (qnn.convert(source) if quantised else source).state_dict()
+        module = qnn.convert(nn.Sequential(nn.Linear(48, 64, bias)))
+        module.load_state_dict(state, assign=True)
+        want = torch.float32 if quantised and not bias else torch.bfloat16  # nothing says another
+        self.assertEqual((module[0].dtype, module[0].weight.dtype), (want, want))
+        plain = module[0].dequantize()
+        self.assertEqual(plain(torch.randn(2, 48, dtype=want)).dtype, want)
+        copied = qnn.convert(nn.Sequential(nn.Linear(48, 64, bias)))
+        copied.load_state_dict(dict(state))  # assign=True is noted in a state's metadata
+        self.assertEqual({copied[0].dtype, copied[0].dequantize().weight.dtype}, {torch.float32})
+
+    def test_pre_hooks_may_rename(self) -> None:
+        module, calls = layer(), []
+
+        def rename(owner: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+            calls.append(prefix)
+            state[prefix + "weight"] = state.pop(prefix + "kernel")
+
+        module.register_load_state_dict_pre_hook(rename)
+        plain = nn.Linear(48, 64)
+        state = {"0.kernel": plain.weight.detach(), "0.bias": plain.bias.detach()}
+        nn.Sequential(module).load_state_dict(state)
+        self.assertEqual(calls, ["0."])
+        self.assertTrue(torch.equal(module.stored[0], qnn.QLinear.from_float(plain).stored[0]))
+        self.assertEqual(len(module._load_state_dict_pre_hooks), 1)
+
+
+class TestOtherInputs(unittest.TestCase):
+    """What `nn.Linear` takes besides dense tensors with values."""
+
+    @parameterized.expand(
+        [
+            (s, t)
+            for t in (False, True)
+            for s in qnn.SCHEMES
+            if not t or qnn.kernels.SCHEMES[s].trainable
+        ]
+    )
+    def test_meta(self, scheme: str, training: bool) -> None:
+        with torch.device("meta"):
+            model = qnn.convert(nn.Sequential(nn.Linear(128, 64)), scheme, training=training)
+            x = torch.empty(3, 128, dtype=torch.bfloat16)
+        y = model(x)
+        self.assertEqual((y.shape, y.dtype, y.device.type), ((3, 64), torch.bfloat16, "meta"))
+
+    def layers(self) -> list[nn.Module]:
+        calibrated = qnn.prepare(nn.Sequential(nn.Linear(32, 16)))
+        calibrated(torch.randn(4, 32))
+        return [
+            qnn.QLinear(32, 16),
+            qnn.QLinear(32, 16, scheme="fp8_weight"),
+            qnn.Linear(32, 16, scheme="fp8"),
+            qnn.convert(calibrated)[0],
+        ]
+
+    def test_jagged(self) -> None:
+        parts = [torch.randn(3, 32), torch.randn(5, 32), torch.randn(0, 32)]
+        for module in self.layers():
+            x = torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=True)
+            want = torch.cat([module(part) for part in parts])
+            compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+            for call in (module, compiled) if type(module) is qnn.Linear else (module,):
+                y = call(x)
+                self.assertEqual(y.layout, torch.jagged)
+                torch.testing.assert_close(y.values(), want)
+                (gradient,) = torch.autograd.grad((y + y).values().sum(), x)
+                self.assertGreater(gradient.values().abs().sum().item(), 0)
+            with self.assertRaisesRegex(ValueError, "must be .*32.*its last axis"):
+                module(x.transpose(1, 2))
+
+    def test_sparse_and_strided_nested_are_refused(self) -> None:
+        x = torch.randn(2, 32)
+        for module in self.layers():
+            name = rf"qnn.{type(module).__name__}\(32, 16, .*the input is "
+            for bad in (x.to_sparse(), x.to_sparse_csr()):
+                with self.assertRaisesRegex(TypeError, name + r"sparse .*\.to_dense\(\)"):
+                    module(bad)
+            with self.assertRaisesRegex(TypeError, name + "a nested tensor of strided.*jagged"):
+                module(torch.nested.nested_tensor([x, x]))
+
+    def test_leaves_of_symbolic_trace(self) -> None:
+        x = torch.randn(4, 32)
+        for module in (*self.layers(), qnn.prepare(nn.Sequential(nn.Linear(32, 16)))[0]):
+            model = nn.Sequential(module, nn.ReLU())
+            graph = torch.fx.symbolic_trace(model)
+            kinds = [node.op for node in graph.graph.nodes]
+            self.assertEqual(kinds, ["placeholder", "call_module", "call_module", "output"])
+            self.assertIs(graph.get_submodule("0"), module)
+            self.assertTrue(torch.equal(graph(x), model(x)))
+
+    def test_jit_trace_with_its_check(self) -> None:
+        x = torch.randn(4, 32)
+        for module in self.layers():
+            if isinstance(module, qnn.QLinear):
+                traced = torch.jit.trace(nn.Sequential(module, nn.ReLU()), x)
+                self.assertTrue(torch.equal(traced(x + 1), module(x + 1).relu()))
