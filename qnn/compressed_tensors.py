@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from qnn.base import Quantized
 from qnn.kernels import Scheme, get_scheme
 from qnn.qlinear import QLinear
-from qnn.qrecurrent import QRecurrent
 
 # Shown by transformers and diffusers as what they do not know; pydantic cuts at 50 characters.
 _READER = "use qnn.load_pretrained"
@@ -54,7 +54,7 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
     groups: dict[tuple[str, str | None], list[str]] = {}
     ignore = []
     for name, module in _layers(model):
-        if isinstance(module, QLinear | QRecurrent):
+        if isinstance(module, Quantized):
             groups.setdefault((module.scheme, _foreign(module)), []).append(name)
         elif isinstance(module, nn.Linear):
             ignore.append(name)
@@ -191,7 +191,7 @@ def describe(model: nn.Module) -> None:
         if pretrained is not None and isinstance(module, pretrained):
             config: Any = module.config
             known = _read(config, "quantization_config")
-            if any(isinstance(layer, QLinear | QRecurrent) for layer in module.modules()):
+            if any(isinstance(layer, Quantized) for layer in module.modules()):
                 config.quantization_config = quantization_config(module)
                 fresh = fresh if known else module
             elif "qnn" in (known or ()):
@@ -204,7 +204,7 @@ def describe(model: nn.Module) -> None:
 
 def _describe_diffusers(model: Any) -> None:
     """diffusers has no reader of compressed-tensors, and refuses what it does not know by name."""
-    if any(isinstance(layer, QLinear | QRecurrent) for layer in model.modules()):
+    if any(isinstance(layer, Quantized) for layer in model.modules()):
         described = quantization_config(model)
         described["quant_method"] += f"; {_READER}"
         model.register_to_config(quantization_config=described)

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from qnn.base import Quantized
 from qnn.compressed_tensors import describe, schemes_of
 from qnn.convert import convert
-from qnn.qlinear import QLinear
-from qnn.qrecurrent import QRecurrent
 
 
 def load_pretrained(cls: Any, folder: str | Path, **options: Any) -> Any:
@@ -114,11 +113,7 @@ def _state(folder: Path) -> dict[str, torch.Tensor]:
 
 def _check(who: str, model: nn.Module, info: Any) -> None:
     """Refuse what transformers' reader leaves to a log line."""
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, QLinear | QRecurrent)
-    }
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Quantized)}
     missing = [key for key in info["missing_keys"] if key.rpartition(".")[0] in layers]
     if missing:
         raise ValueError(f"{who}: the file has no {', '.join(sorted(missing)[:5])}.")

@@ -61,12 +61,15 @@ def own_class() -> tuple[Any, Any]:
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
-            self.rnn = getattr(nn, config.kind)(8, 16, batch_first=True)
+            cell = config.kind.endswith("Cell")
+            self.rnn = getattr(nn, config.kind)(8, 16, **({} if cell else {"batch_first": True}))
             self.head = nn.Linear(16, 16) if config.head else nn.Identity()
             self.post_init()
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            result: torch.Tensor = self.head(self.rnn(x)[0])
+            cell = isinstance(self.rnn, nn.RNNCellBase)
+            y = self.rnn(x[:, 0]) if cell else self.rnn(x)
+            result: torch.Tensor = self.head(y[0] if isinstance(y, tuple) else y)
             return result
 
     return Speaker, Config
@@ -143,7 +146,9 @@ class TestLoadPretrained(unittest.TestCase):
             want = model.bert(IDS).last_hidden_state
             self.assertTrue(torch.equal(backbone(IDS).last_hidden_state, want))
 
-    @parameterized.expand([(kind, head) for kind in ("LSTM", "GRU") for head in (False, True)])
+    @parameterized.expand(
+        [(kind, head) for kind in ("LSTM", "GRU", "LSTMCell") for head in (False, True)]
+    )
     def test_recurrent(self, kind: str, head: bool) -> None:
         """compressed-tensors has no recurrent layers: plain transformers refuses the file."""
         cls, config = own_class()
@@ -156,6 +161,31 @@ class TestLoadPretrained(unittest.TestCase):
             self.assertTrue(same_state(again, model))
             x = torch.randn(2, 5, 8)
             self.assertTrue(torch.equal(again(x), model(x)))
+
+    def test_conv1d(self) -> None:
+        """Its codes are transposed: plain transformers would read a square layer wrongly."""
+        transformers = hub()
+        config = transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50)
+        model = qnn.convert(transformers.GPT2LMHeadModel(config).eval(), "fp8")
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            model.save_pretrained(folder)
+            with self.assertRaisesRegex(ValueError, "(?s)format.*use qnn.load_pretrained"):
+                type(model).from_pretrained(folder)
+            again = qnn.load_pretrained(type(model), folder)
+            self.assertTrue(same_state(again, model))
+            self.assertTrue(torch.equal(again(IDS).logits, model(IDS).logits))
+
+    def test_static(self) -> None:
+        """A calibrated model comes back without data, also through plain transformers."""
+        batches = [torch.randint(3, 100, (2, 9)) for _ in range(3)]
+        model = qnn.convert(qnn.calibrate(qnn.prepare(masked(), exclude="*.key"), batches))
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            model.save_pretrained(folder)
+            again = qnn.load_pretrained(type(model), folder)
+            self.assertTrue(same_state(again, model))
+            self.assertTrue(torch.equal(again(IDS).logits, model(IDS).logits))
+            plain = type(model).from_pretrained(folder).eval()
+            self.assertGreater(qnn.sqnr(model(IDS).logits, plain(IDS).logits), 25)
 
     def test_refused(self) -> None:
         st = pytest.importorskip("safetensors.torch", reason="needs the extra 'dev'")
