@@ -225,17 +225,17 @@ def page(rows: list[dict[str, str]], backend: str, machine: str) -> str:
         remarks = {r["remark"]: None for r in found.values() if r["remark"]}
         notes += [f"- **{name}**: {remark}" for remark in remarks]
     whole = [r for r in rows if r["layers"]]
-    good = [r for r in whole if {r["fullgraph"], r["export"], r["reload"]} <= {"yes"}]
+    good = [r for r in whole if {r["fullgraph"], r["export"], r["reload"]} <= {"yes", ""}]
     parts = [
-        "# Stock models",
+        f"# {len(by_model)} models",
         f"`python benchmarks/model_zoo.py`; {machine}. Small configurations with random weights "
         "(real ones for minilm). Sizes are those of the layers that are quantised, before and "
         "after, and of all that stays float. The SQNR compares the outputs. Compiled means "
         f"`fullgraph=True` with the backend {backend!r}; loaded means the same bits again after "
         "`save_pretrained` and `qnn.load_pretrained`, or by the state dict. `no, nor float`: the "
         "float model cannot either.",
-        f"{len(by_model)} models, {len(rows)} rows: {len(whole)} converted, {len(good)} of them "
-        "with every step.",
+        f"{len(rows)} rows: {len(whole)} converted, {len(good)} of them with every step that was "
+        "run (`-`: not run).",
         table(head, body, left=(0, 1)),
     ]
     if notes:
