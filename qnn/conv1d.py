@@ -86,4 +86,14 @@ def _flat(layer: nn.Linear) -> nn.Linear:
     return linear.train(layer.training)
 
 
-__all__ = ["ObservedConv1D", "QConv1D"]
+def tell_adapters(model: nn.Module) -> None:
+    """peft's adapters around a `Conv1D` add what they have learned in its layout; around a
+    `QConv1D`, whose `weight` is `[out, in]`, they are to do it as for an `nn.Linear`.
+    """
+    for module in model.modules():
+        base = module._modules.get("base_layer")
+        if isinstance(base, QConv1D) and vars(module).get("fan_in_fan_out") is True:
+            module.fan_in_fan_out = False  # type: ignore[assignment]
+
+
+__all__ = ["ObservedConv1D", "QConv1D", "tell_adapters"]

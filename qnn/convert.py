@@ -14,14 +14,13 @@ from qnn import patterns, references
 from qnn.base import not_finite, why_not_finite
 from qnn.cells import NAMES
 from qnn.compressed_tensors import describe
-from qnn.conv1d import QConv1D
+from qnn.conv1d import QConv1D, tell_adapters
 from qnn.doubts import warn_of
 from qnn.kernels import get_scheme, recurrent, training_scheme
 from qnn.kernels.formats import FLOATS
 from qnn.kinds import (
     as_linear,
     inventory,
-    is_conv1d,
     is_layer,
     is_recurrent,
     is_transposed,
@@ -165,6 +164,7 @@ def convert(
         progress=progress,
     )
     leave_fast_path(result)
+    tell_adapters(result)
     if prepared:
         warn_of(result)
     describe(result)
@@ -273,8 +273,9 @@ def left_alone(
     if waits(module) or hasattr(module, "parametrizations"):
         return None  # why_not_convert has a word on it
     if not is_recurrent(module):
-        plain = type(module) is nn.Linear or is_conv1d(module) or is_training_layer(module)
-        return None if plain else why_not_as_linear(module, named)
+        if type(module) in (nn.Linear, Linear) or is_transposed(module):
+            return None
+        return why_not_as_linear(module, named, (nn.Linear.forward, Linear.forward))
     if type(module) not in RECURRENT:
         kind = "nn.LSTM or nn.GRU"
         if not isinstance(module, RNNBase):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,17 +52,20 @@ def is_layer(module: nn.Module) -> bool:
     return is_conv1d(module) or qualified(type(module)) in _AS_LINEAR
 
 
-def why_not_as_linear(module: nn.Module, named: bool) -> str | None:
+def why_not_as_linear(
+    module: nn.Module, named: bool, forwards: tuple[Callable[..., Any], ...]
+) -> str | None:
     """Why a layer that is no plain `nn.Linear` does not become a quantised one; None if it does.
 
-    One that computes the same becomes one when it is named: it might mean more by its class.
+    One that computes the same, by one of `forwards`, becomes one when it is named: it might mean
+    more by its class.
     """
     name, kind = qualified(type(module)), "a subclass of nn.Linear"
     if not isinstance(module, nn.Linear):
         kind = "a layer"
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return f"{name} is {kind} whose weight nn.MultiheadAttention reads, without calling it"
-    same = type(module).forward is nn.Linear.forward or qualified(type(module)) in _AS_LINEAR
+    same = type(module).forward in forwards or qualified(type(module)) in _AS_LINEAR
     if not same:
         return f"{name} is {kind} with a forward, and so a meaning of its own"
     if named:

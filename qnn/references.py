@@ -6,6 +6,7 @@ Layers are not only children. Lists, dicts, attributes of other objects, bound m
 
 from __future__ import annotations
 
+import dis
 import functools
 import gc
 import sys
@@ -79,9 +80,24 @@ def find(
             known |= scan.ids
             found.fixed += [(where, key) for key in scan.fixed]
             todo += [(each, where) for each in scan.holders if id(each) not in seen]
+        if own is None and isinstance(holder, nn.Module):
+            todo += [(box, f"{path}.{key}".lstrip(".")) for key, box in _boxes_of(type(holder))]
         if not isinstance(holder, (nn.Module, *_BOXES)):
             found.fixed += [(path, key) for key in _inside(holder, targets) - known]
     return found
+
+
+def _boxes_of(kind: type) -> Iterator[tuple[str, Any]]:
+    """Lists and dicts of a class, which its modules share, and those in cells of its forward."""
+    for each in kind.__mro__:
+        if each.__module__.partition(".")[0] in ("torch", "builtins"):
+            continue
+        for key, value in vars(each).items():
+            if isinstance(value, _BOXES) and value:
+                yield key, value
+    for cell in getattr(getattr(kind, "forward", None), "__closure__", None) or ():
+        if isinstance(_content(cell), _BOXES):
+            yield "forward", _content(cell)
 
 
 def put(place: Place, current: dict[int, nn.Module], change: Callable[[Any], Any]) -> None:
@@ -323,11 +339,14 @@ def calls_its_class(layer: nn.Module) -> bool:
     return False
 
 
-def stuck(forward: Any, targets: dict[int, nn.Module], *, copied: bool) -> bool:
-    """Whether a `forward` that was set on a module itself goes on calling one of `targets`: it
-    reads one from a global variable or, if `copied`, from an object that a copy shares.
+def stuck(module: nn.Module, targets: dict[int, nn.Module], *, copied: bool) -> bool:
+    """Whether the `forward` of a module goes on calling one of `targets`, which it finds outside of
+    the model: in a global variable, in a closure or a list of its class, or, if `copied`, through
+    an object that a copy shares.
     """
-    todo, seen = [forward], set[int]()
+    if _class_is_stuck(type(module), targets, copied=copied):
+        return True
+    todo, seen = [vars(module).get("forward")], set[int]()
     while todo:
         value = todo.pop()
         if isinstance(value, _ATOMS) or id(value) in seen:
@@ -337,10 +356,8 @@ def stuck(forward: Any, targets: dict[int, nn.Module], *, copied: bool) -> bool:
             if copied and id(value) in targets:
                 return True
             continue
-        if isinstance(value, types.FunctionType):
-            names = set(_names(value.__code__))
-            if any(id(value.__globals__.get(name)) in targets for name in names):
-                return True
+        if _reads_global(value, targets):
+            return True
         children = _children(value)
         if children is None and copied:
             children = getattr(value, "__dict__", {}).values()
@@ -348,8 +365,40 @@ def stuck(forward: Any, targets: dict[int, nn.Module], *, copied: bool) -> bool:
     return False
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
+def _class_is_stuck(kind: type, targets: dict[int, nn.Module], *, copied: bool) -> bool:
+    forward: Any = getattr(kind, "forward", None)
+    if kind.__module__.partition(".")[0] == "torch" or not isinstance(forward, types.FunctionType):
+        return False
+    held = [_content(cell) for cell in forward.__closure__ or ()]
+    if copied:  # in place they are changed
+        held += [box for key, box in _boxes_of(kind) if key in forward.__code__.co_names]
+    else:
+        held = [value for value in held if not isinstance(value, _BOXES)]
+    return _reads_global(forward, targets) or any(_leads_to(value, targets) for value in held)
+
+
+def _leads_to(value: Any, targets: dict[int, nn.Module]) -> bool:
+    scan = _Scan(targets, set())
+    scan.look(value)
+    return bool(scan.ids)
+
+
+def _reads_global(value: Any, targets: dict[int, nn.Module]) -> bool:
+    if not isinstance(value, types.FunctionType):
+        return False
+    held = value.__globals__
+    return any(id(held.get(name)) in targets for name in _names(value.__code__))
+
+
+@functools.lru_cache(1024)
+def _names(code: types.CodeType) -> frozenset[str]:
+    """The global names that a function and those inside it read; attributes are names too, but not
+    these.
+    """
+    read = {
+        i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    }
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+            read |= _names(constant)
+    return frozenset(read)

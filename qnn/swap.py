@@ -188,15 +188,15 @@ def _raise_fixed(
             "remove it, or name the layer by its name. A copy (inplace=False) may do as well."
         )
     for name, module in model.named_modules():
-        if references.stuck(vars(module).get("forward"), targets, copied=False):
+        if references.stuck(module, targets, copied=False):
             raise ValueError(_own_forward(who, name))
 
 
 def _own_forward(who: str, name: str) -> str:
     return (
-        f"{who}: the forward that was set on {name or 'the model'} itself would go on calling the "
-        "float layers, which it finds outside of the model: in a global variable or another "
-        "object. Define it in the class, set it after converting, or let it begin at the model."
+        f"{who}: the forward of {name or 'the model'} would go on calling the float layers, which "
+        "it finds outside of the model: in a global variable, its class or another object. Let it "
+        "begin at the model (self), or, if it was set on the model itself, set it after converting."
     )
 
 
@@ -227,7 +227,7 @@ def _copied(
         raise ValueError(_why_no_copy(model, who, error)) from error
     _follow_copies(result, originals, made, memo)
     for name, module in result.named_modules():
-        if references.stuck(vars(module).get("forward"), originals, copied=True):
+        if references.stuck(module, originals, copied=True):
             raise ValueError(_own_forward(who, name))
     for key in originals:
         if key in plan.reasons:

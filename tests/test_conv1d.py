@@ -224,3 +224,16 @@ class TestConv1D(unittest.TestCase):
         formats = {group["targets"][0]: group["format"] for group in groups}
         self.assertEqual(formats["conv"], "qnn.QConv1D; use qnn.load_pretrained")
         self.assertEqual(formats["linear"], "int-quantized")
+
+    def test_adapters_learn_of_the_other_layout(self) -> None:
+        class Adapter(nn.Module):  # as peft's around a Conv1D
+            def __init__(self, base: nn.Module) -> None:
+                super().__init__()
+                self.base_layer, self.fan_in_fan_out = base, True
+
+        for inplace in (False, True):
+            model = nn.ModuleDict({"a": Adapter(conv1d()), "b": Adapter(conv1d())})
+            out = qnn.convert(model, include="a", inplace=inplace)
+            self.assertEqual([out[name].fan_in_fan_out for name in "ab"], [False, True])
+            trained = qnn.convert(copy.deepcopy(model), "fp8", training=True, include="b")
+            self.assertTrue(trained["b"].fan_in_fan_out)

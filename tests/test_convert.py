@@ -472,6 +472,22 @@ class TestTraining(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, "converted already .*layer.dequantize.. gives"):
             qnn.convert(nn.Sequential(out["first"]), {"*": None})
 
+    def test_subclasses_of_the_training_layer(self) -> None:
+        class Inherits(qnn.Linear):
+            pass
+
+        class Doubles(qnn.Linear):
+            def forward(self, input: torch.Tensor) -> torch.Tensor:
+                return 2 * super().forward(input)
+
+        model = nn.Sequential(Inherits(32, 32), Doubles(32, 32), qnn.Linear(32, 32))
+        for options in ({}, {"training": True}):
+            out = qnn.convert(model, "mxfp8", **options)
+            self.assertEqual([type(m) for m in out[:2]], [Inherits, Doubles])
+            self.assertEqual(out[2].scheme, "mxfp8")
+        out = qnn.convert(model, "fp8", include=[Inherits, Doubles, "2"])
+        self.assertEqual([type(m) for m in out], [QLinear, Doubles, QLinear])
+
     @parameterized.expand(
         [
             ("weight_norm", parametrizations.weight_norm),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import threading
@@ -164,7 +165,7 @@ class TestReferences(unittest.TestCase):
         space: dict[str, Any] = {"net": model()}
         exec("layer = net.second\ndef forward(x): return layer(net.first(x))", space)  # noqa: S102
         space["net"].forward = space["forward"]
-        with self.assertRaisesRegex(ValueError, "forward that was set on the model itself"):
+        with self.assertRaisesRegex(ValueError, "the forward of the model would go on calling"):
             qnn.convert(space["net"], inplace=inplace)
 
     def test_a_forward_through_a_shared_object_is_refused(self) -> None:
@@ -175,7 +176,9 @@ class TestReferences(unittest.TestCase):
         net = model()
         runner = Runner(net)
         net.forward = lambda x: runner.net.second(x)  # type: ignore[method-assign]
-        with self.assertRaisesRegex(ValueError, "in a global variable or another object"):
+        with self.assertRaisesRegex(
+            ValueError, "in a global variable, its class or another object"
+        ):
             qnn.convert(net)
 
 
@@ -374,3 +377,54 @@ class TestCopies(unittest.TestCase):
                 verb(net)
             self.assertIs(type(net.first), nn.Linear)
             verb(net, inplace=True)
+
+
+class Registry(nn.Module):
+    """A list of the class names the layer."""
+
+    layers: list[nn.Module] = []  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+        self.layers[:] = [self.layer]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layers[0](x)
+        return y
+
+
+class TestClasses(unittest.TestCase):
+    """What a class holds is not copied, and its functions are not changed."""
+
+    def test_a_list_of_the_class(self) -> None:
+        model, x = Registry(), torch.randn(2, 16)
+        with self.assertRaisesRegex(ValueError, "the forward of the model would go on calling"):
+            qnn.convert(model)
+        want = qnn.convert(copy.deepcopy(model.layer))(x)
+        self.assertTrue(same_bits(qnn.convert(model, inplace=True)(x), want))
+
+    @parameterized.expand([(False,), (True,)])
+    def test_a_variable_around_the_class(self, inplace: bool) -> None:
+        layer = nn.Linear(16, 16)
+
+        class Enclosed(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = layer
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                y: torch.Tensor = layer(x)
+                return y
+
+        with self.assertRaisesRegex(ValueError, "would go on calling the float layers"):
+            qnn.convert(Enclosed(), inplace=inplace)
+
+    @parameterized.expand([(False,), (True,)])
+    def test_an_attribute_is_no_global(self, inplace: bool) -> None:
+        space: dict[str, Any] = {"net": model()}
+        exec("second = net.second\ndef forward(x): return net_of().second(x)", space)  # noqa: S102
+        net = space["net"]
+        space["net_of"] = lambda: net
+        net.forward = lambda x: net.second(net.first(x))
+        self.assertIs(type(qnn.convert(net, inplace=inplace).second), qnn.QLinear)
