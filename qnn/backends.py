@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qnn.forking import return_threads
 from qnn.kernels import OPS, Scheme, get_scheme
 from qnn.kernels.cpu import native
 from qnn.kernels.cpu.engines import ENGINES, engine_choice, self_test
@@ -36,6 +37,7 @@ def int8_engine(weights: int) -> str:
     `onednn: passed the known-answer test`; for a small layer `exact up to 8 rows, then onednn: …`.
     """
     choice = engine_choice(weights)
+    return_threads()  # of the self-tests
     small = "".join(f"{engine.name} up to {rows} rows, then " for rows, engine in choice[:-1])
     name = choice[-1][1].name
     parts = [f"{small}{name}: {self_test(name).reason}"]

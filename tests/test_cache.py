@@ -401,6 +401,14 @@ class TestPlaces(Case):
         self.assertEqual((status.state, said.getvalue()), ("failed", ""))
         self.assertIn("there is no temporary folder", status.reason)
 
+    def test_doctor_says_that_nothing_can_be_built(self) -> None:
+        self.assertIn("the first call that needs it", native.status(self.csrc).reason)
+        full = SimpleNamespace(f_flag=0, f_blocks=1 << 20, f_frsize=4096, f_bavail=2, f_bfree=2)
+        with mock.patch.object(os, "statvfs", return_value=full):
+            self.assertRegex(
+                native.status(self.csrc).reason, "not built yet: no folder .*the disk is full"
+            )
+
     @parameterized.expand([("lock", Path.mkdir), ("failed.json", Path.mkdir), ("x", os.mkfifo)])
     def test_odd_content(self, name: str, make: Callable[[Path], object]) -> None:
         self.place.mkdir(parents=True)

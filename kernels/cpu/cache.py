@@ -234,26 +234,39 @@ def sign_of_life(folder: Path) -> None:
         os.utime(folder / _LOCK)
 
 
-def held(key: str) -> str:
-    """Which lock another process holds at this moment, in words, or nothing."""
+def obstacle(key: str) -> str:
+    """What keeps a build from beginning at this moment, or nothing; writes nothing."""
+    refused = []
+    for folder, why_not in places(key):
+        try:
+            near = _existing(folder)
+            writable = os.access(near, os.W_OK | os.X_OK)
+            why_not = why_not or ("" if writable else "cannot be written") or no_room(near)
+        except OSError as error:
+            why_not = f"cannot be read: {error.strerror}"
+        if not why_not:
+            return f"another process builds it, or holds {folder / _LOCK}" if _held(folder) else ""
+        refused.append(f"{folder} ({why_not})")
+    return f"no folder for the library can be written: {', '.join(refused)}"
+
+
+def _held(folder: Path) -> bool:
+    """Whether another process holds the lock at this moment."""
     import fcntl  # not on Windows
 
-    for folder, why_not in places(key):
-        if why_not:
-            continue
-        try:
-            lock = os.open(folder / _LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return f"another process builds it, or holds {folder / _LOCK}"
-        except OSError:
-            continue
-        finally:
-            os.close(lock)
-    return ""
+    try:
+        lock = os.open(folder / _LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(lock)
+    return False
 
 
 def failure(key: str) -> str:

@@ -147,7 +147,7 @@ def preferred(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _NOT_BUILT = Status(
-    "absent", reason="not built yet: the first int8 call builds it, or python -m qnn build"
+    "absent", reason="not built yet: the first call that needs it builds it, or python -m qnn build"
 )
 _lock = threading.Lock()
 _final: Status | None = None  # decided once a process
@@ -254,12 +254,12 @@ def status(csrc: Path = CSRC) -> Status:
     now = ready(csrc)
     if now.reason != _NOT_BUILT.reason:
         return now
-    held = cache.held(digest(csrc))
+    obstacle = cache.obstacle(digest(csrc))
     try:
         return replace(
             now,
             compiler=find_compiler().name,
-            reason=f"not built yet: {held}" if held else now.reason,
+            reason=f"not built yet: {obstacle}" if obstacle else now.reason,
         )
     except NoCompilerError as error:
         return replace(now, reason=str(error))

@@ -36,7 +36,8 @@ def why_not_folder(path: Path, own: Iterable[Path] = ()) -> str:
         except OSError as error:
             return f"{folder} cannot be read: {error.strerror}"
         if mode & _OTHERS:
-            reason = f"{folder} can be written to by others (mode {stat.S_IMODE(mode):o})"
+            mode = stat.S_IMODE(mode)
+            reason = f"{folder} can be written to by others (mode {mode:o}): chmod go-w"
     return reason
 
 
