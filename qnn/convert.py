@@ -13,6 +13,7 @@ from torch.nn.modules.rnn import RNNBase
 from qnn import patterns, references
 from qnn.base import not_finite, why_not_finite
 from qnn.cells import NAMES
+from qnn.class_checks import warn_of_class_checks
 from qnn.compressed_tensors import describe
 from qnn.conv1d import QConv1D, tell_adapters
 from qnn.doubts import warn_of
@@ -168,6 +169,7 @@ def convert(
     if prepared:
         warn_of(result)
     describe(result)
+    warn_of_class_checks("qnn.convert", result)
     return result
 
 

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from qnn.class_checks import warn_of_class_checks
 from qnn.conv1d import ObservedConv1D
 from qnn.convert import (
     is_prepared,
@@ -104,6 +105,7 @@ def prepare(
     del modules
     result = swapped(model, plan, make, inplace=inplace, who="qnn.prepare", progress=progress)
     leave_fast_path(result)
+    warn_of_class_checks("qnn.prepare", result)
     return result
 
 

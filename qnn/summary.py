@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from qnn.backends import linear_backend, recurrent_backend
+from qnn.class_checks import ADVICE, class_checks
 from qnn.convert import WAITS, is_prepared, left_alone
 from qnn.doubts import NOTE
 from qnn.kinds import is_layer, nbytes, own_tensors, waits
@@ -179,6 +180,7 @@ def summary(model: nn.Module) -> Summary:
 
 def _rows(model: nn.Module) -> Iterator[Row]:
     seen: set[int] = set()
+    asking = class_checks(model)
     for name, module in model.named_modules():
         if isinstance(module, Statistics) or not (tensors := own_tensors(module)):
             continue
@@ -199,14 +201,15 @@ def _rows(model: nn.Module) -> Iterator[Row]:
         elif isinstance(module, QRecurrent):
             values = [t for t in fresh if t.dtype == torch.int8 or t.dim() == 1]
             before = module.dtype.itemsize * sum(map(torch.numel, values))
-            backend = recurrent_backend(module)
+            backend = recurrent_backend(module) + _asked(asking.get(name))
             yield Row(name, kind, module.scheme, module.matrix, before, after, backend, None)
         elif is_training_layer(module):
             layer: Any = module
             shape = (layer.out_features, layer.in_features)
             yield Row(name, kind, layer.scheme, shape, after, after, _TRAINING, None)
         else:
-            yield Row(name, kind, None, _shape(module), after, after, None, _reason(module))
+            reason = _reason(module) + _asked(asking.get(name))
+            yield Row(name, kind, None, _shape(module), after, after, None, reason)
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:
@@ -216,6 +219,13 @@ def _shape(module: nn.Module) -> tuple[int, ...]:
     if weight is not None and not is_lazy(weight):
         return tuple(weight.shape)
     return tuple(max(tensors, key=torch.numel).shape) if tensors else ()
+
+
+def _asked(methods: list[str] | None) -> str:
+    """That the model asks for the layer by a class that it is not."""
+    if not methods:
+        return ""
+    return f"; isinstance(layer, nn.LSTM) is False here, and {', '.join(methods)} asks. {ADVICE}"
 
 
 def _reason(module: nn.Module) -> str:

@@ -9,6 +9,7 @@ import itertools
 import pickle
 import tempfile
 import unittest
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -358,6 +359,57 @@ class TestAsTorchs(unittest.TestCase):
         empty.load_state_dict(full.state_dict(), assign=True)
         x = torch.randn(4, 6)
         self.assertTrue(all(map(same_bits, _leaves(empty[0](x)), _leaves(full[0](x)))))
+
+
+class Encoder(nn.Module):
+    """Serves LSTM and GRU in one class, by asking which it has."""
+
+    def __init__(self, rnn: nn.Module) -> None:
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.rnn(x)[1])
+
+    def last(self, state: Any) -> Any:
+        return (state[0] if isinstance(self.rnn, nn.LSTM) else state)[-1]
+
+
+class Asking(Encoder):
+    def last(self, state: Any) -> Any:
+        return (state[0] if self.rnn.mode == "LSTM" else state)[-1]
+
+
+class TestClassChecks(unittest.TestCase):
+    @parameterized.expand([(0,), (1,)])
+    def test_said_where_the_class_is_asked_for(self, cell: int) -> None:
+        model = nn.Sequential(Encoder(CELLS[cell][0](6, 9)), nn.Linear(9, 2))
+        for verb in (qnn.prepare, qnn.convert):
+            with self.assertWarnsRegex(UserWarning, "Encoder.last asks.*'0.rnn'.*layer.mode == "):
+                swapped = verb(model)
+            rows = {row.name: row.backend or row.reason for row in qnn.summary(swapped).rows}
+            self.assertRegex(rows["0.rnn"], "is False here, and Encoder.last asks")
+            self.assertNotIn("asks", rows["1"])
+
+    @parameterized.expand([(0,), (1,)])
+    def test_nothing_said_where_the_mode_is(self, cell: int) -> None:
+        x = torch.randn(4, 2, 6)
+        for model in (Asking(CELLS[cell][0](6, 9)), nn.Sequential(nn.Linear(6, 9))):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                swapped = [qnn.prepare(model), qnn.convert(model)]
+                rows = qnn.summary(swapped[1]).rows
+            self.assertFalse(any("asks" in (row.backend or "") for row in rows))
+            for made in swapped:
+                self.assertEqual(made(x).shape, model(x).shape)
+
+    def test_dynamo_takes_no_layer_that_is_one(self) -> None:
+        # The reason why the layers are none: once it is gone, they can be.
+        for kind in (nn.LSTM, nn.GRU):
+            torch._dynamo.reset()
+            mine = type("Mine", (kind,), {"forward": lambda self, x: x + 1})(6, 9)
+            with self.assertRaisesRegex(torch._dynamo.exc.Unsupported, "RNN, GRU, or LSTM"):
+                torch.compile(nn.Sequential(mine), backend="eager", fullgraph=True)(torch.ones(2))
 
 
 _KINDS = (nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell)
