@@ -24,7 +24,8 @@ class QuantizableLSTM(QuantizableRecurrent):
     It has `nn.LSTM`'s parameters, initialisation and state dict, takes what `nn.LSTM` takes, and
     without `split_gates`, `lengths` and `observe(qat=True)` calls the same kernel. Otherwise, and
     under `torch.compile` where gradients are recorded, the steps run in a loop, which a graph
-    contains T times. No Dynamo switch is needed.
+    contains T times: there is a graph for each T, so pad to a few lengths and pass `lengths`. No
+    Dynamo switch is needed.
 
     `observe()` inserts observation points, `parts()` returns them. Their state comes in addition to
     the weights in the state dict, under `points.`. A checkpoint without it, such as `nn.LSTM`'s, is

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from parameterized import parameterized
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounter
 from torch.nn.utils.rnn import (
     PackedSequence,
     pack_padded_sequence,
@@ -677,6 +678,31 @@ class TestFaults(unittest.TestCase):
         assert_close(tensors(compiled(x, lengths=lengths)), tensors(made(x, lengths=lengths)))
         with torch.no_grad():
             assert_close(tensors(compiled(x)), tensors(made(x)))
+
+
+class TestGraphs(unittest.TestCase):
+    @parameterized.expand([("LSTM", False), ("GRU", True)])
+    def test_padded_lengths_bound_the_graphs_of_training(self, cell: str, qat: bool) -> None:
+        torch.manual_seed(0)
+        layer = (QuantizableLSTM if cell == "LSTM" else QuantizableGRU)(5, 7).train()
+        if qat:
+            layer.observe(qat=True)
+            layer(torch.randn(4, 2, 5))
+            qnn.freeze_observers(layer)
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        compiled = torch.compile(layer, backend=counter, fullgraph=True)
+        for steps in (2, 3, 4, 5, 6):
+            x = torch.randn(steps, 2, 5)
+            padded = nn.functional.pad(x, (0, 0, 0, 0, 0, -steps % 3), value=torch.nan)
+            found = []
+            for y in (layer(x)[0], compiled(padded, None, torch.tensor([steps] * 2))[0]):
+                layer.zero_grad()
+                y.square().sum().backward()
+                found.append([p.grad.clone() for p in layer.parameters() if p.grad is not None])
+            for got, want in zip(*found, strict=True):
+                torch.testing.assert_close(got, want)
+        self.assertEqual(counter.frame_count, 2)
 
 
 class TestPreparedAgain(unittest.TestCase):
