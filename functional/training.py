@@ -12,7 +12,7 @@ from qnn.functional.linear import autocast, straight_through
 from qnn.kernels import OPS, training_scheme
 from qnn.kernels.formats import FLOATS, Format
 from qnn.kernels.schemes import Training
-from qnn.kernels.torch_private import in_functorch_transform
+from qnn.kernels.torch_private import in_forward_mode, in_functorch_transform, is_jit_tracing
 
 Parts = tuple[torch.Tensor, ...]
 
@@ -89,7 +89,10 @@ class _TrainingLinear(torch.autograd.Function):
             which = "_both" if of_x and of_w else "_columns" if of_w else ""
             dyq = _cast(t.dy, dy, seed, which=which)
         if of_x:
-            by_row, wq = dyq[: len(t.dy.parts)], _cast(t.weight, w.mT)
+            by_row = dyq[: len(t.dy.parts)]
+            # Not `w.mT`: Dynamo takes an attribute out of the graph of the gradient, as one more
+            # input, and nested compile regions refuse inputs that share memory.
+            wq = _cast(t.weight, w.transpose(0, 1))
             dx = _multiply(t.matmul, by_row, wq, None, ctx.x_dtype, ctx.scheme)
         if of_w:
             by_column = dyq[-len(t.dy_of_wgrad.parts) :]
@@ -141,11 +144,12 @@ def training_linear(
     x = autocast(x)
     lead = x.shape[:-1]
     rows = x.reshape(-1, x.shape[-1])
-    traced = torch.compiler.is_compiling()
-    transformed = traced and in_functorch_transform()
+    compiled = torch.compiler.is_compiling()
+    traced = compiled or is_jit_tracing()
+    transformed = (compiled and in_functorch_transform()) or in_forward_mode()
     # A tracer other than Dynamo keeps no autograd.Function.
     tracked = torch.is_grad_enabled() and (not traced or torch.compiler.is_dynamo_compiling())
-    of_w = tracked and weight.requires_grad
+    of_w = tracked and not transformed and weight.requires_grad
     # Nor does a graph that Dynamo exports. There the casts must see what wants a gradient, since
     # they are ops that say that they have none; detached, it would be lost in silence.
     detached = not traced or transformed
@@ -153,7 +157,8 @@ def training_linear(
     xq = _cast(t.x, rows.detach() if detached else rows, which="_both" if of_w else "")
     xq, transposed = xq[: len(t.x.parts)], xq[len(t.x.parts) :]
     if transformed:
-        y = _multiply(t.matmul, xq, wq, bias, x.dtype, scheme)
+        added = None if bias is None else bias.detach()
+        y = _multiply(t.matmul, xq, wq, added, x.dtype, scheme)
         b = None if bias is None else bias.to(x.dtype)
         y = straight_through(y, torch.nn.functional.linear(rows, weight.to(x.dtype), b))
     elif of_w or (tracked and (x.requires_grad or (bias is not None and bias.requires_grad))):

@@ -187,7 +187,7 @@ def _gradients(
 
 
 def _has_bias(op: Op) -> bool:
-    return any(arg.name == "bias" and arg.axes == op.outputs[0].tail for arg in op.inputs)
+    return any(arg.name == "bias" and arg.axes == op.outputs[0].tail[-1:] for arg in op.inputs)
 
 
 def _through_reference(

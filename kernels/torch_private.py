@@ -46,6 +46,7 @@ __all__ = [
     "inductor_matches_patterns",
     "invoke_quant",
     "invoke_quant_packed",
+    "is_jit_tracing",
     "is_observed",
     "plain_dispatch",
     "post_grad_form",
@@ -76,7 +77,11 @@ def in_forward_mode() -> bool:
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _modes = torch._C._len_torch_dispatch_stack
-_tracing = torch._C._get_tracing_state
+
+
+def is_jit_tracing() -> bool:
+    """Whether `torch.jit.trace` records."""
+    return torch._C._get_tracing_state() is not None
 
 
 def is_observed(args: Sequence[Any]) -> bool:
@@ -88,7 +93,7 @@ def is_observed(args: Sequence[Any]) -> bool:
         or in_functorch_transform()
         or forward_ad._current_level >= 0
         or _modes() > 0
-        or _tracing() is not None
+        or is_jit_tracing()
         or type(args[0]) not in _PLAIN
     )
 
