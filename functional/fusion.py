@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from qnn.functional import cast_fusion
+from qnn.functional import cast_fusion, regions
+from qnn.functional.regions import unwrap_gradients
 from qnn.kernels import OPS, Op, torch_private
 from qnn.kernels.epilogue import ACTIVATIONS
 from qnn.kernels.formats import FLOATS
@@ -262,6 +263,7 @@ def _replace(graph: Graph, layer: _Layer, replaced: dict[Node, Node]) -> None:
 
 
 def _run(graph: Graph) -> None:
+    unwrap_gradients(graph)
     fold(graph)
     cast_fusion.unfold(graph)
 
@@ -273,7 +275,7 @@ def _uuid() -> bytes:
 @functools.cache
 def _digest() -> bytes:
     """Of the pass and of the ops that it calls: part of the key of Inductor's caches."""
-    files = (__file__, cast_fusion.__file__, torch_private.__file__)
+    files = (__file__, cast_fusion.__file__, regions.__file__, torch_private.__file__)
     sources = [Path(str(file)).read_bytes() for file in files]
     declared = "\n".join(f"{op.schema} {op.choices}" for op in OPS.values())
     return hashlib.sha256(b"\n".join([*sources, declared.encode()])).digest()

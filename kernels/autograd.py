@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch.autograd import forward_ad
 
+from qnn.kernels import flops
 from qnn.kernels.epilogue import ACTIVATIONS
 from qnn.kernels.torch_private import (
     AFTER_AUTOGRAD,
@@ -28,6 +29,7 @@ from qnn.kernels.torch_private import (
     any_requires_grad,
     below_autograd,
     in_functorch_transform,
+    in_mode,
     single_level_functions,
     with_gradients,
     without_autocast,
@@ -52,6 +54,8 @@ def autograd_kernel(op: Op, ops: Mapping[str, Op]) -> Callable[..., Any]:
     grad_enabled, redispatch = torch.is_grad_enabled, op.overload._handle.redispatch_boxed
 
     def run(keyset: Any, *args: Any) -> Any:
+        if in_mode():
+            flops.register(ops)
         if (grad_enabled() and any_requires_grad(*args)) or (
             forward_ad._current_level >= 0 and _has_tangent(args)
         ):

@@ -188,7 +188,7 @@ def declare_matmul(name: str, x: Format, w: Format, *, over_rows: bool = False) 
     """The product of two quantised matrices; one of float8 takes either kind. With `over_rows` it
     sums over the rows of a batch, as the gradient of a weight does.
     """
-    (left, _), (right, _) = x.stored("x", "m", "p"), w.stored("w", "n", "p")
+    (left, columns), (right, _) = x.stored("x", "m", "p"), w.stored("w", "n", "p")
     operands = f"{left}, {right}"
     either = {"xq": (E4M3, E5M2), "wq": (E4M3, E5M2)} if x.storage in (E4M3, E5M2) else {}
     Op(
@@ -203,6 +203,7 @@ def declare_matmul(name: str, x: Format, w: Format, *, over_rows: bool = False) 
         reference=matmul_reference(x, w),
         kernels=kernels_for(name),
         positive=_scales(x, "x") + _scales(w, "w"),
+        products=f"m n {columns}",
         rowwise=False,
     )  # fmt: skip
 
@@ -232,6 +233,7 @@ def declare_linear(prefix: str, weight: Format, activation: Format | None) -> No
             kernels={"CPU": kernel, **kernels_for(name)},
             backward={"x": f"{prefix}_linear_dgrad"},
             positive=_scales(weight, "w"),
+            products="... n k",
             rowwise=form is None or form.rowwise,
         )
     Op(
@@ -242,6 +244,7 @@ def declare_linear(prefix: str, weight: Format, activation: Format | None) -> No
         out=("dy",),
         reference=linear_dgrad_reference(weight),
         backward={"dy": plain},
+        products=f"... n {columns}",
         positive=_scales(weight, "w"),
     )
 

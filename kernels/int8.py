@@ -190,6 +190,7 @@ int8_linear = Op(
     backward={"x": "int8_linear_dgrad"},
     positive=("sw",),
     choices=EPILOGUE,
+    products="... n k",
     limits={"k": INT8_MAX_K},
 )
 
@@ -207,6 +208,7 @@ int8_rows_linear = Op(
     kernels={"CPU": native.preferred("int8_rows_linear", cpu.rows_linear)},
     positive=("scale", "sw"),
     choices=EPILOGUE,
+    products="... n k",
     limits={"k": INT8_ROWS_MAX_K},
 )  # fmt: skip
 
@@ -221,6 +223,7 @@ int8_weight_linear = Op(
     backward={"x": "int8_linear_dgrad"},
     positive=("sw",),
     choices=EPILOGUE,
+    products="... n k",
 )
 
 int8_linear_dgrad = Op(
@@ -232,6 +235,7 @@ int8_linear_dgrad = Op(
     reference=linear_dgrad_reference,
     kernels={"CPU": cpu.linear_dgrad},
     backward={"dy": "int8_weight_linear"},
+    products="... n k",
     positive=("sw",),
 )
 

@@ -104,6 +104,7 @@ int8_static_linear = Op(
     backward={"x": "int8_linear_dgrad"},
     positive=("sw", "sx"),
     choices=EPILOGUE,
+    products="... n k",
     limits={"k": INT8_STATIC_MAX_K},
 )  # fmt: skip
 

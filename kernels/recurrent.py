@@ -500,6 +500,14 @@ def _samples(cell: Cell, rows: str) -> dict[str, int | Callable[[Mapping[str, in
     }
 
 
+def _products(cell: Cell, times: int) -> dict[str, str]:
+    """The products of each step, `times` over, by the optional weight that they are of."""
+    rows, hidden = f"h*{len(cell.gates)}", "p" if cell is LSTM else "h"
+    of_gates = f"t b {rows} i+t b {rows} {hidden}"
+    result = {"": "+".join([of_gates] * times)}
+    return result | ({"w_hr": "+".join(["t b p h"] * times)} if cell is LSTM else {})
+
+
 def _declare(
     cell: Cell,
     name: str,
@@ -510,8 +518,11 @@ def _declare(
     backward: str | None = None,
     brought: bool = False,
     limit: int | None = None,
+    times: int = 1,
 ) -> Op:
-    """`brought`: the library of C++ kernels has it."""
+    """`brought`: the library of C++ kernels has it; `limit`: the most columns of a weight; `times`:
+    how often each weight is multiplied.
+    """
     arguments, rows = _arguments(cell, extra), f"h*{len(cell.gates)}"
     names = [argument.partition(":")[0] for argument in arguments]
     dtypes: dict[str, Any] = {"x": FLOATS, "h0": "x", "lengths": (torch.int64,)}
@@ -548,6 +559,7 @@ def _declare(
         choices={"direction": DIRECTIONS},
         rule=rule,
         sample=_samples(cell, rows),
+        products=_products(cell, times),
         limits={} if limit is None else dict.fromkeys("ihp" if cell is LSTM else "ih", limit),
         rowwise=False,
     )
@@ -622,4 +634,5 @@ for _cell in CELLS.values():
         _gradient_reference,
         _GRADIENTS[_cell.name],
         f"dresult: {_RESULT[_cell.name]}",
+        times=2,  # the forward again, then back
     )

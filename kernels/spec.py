@@ -30,8 +30,15 @@ from typing import Any, cast
 
 import torch
 
+from qnn.kernels import flops
 from qnn.kernels.autograd import autograd_kernel
-from qnn.kernels.torch_private import below_autograd, is_observed, unregister, without_autocast
+from qnn.kernels.torch_private import (
+    below_autograd,
+    in_mode,
+    is_observed,
+    unregister,
+    without_autocast,
+)
 
 LIBRARY = torch.library.Library("qnn", "FRAGMENT")
 OPS: dict[str, Op] = {}
@@ -179,6 +186,8 @@ class Op:
             them, or None.
         sample: for the samples, the size of an axis, or a function of the sizes that makes an
             argument.
+        products: the multiply-adds of a call as sums of products of axes, `"... n k"`; or, by the
+            name of an optional argument, those that a call with it has besides those of `""`.
         limits: the largest size of an axis whose products are summed in int32, which a longer sum
             could wrap around.
         rowwise: whether the leading axes are independent of each other; a scale for the whole
@@ -202,10 +211,12 @@ class Op:
         choices: Mapping[str, Sequence[str]] | None = None,
         rule: Callable[..., str | None] | None = None,
         sample: Mapping[str, int | Callable[[Mapping[str, int]], torch.Tensor]] | None = None,
+        products: str | Mapping[str, str] | None = None,
         limits: Mapping[str, int] | None = None,
         rowwise: bool = True,
     ) -> None:
         self.limits = dict(limits or {})
+        self.products = {"": products} if isinstance(products, str) else dict(products or {})
         self.rowwise, self.rule, self.sample = rowwise, rule, dict(sample or {})
         self.name, self.signature, self.doc = name, signature, doc
         self.inputs, self.outputs = parse_signature(signature)
@@ -267,6 +278,8 @@ class Op:
         one: past the kernel of autograd, which takes 3 µs to find that it has nothing to do.
         """
         direct = self._direct
+        if in_mode():
+            flops.register(OPS)
         if direct is None or not args[0].is_cpu or is_observed(args):
             return self.overload(*args)
         return direct(*args)
@@ -289,6 +302,11 @@ class Op:
         reference serves.
         """
         unregister(self._enabled.pop(key))
+
+    @staticmethod
+    def size(axis: str, sizes: Mapping[str, Any]) -> Any:
+        """`size_of`, of an axis that is known."""
+        return size_of(axis, sizes)
 
     def _checked(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
         tails, require = self._tails, self.require
@@ -467,6 +485,7 @@ class Op:
         """
         for hook in _TRACE_HOOKS:
             hook()
+        flops.register(OPS)
         args += self._tails[len(args)]
         sizes = self.check(*args)
         by_name = {arg.name: value for arg, value in zip(self.inputs, args, strict=True)}

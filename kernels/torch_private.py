@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,7 +31,10 @@ from torch._higher_order_ops import invoke_quant, invoke_quant_packed
 from torch._higher_order_ops.utils import redirect_to_mode
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import (
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 __all__ = [
@@ -41,11 +44,13 @@ __all__ = [
     "any_requires_grad",
     "append_post_grad_pass",
     "below_autograd",
+    "count_operations",
     "in_forward_mode",
     "in_functorch_transform",
     "inductor_matches_patterns",
     "invoke_quant",
     "invoke_quant_packed",
+    "in_mode",
     "is_jit_tracing",
     "is_observed",
     "plain_dispatch",
@@ -79,6 +84,11 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _modes = torch._C._len_torch_dispatch_stack
 
 
+def in_mode() -> bool:
+    """Whether a dispatch mode, such as that of fake tensors or of a counter, sees all calls."""
+    return _modes() > 0
+
+
 def is_jit_tracing() -> bool:
     """Whether `torch.jit.trace` records."""
     return torch._C._get_tracing_state() is not None
@@ -96,6 +106,27 @@ def is_observed(args: Sequence[Any]) -> bool:
         or is_jit_tracing()
         or type(args[0]) not in _PLAIN
     )
+
+
+def count_operations(formulas: Mapping[Any, Callable[..., int]]) -> None:
+    """Give `torch.utils.flop_counter`, which must be loaded, the formulas of ops; and the counters
+    that count already, since each has a copy. Inside of a region the ops are counted.
+    """
+    counter: Any = sys.modules["torch.utils.flop_counter"]
+    for packet, formula in formulas.items():
+        counter.register_flop_formula(packet, get_raw=True)(formula)
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, counter._FlopCounterMode):
+            mode.counter.flop_registry.update(formulas)
+    for operator in (invoke_quant, invoke_quant_packed):
+        if counter._FlopCounterMode not in operator.python_key_table:
+            operator.py_impl(counter._FlopCounterMode)(_counted)
+
+
+def _counted(mode: Any, region: Callable[..., Any], *operands: Any, **_: Any) -> Any:
+    # Gradients are recorded around it; the counter's own hooks must not look for them inside.
+    with mode, torch.no_grad():
+        return region(*operands)
 
 
 @contextmanager
