@@ -244,6 +244,7 @@ def declare_linear(prefix: str, weight: Format, activation: Format | None) -> No
         out=("dy",),
         reference=linear_dgrad_reference(weight),
         backward={"dy": plain},
+        sample={"p": 24} if weight.packing > 1 else None,  # whole blocks, as of a weight
         products=f"... n {columns}",
         positive=_scales(weight, "w"),
     )

@@ -327,6 +327,10 @@ def _pick(there: torch.Tensor | None, new: torch.Tensor, old: torch.Tensor) -> t
     return new if there is None else torch.where(there, new, old)
 
 
+def _masked(there: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+    return new if there is None else torch.where(there, new, 0)
+
+
 def lstm_dgrad_reference(
     x: torch.Tensor,
     h0: torch.Tensor,
@@ -362,7 +366,7 @@ def lstm_dgrad_reference(
         h = _pick(there, out if w_r is None else out @ w_r.T, h)
         c = _pick(there, new, c)
     dy, dh, dc = split_result(dresult.to(compute), steps, batch, h0.shape[1], c0.shape[1])
-    dgates = inputs.new_zeros(inputs.shape)
+    steps_back: list[Any] = [None] * steps
     for (t, there), (i, f, g, o, c, tc) in zip(reversed(order), reversed(saved), strict=True):
         dout = dy[t] + dh
         dout = dout if w_r is None else dout @ w_r
@@ -371,8 +375,9 @@ def lstm_dgrad_reference(
             dnew * g * i * (1 - i), dnew * c * f * (1 - f), dnew * i * (1 - g * g),
             dout * tc * o * (1 - o),
         ]  # fmt: skip
-        dgates[t] = _pick(there, torch.cat(pieces, -1), dgates[t])
-        dh, dc = _pick(there, dgates[t] @ w_h, dh), _pick(there, dnew * f, dc)
+        steps_back[t] = dgates = _masked(there, torch.cat(pieces, -1))
+        dh, dc = _pick(there, dgates @ w_h, dh), _pick(there, dnew * f, dc)
+    dgates = torch.stack(steps_back) if steps else inputs
     return _gradients(x, w_x, (dh, dc), dgates, dgates, compute)
 
 
@@ -404,15 +409,17 @@ def gru_dgrad_reference(
         saved.append((r, z, n, h_n, h))
         h = _pick(there, (h - n) * z + n, h)
     dy, dh = split_result(dresult.to(compute), steps, batch, h0.shape[1])
-    dinput = inputs.new_zeros(inputs.shape)
-    dhidden = dinput.clone()
+    of_input: list[Any] = [None] * steps
+    of_hidden: list[Any] = [None] * steps
     for (t, there), (r, z, n, h_n, h) in zip(reversed(order), reversed(saved), strict=True):
         dnew = dy[t] + dh
         dn = dnew * (1 - z) * (1 - n * n)
         dr, dz = dn * h_n * r * (1 - r), dnew * (h - n) * z * (1 - z)
-        dinput[t] = _pick(there, torch.cat([dr, dz, dn], -1), dinput[t])
-        dhidden[t] = _pick(there, torch.cat([dr, dz, dn * r], -1), dhidden[t])
-        dh = _pick(there, dnew * z + dhidden[t] @ w_h, dh)
+        of_input[t] = _masked(there, torch.cat([dr, dz, dn], -1))
+        of_hidden[t] = dhidden = _masked(there, torch.cat([dr, dz, dn * r], -1))
+        dh = _pick(there, dnew * z + dhidden @ w_h, dh)
+    dinput = torch.stack(of_input) if steps else inputs
+    dhidden = torch.stack(of_hidden) if steps else inputs
     return _gradients(x, w_x, (dh,), dinput, dhidden, compute)
 
 

@@ -47,10 +47,10 @@ __all__ = [
     "count_operations",
     "in_forward_mode",
     "in_functorch_transform",
+    "in_mode",
     "inductor_matches_patterns",
     "invoke_quant",
     "invoke_quant_packed",
-    "in_mode",
     "is_jit_tracing",
     "is_observed",
     "plain_dispatch",
@@ -125,8 +125,9 @@ def count_operations(formulas: Mapping[Any, Callable[..., int]]) -> None:
 
 def _counted(mode: Any, region: Callable[..., Any], *operands: Any, **_: Any) -> Any:
     # Gradients are recorded around it; the counter's own hooks must not look for them inside.
+    inside = (each.detach() if isinstance(each, torch.Tensor) else each for each in operands)
     with mode, torch.no_grad():
-        return region(*operands)
+        return region(*inside)
 
 
 @contextmanager
