@@ -282,6 +282,9 @@ def main() -> None:
             importlib.import_module(library)
         except ImportError as error:
             print(f"{library}: {error}")
+    # What the libraries import late is imported here once, and not in every process.
+    for name, graphs in (("bert", None), ("raw_parameters", backend)):
+        step(lambda name=name, graphs=graphs: str(row(name, "int8", graphs)))  # type: ignore[misc]
     for scheme in options.schemes.split(","):
         for name in MODELS:
             if (name, scheme) in known or not re.search(options.only, name):
