@@ -148,8 +148,8 @@ def convert(
         rules = _scheme_rules(scheme or "int8", modules, training)
         plan = _make_plan(modules, rules, include, exclude, training)
     if on_unsupported == "error":
-        mend = "Exclude them, or pass on_unsupported='skip' to leave them in float."
-        raise_unsupported(plan, "qnn.convert", "converted", mend)
+        fix = "Exclude them, or pass on_unsupported='skip' to leave them as they are."
+        raise_unsupported(plan, "qnn.convert", "converted", fix)
     if not plan.schemes:
         raise ValueError(_nothing_to_convert(modules, plan))
     if include is None:
@@ -260,9 +260,13 @@ def _make_plan(
 
 def _end_training(modules: dict[str, nn.Module], plan: Plan) -> None:
     """Training layers that stay float by a scheme map or a tie become plain float layers again."""
-    for module in modules.values():
+    for name, module in modules.items():
         reason = plan.reasons.get(id(module), "")
-        if is_training_layer(module) and (reason == FLOAT or reason.startswith(_TIED)):
+        if not is_training_layer(module) or not reason.startswith((FLOAT, _TIED)):
+            continue
+        if (why := _why_not_plain(module)) is not None:
+            plan.unsupported[name] = plan.reasons[id(module)] = why
+        elif type(module) is Linear or is_transposed(module):
             plan.schemes[id(module)] = None
 
 
@@ -301,10 +305,13 @@ WAITS = "it is not initialised: its sizes come from its first input; run one bat
 
 def why_not_convert(module: nn.Module, scheme: str = "int8_static") -> str | None:
     """Why a selected layer cannot be converted to `scheme` or prepared for it, or None."""
-    if any(
-        map(torch.nn.parameter.is_lazy, (*module._parameters.values(), *module._buffers.values()))
-    ):
-        return "it is not initialised: its sizes come from its first input; run one batch first"
+    if waits(module):
+        return WAITS
+    return _why_not_plain(module) or _why_not_its_weights(module, scheme)
+
+
+def _why_not_plain(module: nn.Module) -> str | None:
+    """Why a layer is not its parameters and the forward of its class alone."""
     if (why := _why_not_its_forward(module)) is not None:
         return why
     if hasattr(module, "parametrizations"):
@@ -324,6 +331,10 @@ def why_not_convert(module: nn.Module, scheme: str = "int8_static") -> str | Non
             "spectral_norm, pruning, FSDP or another quantiser; undo it first, or wrap after "
             "converting"
         )
+    return None
+
+
+def _why_not_its_weights(module: nn.Module, scheme: str) -> str | None:
     for name, weight in _weights(module).items():
         if type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor:
             kind = type(weight.data if type(weight) is nn.Parameter else weight).__name__

@@ -33,7 +33,7 @@ class Plan:
         schemes: of the modules that will be swapped; None for a training layer that becomes a
             float layer again.
         reasons: why the others are left alone.
-        unsupported: modules that were asked for and cannot be had, by name, with the reason.
+        unsupported: modules that were asked for and cannot be swapped, by name, with the reason.
     """
 
     schemes: dict[int, str | None] = field(default_factory=dict)
@@ -89,12 +89,12 @@ def select(
     return plan, {n: s for n, s in selected.items() if id(modules[n]) not in plan.reasons}
 
 
-def raise_unsupported(plan: Plan, who: str, verb: str, mend: str) -> None:
-    """Raise if layers that were asked for cannot be had, each with its reason."""
+def raise_unsupported(plan: Plan, who: str, verb: str, fix: str) -> None:
+    """Raise if layers that were asked for cannot be swapped, each with its reason."""
     if plan.unsupported:
         listed = "\n".join(f"  {n or 'model'}: {reason}" for n, reason in plan.unsupported.items())
         raise ValueError(
-            f"{who}: {len(plan.unsupported)} layer(s) cannot be {verb}:\n{listed}\n{mend}"
+            f"{who}: {len(plan.unsupported)} layer(s) cannot be {verb}:\n{listed}\n{fix}"
         )
 
 

@@ -485,6 +485,8 @@ class TestTraining(unittest.TestCase):
             out = qnn.convert(model, "mxfp8", **options)
             self.assertEqual([type(m) for m in out[:2]], [Inherits, Doubles])
             self.assertEqual(out[2].scheme, "mxfp8")
+        back = qnn.convert(model, {"*": None}, training=True)
+        self.assertEqual([type(m) for m in back], [Inherits, Doubles, nn.Linear])
         out = qnn.convert(model, "fp8", include=[Inherits, Doubles, "2"])
         self.assertEqual([type(m) for m in out], [QLinear, Doubles, QLinear])
 
@@ -512,8 +514,9 @@ class TestTraining(unittest.TestCase):
             grads.append([y, x.grad, *(p.grad for p in changed.parameters())])
         for want, got in zip(*grads, strict=True):
             self.assertGreater(qnn.sqnr(want, got), 15)
-        with self.assertRaisesRegex(ValueError, "parametrized|holds more than weights"):
-            qnn.convert(nn.Sequential(layer), "fp8")
+        for scheme, options in (("fp8", {}), ({"*": None}, {"training": True})):
+            with self.assertRaisesRegex(ValueError, "parametrized|holds more than weights"):
+                qnn.convert(nn.Sequential(layer), scheme, **options)
 
     def test_weights_that_are_views(self) -> None:
         """As FSDP1 sets them: plain tensors, of one flat parameter."""
