@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import keyword
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -130,6 +131,44 @@ def _is_sum(axis: str) -> bool:
     return "+" in axis or bool(re.search(r"\*[a-z]", axis))
 
 
+_SUM = re.compile(r"\w+(\*\w+)*(\+\w+(\*\w+)*)*")
+
+
+def _require_sound(op: str, signature: str, inputs: Sequence[Arg], outputs: Sequence[Arg]) -> None:
+    """Raise a ValueError that says which part of a signature cannot be read, and why."""
+
+    def fail(reason: str) -> None:
+        raise ValueError(f"{op}: signature {signature!r}: {reason}.")
+
+    known: set[str] = set()
+    seen: set[str] = set()
+    for arg in (*inputs, *outputs):
+        given = arg in inputs
+        if given and (not arg.name.isidentifier() or keyword.iskeyword(arg.name)):
+            fail(f"{arg.name!r} cannot name an argument; write 'name: axes'")
+        if given and arg.name in seen:
+            fail(f"two arguments are called {arg.name}")
+        seen.add(arg.name)
+        if given and ":" not in signature.partition("->")[0].split(",")[len(seen) - 1]:
+            fail(f"an argument has no ':' before its axes {arg}; write 'name: axes'")
+        for position, axis in enumerate(arg.axes or ()):
+            if axis == _LEAD:
+                if position:
+                    fail(f"'...' of {arg.name} must come first, and once")
+                if not given and not any(other.has_lead for other in inputs):
+                    fail(f"no argument has the leading axes '...' of {arg.name}")
+                continue
+            match = _AXIS.fullmatch(axis)
+            if match is None and not _SUM.fullmatch(axis):
+                fail(f"{axis!r} of {arg.name} is no axis: names, k/128, k/128>2, p*2, t*b+b*h")
+            if given:
+                known |= {axis} | set(re.findall(r"[a-z]\w*", axis) if _is_sum(axis) else ())
+            elif axis not in known and not all(
+                name in known or name.isdecimal() for name in re.findall(r"[A-Za-z_]\w*", axis)
+            ):
+                fail(f"no argument says the size of {axis!r} in the result {arg.name}")
+
+
 def size_of(axis: str, sizes: Mapping[str, Any]) -> Any:
     """The size of an axis such as `k`, `k/128` or `p*2`, or None where `sizes` does not say it."""
     if axis in sizes:
@@ -220,9 +259,13 @@ class Op:
         self.rowwise, self.rule, self.sample = rowwise, rule, dict(sample or {})
         self.name, self.signature, self.doc = name, signature, doc
         self.inputs, self.outputs = parse_signature(signature)
+        _require_sound(self.name, signature, self.inputs, self.outputs)
         self.dtypes: dict[str, tuple[torch.dtype, ...] | str] = {
             key: value if isinstance(value, str) else tuple(value) for key, value in dtypes.items()
         }
+        for arg in self.inputs:
+            if arg.axes is not None and arg.name not in self.dtypes:
+                raise ValueError(f"{name}: signature {signature!r}: dtypes lacks {arg.name}.")
         self.choices = {key: tuple(value) for key, value in (choices or {}).items()}
         self.out = tuple(out)
         self.reference = reference

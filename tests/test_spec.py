@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import unittest
 from typing import Any
 
@@ -12,8 +13,9 @@ from parameterized import parameterized
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qnn.functional as F
-from qnn.kernels import OPS, Op
-from qnn.kernels.spec import Arg, parse_signature
+from qnn.kernels import OPS, Op, int8, recurrent
+from qnn.kernels.int8_static import INT8_STATIC_MAX_K
+from qnn.kernels.spec import Arg, parse_signature, size_of
 
 from .common import same_bits
 
@@ -254,6 +256,25 @@ class TestDeclaration(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, "the optional y is the first with n"):
             self.declare("test_optional", "x: ... k, y: n? -> ... k")
 
+    @parameterized.expand(
+        [
+            ("x: ... k -> ... m", "no argument says the size of 'm' in the result y"),
+            ("x: ... k, y: ... k-1 -> ... k", "'k-1' of y is no axis"),
+            ("x: ... k, y: ... k//2 -> ... k", "'k//2' of y is no axis"),
+            ("x: ... k, x: ... k -> ... k", "two arguments are called x"),
+            ("x: ... k, in: ... k -> ... k", "'in' cannot name an argument"),
+            ("x: ... k, z: ... k -> ... k", "dtypes lacks z"),
+            ("x: ... k ... -> ... k", "'...' of x must come first"),
+            ("x ... k -> ... k", "no ':' before its axes"),
+            ("x: n k -> ... k", "no argument has the leading axes"),
+            ("x: b h, y: b h -> b h-1", "'h-1' of y is no axis"),
+        ]
+    )
+    def test_a_mistake_is_an_error_of_the_declaration(self, signature: str, reason: str) -> None:
+        with self.assertRaisesRegex(ValueError, re.escape(reason)) as caught:
+            self.declare("test_mistake", signature)
+        self.assertIn(f"test_mistake: signature {signature!r}", str(caught.exception))
+
     def test_choices_and_defaults(self) -> None:
         def reference(x: torch.Tensor, mode: str, out: torch.dtype) -> torch.Tensor:
             return (-x if mode == "minus" else x + 0).to(out)
@@ -288,6 +309,70 @@ class TestDeclaration(unittest.TestCase):
             TypeError, "y must be torch.float64 as x, got torch.float32; cast it"
         ):
             op.overload(self.x.double(), y)
+
+
+class TestLimits(unittest.TestCase):
+    """int32 sums the products of an axis up to its limit; a longer row is refused."""
+
+    @parameterized.expand(
+        [
+            ("int8_linear", int8.INT8_MAX_K),
+            ("int8_rows_linear", int8.INT8_ROWS_MAX_K),
+            ("int8_static_linear", INT8_STATIC_MAX_K),
+        ]
+    )
+    def test_linear(self, name: str, limit: int) -> None:
+        op = OPS[name]
+        for k in (limit, limit + 1):
+            w, one = torch.full((1, k), -128, dtype=torch.int8), torch.ones(1, 1)
+            given = {
+                "int8_linear": (torch.ones(1, k), w, one),
+                "int8_rows_linear": (w, one, w, one),
+                "int8_static_linear": (
+                    torch.full((1, k), 1e3), w, one, torch.ones(1), w[0, :1],
+                ),
+            }[name]  # fmt: skip
+            if k == limit:
+                want = op.reference(*given, compute=torch.float64)
+                torch.testing.assert_close(op.overload(*given).double(), want, rtol=1e-6, atol=0)
+                continue
+            for call in (op.overload, op.fake, op.call, op._checked(op.reference)):
+                with self.assertRaisesRegex(
+                    ValueError, f"k must be at most {limit}, beyond which an int32 sum can over.*"
+                    f"got {limit + 1}; use the scheme int8_weight",
+                ):  # fmt: skip
+                    call(*given)
+
+    @parameterized.expand(itertools.product(("int8", "int8_static"), ("lstm", "gru"), "ih"))
+    def test_recurrent(self, scheme: str, cell: str, axis: str) -> None:
+        """Each operand by itself; of a static grid the codes that its table has."""
+        op = OPS[f"{scheme}_{cell}"]
+        limit = op.limits[axis]
+        self.assertEqual(limit, recurrent.MAX_COLUMNS[scheme])
+        sizes = {"t": 1, "b": 1, "i": 1, "h": 1, "p": 1, axis: limit + 1}
+        args = [
+            torch.empty(
+                [size_of(a, sizes) for a in arg.axes or ()], device="meta", dtype=sample.dtype
+            )
+            for arg, sample in zip(op.inputs, next(op.samples())[1], strict=True)
+            if not arg.optional
+        ]
+        with self.assertRaisesRegex(ValueError, f"{axis} must be at most {limit}, beyond which"):
+            op.check(*args)
+
+    def test_a_table_with_large_codes_has_a_smaller_limit(self) -> None:
+        op = OPS["int8_static_gru"]
+        args = list(next(op.samples())[1])
+        names = [arg.name for arg in op.inputs]
+        k = 20_000
+        args[names.index("x")] = torch.zeros(1, 3, k)
+        args[names.index("w_ih")] = torch.zeros(63, k, dtype=torch.int8)
+        args[names.index("lengths")] = None
+        op.overload(*args)
+        args[names.index("table")][0] = torch.tensor([0.03, -900.0, 0.0, 255.0])
+        for call in (op.overload, op.reference):
+            with self.assertRaisesRegex(ValueError, "codes of up to 1155, of which an int32 sum"):
+                call(*args)
 
 
 class TestSignature(unittest.TestCase):
