@@ -31,6 +31,7 @@ from torch._higher_order_ops import invoke_quant, invoke_quant_packed
 from torch._higher_order_ops.utils import redirect_to_mode
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import (
     _disable_current_modes,
     _get_current_dispatch_mode_stack,
@@ -48,6 +49,7 @@ __all__ = [
     "in_forward_mode",
     "in_functorch_transform",
     "in_mode",
+    "in_several",
     "inductor_matches_patterns",
     "invoke_quant",
     "invoke_quant_packed",
@@ -71,8 +73,15 @@ def unregister(library: torch.library.Library) -> None:
 
 def active_ddp() -> Any:
     """The `DistributedDataParallel` in whose forward this is called, or None."""
-    parallel = sys.modules.get("torch.nn.parallel.distributed")
-    return parallel and parallel.DistributedDataParallel._get_active_ddp_module()
+    return DistributedDataParallel._active_ddp_module
+
+
+def in_several() -> bool:
+    """Whether this is traced in the forward of a `DistributedDataParallel` of several processes."""
+    return (
+        DistributedDataParallel._active_ddp_module is not None
+        and torch.distributed.get_world_size() > 1
+    )
 
 
 def in_forward_mode() -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qnn.functional.fake_quantize import grid_of, on_grid
+from qnn.kernels.torch_private import in_several
 from qnn.observers import make_observer
 from qnn.quant_spec import QuantSpec
 from qnn.statistics import Observer, Statistics
@@ -26,7 +27,7 @@ class FakeQuantize(Statistics):
     NaN or infinite range makes it NaN.
 
     In the forward of a `DistributedDataParallel` it records what all processes see, so that ranges,
-    and the first value of a learned scale, are the same in each; not in a compiled one.
+    and the first value of a learned scale, are the same in each. A graph breaks there.
 
     Args:
         spec: how to quantise, and how to find the range.
@@ -89,16 +90,20 @@ class FakeQuantize(Statistics):
         """Record the range of `x`, while `observing`."""
         if not self.observing or self.observer is None:
             return
-        self.observer.observe(x, self._group())
+        if not self.alone and in_several():
+            self._observe_together(x, self.observer)
+        else:
+            self.observer.observe(x)
         self.refresh()
 
-    def _group(self) -> Any:
-        """The processes that record together."""
-        if self.alone or torch.compiler.is_compiling():
-            return None
+    @torch.compiler.disable(
+        reason="qnn adds up what the processes of a DistributedDataParallel see in each step: "
+        "qnn.freeze_observers(model) ends that"
+    )
+    def _observe_together(self, x: torch.Tensor, observer: Observer) -> None:
         from qnn.ranks import group_of_call
 
-        return group_of_call()
+        observer.observe(x, group_of_call())
 
     def freeze(self, frozen: bool = True) -> None:
         """Stop recording, or go on; a fixed scale stays fixed. The state dict has it."""

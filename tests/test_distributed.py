@@ -762,6 +762,26 @@ def observed_by_calls(rank: int) -> None:
         assert torch.equal(mine.observer.count, other.observer.count)
 
 
+def compiled_together(rank: int) -> None:
+    """A graph breaks where the processes are added up, and is whole after that."""
+    parts = {"input": qnn.QuantSpec(torch.int8, learnable=True)}
+    model = qnn.prepare(nn.Sequential(nn.Linear(6, 4)), parts=parts, qat=True)
+    parallel = torch.compile(nn.parallel.DistributedDataParallel(model.train()), backend="eager")
+    parallel(shown(rank, 1)[0]).square().mean().backward()
+    alike(model)
+    qnn.freeze_observers(model)
+    torch._dynamo.reset()
+    frozen = nn.parallel.DistributedDataParallel(
+        torch.compile(model, fullgraph=True, backend="eager")
+    )
+    frozen(shown(rank, 1)[0]).square().mean().backward()
+    alike(model)
+    torch._dynamo.reset()
+    qnn.unfreeze_observers(model)
+    with pytest.raises(Exception, match="ends that"):
+        frozen(shown(rank, 1)[0])
+
+
 class Branches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -807,6 +827,9 @@ class TestCalibration(unittest.TestCase):
     @parameterized.expand([("moving_average", True), ("mse", False), ("histogram", True)])
     def test_grids_in_training_are_alike(self, observer: str, learnable: bool) -> None:
         both_ranks(trained_together, observer, learnable)
+
+    def test_compiled_steps(self) -> None:
+        both_ranks(compiled_together)
 
     def test_plain_calls(self) -> None:
         both_ranks(observed_by_calls)
