@@ -26,7 +26,16 @@ _ATOMS = (
 )  # fmt: skip
 _BOXES = (list, dict, set, deque)
 # Of the standard library only these hold what users put in; a logger, say, leads to all others.
-_OPEN = {"builtins", "collections", "functools", "types", "weakref", "argparse", "__main__"}
+_OPEN = {
+    "_weakrefset",
+    "builtins",
+    "collections",
+    "functools",
+    "types",
+    "weakref",
+    "argparse",
+    "__main__",
+}
 
 
 @dataclass
@@ -213,7 +222,7 @@ def _children(value: Any) -> Iterable[Any] | None:
         return _of_function(value)
     if isinstance(value, types.BuiltinMethodType):
         return [value.__self__]
-    if type(value) is weakref.ref:
+    if isinstance(value, weakref.ref):
         return [value()]
     if isinstance(value, types.MappingProxyType):
         return gc.get_referents(value)
@@ -278,8 +287,12 @@ class Replace:
             return self._method(value)
         if isinstance(value, types.FunctionType):
             return self._function(value)
-        if type(value) is weakref.ref:
-            return weakref.ref(self(value()), value.__callback__)
+        if isinstance(value, weakref.KeyedRef):
+            return weakref.KeyedRef(self(value()), value.__callback__, value.key)
+        if isinstance(value, weakref.WeakMethod):  # whose callback is its own
+            return weakref.WeakMethod(self(value()))
+        if isinstance(value, weakref.ref):
+            return type(value)(self(value()), value.__callback__)
         return value
 
     def _method(self, value: types.MethodType) -> types.MethodType:

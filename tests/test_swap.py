@@ -92,6 +92,10 @@ HOLDERS: dict[str, tuple[Callable[[nn.Module], Any], Callable[[Any], Any]]] = {
     "recursive": (recursive, lambda h: h()),
     "list in a closure": (lambda m: (lambda held: lambda: held)([m]), lambda h: h()[0]),
     "weak": (weakref.ref, lambda h: h()),
+    "weak set": (lambda m: weakref.WeakSet([m]), lambda h: next(iter(h))),
+    "weak key": (lambda m: weakref.WeakKeyDictionary({m: 1}), lambda h: next(iter(h))),
+    "weak value": (lambda m: weakref.WeakValueDictionary(a=m), lambda h: h["a"]),
+    "weak method": (lambda m: weakref.WeakMethod(m.train), lambda h: h().__self__),
 }
 
 
