@@ -77,11 +77,23 @@ class Quantized(nn.Module):
         return [(weight + part.suffix, part) for part in self._scheme.weight.parts]
 
     def _part(self, name: str, part: Part) -> torch.Tensor:
-        """A stored part. What sets parameters in the dtype that `layer.weight` shows (accelerate)
-        leaves codes as floats, exactly; they are read back here.
+        """A stored part, as it must be.
+
+        What sets parameters in the dtype that `layer.weight` shows (accelerate) leaves codes as
+        floats, exactly; they become codes again here, once.
         """
         held = cast(torch.Tensor, self._parameters[name])
-        return held if held.dtype == part.dtype else held.detach().to(part.dtype)
+        if held.requires_grad:
+            raise TypeError(
+                f"{self._who}: {name} is quantised and cannot be trained, yet it requires a "
+                "gradient; leave it out of requires_grad_(True) and of modules_to_save."
+            )
+        if held.dtype == part.dtype:
+            return held
+        codes = held.detach().to(part.dtype)
+        if not torch.compiler.is_compiling():
+            held.data = codes
+        return codes
 
     def _stored_of(self, weight: str) -> tuple[nn.Parameter, ...]:
         """The parameters that a weight is stored in, the values first."""

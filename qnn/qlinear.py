@@ -225,7 +225,7 @@ class QLinear(Quantized, nn.Linear):
             self._refuse_uncalibrated()
         parameters = self._parameters
         values = cast(torch.Tensor, parameters[first])
-        if values.dtype is not self._storage:
+        if values.dtype is not self._storage or values.requires_grad:
             values = self._part(*self._parts_of("weight")[0])
         return F.linear(
             input,

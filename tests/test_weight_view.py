@@ -166,7 +166,11 @@ class TestReads(unittest.TestCase):
                 want, state = module(x), copy.deepcopy(module.state_dict())
                 codes = module.stored[0].to(module.weight.dtype)
                 module._parameters["weight"] = nn.Parameter(codes, requires_grad=False)
+                if dtype == torch.float16:
+                    compiled = torch.compile(module, backend="eager", fullgraph=True)
+                    self.assertTrue(torch.equal(compiled(x), want))
                 self.assertTrue(torch.equal(module(x), want))
+                self.assertIs(module.stored[0].dtype, module._storage)  # and take their room again
                 self.assertTrue(torch.equal(module.weight, qnn.QLinear.dequantize(module).weight))
                 for name, tensor in module.state_dict().items():
                     self.assertTrue(same_bits(tensor, state[name]), name)
@@ -370,6 +374,14 @@ class TestWrites(unittest.TestCase):
                     write(module, codes)
             self.unchanged(module, state)
 
+    @parameterized.expand([("fp8",), ("nvfp4",), ("int8",)])
+    def test_codes_are_never_trained_in_silence(self, scheme: str) -> None:
+        """float8 codes may be asked for a gradient, which there is none of."""
+        module = layer(scheme)
+        with self.assertRaises((TypeError, RuntimeError)):
+            nn.Sequential(module).requires_grad_()  # torch's own words for integers
+            module(torch.randn(2, K))
+
     def test_ties_follow_writes_in_place(self) -> None:
         model = nn.Sequential(nn.Linear(K, K), nn.Linear(K, K))
         model[1].weight = model[0].weight
@@ -384,6 +396,40 @@ class TestWrites(unittest.TestCase):
             module = qnn.QLinear(K, N, False, device="meta", scheme=scheme)
             module.weight = NEW
             self.assertTrue(torch.equal(floats(module), quantised(NEW, scheme)))
+
+
+class TestRecurrent(unittest.TestCase):
+    """Each weight of a recurrent layer or cell, by its own name."""
+
+    @parameterized.expand([("lstm", qnn.QLSTM), ("gru", qnn.QGRU), ("cell", qnn.QLSTMCell)])
+    def test_reads_and_writes(self, _: str, kind: Any) -> None:
+        module = kind(K, N)
+        plain = module.dequantize()
+        names = [name for name, p in plain.named_parameters() if p.dim() == 2]
+        self.assertEqual(len(names), 2)
+        for name in names:
+            want = getattr(plain, name).detach()
+            weight = getattr(module, name)
+            self.assertIsInstance(weight, FloatWeight)
+            self.assertEqual((weight.dtype, weight.shape), (torch.float32, want.shape))
+            self.assertTrue(torch.equal(weight, want))
+            self.assertEqual(module.state_dict()[name].dtype, torch.int8)
+            getattr(module, name).data += 1
+            torch.testing.assert_close(getattr(module, name) + 0, want + 1, rtol=0.02, atol=0.02)
+            setattr(module, name, want)
+            self.assertTrue(torch.equal(module.dequantize().get_parameter(name), want))
+            state = copy.deepcopy(module.state_dict())
+            for bad in (torch.full_like(want, torch.nan), want[1:], want.long()):
+                with self.assertRaisesRegex((TypeError, ValueError), name):
+                    setattr(module, name, bad)
+            for key, tensor in module.state_dict().items():
+                self.assertTrue(same_bits(tensor, state[key]), key)
+        x = torch.randn(3, K)
+        called = torch.compile(
+            lambda: getattr(module, names[0]).sum(), backend="eager", fullgraph=True
+        )
+        torch.testing.assert_close(called(), getattr(plain, names[0]).sum())
+        module(x)
 
 
 class TestNeighbours(unittest.TestCase):
