@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import (
     _disable_current_modes,
     _get_current_dispatch_mode_stack,
 )
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 __all__ = [
@@ -60,6 +61,8 @@ __all__ = [
     "replace_node",
     "single_level_functions",
     "statically_equal",
+    "tree_leaves",
+    "tree_map_only",
     "unregister",
     "with_gradients",
     "without_autocast",

@@ -32,7 +32,7 @@ def load_pretrained(cls: Any, folder: str | Path, **options: Any) -> Any:
             lacks tensors of a quantised layer, has them for a layer that is float, or holds values
             that no layer takes, such as NaN.
 
-    >>> load_pretrained(BertModel, "bert-int8")  # doctest: +SKIP
+        model = qnn.load_pretrained(BertModel, "bert-int8")
     """
     if hasattr(cls, "load_config"):
         if options:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+
+from qnn.kernels.torch_private import tree_leaves, tree_map_only
 
 if TYPE_CHECKING:
     from qnn.base import Quantized
