@@ -667,7 +667,9 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def quantize(weight: torch.Tensor, scheme: str) -> tuple[torch.Tensor, ...]:
     """The parts of a weight; plain tensors, whatever mode the caller is in."""
     with torch.inference_mode(False), torch.no_grad():
-        return F.quantize(normal(weight), scheme)
+        parts = F.quantize(normal(weight), scheme)
+    return_threads()
+    return parts
 
 
 def normal(tensor: torch.Tensor) -> torch.Tensor:

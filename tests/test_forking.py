@@ -12,7 +12,6 @@ SETUP = """
 import copy, os, signal, sys, torch
 from torch import nn
 import qnn
-from qnn.kernels import recurrent
 with torch.no_grad():
     qnn.QLinear(8, 8)(torch.ones(1, 8))  # builds the native kernels, if anything is to be built
 
@@ -27,7 +26,7 @@ class Model(nn.Module):
 
 x = torch.arange(192).view(64, 3)
 
-def runs(what, model):
+def runs(what, model, x=x):
     pid = os.fork()
     if not pid:
         signal.alarm(30)
@@ -41,8 +40,8 @@ def runs(what, model):
 def models():
     for scheme in qnn.SCHEMES:
         if scheme != "int8_static":
-            for rnn in (None, nn.LSTM, nn.GRU) if scheme in recurrent.SCHEMES else (None,):
-                yield scheme, Model(rnn).eval()
+            rnn = {"int8": nn.LSTM, "int8_weight": nn.GRU}.get(scheme)
+            yield scheme, Model(rnn).eval()
 """
 
 
@@ -66,6 +65,14 @@ for rnn, qat in ((nn.LSTM, False), (nn.GRU, True)):
     qnn.calibrate(model, [x])
     runs("calibrate", model)
     runs("convert", qnn.convert(model))
+for scheme in ("int8", "nvfp4"):
+    rows, linear = torch.ones(64, 192), nn.Linear(192, 256)
+    runs("a new layer", qnn.QLinear(192, 256, scheme=scheme), rows)
+    layer = qnn.QLinear.from_float(linear, scheme)
+    runs("from_float", layer, rows)
+    layer.weight = linear.weight.detach()
+    runs("a new weight", layer, rows)
+runs("a new LSTM", qnn.QLSTM(192, 64), torch.ones(16, 3, 192))
 model = Model(None)
 model(x)
 runs("convert after a forward pass", qnn.convert(model))
