@@ -419,6 +419,14 @@ class TestPlaces(Case):
         self.assertEqual(native.find(self.csrc), built)
 
 
+class TestProcesses(Case):
+    def test_a_file_that_goes_away_meanwhile(self) -> None:
+        self.place.mkdir(parents=True)
+        gone = mock.Mock(stat=mock.Mock(side_effect=FileNotFoundError(2, "none")))
+        with mock.patch.object(os, "scandir", return_value=[gone]):
+            self.assertEqual(cache._why_not_ours(self.place), "")
+
+
 class TestLock(Case):
     def setUp(self) -> None:
         super().setUp()

@@ -177,9 +177,9 @@ def _make(folder: Path) -> None:
 def _why_not_ours(folder: Path) -> str:
     """Why nothing may be built there: what would be replaced is not ours, or there is no room."""
     for entry in os.scandir(folder):
-        owner = entry.stat(follow_symlinks=False).st_uid
-        if owner != os.geteuid():
-            return f"its {entry.name} belongs to another user"
+        with contextlib.suppress(FileNotFoundError):  # another process is at work
+            if entry.stat(follow_symlinks=False).st_uid != os.geteuid():
+                return f"its {entry.name} belongs to another user"
     return no_room(folder)
 
 
