@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +47,14 @@ def load_pretrained(cls: Any, folder: str | Path, **options: Any) -> Any:
 
 
 def _load_transformers(cls: Any, folder: str | Path, options: dict[str, Any]) -> Any:
-    from transformers import AutoConfig
-
     _register()
     who = f"qnn.load_pretrained({cls.__name__}, {str(folder)!r})"
     config = options.pop("config", None)
     if config is None:
-        reader = getattr(cls, "config_class", None) or AutoConfig
+        reader: Any = getattr(cls, "config_class", None)
+        reader = reader or importlib.import_module("transformers").AutoConfig
         config = reader.from_pretrained(folder)
+    config = copy.deepcopy(config)
     described = getattr(config, "quantization_config", None)
     config.quantization_config = {"quant_method": "qnn", "described": described}
     wanted = options.pop("output_loading_info", False)
@@ -69,27 +71,27 @@ def _register() -> None:
     """Tell transformers what `quant_method` "qnn" is: convert the model that was built, on the meta
     device, and read into it.
     """
-    from transformers.quantizers.auto import register_quantization_config, register_quantizer
-    from transformers.quantizers.base import HfQuantizer
-    from transformers.utils.quantization_config import QuantizationConfigMixin
+    base: Any = importlib.import_module("transformers.quantizers.base").HfQuantizer
+    mixin: Any = importlib.import_module(
+        "transformers.utils.quantization_config"
+    ).QuantizationConfigMixin
+    auto: Any = importlib.import_module("transformers.quantizers.auto")
 
-    class Config(QuantizationConfigMixin):
-        def __init__(self, described: Any = None, **_: Any) -> None:
-            self.quant_method, self.described = "qnn", described
+    def init(self: Any, described: Any = None, **_: Any) -> None:
+        self.quant_method, self.described = "qnn", described
 
-    class Quantizer(HfQuantizer):
-        is_trainable = True
-        is_compileable = True
+    def before_loading(self: Any, model: nn.Module, **_: Any) -> None:
+        found = {"quantization_config": self.quantization_config.described}
+        convert(model, schemes_of(found, model), inplace=True)
 
-        def is_serializable(self) -> bool:
-            return True
-
-        def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-            found = {"quantization_config": self.quantization_config.described}
-            convert(model, schemes_of(found, model), inplace=True)
-
-    register_quantization_config("qnn")(Config)
-    register_quantizer("qnn")(Quantizer)
+    methods = {
+        "is_trainable": True,
+        "is_compileable": True,
+        "is_serializable": lambda self: True,
+        "_process_model_before_weight_loading": before_loading,
+    }
+    auto.register_quantization_config("qnn")(type("Config", (mixin,), {"__init__": init}))
+    auto.register_quantizer("qnn")(type("Quantizer", (base,), methods))
 
 
 def _load_diffusers(cls: Any, folder: Path) -> Any:
@@ -103,8 +105,7 @@ def _load_diffusers(cls: Any, folder: Path) -> Any:
 
 def _state(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of a folder's safetensors files, memory-mapped."""
-    from safetensors.torch import load_file
-
+    load_file: Any = importlib.import_module("safetensors.torch").load_file
     state: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         state |= load_file(path)
@@ -118,8 +119,9 @@ def _check(who: str, model: nn.Module, info: Any) -> None:
     if missing:
         raise ValueError(f"{who}: the file has no {', '.join(sorted(missing)[:5])}.")
     modules = dict(model.named_modules())
-    floats = {k.rpartition(".")[0] for k in info["unexpected_keys"] if "scale" in k}
-    if odd := sorted(name for name in floats if name in modules):
+    scales = [key.rpartition(".") for key in info["unexpected_keys"] if key.endswith("_scale")]
+    odd = sorted({n for n, _, leaf in scales if n in modules and leaf.startswith("weight")})
+    if odd:
         raise ValueError(
             f"{who}: the file has quantised {', '.join(odd[:5])}, which the config does not "
             "describe."
