@@ -391,3 +391,15 @@ def _exponent(amax: torch.Tensor) -> torch.Tensor:
 def _power(exponent: torch.Tensor) -> torch.Tensor:
     """2^exponent, −126 … 127, in float32 by its bits."""
     return ((exponent + 127) << 23).view(torch.float32)
+
+
+__all__ = [
+    "OBSERVERS",
+    "HistogramObserver",
+    "MSEObserver",
+    "MinMaxObserver",
+    "MovingAverageObserver",
+    "Observer",
+    "PercentileObserver",
+    "make_observer",
+]
