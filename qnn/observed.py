@@ -32,7 +32,7 @@ class Observed(nn.Module):
                 f"split_gates should be of type bool, got: {type(split_gates).__name__}"
             )
         self.split_gates, self.qat = split_gates, False
-        self.register_module("points", None)
+        self.points = None
 
     def observe(self: ObservedT, parts: Specs | None = None, *, qat: bool = False) -> ObservedT:
         """Insert the observation points, or new ones in the place of those that were there.

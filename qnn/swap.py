@@ -134,7 +134,10 @@ def swapped(
 _MODULE = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
 # What a recurrent layer derives from its float parameters, and what observing has added.
 _LEFT_BEHIND = {"_flat_weights", "_flat_weights_names", "_flat_weight_refs", "_all_weights", "qat"}
-_LEFT_BEHIND |= {"scheme"}  # of a training layer that becomes a float layer
+_LEFT_BEHIND |= {
+    "points",
+    "scheme",
+}  # no points yet; of a training layer that becomes a float layer
 
 
 def _with_the_rest(old: nn.Module, new: nn.Module, own: Own) -> None:
