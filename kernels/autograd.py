@@ -76,7 +76,7 @@ def autograd_kernel(op: Op, ops: Mapping[str, Op]) -> Callable[..., Any]:
                 y = ACTIVATIONS[activation](op.overload(*plain))
                 return y if residual is None else y + residual
         with single_level_functions():
-            return function.apply(functools.partial(redispatch, below), *args)  # type: ignore[no-untyped-call]
+            return function.apply(functools.partial(redispatch, below), *args)
 
     return run
 
@@ -88,7 +88,7 @@ def _has_tangent(args: Sequence[Any]) -> bool:
     )
 
 
-def _function(op: Op, ops: Mapping[str, Op]) -> type[SingleLevelFunction]:
+def _function(op: Op, ops: Mapping[str, Op]) -> Any:
     names = [arg.name for arg in op.inputs]
 
     class Gradient(SingleLevelFunction):
@@ -101,18 +101,17 @@ def _function(op: Op, ops: Mapping[str, Op]) -> type[SingleLevelFunction]:
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            _, *inputs = inputs
-            kept = _kept(op, ops)
+            given, kept = inputs[1:], _kept(op, ops)
             tensors = [
                 value if name in kept and isinstance(value, torch.Tensor) else None
-                for name, value in zip(names, inputs, strict=True)
+                for name, value in zip(names, given, strict=True)
             ]
             ctx.save_for_backward(*tensors)
             ctx.save_for_forward(*tensors)
             ctx.set_materialize_grads(False)
             # What else the gradients need: names and dtypes as they were given, and sizes.
-            ctx.others = [None if isinstance(v, torch.Tensor) else v for v in inputs]
-            ctx.like = [(v.shape, v.dtype) if isinstance(v, torch.Tensor) else None for v in inputs]
+            ctx.others = [None if isinstance(v, torch.Tensor) else v for v in given]
+            ctx.like = [(v.shape, v.dtype) if isinstance(v, torch.Tensor) else None for v in given]
             ctx.result = (output.shape, output.dtype) if isinstance(output, torch.Tensor) else None
 
         @staticmethod
@@ -207,7 +206,7 @@ def _through_reference(
         with without_autocast():
             return op.reference(*(values[arg.name] for arg in op.inputs))
 
-    _, pull = torch.func.vjp(reference, *(given[name] for name in wanted))
+    pull: Any = torch.func.vjp(reference, *(given[name] for name in wanted))[1]
     return dict(zip(wanted, pull(dy), strict=True))
 
 

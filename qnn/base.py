@@ -15,6 +15,7 @@ from qnn.forking import return_threads
 from qnn.functional.tensor_parallel import is_distributed
 from qnn.kernels import Scheme, get_scheme
 from qnn.kernels.formats import FLOATS, Part
+from qnn.kernels.torch_private import is_jit_tracing
 from qnn.weight_view import FloatWeight
 
 LayerT = TypeVar("LayerT", bound="Quantized")
@@ -148,7 +149,7 @@ class Quantized(nn.Module):
                 raise AttributeError(f"{self._who} has no {name}: it was deleted.")
             if is_distributed(cast(torch.Tensor, held[0])):
                 return held[0]  # sharded: what fully_shard put here, and looks for
-            if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            if torch.compiler.is_compiling() or is_jit_tracing():
                 return self._dequantized(name)
             return FloatWeight(self, name)
         return super().__getattr__(name)
@@ -530,7 +531,7 @@ def of_other_kind(layer: nn.Module, *inputs: Any, **options: Any) -> Any:
         tracer: Any = nested.tracer
         target = tracer.path_of_module(layer)
         return tracer.create_proxy("call_module", target, inputs, options)
-    if isinstance(nested, torch.Tensor) and nested.layout == torch.jagged:
+    if isinstance(inputs[0], torch.Tensor) and nested.layout == torch.jagged:
         if not isinstance(nested.shape[-1], int):
             return None  # the last axis is the ragged one
         return torch.nested.nested_tensor_from_jagged(

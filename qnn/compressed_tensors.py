@@ -19,6 +19,7 @@ from torch import nn
 
 from qnn.base import Quantized
 from qnn.kernels import Scheme, get_scheme
+from qnn.patterns import Pattern
 from qnn.qlinear import QLinear
 
 # Shown by transformers and diffusers as what they do not know; pydantic cuts at 50 characters.
@@ -131,7 +132,7 @@ def _pattern(names: Iterable[str], others: Iterable[str]) -> str:
     return f"re:(?:{'|'.join(forms)})$"
 
 
-def schemes_of(config: Any, model: nn.Module) -> dict[str, str]:
+def schemes_of(config: Any, model: nn.Module) -> dict[Pattern, str | None]:
     """Which layers of `model` a saved config says are quantised, and in which scheme: what
     `qnn.convert` takes to make the model that was saved.
 
@@ -150,7 +151,7 @@ def schemes_of(config: Any, model: nn.Module) -> dict[str, str]:
             "qnn: the config has no description of qnn's: it is that of a float model, or was "
             "written by something else. Convert the model with the scheme that you know."
         )
-    result = {}
+    result: dict[Pattern, str | None] = {}
     for name, _ in model.named_modules():
         for group, scheme in schemes.items():
             if name and any(_matches(name, t) for t in found["config_groups"][group]["targets"]):
@@ -173,7 +174,7 @@ def _matches(name: str, target: str) -> bool:
 def _read(config: Any, key: str) -> Any:
     if isinstance(config, Mapping):
         return config.get(key)
-    found = getattr(config, key, None)
+    found: Any = getattr(config, key, None)
     return found.to_dict() if hasattr(found, "to_dict") else found
 
 

@@ -40,10 +40,10 @@ class QConv1D(QLinear):
 
         linear = super().dequantize()
         with torch.device("meta"):
-            layer: nn.Module = Conv1D(self.out_features, self.in_features)
+            layer: Any = Conv1D(self.out_features, self.in_features)
         layer.weight = nn.Parameter(linear.weight.detach().t().contiguous())
         layer.bias = linear.bias
-        return layer.train(self.training)
+        return cast(nn.Module, layer.train(self.training))
 
     @classmethod
     def from_observed(cls, observed: ObservedLinear) -> QConv1D:

@@ -498,7 +498,8 @@ def _maker(plan: Plan, training: bool) -> Make:
         if is_transposed(old):
             from qnn.training_conv1d import TrainingConv1D, plain
 
-            layer = TrainingConv1D.from_float(old, scheme) if scheme else plain(old)
+            conv = cast(Any, old)
+            layer = TrainingConv1D.from_float(conv, scheme) if scheme else plain(conv)
         else:
             flat = as_linear(old)
             layer = Linear.from_float(flat, scheme) if scheme else flat

@@ -96,7 +96,7 @@ class FakeQuantize(Statistics):
             self.observer.observe(x)
         self.refresh()
 
-    @torch.compiler.disable(
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]
         reason="qnn adds up what the processes of a DistributedDataParallel see in each step: "
         "qnn.freeze_observers(model) ends that"
     )

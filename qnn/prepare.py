@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -140,7 +140,9 @@ def _maker(names: dict[int, str], parts: Specs | None, split_gates: bool, qat: b
         new: Any
         if not is_recurrent(old):
             before = old.input_quantize if isinstance(old, ObservedLinear) else None
-            spec = spec_of_input(parts) or (before and training_spec(before.spec))
+            spec = spec_of_input(parts)
+            if spec is None and before is not None:
+                spec = training_spec(before.spec)
             if is_transposed(old):
                 new = ObservedConv1D.from_float(old, spec, qat, name=names[id(old)])
             else:
@@ -156,7 +158,7 @@ def _maker(names: dict[int, str], parts: Specs | None, split_gates: bool, qat: b
         for name, parameter in old._parameters.items():
             if parameter is not None:
                 setattr(new, name, own(parameter))
-        return new
+        return cast(nn.Module, new)
 
     return make
 

@@ -39,7 +39,7 @@ class QCell(QRecurrent, Cells):
         return tuple(state.clone() for state in last)
 
 
-class QLSTMCell(QCell, nn.LSTMCell):  # type: ignore[misc]
+class QLSTMCell(QCell, nn.LSTMCell):
     """`nn.LSTMCell`, one step of an LSTM, over int8 weights, with the arithmetic of `scheme`.
 
     Schemes, parts and rounding are those of `QLSTM`; a loop over the steps computes what `QLSTM`
@@ -75,7 +75,7 @@ class QLSTMCell(QCell, nn.LSTMCell):  # type: ignore[misc]
     mode = "LSTM"
 
 
-class QGRUCell(QCell, nn.GRUCell):  # type: ignore[misc]
+class QGRUCell(QCell, nn.GRUCell):
     """`nn.GRUCell`, one step of a GRU, over int8 weights, with the arithmetic of `scheme`.
 
     All else is as in `QLSTMCell`, with one state h and 3H for 4H.

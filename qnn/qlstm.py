@@ -87,7 +87,7 @@ class QSequences(QRecurrent, Sequences):
         return self.__dict__.copy()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
+        nn.Module.__setstate__(self, state)
 
 
 class QLSTM(QSequences):

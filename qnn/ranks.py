@@ -49,7 +49,7 @@ def of_all(batch: Observer, group: Any) -> Observer:
             "to call the same layers in the same order; qnn.calibrate first, and "
             "qnn.freeze_observers before training, where they do not."
         )
-    total = batch.empty()
+    total: Observer = batch.empty()
     for tensor in every:
         other, sizes = batch.empty(), [buffer.numel() for buffer in buffers]
         values = tensor[1:].split(sizes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -110,7 +111,7 @@ class Sequences(RNNBase):
             self.check_hidden_size(states[0], size)
             return
         self.check_hidden_size(states[0], size, "Expected hidden[0] size {}, got {}")
-        size = self.get_expected_cell_size(x, batch_sizes)
+        size = nn.LSTM.get_expected_cell_size(cast(Any, self), x, batch_sizes)
         self.check_hidden_size(states[1], size, "Expected hidden[1] size {}, got {}")
 
     def _returned(self, states: States) -> Any:

@@ -25,7 +25,8 @@ class TrainingConv1D(Conv1D):  # type: ignore[misc]
             layer = cls(conv.nf, conv.nx)
         layer.in_features, layer.out_features, layer.scheme = conv.nx, conv.nf, scheme
         layer.weight, layer.bias = conv.weight, conv.bias
-        return layer.train(conv.training)
+        layer.train(conv.training)
+        return layer
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if "weight" in self._parameters:  # as in qnn.Linear

@@ -29,7 +29,7 @@ class FloatWeight(torch.Tensor):
 
     _layer: Quantized
     _name: str
-    _values: torch.Tensor | None
+    _values: torch.Tensor | None  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
@@ -38,7 +38,7 @@ class FloatWeight(torch.Tensor):
         """Of the weight `name` of `layer`; `values`, decoded, of a view of it."""
         held = layer._stored_of(name)[0]
         shape = layer._weight_shapes()[name] if values is None else values.shape
-        made: FloatWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: FloatWeight = torch.Tensor._make_wrapper_subclass(
             cls,
             shape,
             strides=None if values is None else values.stride(),
@@ -93,7 +93,7 @@ class FloatWeight(torch.Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
@@ -117,11 +117,11 @@ class FloatWeight(torch.Tensor):
         if written:
             back = {id(value): view for view in written for value in [decoded[id(view)]]}
             return tree_map_only(torch.Tensor, lambda t: back.get(id(t), t), result)
-        view = next((arg for arg in args if isinstance(arg, cls)), None)
-        if view is None or not _is_view(func):
+        first = next((arg for arg in args if isinstance(arg, cls)), None)
+        if first is None or not _is_view(func):
             return result
         return tree_map_only(
-            torch.Tensor, lambda values: FloatWeight(view._layer, view._name, values), result
+            torch.Tensor, lambda values: FloatWeight(first._layer, first._name, values), result
         )
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -219,14 +219,14 @@ def _on_values(method: Any) -> Any:
     return lambda view, *args, **kwargs: method(view._decoded(), *args, **kwargs)
 
 
-_TENSOR = torch.Tensor
+_TENSOR: Any = torch.Tensor
 _SPECIAL: dict[Any, Any] = {
-    _TENSOR.data.__get__: lambda view: view,  # type: ignore[attr-defined]
-    _TENSOR.data.__set__: _set_data,  # type: ignore[attr-defined]
+    _TENSOR.data.__get__: lambda view: view,
+    _TENSOR.data.__set__: _set_data,
     _TENSOR.__setitem__: _set_item,
     _TENSOR.requires_grad_: _requires_grad,
-    _TENSOR.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]
-    _TENSOR.grad.__set__: _set_grad,  # type: ignore[attr-defined]
+    _TENSOR.requires_grad.__set__: _set_requires_grad,
+    _TENSOR.grad.__set__: _set_grad,
     _TENSOR.numpy: _numpy,
     _TENSOR.__array__: _array,
     _TENSOR.tolist: _on_values(_TENSOR.tolist),

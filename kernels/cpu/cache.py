@@ -124,7 +124,7 @@ def why_not_library(library: Path, key: str, *, owned: bool = True) -> str:
 
 
 @contextmanager
-def locked(key: str, say: Callable[[str], None], skipped: Mapping[Path, str]) -> Iterator[Path]:
+def locked(key: str, say: Callable[[str], object], skipped: Mapping[Path, str]) -> Iterator[Path]:
     """The first folder that can be written, with its lock held. The kernel lets go of the lock of a
     process that ends, however it ends.
 
@@ -198,7 +198,7 @@ def _open_lock(folder: Path) -> int:
     return os.open(folder / _LOCK, flags, 0o600)
 
 
-def _wait(lock: int, path: Path, say: Callable[[str], None]) -> None:
+def _wait(lock: int, path: Path, say: Callable[[str], object]) -> None:
     """Hold the lock, or close it and raise."""
     import fcntl  # not on Windows
 
