@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stock_models import MODELS, build
 from torch import nn
 
 import qnn
 
 from report import table
+from stock_models import MODELS, build
 
 SCHEMES = ("int8", "fp8", "nvfp4_weight")
 COLUMNS = (
