@@ -151,8 +151,14 @@ def training_linear(
     tracked = torch.is_grad_enabled() and (not traced or torch.compiler.is_dynamo_compiling())
     of_w = tracked and not transformed and weight.requires_grad
     # Nor does a graph that Dynamo exports. There the casts must see what wants a gradient, since
-    # they are ops that say that they have none; detached, it would be lost in silence.
-    detached = not traced or transformed
+    # they are ops that say that they have none; detached, it would be lost in silence. In a graph
+    # that is compiled they must not: DistributedDataParallel may cut it between a cast and its
+    # product, and the parts would want gradients. (torch 2.11 calls both exporting; there such a
+    # cut is an error of the casts'.)
+    exported = traced and (
+        not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
+    )
+    detached = not exported or transformed
     wq = _cast(t.weight, weight.detach() if detached else weight)
     xq = _cast(t.x, rows.detach() if detached else rows, which="_both" if of_w else "")
     xq, transposed = xq[: len(t.x.parts)], xq[len(t.x.parts) :]

@@ -7,6 +7,7 @@ fails on either.
 from __future__ import annotations
 
 import contextlib
+import copy
 import datetime
 import functools
 import itertools
@@ -400,7 +401,9 @@ def tensor_parallel(rank: int, scheme: str, kind: str, hidden: int = 160) -> Non
 
     torch.manual_seed(3)
     plain = Block(hidden=176 if scheme == "nvfp4" else hidden)
-    hand, single, split = (qnn.convert(plain, scheme, training=True) for _ in range(3))
+    hand, single, split = (
+        qnn.convert(copy.deepcopy(plain), scheme, training=True) for _ in range(3)
+    )
     x, dy = torch.randn(4, 10, 96), torch.randn(4, 10, 96)
     over, options, given = mesh(2), {}, x.clone()
     if kind == "sequence":  # each process holds half of the tokens outside the two layers
