@@ -91,19 +91,12 @@ class FakeQuantize(Statistics):
         if not self.observing or self.observer is None:
             return
         if not self.alone and in_several():
-            self._observe_together(x, self.observer)
+            from qnn.ranks_in_step import observe_together
+
+            observe_together(self.observer, x)
         else:
             self.observer.observe(x)
         self.refresh()
-
-    @torch.compiler.disable(  # type: ignore[untyped-decorator]
-        reason="qnn adds up what the processes of a DistributedDataParallel see in each step: "
-        "qnn.freeze_observers(model) ends that"
-    )
-    def _observe_together(self, x: torch.Tensor, observer: Observer) -> None:
-        from qnn.ranks import group_of_call
-
-        observer.observe(x, group_of_call())
 
     def freeze(self, frozen: bool = True) -> None:
         """Stop recording, or go on; a fixed scale stays fixed. The state dict has it."""
