@@ -190,7 +190,7 @@ def _version(command: tuple[str, ...]) -> tuple[int | str, str]:
 
 
 class _Process:
-    """A command in a session of its own, which ends with all that it has started."""
+    """A command in a process group of its own, which ends with all that it has started."""
 
     def __init__(
         self, command: list[str], out: int, err: int, environment: dict[str, str] | None = None
