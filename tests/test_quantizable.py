@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import itertools
 import pickle
@@ -749,9 +750,10 @@ class TestModes(unittest.TestCase):
     def test_vmap_and_autocast(self, cell: str, split: bool) -> None:
         _, made = pair(cell, 5, 7, split_gates=split)
         x, lengths = torch.randn(4, 3, 2, 5), torch.tensor([3, 3])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = made(x[0])[0]
-        self.assertLess((y.float() - made(x[0])[0]).abs().max(), 0.03)
+        if split or runs_in_bfloat16(cell):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = made(x[0])[0]
+            self.assertLess((y.float() - made(x[0])[0]).abs().max(), 0.03)
         with torch.no_grad():
             # torch's kernels have no rule for vmap, so the cell is one with single operations.
             steps = CELLS[cell][1](5, 7, split_gates=True)
@@ -759,6 +761,19 @@ class TestModes(unittest.TestCase):
             want = tensors(steps(x[0].flatten(0, 1)))[0]
             self.assertTrue(torch.allclose(h, want.view_as(h), atol=1e-6))
         self.assertEqual(made(x[1], lengths=lengths)[0].shape, (3, 2, 7))
+
+
+@functools.cache
+def runs_in_bfloat16(cell: str) -> bool:
+    """Whether torch's own layer can: oneDNN has no such LSTM for a CPU without AVX-512."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        try:
+            getattr(nn, cell)(5, 7)(torch.randn(3, 2, 5))
+        except RuntimeError as error:
+            if "primitive descriptor" not in str(error):
+                raise
+            return False
+    return True
 
 
 def test_samples_of_torchs_own_module_tests() -> None:
