@@ -221,7 +221,7 @@ class TestObserving(unittest.TestCase):
 
     @parameterized.expand(EVERY)
     def test_the_loop_over_steps(self, cell: str, split: bool) -> None:
-        """Unquantised. Not to the bit: a BLAS adds a bias before or after the products by their sizes."""
+        """Not to the bit: a BLAS adds a bias before or after the products, by their sizes."""
         options = {"proj_size": 3} if cell == "LSTM" else {}
         made = layer_of(cell, 5, 7, **options, split_gates=split)
         x, given = torch.randn(6, 3, 5), states(made, 3)
