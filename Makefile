@@ -43,7 +43,7 @@ test-torch: $(OTHER)/.ready ## the suite against another torch: TORCH=2.11.0 or 
 $(OTHER)/.ready: constraints.txt $(PINS)
 	@echo "set up: virtual environment $(OTHER), torch $(TORCH)"
 	$(PYTHON) -m venv $(OTHER)
-	grep -vE '^(torch|numpy)==' constraints.txt | cat - $(PINS) > $(OTHER)/constraints.txt
+	grep -vE '^(torch|numpy|setuptools)==' constraints.txt | cat - $(PINS) > $(OTHER)/constraints.txt
 	$(OTHER)/bin/python -m pip install -q --disable-pip-version-check -c $(OTHER)/constraints.txt torch numpy einops \
 		triton setuptools compressed-tensors hypothesis parameterized pytest pytest-xdist safetensors
 	@touch $@
