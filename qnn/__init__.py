@@ -12,24 +12,29 @@ _HERE = _Path(__file__).resolve().parent
 if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels" / "spec.py").is_file():
     __path__.append(str(_HERE.parent))
 
-from qnn import functional, kernels, parts
-from qnn.calibrate import calibrate
-from qnn.compare import Comparison, compare, sqnr
-from qnn.convert import convert
-from qnn.doubts import CalibrationWarning
-from qnn.fake_quantize import FakeQuantize, freeze_observers, unfreeze_observers
+from qnn import functional, kernels
+from qnn.calibration import parts
+from qnn.calibration.doubts import CalibrationWarning
+from qnn.calibration.fake_quantize import FakeQuantize, freeze_observers, unfreeze_observers
+from qnn.calibration.spec import QuantSpec
+from qnn.integrations import load_pretrained
 from qnn.kernels import SCHEMES, Format, Scheme
-from qnn.linear import Linear
-from qnn.load_pretrained import load_pretrained
-from qnn.observed_linear import ObservedLinear
-from qnn.prepare import prepare
-from qnn.qcell import QGRUCell, QLSTMCell
-from qnn.qlinear import QLinear
-from qnn.qlstm import QGRU, QLSTM
-from qnn.quant_spec import QuantSpec
-from qnn.quantizable import QuantizableGRU, QuantizableLSTM
-from qnn.quantizable_cell import QuantizableGRUCell, QuantizableLSTMCell
-from qnn.summary import Summary, summary
+from qnn.kinds import Kind, Observation, register_kind
+from qnn.nn import (
+    QGRU,
+    QLSTM,
+    Linear,
+    ObservedLinear,
+    QGRUCell,
+    QLinear,
+    QLSTMCell,
+    QuantizableGRU,
+    QuantizableGRUCell,
+    QuantizableLSTM,
+    QuantizableLSTMCell,
+    Quantized,
+)
+from qnn.verbs import Comparison, Summary, calibrate, compare, convert, prepare, sqnr, summary
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,7 +45,9 @@ __all__ = [
     "Comparison",
     "FakeQuantize",
     "Format",
+    "Kind",
     "Linear",
+    "Observation",
     "ObservedLinear",
     "QGRUCell",
     "QLSTMCell",
@@ -50,6 +57,7 @@ __all__ = [
     "QuantizableGRUCell",
     "QuantizableLSTM",
     "QuantizableLSTMCell",
+    "Quantized",
     "Scheme",
     "Summary",
     "calibrate",
@@ -61,6 +69,7 @@ __all__ = [
     "load_pretrained",
     "parts",
     "prepare",
+    "register_kind",
     "sqnr",
     "summary",
     "unfreeze_observers",

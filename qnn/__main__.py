@@ -7,8 +7,8 @@ import io
 import json
 import sys
 
-from qnn import doctor
 from qnn.kernels.cpu import native
+from qnn.verbs import doctor
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,95 +1,225 @@
-"""Which layers the verbs know, and which of other libraries compute what `nn.Linear` computes."""
+"""The kinds of layer: what the verbs ask about a layer, and the one list of those that are known.
+
+`convert`, `prepare`, `summary`, `compare` and the description on disk name no class of layers. Each
+asks `kind_of(module)`, and then the kind. A layer of a kind has one of four forms: float, as users
+build it; observed, between `prepare` and `convert`; training, in low precision around float
+parameters; and quantised, which is an `nn.base.Quantized`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.modules.rnn import RNNBase
 from torch.nn.parameter import is_lazy
 
-# `y = x · weight + bias`: a linear layer whose weight is [in, out].
-CONV1D = "transformers.pytorch_utils.Conv1D"
-# Their forward is their own and computes `x · weightᵀ + bias`, of a weight [out, in].
-_AS_LINEAR = {
-    "timm.layers.linear.Linear",
-    "torch_geometric.nn.dense.linear.Linear",
-    "transformers.models.falcon.modeling_falcon.FalconLinear",
-}
+from qnn.kernels import get_scheme
+
+# Hands over what a new module takes from the old one: as it is, or copied.
+Own = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """How `prepare` observes a layer; the arguments of `qnn.prepare`."""
+
+    name: str = ""
+    parts: Mapping[str, Any] | None = None
+    split_gates: bool = False
+    qat: bool = False
+
+
+class Kind:
+    """One kind of layer; a subclass says what differs, and `register_kind` makes it known.
+
+    Attributes:
+        name: such as `"linear"`, for errors.
+        floats: the float classes. Exactly these are taken, since a subclass may mean more.
+        titles: how errors call them.
+        quantized, observed, training: the classes of the other forms.
+        shares: whether layers that share a weight share its codes too. Others stay float then.
+        standard: whether compressed-tensors and the engines that read its files know the layer.
+        holds: names of modules inside a layer that are its own, such as observation points.
+        leaves: attributes of a layer that do not move to the one in its place.
+    """
+
+    name: str
+    floats: tuple[type[nn.Module], ...]
+    titles: tuple[str, ...] = ()
+    quantized: tuple[type[nn.Module], ...]
+    observed: tuple[type[nn.Module], ...] = ()
+    training: tuple[type[nn.Module], ...] = ()
+    shares: bool = False
+    standard: bool = False
+    holds: frozenset[str] = frozenset()
+    leaves: frozenset[str] = frozenset({"points", "qat", "scheme"})
+
+    # -- which layers, in which form --------------------------------------------------------------
+
+    def takes(self, module: nn.Module) -> bool:
+        """Whether a module is of this kind, in any form, also as a subclass."""
+        return isinstance(module, (*self.floats, *self.quantized, *self.observed, *self.training))
+
+    def is_quantized(self, module: nn.Module) -> bool:
+        return isinstance(module, self.quantized)
+
+    def is_observed(self, module: nn.Module) -> bool:
+        return isinstance(module, self.observed)
+
+    def is_training(self, module: nn.Module) -> bool:
+        return isinstance(module, self.training)
+
+    # -- what keeps a layer float -----------------------------------------------------------------
+
+    def why_left(
+        self, module: nn.Module, scheme: str, *, named: bool = False, training: bool = False
+    ) -> str | None:
+        """Why a layer that was picked is not for this call, without that being an error; `named` if
+        a pattern means this one.
+        """
+        if type(module) not in self.floats:
+            titles = " or ".join(self.titles)
+            return f"{type(module).__name__} is a subclass of {titles} with a meaning of its own"
+        if training:
+            return f"there is no {self.name} layer that trains in low precision"
+        return None
+
+    def names(self, module: nn.Module) -> Iterable[str]:
+        """The parameters that a plain layer has, None included; one with more is refused."""
+        return ("weight", "bias")
+
+    def weights(self, module: nn.Module) -> dict[str, Any]:
+        """The parameters of a float layer that are to be quantised."""
+        return {n: p for n, p in module._parameters.items() if n.startswith("weight")}
+
+    def why_not(self, module: nn.Module, scheme: str) -> str | None:
+        """Why a scheme cannot hold the layer's weights, by their sizes."""
+        for weight in self.weights(module).values():
+            rows, columns = weight.shape
+            if (reason := get_scheme(scheme).why_not_linear(columns, rows)) is not None:
+                return reason
+        return None
+
+    def why_untied(self, other: Kind) -> str | None:
+        """Why a layer keeps no weight in common with one of another kind, or its own; None where it
+        does.
+        """
+        if other is not self:
+            return "which holds it in another form"
+        return None if self.shares else f"{self.name} layers do not share codes"
+
+    # -- from form to form ------------------------------------------------------------------------
+
+    def quantize(self, layer: nn.Module, scheme: str, own: Own) -> Any:
+        """The quantised layer in the place of a float or observed one; `scheme` is that of the
+        call, and for an observed layer the one that it was observed for.
+        """
+        raise NotImplementedError
+
+    def train(self, layer: nn.Module, scheme: str | None, own: Own) -> nn.Module:
+        """The training layer around the parameters of a float one; with None the float layer."""
+        raise NotImplementedError
+
+    def observe(self, layer: nn.Module, how: Observation, own: Own) -> nn.Module:
+        """The observed layer in the place of a float one, or of one observed otherwise."""
+        raise NotImplementedError
+
+    def points(self, layer: nn.Module, how: Observation) -> list[str]:
+        """The names of the parts that `observe` would observe."""
+        return []
+
+    def check_observation(self, layer: nn.Module, how: Observation) -> None:
+        """Raise what `observe` would raise."""
+
+    def require_ranges(self, layer: nn.Module) -> None:
+        """Raise a ValueError unless each part of an observed layer has a range."""
+
+    def after(self, who: str, model: nn.Module) -> None:
+        """What else a model needs once `who`, a verb, has swapped its layers."""
+
+    # -- as others see it -------------------------------------------------------------------------
+
+    def shape(self, layer: nn.Module) -> tuple[int, ...]:
+        """Of a layer's weight, in any form, for `summary`."""
+        sizes: Any = layer
+        return tuple(sizes.weight.shape)
+
+    def remarks(self, model: nn.Module) -> dict[str, str]:
+        """What `summary` is to add to the rows of layers of this kind, by their names."""
+        return {}
+
+
+_KINDS: list[Kind] = []
+
+
+def register_kind(kind: Kind) -> Kind:
+    """Make a kind of layer known to all verbs; returns it.
+
+    The last one that was registered is asked first, so that a kind may take layers from a more
+    general one.
+
+    Raises:
+        TypeError: `kind` is no `Kind`.
+        ValueError: another one has its name.
+    """
+    if not isinstance(kind, Kind):
+        raise TypeError(f"qnn.register_kind takes a qnn.Kind, got {type(kind).__name__}.")
+    if any(kind.name == known.name for known in _KINDS):
+        raise ValueError(f"qnn.register_kind: there is a kind {kind.name!r} already.")
+    _KINDS.insert(0, kind)
+    return kind
+
+
+def unregister_kind(kind: Kind) -> None:
+    """Take a kind back."""
+    _KINDS.remove(kind)
+
+
+def known_kinds() -> tuple[Kind, ...]:
+    """All kinds, in the order in which they were registered."""
+    return tuple(reversed(_KINDS))
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """The kind of a layer in any form; None for what is no layer that qnn knows."""
+    return next((kind for kind in _KINDS if kind.takes(module)), None)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a module is a quantised layer."""
+    kind = kind_of(module)
+    return kind is not None and kind.is_quantized(module)
+
+
+def is_training(module: nn.Module) -> bool:
+    """Whether a module is a layer that trains in low precision."""
+    kind = kind_of(module)
+    return kind is not None and kind.is_training(module)
+
+
+def is_prepared(module: nn.Module) -> bool:
+    """Whether a module is a layer that has observation points."""
+    kind = kind_of(module)
+    return kind is not None and kind.is_observed(module)
+
+
+def is_swapped(module: nn.Module) -> bool:
+    """Whether a module is a layer that a verb has made."""
+    return is_quantized(module) or is_training(module) or is_prepared(module)
+
+
+def titles() -> str:
+    """`nn.Linear, nn.LSTM or nn.GRU`: what the verbs look for."""
+    *first, last = [title for kind in known_kinds() for title in kind.titles]
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def qualified(kind: type) -> str:
     """`torch.nn.modules.conv.Conv2d`."""
     return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    return qualified(type(module)) == CONV1D
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether a float layer holds its weight as `[in, out]`: a `Conv1D`, or what stands for it."""
-    return any(qualified(kind) in (CONV1D, _OBSERVED) for kind in type(module).__mro__)
-
-
-_OBSERVED = "qnn.conv1d.ObservedConv1D"
-
-
-def is_recurrent(module: nn.Module) -> bool:
-    """Whether a module is an LSTM or GRU, a layer or a cell, in any form."""
-    if isinstance(module, RNNBase):
-        return module.mode in ("LSTM", "GRU")
-    return isinstance(module, nn.LSTMCell | nn.GRUCell)
-
-
-def is_layer(module: nn.Module) -> bool:
-    """Whether a module is of a kind that may be quantised: linear, or an LSTM or GRU."""
-    if is_recurrent(module) or isinstance(module, nn.Linear):
-        return True
-    return is_conv1d(module) or qualified(type(module)) in _AS_LINEAR
-
-
-def why_not_as_linear(
-    module: nn.Module, named: bool, forwards: tuple[Callable[..., Any], ...]
-) -> str | None:
-    """Why a layer that is no plain `nn.Linear` does not become a quantised one; None if it does.
-
-    One that computes the same, by one of `forwards`, becomes one when it is named: it might mean
-    more by its class.
-    """
-    name, kind = qualified(type(module)), "a subclass of nn.Linear"
-    if not isinstance(module, nn.Linear):
-        kind = "a layer"
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        return f"{name} is {kind} whose weight nn.MultiheadAttention reads, without calling it"
-    same = type(module).forward in forwards or qualified(type(module)) in _AS_LINEAR
-    if not same:
-        return f"{name} is {kind} with a forward, and so a meaning of its own"
-    if named:
-        return None
-    return f"{name} is {kind} that computes what nn.Linear does: name it in include to convert it"
-
-
-def as_linear(module: nn.Module) -> nn.Linear:
-    """The `nn.Linear` of what computes as one, around the same parameters; of a `Conv1D` around a
-    view of its weight, transposed.
-    """
-    weight, bias = module._parameters["weight"], module._parameters["bias"]
-    assert weight is not None  # noqa: S101  # why_not_convert refuses layers without one
-    if is_transposed(module):
-        weight = nn.Parameter(weight.detach().t(), requires_grad=False)
-    rows, columns = weight.shape
-    linear = nn.Linear(columns, rows, False, device="meta", dtype=weight.dtype)
-    linear.weight, linear.bias = weight, bias  # type: ignore[assignment]
-    return linear.train(module.training)
-
-
-def nbytes(tensors: Iterable[torch.Tensor | None]) -> int:
-    """Bytes of the values; a parameter that waits for its first batch has none yet."""
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None and not is_lazy(t))
 
 
 def own_tensors(module: nn.Module) -> list[torch.Tensor]:
@@ -103,29 +233,20 @@ def waits(module: nn.Module) -> bool:
     return any(map(is_lazy, own_tensors(module)))
 
 
-def size(count: float) -> str:
-    """Bytes in words: `1.2 MB`."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
-
-
-def inventory(modules: Iterable[nn.Module]) -> str:
-    """The kinds of modules that hold something or have no children, by qualified name, the largest
-    first: `torch.nn.modules.conv.Conv2d (3, 1.2 MB), torch.nn.modules.activation.ReLU (2)`.
-    """
-    count, held = dict[str, int](), dict[str, int]()
-    seen = set[int]()
-    for module in {id(module): module for module in modules}.values():
-        tensors = [t for t in own_tensors(module) if id(t) not in seen]
-        seen.update(map(id, tensors))
-        if tensors or not module._modules:
-            kind = qualified(type(module))
-            count[kind] = count.get(kind, 0) + 1
-            held[kind] = held.get(kind, 0) + nbytes(tensors)
-    order = sorted(count, key=lambda kind: (-held[kind], kind))
-    return ", ".join(
-        f"{kind} ({count[kind]}{f', {size(held[kind])}' if held[kind] else ''})" for kind in order
-    )
+__all__ = [
+    "Kind",
+    "Observation",
+    "Own",
+    "is_prepared",
+    "is_quantized",
+    "is_swapped",
+    "is_training",
+    "kind_of",
+    "known_kinds",
+    "own_tensors",
+    "qualified",
+    "register_kind",
+    "titles",
+    "unregister_kind",
+    "waits",
+]

@@ -8,11 +8,10 @@ from unittest import mock
 from parameterized import parameterized
 
 import qnn
-from qnn import doctor
-from qnn.backends import linear_backend
 from qnn.kernels import OPS, get_scheme
 from qnn.kernels.cpu import native
 from qnn.kernels.cpu.engines import Report
+from qnn.verbs import doctor
 
 LOADED = native.Status("built", tiers=(("amx", "no"), ("avx2", "ok")))
 ABSENT = native.Status("absent", reason="no compiler")
@@ -29,7 +28,7 @@ class TestLinear(unittest.TestCase):
                     mock.patch.object(native, "serves", serves),
                     mock.patch.object(native, "ready", return_value=status),
                 ):
-                    text = linear_backend(layer)
+                    text = layer._backend()
                 if scheme.activation is None:
                     self.assertNotIn("activations", text)
                 if serves(OPS[scheme.linear]):

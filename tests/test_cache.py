@@ -24,9 +24,9 @@ from unittest import mock
 from parameterized import parameterized
 
 from qnn import __main__ as command
-from qnn import doctor
 from qnn.kernels.cpu import cache, native, toolchain, trust
 from qnn.kernels.cpu.toolchain import LIBRARY, RECORD, Record
+from qnn.verbs import doctor
 
 OTHER = 1234  # a user who is nobody's
 

@@ -11,7 +11,7 @@ from parameterized import parameterized
 from torch._inductor.utils import run_and_get_code
 
 import qnn
-from qnn.functional import cast_fusion
+from qnn.passes import cast_fusion
 
 from .common import same_bits
 from .test_training import gradients, operands

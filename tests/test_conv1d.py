@@ -14,9 +14,9 @@ from parameterized import parameterized
 from torch import nn
 
 import qnn
-from qnn.compressed_tensors import quantization_config
+from qnn.integrations.compressed_tensors import quantization_config
 from qnn.kernels import SCHEMES
-from qnn.qlinear import QLinear
+from qnn.nn.linear.quantized import QLinear
 
 from .common import same_bits
 

@@ -408,7 +408,9 @@ class TestPoint(unittest.TestCase):
     def test_refuses(self) -> None:
         with self.assertRaisesRegex(TypeError, "takes a QuantSpec, got dtype"):
             FakeQuantize(torch.uint8)  # type: ignore[arg-type]
-        with self.assertRaisesRegex(TypeError, "must be a subclass of qnn.observers.Observer"):
+        with self.assertRaisesRegex(
+            TypeError, "must be a subclass of qnn.calibration.observers.Observer"
+        ):
             FakeQuantize(QuantSpec(observer=int))
         point = FakeQuantize(QuantSpec(channel_axis=1), name="w", qat=True)
         point(torch.randn(2, 3))

@@ -305,7 +305,7 @@ class TestDisk(unittest.TestCase):
 
         # Blocks that are full: the package pads none.
         module = layer(scheme, 256, 384)
-        config = qnn.compressed_tensors.quantization_config(nn.Sequential(module))
+        config = qnn.integrations.compressed_tensors.quantization_config(nn.Sequential(module))
         parsed = QuantizationConfig.model_validate(config)
         (group,) = parsed.config_groups.values()
         with tempfile.TemporaryDirectory() as folder:

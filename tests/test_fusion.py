@@ -20,7 +20,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 
 import qnn
-from qnn.functional import fusion
+from qnn.passes import fusion
 
 from .common import child, forked
 from .test_epilogue import UNFUSED

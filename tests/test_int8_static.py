@@ -24,7 +24,7 @@ from qnn.kernels.cpu import int8_linear as cpu
 from qnn.kernels.cpu.engines import ENGINES, self_test
 from qnn.kernels.epilogue import ACTIVATIONS
 from qnn.kernels.int8_static import INT8_STATIC_MAX_K, static_linear_reference
-from qnn.observed_linear import fake_quantize_weight
+from qnn.nn.linear.observed import fake_quantize_weight
 
 from .common import DTYPES, SIZES, python_kernels, same_bits, weights
 
@@ -420,7 +420,7 @@ class TestLayer(unittest.TestCase):
 
     def test_described(self) -> None:
         model = nn.Sequential(calibrated()[1])
-        config = qnn.compressed_tensors.quantization_config(model)
+        config = qnn.integrations.compressed_tensors.quantization_config(model)
         inputs = config["config_groups"]["group_0"]["input_activations"]
         self.assertEqual(
             inputs,

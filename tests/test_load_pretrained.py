@@ -15,7 +15,7 @@ from parameterized import parameterized
 from torch import nn
 
 import qnn
-from qnn.compressed_tensors import describe, quantization_config, schemes_of
+from qnn.integrations.compressed_tensors import describe, quantization_config, schemes_of
 
 from .common import same_bits
 

@@ -22,8 +22,8 @@ from unittest import mock
 import torch
 
 from qnn import __main__ as command
-from qnn import doctor
 from qnn.kernels.cpu import native, toolchain
+from qnn.verbs import doctor
 
 from .common import calls_of, forked
 

@@ -11,7 +11,13 @@ from parameterized import parameterized
 
 import qnn.functional as F
 from qnn import QuantSpec
-from qnn.observers import OBSERVERS, HistogramObserver, MSEObserver, Observer, make_observer
+from qnn.calibration.observers import (
+    OBSERVERS,
+    HistogramObserver,
+    MSEObserver,
+    Observer,
+    make_observer,
+)
 
 from .common import DTYPES
 

@@ -29,8 +29,8 @@ from torch.nn.utils.rnn import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qnn
-from qnn.quantizable import QuantizableGRU, QuantizableLSTM
-from qnn.quantizable_cell import QuantizableGRUCell, QuantizableLSTMCell
+from qnn.nn.recurrent.quantizable import QuantizableGRU, QuantizableLSTM
+from qnn.nn.recurrent.quantizable_cell import QuantizableGRUCell, QuantizableLSTMCell
 from tests.common import forked
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported")
@@ -788,8 +788,8 @@ def test_samples_of_torchs_own_module_tests() -> None:
         stub.TestCase, stub.assert_expected_inline = unittest.TestCase, None
         sys.modules.setdefault("expecttest", stub)
         from torch.testing._internal.common_modules import module_db
-        from qnn.quantizable import QuantizableGRU, QuantizableLSTM
-        from qnn.quantizable_cell import QuantizableGRUCell, QuantizableLSTMCell
+        from qnn.nn.recurrent.quantizable import QuantizableGRU, QuantizableLSTM
+        from qnn.nn.recurrent.quantizable_cell import QuantizableGRUCell, QuantizableLSTMCell
         warnings.simplefilter("ignore")
         drop_in = {nn.LSTM: QuantizableLSTM, nn.GRU: QuantizableGRU,
                    nn.LSTMCell: QuantizableLSTMCell, nn.GRUCell: QuantizableGRUCell}

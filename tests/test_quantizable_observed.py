@@ -17,7 +17,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from qnn.fake_quantize import FakeQuantize, freeze_observers
+from qnn.calibration.fake_quantize import FakeQuantize, freeze_observers
+from qnn.calibration.parts import DEFAULT, EIGHT_BIT, FIXED, SIXTEEN_BIT, PartSpecs
+from qnn.calibration.spec import QuantSpec
 from qnn.functional import dequantize, quantize
 from qnn.kernels.recurrent import (
     CELLS as OP_CELLS,
@@ -28,10 +30,8 @@ from qnn.kernels.recurrent import (
     round_to_part,
     split_result,
 )
-from qnn.parts import DEFAULT, EIGHT_BIT, FIXED, SIXTEEN_BIT, PartSpecs
-from qnn.quant_spec import QuantSpec
-from qnn.quantizable import QuantizableGRU, QuantizableLSTM
-from qnn.quantizable_cell import QuantizableGRUCell, QuantizableLSTMCell
+from qnn.nn.recurrent.quantizable import QuantizableGRU, QuantizableLSTM
+from qnn.nn.recurrent.quantizable_cell import QuantizableGRUCell, QuantizableLSTMCell
 from tests.test_quantizable import CELLS, EVERY, LAYERS, assert_close, states, tensors, with_states
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported")

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils import prune as pruning
 
 import qnn
-from qnn.weight_view import FloatWeight
+from qnn.nn.weight_view import FloatWeight
 
 from .common import same_bits
 

@@ -1,0 +1,136 @@
+"""`load_pretrained`: a model of transformers or diffusers that was converted and saved."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qnn.integrations.compressed_tensors import describe, schemes_of
+from qnn.nn.base import Quantized
+from qnn.verbs.convert import convert
+
+
+def load_pretrained(cls: Any, folder: str | Path, **options: Any) -> Any:
+    """The converted model that `save_pretrained` wrote into `folder`, with its quantised layers.
+
+    The model is built from its config, converted to what the config says that it was, and loaded by
+    the library's own reader, which knows renamed and fused keys, tied weights and buffers that are
+    not in the file. Nothing is held in float on the way.
+
+    Args:
+        cls: the class to build: a model of transformers, one of its `Auto…` classes, or a model of
+            diffusers.
+        folder: where it was saved; for transformers also a name on its hub.
+        options: of `cls.from_pretrained`; none for diffusers.
+
+    Raises:
+        ValueError: the config has no description of qnn's, or describes other layers; the file
+            lacks tensors of a quantised layer, has them for a layer that is float, or holds values
+            that no layer takes, such as NaN.
+
+        model = qnn.load_pretrained(BertModel, "bert-int8")
+    """
+    if hasattr(cls, "load_config"):
+        if options:
+            raise TypeError(
+                f"qnn.load_pretrained({cls.__name__}, …): {', '.join(options)}: a model of "
+                "diffusers is loaded without options."
+            )
+        return _load_diffusers(cls, Path(folder))
+    return _load_transformers(cls, folder, options)
+
+
+def _load_transformers(cls: Any, folder: str | Path, options: dict[str, Any]) -> Any:
+    _register()
+    who = f"qnn.load_pretrained({cls.__name__}, {str(folder)!r})"
+    config = options.pop("config", None)
+    if config is None:
+        reader: Any = getattr(cls, "config_class", None)
+        reader = reader or importlib.import_module("transformers").AutoConfig
+        config = reader.from_pretrained(folder)
+    config = copy.deepcopy(config)
+    described = getattr(config, "quantization_config", None)
+    config.quantization_config = {"quant_method": "qnn", "described": described}
+    wanted = options.pop("output_loading_info", False)
+    model, info = cls.from_pretrained(folder, config=config, output_loading_info=True, **options)
+    model.hf_quantizer.remove_quantization_config(model)
+    _check(who, model, info)
+    model.config.quantization_config = described
+    describe(model)
+    return (model, info) if wanted else model
+
+
+@functools.cache
+def _register() -> None:
+    """Tell transformers what `quant_method` "qnn" is: convert the model that was built, on the meta
+    device, and read into it.
+    """
+    base: Any = importlib.import_module("transformers.quantizers.base").HfQuantizer
+    mixin: Any = importlib.import_module(
+        "transformers.utils.quantization_config"
+    ).QuantizationConfigMixin
+    auto: Any = importlib.import_module("transformers.quantizers.auto")
+
+    def init(self: Any, described: Any = None, **_: Any) -> None:
+        self.quant_method, self.described = "qnn", described
+
+    def before_loading(self: Any, model: nn.Module, **_: Any) -> None:
+        found = {"quantization_config": self.quantization_config.described}
+        convert(model, schemes_of(found, model), inplace=True)
+
+    methods = {
+        "is_trainable": True,
+        "is_compileable": True,
+        "is_serializable": lambda self: True,
+        "_process_model_before_weight_loading": before_loading,
+    }
+    auto.register_quantization_config("qnn")(type("Config", (mixin,), {"__init__": init}))
+    auto.register_quantizer("qnn")(type("Quantizer", (base,), methods))
+
+
+def _load_diffusers(cls: Any, folder: Path) -> Any:
+    config = dict(cls.load_config(folder))
+    described = {"quantization_config": config.pop("quantization_config", None)}
+    model = cls.from_config(config).eval()
+    convert(model, schemes_of(described, model), inplace=True)
+    model.load_state_dict(_state(folder), assign=True)
+    return model
+
+
+def _state(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a folder's safetensors files, memory-mapped."""
+    load_file: Any = importlib.import_module("safetensors.torch").load_file
+    state: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        state |= load_file(path)
+    return state
+
+
+def _check(who: str, model: nn.Module, info: Any) -> None:
+    """Refuse what transformers' reader leaves to a log line."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Quantized)}
+    missing = [key for key in info["missing_keys"] if key.rpartition(".")[0] in layers]
+    if missing:
+        raise ValueError(f"{who}: the file has no {', '.join(sorted(missing)[:5])}.")
+    modules = dict(model.named_modules())
+    scales = [key.rpartition(".") for key in info["unexpected_keys"] if key.endswith("_scale")]
+    odd = sorted({n for n, _, leaf in scales if n in modules and leaf.startswith("weight")})
+    if odd:
+        raise ValueError(
+            f"{who}: the file has quantised {', '.join(odd[:5])}, which the config does not "
+            "describe."
+        )
+    for name, layer in layers.items():
+        # The reader sets parameters one by one; a layer's own reading checks them together.
+        try:
+            layer.load_state_dict(layer.state_dict(), assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"{who}: {name}: {error}") from None
+        for parameter_name, parameter in layer.named_parameters():
+            parameter.requires_grad_(parameter_name.startswith("bias"))

@@ -1,0 +1,175 @@
+"""`ObservedLinear`: a float `nn.Linear` on its way to `int8_static`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import cast
+
+import torch
+from torch import nn
+
+from qnn import functional as F
+from qnn.calibration.fake_quantize import FakeQuantize
+from qnn.calibration.parts import Specs
+from qnn.calibration.spec import QuantSpec
+from qnn.nn.base import of_other_kind
+
+# The clipping that errs least, from a histogram; in training the range has to be cheap and to
+# follow the weights.
+_CALIBRATED = QuantSpec(torch.int8, observer="histogram")
+_TRAINED = QuantSpec(torch.int8, observer="moving_average")
+
+
+class ObservedLinear(nn.Linear):
+    """An `nn.Linear` that records the range of its input, for `QLinear(scheme="int8_static")`.
+
+    Without `qat` it computes what `nn.Linear` computes. With `qat` it trains for the quantised
+    layer: input and weight are fake-quantised, the weight exactly as the layer will store it (int8,
+    a scale a row from the row's largest magnitude), with gradients straight through:
+
+        y = input_quantize(x) · fq(weight)ᵀ + bias
+
+    Its state dict is that of `nn.Linear` and, under `input_quantize.`, the statistics.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in `nn.Linear`.
+        spec: of the input, int8 or uint8 over the whole range, one scale;
+            `QuantSpec(torch.int8, observer="histogram")` if None, `"moving_average"` with `qat`.
+        qat: whether to fake-quantise.
+        name: of the layer, for errors.
+
+    Raises:
+        ValueError: a spec that the quantised layer has no form for.
+
+    >>> layer = ObservedLinear.from_float(nn.Linear(64, 8))
+    >>> layer(torch.randn(2, 64)).shape
+    torch.Size([2, 8])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        spec: QuantSpec | None = None,
+        qat: bool = False,
+        name: str = "",
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        spec = _accepted(spec or (_TRAINED if qat else _CALIBRATED))
+        self.qat = qat
+        point = FakeQuantize(spec, name=f"{name}.input" if name else "input", qat=qat)
+        self.input_quantize = point.to(self.weight.device)
+
+    @classmethod
+    def from_float(
+        cls,
+        linear: nn.Linear,
+        spec: QuantSpec | None = None,
+        qat: bool = False,
+        *,
+        name: str = "",
+    ) -> ObservedLinear:
+        """An observed layer around the parameters of `linear` themselves, in its mode.
+
+        Raises:
+            TypeError: `linear` is no plain `nn.Linear`.
+            ValueError: a spec that the constructor refuses.
+        """
+        if type(linear) is not nn.Linear:
+            raise TypeError(
+                f"qnn.ObservedLinear.from_float takes an nn.Linear, got {type(linear).__name__}."
+            )
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            False,
+            device="meta",
+            dtype=linear.weight.dtype,
+            spec=spec,
+            qat=qat,
+            name=name,
+        )
+        layer.input_quantize = FakeQuantize(
+            layer.input_quantize.spec, name=layer.input_quantize.name, qat=qat
+        ).to(linear.weight.device)
+        layer.weight = linear.weight
+        if linear.bias is not None:
+            layer.bias = linear.bias
+        return layer.train(linear.training)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if type(input) is not torch.Tensor and (y := of_other_kind(self, input)) is not None:
+            return cast(torch.Tensor, y)
+        weight = fake_quantize_weight(self.weight) if self.qat else self.weight
+        return nn.functional.linear(self.input_quantize(input), weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, qat={self.qat}"
+
+
+def fake_quantize_weight(weight: torch.Tensor) -> torch.Tensor:
+    """The weight as the int8 schemes will store it, in its own dtype; the gradient is that of the
+    identity.
+    """
+    with torch.no_grad():
+        q, scale = F.quantize(weight, "int8_static")
+        stored = F.dequantize(q, scale, weight.dtype)
+    # Minus a zero, and not `weight + (stored - weight)`, which would round.
+    return stored - (weight.detach() - weight)
+
+
+def spec_of_input(parts: Specs | None) -> QuantSpec | None:
+    """The spec that `parts` has for a linear layer: that of the last key that matches `"input"`.
+
+    Raises:
+        ValueError: None, or a spec that the quantised layer has no form for.
+    """
+    given = [spec for pattern, spec in (parts or {}).items() if fnmatchcase("input", pattern)]
+    if not given:
+        return None
+    if given[-1] is None:
+        raise ValueError(
+            "qnn.ObservedLinear: 'input' enters an int8 product, so its dtype must be torch.uint8 "
+            "or torch.int8; got None. Exclude the layer to leave it in float."
+        )
+    return _accepted(given[-1])
+
+
+def training_spec(spec: QuantSpec) -> QuantSpec | None:
+    """The spec with which an input that was calibrated with `spec` is trained; None for the default
+    of training, after the default of calibration.
+    """
+    return None if spec == _CALIBRATED else spec
+
+
+def _accepted(spec: QuantSpec) -> QuantSpec:
+    """`spec`, over all 256 integers: the layer clamps to these."""
+    who = "qnn.ObservedLinear"
+    if spec.dtype not in (torch.int8, torch.uint8):
+        raise ValueError(f"{who}: the input's spec must be int8 or uint8, got {spec.dtype}.")
+    if spec.channel_axis is not None:
+        raise ValueError(f"{who}: the input has one scale; the spec's channel_axis must be None.")
+    info = torch.iinfo(spec.dtype)
+    least = info.min + 1 if spec.symmetric and info.min < 0 else info.min
+    if spec.qmin not in (info.min, least) or spec.qmax != info.max:
+        raise ValueError(
+            f"{who}: the layer uses all of {info.min} … {info.max}, got a spec of "
+            f"{spec.qmin} … {spec.qmax}; leave qmin and qmax out."
+        )
+    return spec if spec.qmin == info.min else replace(spec, qmin=info.min)
+
+
+def grid(point: FakeQuantize) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of a layer's input, float32 and int8 `[1]`."""
+    scale, zero_point = point.qparams()
+    if point.spec.dtype == torch.uint8:
+        zero_point = zero_point - 128
+    return scale.detach().clone(), zero_point.to(torch.int8)
+
+
+__all__ = ["ObservedLinear", "fake_quantize_weight", "grid", "spec_of_input", "training_spec"]

@@ -1,0 +1,251 @@
+"""`QLinear`: a drop-in `nn.Linear` that holds its weight quantised."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import nn
+
+from qnn import functional as F
+from qnn.calibration.doubts import note_on
+from qnn.kernels import get_scheme
+from qnn.kernels.backends import linear_backend
+from qnn.kernels.formats import FLOATS
+from qnn.nn.base import (
+    Found,
+    Quantized,
+    check_input,
+    name_of,
+    normal,
+    of_other_kind,
+    quantize,
+    why_not_finite,
+)
+from qnn.nn.linear.observed import ObservedLinear, grid
+
+
+class QLinear(Quantized, nn.Linear):
+    """`y = x · dequantize(weight)ᵀ + bias`, with the weight and the arithmetic of `scheme`.
+
+    Its tensors are plain and are all in the state dict, under the names that the compressed-tensors
+    convention and the serving engines use:
+
+    - `weight`: stored values, `[out_features, in_features]`; in the nvfp4 schemes `weight_packed`,
+      uint8 `[out_features, in_features / 2]`;
+    - `weight_scale`: float32 `[out_features, 1]` for int8 and fp8, `[1]` for fp8_tensor,
+      `[⌈out_features / 128⌉, ⌈in_features / 128⌉]` for fp8_block; uint8 exponents
+      `[out_features, in_features / 32]` for mxfp8; float8_e4m3fn `[out_features, in_features / 16]`
+      for nvfp4. `weight * weight_scale` is the float weight;
+    - `weight_global_scale`: nvfp4's second scale, float32 `[1]`, a divisor;
+    - `input_scale`, float32 `[1]`, and `input_zero_point`, int8 `[1]`: of int8_static, the grid of
+      the input. A scale of 0 says that there is none yet, and a call is an error;
+    - `bias`: `[out_features]`, in `dtype`.
+
+    `layer.weight` reads as the float weight, in `dtype`, decoded where it is used; what is written
+    to it is quantised into the layer. `layer.stored` are the tensors themselves.
+
+    All but `bias` are parameters that need no gradient. They keep their dtypes through `.half()`
+    and `.to(dtype)`. `load_state_dict` takes quantised state, or a float `weight`, which it
+    quantises on the way in.
+
+    Args:
+        in_features, out_features, bias, device: as in `nn.Linear`. `in_features` must be a multiple
+            of 32 for mxfp8 and of 16 for nvfp4.
+        dtype: of the bias, and of what `dequantize()` returns; torch's default dtype if None.
+        scheme: `"int8"`, `"fp8"`, `"fp8_tensor"`, `"fp8_block"`, `"mxfp8"`, `"nvfp4"` (activations
+            quantised, from the tensor at hand), `"int8_static"` (on a grid from calibration: see
+            `from_observed`), or `"int8_weight"`, `"fp8_weight"`, `"nvfp4_weight"` (activations as
+            they are).
+
+    Shape:
+        input `[..., in_features]`, any number of leading axes, also empty;
+        output `[..., out_features]`, in the input's dtype.
+
+    Raises:
+        ValueError: a size that the scheme does not take, or an unknown scheme.
+        TypeError: `dtype` is not a float dtype.
+
+    >>> layer = QLinear(768, 3072)
+    >>> layer(torch.randn(4, 128, 768)).shape
+    torch.Size([4, 128, 3072])
+    """
+
+    weight_scale: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        scheme: str = "int8",
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        self.dtype = dtype or torch.get_default_dtype()
+        who = f"qnn.QLinear({in_features}, {out_features}, scheme={scheme!r})"
+        if self.dtype not in FLOATS:
+            raise TypeError(
+                f"{who}: dtype must be one of {', '.join(map(str, FLOATS))}; got {self.dtype}."
+            )
+        reason = get_scheme(scheme).why_not_linear(in_features, out_features)
+        if reason is not None:
+            raise ValueError(f"{who}: {reason}.")
+        # The bias first: what asks a model for its dtype takes that of the first float parameter,
+        # which is not to be a scale or a code of float8.
+        self.register_parameter("bias", None)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, dtype=self.dtype, device=device))
+        self._empty_weights(device)
+        self._stored = tuple(name for name, _ in self._parts_of("weight"))
+        self._storage = self._scheme.weight.storage
+        self.reset_parameters()
+
+    def _weight_shapes(self) -> dict[str, tuple[int, int]]:
+        return {"weight": (self.out_features, self.in_features)}
+
+    def _calibration(self) -> dict[str, Found]:
+        scheme = self._scheme
+        if not scheme.static or scheme.activation is None:
+            return {}
+        return {
+            "input" + part.suffix: Found(part.dtype, (1,), part.dtype == torch.float32)
+            for part in scheme.activation.parts[1:]
+        }
+
+    def _backend(self) -> str:
+        if self._uncalibrated:
+            return (
+                "none: not calibrated; load a calibrated state, or prepare, calibrate and convert"
+            )
+        return linear_backend(self._scheme, self.stored[0])
+
+    @property
+    def _who(self) -> str:
+        return name_of(self)
+
+    @property
+    def stored(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that the weight is stored in, the values first."""
+        return self._stored_of("weight")
+
+    def reset_parameters(self) -> None:
+        """Draw the weights that `nn.Linear` would draw, and quantise them."""
+        device = self.stored[0].device
+        if device.type == "meta":
+            return
+        fresh = nn.Linear(
+            self.in_features,
+            self.out_features,
+            self.bias is not None,
+            device=device,
+            dtype=self.dtype,
+        )
+        for parameter, part in zip(
+            self.stored, self._quantized("weight", fresh.weight), strict=True
+        ):
+            parameter.data = part
+        if self.bias is not None and fresh.bias is not None:
+            self.bias.data = fresh.bias.data
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, scheme: str = "int8") -> QLinear:
+        """The quantised twin of a float layer: same device, mode and bias; the weight is quantised.
+
+        Raises:
+            TypeError: `linear` is no plain `nn.Linear`, or its weight is no plain float parameter.
+            ValueError: the weight holds NaN or inf, or has a size that `scheme` does not take.
+        """
+        if not isinstance(linear, nn.Linear) or isinstance(linear, QLinear):
+            raise TypeError(
+                f"qnn.QLinear.from_float takes an nn.Linear, got {type(linear).__name__}."
+            )
+        return cls._around(linear, scheme)
+
+    @classmethod
+    def from_observed(cls, observed: ObservedLinear) -> QLinear:
+        """The `int8_static` layer of one that was calibrated or trained.
+
+        Raises:
+            TypeError: `observed` is no `ObservedLinear`.
+            ValueError: it has observed nothing, or a NaN or infinite value; the weight holds NaN or
+                inf, or has a size that the scheme does not take.
+        """
+        if not isinstance(observed, ObservedLinear):
+            raise TypeError(
+                "qnn.QLinear.from_observed takes a qnn.ObservedLinear, got "
+                f"{type(observed).__name__}."
+            )
+        layer = cls._around(observed, "int8_static")
+        found = (part.to(observed.weight.device) for part in grid(observed.input_quantize))
+        layer._set_calibration(dict(zip(layer._calibration(), found, strict=True)))
+        note_on(layer, [observed.input_quantize])
+        return layer
+
+    @classmethod
+    def _around(cls, linear: nn.Linear, scheme: str) -> QLinear:
+        weight, bias = linear.weight, linear.bias
+        who = f"qnn.QLinear.from_float({linear!r})"
+        if weight.dtype not in FLOATS:
+            raise TypeError(f"{who}: the weight must be float, got {weight.dtype}.")
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            False,
+            device="meta",
+            dtype=weight.dtype,
+            scheme=scheme,
+        )
+        for name, value in (("weight", weight), ("bias", bias)):
+            if value is not None and (reason := why_not_finite(value)) is not None:
+                raise ValueError(f"{who}: the {name} holds {reason}.")
+        layer._set_parts("weight", quantize(weight, scheme))
+        layer._empty_calibration(weight.device)
+        if bias is not None:
+            layer.bias = nn.Parameter(normal(bias), requires_grad=bias.requires_grad)
+        return layer.train(linear.training)
+
+    def dequantize(self) -> nn.Linear:
+        """A float `nn.Linear` with the weight `weight * weight_scale`, in `dtype`."""
+        has_bias = self.bias is not None
+        linear = nn.Linear(
+            self.in_features, self.out_features, has_bias, device="meta", dtype=self.dtype
+        )
+        linear.weight = nn.Parameter(self._dequantized("weight"))
+        if self.bias is not None:
+            bias = self.bias.detach().to(self.dtype, copy=True)
+            linear.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
+        return linear.train(self.training)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if type(input) is not torch.Tensor and (y := of_other_kind(self, input)) is not None:
+            return cast(torch.Tensor, y)
+        first, second, *rest = self._stored
+        check_input(self, input, first)
+        if self._uncalibrated:
+            self._refuse_uncalibrated()
+        parameters = self._parameters
+        values = cast(torch.Tensor, parameters[first])
+        if values.dtype is not self._storage or values.requires_grad:
+            values = self._part(*self._parts_of("weight")[0])
+        return F.linear(
+            input,
+            values,
+            cast(torch.Tensor, parameters[second]),
+            parameters["bias"],
+            weight_global_scale=parameters[rest[0]] if rest else None,
+            input_scale=parameters.get("input_scale"),
+            input_zero_point=parameters.get("input_zero_point"),
+            scheme=self.scheme,
+        )
+
+    def extra_repr(self) -> str:
+        dtype = "" if self.dtype == torch.float32 else f", dtype={self.dtype}"
+        features = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{features}, bias={self.bias is not None}{dtype}, scheme={self.scheme!r}"
+
+    def _is_foreign(self, name: str) -> bool:
+        return super()._is_foreign(name) or name in ("input_scale", "input_global_scale")

@@ -1,0 +1,1 @@
+"""Rewriting graphs: what Inductor is to find in the place of a quantised node."""

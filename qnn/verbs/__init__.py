@@ -1,0 +1,18 @@
+"""What users call on a model."""
+
+from qnn.verbs.calibrate import calibrate
+from qnn.verbs.compare import Comparison, compare, sqnr
+from qnn.verbs.convert import convert
+from qnn.verbs.prepare import prepare
+from qnn.verbs.summary import Summary, summary
+
+__all__ = [
+    "Comparison",
+    "Summary",
+    "calibrate",
+    "compare",
+    "convert",
+    "prepare",
+    "sqnr",
+    "summary",
+]

@@ -1,0 +1,150 @@
+"""`prepare`: observation points into a model, for calibration or quantisation-aware training."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar, cast
+
+from torch import nn
+
+from qnn import kinds
+from qnn.calibration.parts import PartSpecs, Specs, check
+from qnn.kinds import Observation, Own, kind_of
+from qnn.verbs.checks import keep_ties_to_float, left_alone, nothing_to_do, why_not
+from qnn.verbs.patterns import Patterns
+from qnn.verbs.plan import Make, Plan, raise_unsupported, run_hooks, select, swapped
+from qnn.verbs.progress import check_progress
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def prepare(
+    model: ModelT,
+    scheme: str = "int8_static",
+    *,
+    parts: Specs | None = None,
+    split_gates: bool = False,
+    qat: bool = False,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    inplace: bool = False,
+    progress: bool | str = True,
+) -> ModelT:
+    """Insert observation points into the `nn.Linear`, `nn.LSTM` and `nn.GRU` layers of `model`.
+
+    They become `ObservedLinear`, `QuantizableLSTM` and `QuantizableGRU`. Their parameters are
+    copies, as the rest of the model is, and with `inplace=True` the same objects: an optimizer for
+    quantisation-aware training is made after a copy. Run the model on data like that of its use, or
+    `qnn.calibrate` it, and then `qnn.convert(model)`. Without `qat` no output changes; with it,
+    weights and parts are fake-quantised, for training: what `convert` makes then computes what was
+    trained.
+
+    Args:
+        model: any float module.
+        scheme: `"int8_static"`, the scheme whose activations have fixed grids.
+        parts: specs by part name with wildcards, over the defaults: 8 bits for the operands of
+            products and 16 for the rest of a recurrent layer, see `QuantizableLSTM.observe`;
+            `qnn.parts.EIGHT_BIT` spends 8 on all. A linear layer has one part, `"input"`. A key
+            serves the layers that have such a part.
+        split_gates: each gate of a recurrent layer is a linear layer of its own, with grids of its
+            own.
+        qat: fake-quantise, for quantisation-aware training. A model that was prepared and
+            calibrated without goes on from its specs and ranges.
+        include, exclude: patterns as in `qnn.convert`.
+        inplace: change `model` itself; otherwise it is copied, and untouched.
+        progress: as in `qnn.convert`.
+
+    Returns:
+        The prepared model: `model` itself if `inplace`, unless it is a bare layer.
+
+    Raises:
+        ValueError: a scheme without fixed grids, a pattern that matches nothing, a model that is
+            prepared or converted already, nothing to prepare, a layer that cannot be quantised, or
+            a part that no layer has. Nothing has been changed then.
+        TypeError: `model` is no module.
+
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> prepared = prepare(model)
+    >>> _ = qnn.calibrate(prepared, [torch.randn(32, 8)])
+    >>> type(qnn.convert(prepared)[0]).__name__
+    'QLinear'
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"qnn.prepare takes an nn.Module, got {type(model).__name__}.")
+    if scheme != "int8_static":
+        raise ValueError(
+            f"qnn.prepare: scheme must be 'int8_static', whose grids need data, got {scheme!r}; "
+            "other schemes are converted at once: qnn.convert(model, scheme)."
+        )
+    check_progress("qnn.prepare", progress)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    plan = _make_plan(modules, include, exclude, qat)
+    raise_unsupported(plan, "qnn.prepare", "prepared", "Exclude them to leave them in float.")
+    if not plan.schemes:
+        raise ValueError(nothing_to_do("qnn.prepare", "prepare", modules, plan))
+    names = {id(module): name for name, module in reversed(modules.items())}
+    parts = _checked_parts(modules, plan, parts, split_gates)
+    make = _maker(names, parts, split_gates, qat)
+    del modules
+    result = swapped(model, plan, make, inplace=inplace, who="qnn.prepare", progress=progress)
+    run_hooks("qnn.prepare", result)
+    return result
+
+
+def _make_plan(
+    modules: dict[str, nn.Module],
+    include: Patterns | None,
+    exclude: Patterns | None,
+    qat: bool,
+) -> Plan:
+    candidates = [
+        name
+        for name, module in modules.items()
+        if kind_of(module) and not kinds.is_quantized(module) and not kinds.is_training(module)
+    ]
+    rules: list[Any] = [(nn.Module, "int8_static")]
+    plan, selected = select("qnn.prepare", modules, candidates, rules, include, exclude)
+    for name, (scheme, named) in selected.items():
+        module = modules[name]
+        if kinds.is_prepared(module):
+            if qat and not module.qat:
+                plan.schemes[id(module)] = scheme
+            else:
+                plan.reasons[id(module)] = "it is prepared already"
+        elif (reason := left_alone(module, scheme, named=named)) is not None:
+            plan.reasons[id(module)] = reason
+        elif (why := why_not(module)) is not None:
+            plan.unsupported[name] = plan.reasons[id(module)] = why
+        else:
+            plan.schemes[id(module)] = scheme
+    keep_ties_to_float(modules, plan, "qnn.prepare")
+    return plan
+
+
+def _maker(names: dict[int, str], parts: Specs | None, split_gates: bool, qat: bool) -> Make:
+    def make(old: nn.Module, own: Own) -> nn.Module:
+        how = Observation(names[id(old)], parts, split_gates, qat)
+        return cast(kinds.Kind, kind_of(old)).observe(old, how, own)
+
+    return make
+
+
+def _checked_parts(
+    modules: dict[str, nn.Module], plan: Plan, parts: Specs | None, split_gates: bool
+) -> PartSpecs | None:
+    """`parts`, each key for the layers that have it; what is wrong is raised before anything is
+    changed.
+    """
+    if parts is None:
+        return None
+    how = Observation(split_gates=split_gates)
+    layers = [
+        (cast(kinds.Kind, kind_of(module)), module)
+        for module in modules.values()
+        if id(module) in plan.schemes
+    ]
+    points = ["input", *(name for kind, layer in layers for name in kind.points(layer, how))]
+    check(parts, list(dict.fromkeys(points)), "qnn.prepare", "the layers'")
+    parts = PartSpecs(parts)
+    for kind, layer in layers:
+        kind.check_observation(layer, Observation(parts=parts, split_gates=split_gates))
+    return parts
