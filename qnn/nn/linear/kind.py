@@ -151,12 +151,6 @@ class Conv1DKind(LinearKind):
     def after(self, who: str, model: nn.Module) -> None:
         tell_adapters(model)
 
-    def shape(self, layer: nn.Module) -> tuple[int, ...]:
-        if isinstance(layer, QConv1D):
-            return super().shape(layer)
-        weight: Any = layer.weight
-        return tuple(weight.shape)
-
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
 TRAINING_CONV1D = "qnn.nn.linear.training_conv1d.TrainingConv1D"
