@@ -248,6 +248,23 @@ class TestFlow(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, "it is prepared already"):
             qnn.prepare(trained, qat=True)
 
+    @parameterized.expand(["minmax", "moving_average", "histogram", "mse", "percentile"])
+    def test_a_calibrated_state_goes_on_to_training(self, observer: str) -> None:
+        """Loaded into a model that is prepared for training: the ranges that it was calibrated to,
+        and grids before the first step.
+        """
+        model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(64, 6)
+        spec = {"input": qnn.QuantSpec(torch.int8, observer=observer)}
+        calibrated = qnn.calibrate(qnn.prepare(model, parts=spec), [x, 3 * x])
+        trained = qnn.prepare(model, qat=True).eval()
+        trained.load_state_dict(calibrated.state_dict())
+        before, after = points(calibrated), points(trained)
+        for key, point in after.items():
+            torch.testing.assert_close(point.qparams(), before[key].qparams())
+            torch.testing.assert_close(point.scale, before[key].qparams()[0])
+        want = qnn.convert(calibrated)(x)
+        self.assertGreater(qnn.sqnr(trained(x), want), 45)
+
     def test_observing_holds_the_steps_of_one_layer(self) -> None:
         held: list[int] = []
         layer = qnn.prepare(nn.LSTM(4, 6, 3, bidirectional=True))

@@ -338,6 +338,7 @@ class TestWrites(unittest.TestCase):
                 lambda m: parametrize.register_parametrization(m, "weight", nn.Identity()),
                 "cannot be parametrised",
             ),
+            ("weight_norm", nn.utils.weight_norm, "cannot be parametrised"),
             ("layer trained", lambda m: m.requires_grad_(), "cannot be trained"),
         ]
     )

@@ -80,6 +80,7 @@ class FakeQuantize(Statistics):
             scale = self.scale
             del self.scale
             self.scale = nn.Parameter(scale)
+        self.register_load_state_dict_post_hook(_refresh_what_was_loaded)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training or not self.qat:
@@ -226,6 +227,15 @@ class FakeQuantize(Statistics):
         state = ", qat=True" if self.qat else ""
         state += "" if self.observing or self.spec.fixed else ", frozen"
         return (f"{self.name!r}, " if self.name else "") + f"{self.spec}{state}"
+
+
+def _refresh_what_was_loaded(point: Any, _: Any) -> None:
+    """Take the scale from statistics that come from a point without one: for calibration."""
+    observer = point.observer
+    if observer is None or not point.qat or observer.count.is_meta or not int(observer.count):
+        return
+    if not bool(point.scale.detach().any()):
+        point.refresh(anew=True)
 
 
 def _scale_gradient(scale: torch.Tensor, x: torch.Tensor, qmax: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ traces under `torch.compile(fullgraph=True)` and `torch.export` and needs no val
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,6 +41,31 @@ class _Range(Observer):
 
     def low_high(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.low, self.high
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Also the state of an observer that holds more than a range: of it the range, as `begin`
+        takes it.
+        """
+        for kind, more in _MORE_THAN_A_RANGE.items():
+            if all(prefix + name in state_dict for name in more) and not more <= self._rows.keys():
+                other = OBSERVERS[kind](self.spec, name=self.name)
+                other._load_from_state_dict(state_dict, prefix, {}, True, [], [], [])
+                ends = zip(("low", "high"), other.low_high(), strict=True)
+                mine = dict(state_dict)
+                for name in more:
+                    del mine[prefix + name]
+                state_dict = mine | {prefix + name: end for name, end in ends}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+# What the state of an observer has besides a range, by the name of its kind.
+_MORE_THAN_A_RANGE = {
+    "histogram": {"exponent", "histogram"},
+    "mse": {"least", "most"},
+    "percentile": {"bins"},
+}
 
 
 class MinMaxObserver(_Range):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -103,6 +103,22 @@ class Quantized(nn.Module):
             cast(nn.Parameter, self._parameters[name]) for name, _ in self._parts_of(weight)
         )
 
+    def _put_back(self, weight: str, parts: Sequence[nn.Parameter]) -> None:
+        """Refuse what has taken the parameters out of the layer, and undo it."""
+        names = [name for name, _ in self._parts_of(weight)]
+        if all(name in self._parameters for name in names):
+            return
+        for name, part in zip(names, parts, strict=True):
+            self._parameters.pop(name, None)  # the parts stand together, in their order
+            self._parameters[name] = part
+        raise TypeError(self._not_parametrised(weight))
+
+    def _not_parametrised(self, weight: str) -> str:
+        return (
+            f"{self._who}: its {weight} is quantised and cannot be parametrised, pruned, "
+            "registered again or taken away; do so in float, and convert afterwards."
+        )
+
     def _empty_weights(self, device: Any) -> None:
         """Make room for every weight, and for what calibration finds."""
         for weight, shape in self._weight_shapes().items():
@@ -165,19 +181,14 @@ class Quantized(nn.Module):
             self._uncalibrated = self._is_uncalibrated()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if isinstance(param, FloatWeight):
-            raise TypeError(
-                f"{self._who}: its weight is quantised and cannot be parametrised, pruned or "
-                "registered again; do so in float, and convert afterwards."
-            )
+        other = name.startswith("weight") and name not in self._kept()  # weight_g, weight_orig
+        if other or isinstance(param, FloatWeight):
+            raise TypeError(self._not_parametrised("weight"))
         super().register_parameter(name, param)
 
     def __delattr__(self, name: str) -> None:
         if name.startswith("weight") and name in self._weight_shapes():
-            raise TypeError(
-                f"{self._who}: its {name} is quantised and cannot be parametrised or taken away; "
-                "do so in float, and convert afterwards."
-            )
+            raise TypeError(self._not_parametrised(name))
         super().__delattr__(name)
 
     def requires_grad_(self: LayerT, requires_grad: bool = True) -> LayerT:

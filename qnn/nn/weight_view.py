@@ -30,6 +30,7 @@ class FloatWeight(torch.Tensor):
     _layer: Quantized
     _name: str
     _values: torch.Tensor | None  # type: ignore[assignment]
+    _held: tuple[nn.Parameter, ...]
 
     @staticmethod
     def __new__(
@@ -47,6 +48,7 @@ class FloatWeight(torch.Tensor):
             requires_grad=False,
         )
         made._layer, made._name, made._values = layer, name, values
+        made._held = layer._stored_of(name)
         if values is None:
             # Flags of others on the parameter: transformers' says that it has been loaded, and is
             # not to be drawn again.
@@ -64,7 +66,10 @@ class FloatWeight(torch.Tensor):
 
     def _decoded(self) -> torch.Tensor:
         """The values: a tensor that nobody else holds, or those of a view."""
-        return self._layer._dequantized(self._name) if self._values is None else self._values
+        if self._values is not None:
+            return self._values
+        self._layer._put_back(self._name, self._held)
+        return self._layer._dequantized(self._name)
 
     def _refuse(self, what: str) -> None:
         raise TypeError(

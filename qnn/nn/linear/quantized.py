@@ -101,6 +101,8 @@ class QLinear(Quantized, nn.Linear):
             self.bias = nn.Parameter(torch.empty(out_features, dtype=self.dtype, device=device))
         self._empty_weights(device)
         self._stored = tuple(name for name, _ in self._parts_of("weight"))
+        first, second, third, *_ = (*self._stored, "")
+        self._names = first, second, third
         self._storage = self._scheme.weight.storage
         self.reset_parameters()
 
@@ -223,24 +225,29 @@ class QLinear(Quantized, nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if type(input) is not torch.Tensor and (y := of_other_kind(self, input)) is not None:
             return cast(torch.Tensor, y)
-        first, second, *rest = self._stored
-        check_input(self, input, first)
+        if torch.compiler.is_compiling() or input.layout is not torch.strided:
+            check_input(self, input, self._stored[0])
         if self._uncalibrated:
             self._refuse_uncalibrated()
         parameters = self._parameters
+        first, second, third = self._names
         values = cast(torch.Tensor, parameters[first])
         if values.dtype is not self._storage or values.requires_grad:
             values = self._part(*self._parts_of("weight")[0])
-        return F.linear(
-            input,
-            values,
-            cast(torch.Tensor, parameters[second]),
-            parameters["bias"],
-            weight_global_scale=parameters[rest[0]] if rest else None,
-            input_scale=parameters.get("input_scale"),
-            input_zero_point=parameters.get("input_zero_point"),
-            scheme=self.scheme,
-        )
+        try:
+            return F.linear(
+                input,
+                values,
+                cast(torch.Tensor, parameters[second]),
+                parameters["bias"],
+                weight_global_scale=parameters[third] if third else None,
+                input_scale=parameters.get("input_scale"),
+                input_zero_point=parameters.get("input_zero_point"),
+                scheme=self.scheme,
+            )
+        except (RuntimeError, TypeError, ValueError):
+            check_input(self, input, first)  # the same fault, in words about the layer
+            raise
 
     def extra_repr(self) -> str:
         dtype = "" if self.dtype == torch.float32 else f", dtype={self.dtype}"
