@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 import qnn
-from qnn.kernels import Format, nvfp4
-from qnn.kernels.float8 import FLOAT8
-from qnn.kernels.int8 import INT8_CHANNEL
-from qnn.kernels.mxfp8 import MX
+from qnn.kernels import Format
+from qnn.kernels.formats import nvfp4
+from qnn.kernels.formats.float8 import FLOAT8
+from qnn.kernels.formats.int8 import INT8_CHANNEL
+from qnn.kernels.formats.mxfp8 import MX
 
 ROWS, COLUMNS = 128, 1024
 FORMATS: tuple[Format, ...] = (INT8_CHANNEL, *FLOAT8.values(), MX, nvfp4.ROWS)

@@ -10,7 +10,7 @@ from qnn.functional import tensor_parallel
 from qnn.functional.invoke import invoke_quant
 from qnn.functional.quantize import dequantize, stored_parts
 from qnn.kernels import OPS, get_scheme
-from qnn.kernels.autograd import sum_of_rows
+from qnn.kernels.op.autograd import sum_of_rows
 from qnn.kernels.torch_private import in_functorch_transform
 
 

@@ -11,7 +11,7 @@ import torch
 from qnn.functional.invoke import invoke_quant
 from qnn.functional.linear import autocast
 from qnn.kernels import OPS
-from qnn.kernels.recurrent import SCHEMES, split_gradients, split_result
+from qnn.kernels.reference.recurrent import SCHEMES, split_gradients, split_result
 
 Tensors = tuple[torch.Tensor | None, ...]
 
@@ -27,7 +27,7 @@ class RecurrentWeights:
         bias_ih, bias_hh: float, `[G·H]`, or None.
         hr, hr_scale: the projection of an LSTM, int8 `[P, H]` and float32 `[P, 1]`, or None.
         table: for `int8_static`: a row `(scale, zero_point, qmin, qmax)` for each part of the cell,
-            in the order of `qnn.kernels.recurrent.CELLS[...].parts`.
+            in the order of `qnn.kernels.reference.recurrent.CELLS[...].parts`.
     """
 
     ih: torch.Tensor

@@ -2,10 +2,11 @@
 backend.
 """
 
-from qnn.kernels import float_ops, int8, int8_static, recurrent, torch_private
+from qnn.kernels import torch_private
+from qnn.kernels.declare import floats, int8, recurrent
 from qnn.kernels.formats import Format
+from qnn.kernels.op import OPS, Op
 from qnn.kernels.schemes import SCHEMES, Scheme, get_scheme, training_scheme
-from qnn.kernels.spec import OPS, Op
 
 __all__ = [
     "OPS",
@@ -13,10 +14,9 @@ __all__ = [
     "Format",
     "Op",
     "Scheme",
-    "float_ops",
+    "floats",
     "get_scheme",
     "int8",
-    "int8_static",
     "recurrent",
     "torch_private",
     "training_scheme",

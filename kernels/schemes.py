@@ -7,12 +7,16 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, replace
 
-from qnn.kernels import nvfp4
-from qnn.kernels.float8 import FLOAT8
-from qnn.kernels.formats import Format
-from qnn.kernels.int8 import INT8_CHANNEL, INT8_MAX_K, INT8_TOKEN
-from qnn.kernels.int8_static import INT8_STATIC_MAX_K, INT8_TENSOR
-from qnn.kernels.mxfp8 import MX
+from qnn.kernels.formats import Format, nvfp4
+from qnn.kernels.formats.float8 import FLOAT8
+from qnn.kernels.formats.int8 import (
+    INT8_CHANNEL,
+    INT8_MAX_K,
+    INT8_STATIC_MAX_K,
+    INT8_TENSOR,
+    INT8_TOKEN,
+)
+from qnn.kernels.formats.mxfp8 import MX
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path as _Path
 # In a checkout's root Python finds this folder before the installed package, and without its two
 # lower floors, which stand beside it there.
 _HERE = _Path(__file__).resolve().parent
-if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels" / "spec.py").is_file():
+if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels" / "torch_private.py").is_file():
     __path__.append(str(_HERE.parent))
 
 from qnn import functional, kernels

@@ -12,9 +12,9 @@ from parameterized import parameterized
 from torch.nn import functional as F
 
 from qnn.kernels import OPS as REGISTRY
-from qnn.kernels import int8
 from qnn.kernels.cpu import int8_linear as cpu
 from qnn.kernels.epilogue import ACTIVATIONS
+from qnn.kernels.reference import int8
 
 from .common import DTYPES, weights
 

@@ -22,9 +22,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from parameterized import parameterized
 
-from qnn.kernels import OPS, Format, float8, mxfp8, nvfp4
-from qnn.kernels.float8 import FLOAT8
-from qnn.kernels.mxfp8 import MX
+from qnn.kernels import OPS, Format
+from qnn.kernels.formats import float8, mxfp8, nvfp4
+from qnn.kernels.formats.float8 import FLOAT8
+from qnn.kernels.formats.mxfp8 import MX
 
 ROOT = Path(__file__).resolve().parent.parent
 f32 = np.float32

@@ -1,5 +1,5 @@
 """The C++ kernels over a float weight as torch ops, tier by tier, and the Python kernels that serve
-without them, against the references in `kernels/float_ops.py`.
+without them, against the references in `kernels/declare/floats.py`.
 
 What the kernels do with memory and on other CPUs is `test_kernels_cpp.py`.
 """
@@ -15,9 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qnn.kernels import OPS, nvfp4
+from qnn.kernels import OPS
 from qnn.kernels.cpu.float_linear import weight_linear
-from qnn.kernels.float8 import FLOAT8
+from qnn.kernels.formats import nvfp4
+from qnn.kernels.formats.float8 import FLOAT8
 
 from .common import DTYPES, child, sum_bound
 from .tiers import TIERS, need
@@ -296,7 +297,8 @@ def test_without_the_library() -> None:
     out = child(
         """
         import os, torch, qnn
-        from qnn.kernels import OPS, nvfp4
+        from qnn.kernels import OPS
+        from qnn.kernels.formats import nvfp4
         from qnn.kernels.cpu import native
         x, w = torch.randn(3, 48), torch.randn(7, 48)
         parts = nvfp4.ROWS.quantize(w)

@@ -7,7 +7,7 @@ import torch
 from parameterized import parameterized
 
 from qnn.kernels import OPS, SCHEMES, get_scheme
-from qnn.kernels.int8 import INT8_MAX_K
+from qnn.kernels.formats.int8 import INT8_MAX_K
 
 
 class TestSchemes(unittest.TestCase):

@@ -1,4 +1,4 @@
-"""The C++ kernels as torch ops, tier by tier, against the references in `kernels/int8.py`.
+"""The C++ kernels as torch ops, tier by tier, against the references in `kernels/declare/int8.py`.
 
 Random shapes, layouts, dtypes and epilogues; what the kernels do with memory and on other CPUs is
 `test_kernels_cpp.py`.
@@ -15,8 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qnn.kernels import int8
 from qnn.kernels.epilogue import ACTIVATIONS
+from qnn.kernels.reference import int8
 
 from .common import DTYPES, examples, sum_bound
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from parameterized import parameterized
 
-from qnn.kernels import int8
 from qnn.kernels.cpu import int8_linear as cpu
 from qnn.kernels.cpu import native
 from qnn.kernels.cpu.engines import ENGINES, self_test
+from qnn.kernels.reference import int8
 
 from .common import DTYPES, SIZES, child, forked, sum_bound, weights
 

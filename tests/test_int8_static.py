@@ -23,7 +23,8 @@ from qnn.kernels import OPS, get_scheme
 from qnn.kernels.cpu import int8_linear as cpu
 from qnn.kernels.cpu.engines import ENGINES, self_test
 from qnn.kernels.epilogue import ACTIVATIONS
-from qnn.kernels.int8_static import INT8_STATIC_MAX_K, static_linear_reference
+from qnn.kernels.formats.int8 import INT8_STATIC_MAX_K
+from qnn.kernels.reference.int8 import static_linear_reference
 from qnn.nn.linear.observed import fake_quantize_weight
 
 from .common import DTYPES, SIZES, python_kernels, same_bits, weights

@@ -20,7 +20,7 @@ import qnn
 import qnn.functional as F
 from qnn.kernels.cpu import native, pack
 from qnn.kernels.cpu.engines import self_test
-from qnn.kernels.int8 import linear_reference
+from qnn.kernels.reference.int8 import linear_reference
 
 from .common import child, python_kernels
 

@@ -13,7 +13,7 @@ from parameterized import parameterized
 from torch import nn
 
 import qnn
-from qnn.kernels import recurrent
+from qnn.kernels.reference import recurrent
 
 from .common import same_bits
 

@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 import qnn
-from qnn.kernels import recurrent
+from qnn.kernels.reference import recurrent
 
 from .common import forked, same_bits
 

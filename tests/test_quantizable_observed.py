@@ -21,10 +21,10 @@ from qnn.calibration.fake_quantize import FakeQuantize, freeze_observers
 from qnn.calibration.parts import DEFAULT, EIGHT_BIT, FIXED, SIXTEEN_BIT, PartSpecs
 from qnn.calibration.spec import QuantSpec
 from qnn.functional import dequantize, quantize
-from qnn.kernels.recurrent import (
+from qnn.kernels.reference.recurrent import (
     CELLS as OP_CELLS,
 )
-from qnn.kernels.recurrent import (
+from qnn.kernels.reference.recurrent import (
     gru_reference,
     lstm_reference,
     round_to_part,

@@ -1,5 +1,5 @@
 """The C++ kernels of the recurrent ops, tier by tier, against the references in
-`kernels/recurrent.py`.
+`kernels/reference/recurrent.py`.
 
 What they do with memory and on other CPUs is `test_kernels_cpp.py`.
 """
@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qnn.kernels import OPS
-from qnn.kernels import recurrent as kernels
+from qnn.kernels.reference import recurrent as kernels
 
 from .common import DTYPES, examples, sum_bound
 from .tiers import usable

@@ -13,9 +13,11 @@ from parameterized import parameterized
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qnn.functional as F
-from qnn.kernels import OPS, Op, int8, recurrent
-from qnn.kernels.int8_static import INT8_STATIC_MAX_K
-from qnn.kernels.spec import Arg, parse_signature, size_of
+from qnn.kernels import OPS, Op
+from qnn.kernels.formats import int8
+from qnn.kernels.formats.int8 import INT8_STATIC_MAX_K
+from qnn.kernels.op import Arg, parse_signature, size_of
+from qnn.kernels.reference import recurrent
 
 from .common import same_bits
 

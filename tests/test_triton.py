@@ -19,12 +19,12 @@ import pytest
 import torch
 from parameterized import parameterized
 
-from qnn.kernels import OPS, SCHEMES, nvfp4
+from qnn.kernels import OPS, SCHEMES
 from qnn.kernels.cuda import backends, kernels_for
-from qnn.kernels.float8 import FLOAT8
-from qnn.kernels.float_ops import linear_reference, matmul_reference, quantize_reference
-from qnn.kernels.formats import Format
-from qnn.kernels.mxfp8 import MX
+from qnn.kernels.formats import Format, nvfp4
+from qnn.kernels.formats.float8 import FLOAT8
+from qnn.kernels.formats.mxfp8 import MX
+from qnn.kernels.reference.floats import linear_reference, matmul_reference, quantize_reference
 
 from .common import child
 

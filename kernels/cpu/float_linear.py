@@ -1,5 +1,5 @@
 """CPU kernels of the layers over a weight in a float format, in torch calls. Their meaning is
-`linear_reference` in `kernels/float_ops.py`, which decodes the whole weight at once.
+`linear_reference` in `kernels/declare/floats.py`, which decodes the whole weight at once.
 
 Where the library of the C++ kernels is loaded, it serves the layers over fp8 and nvfp4 weights.
 """

@@ -1,4 +1,4 @@
-"""CPU kernels of the int8 ops. Their meaning is the reference in `kernels/int8.py`; integers are
+"""CPU kernels of the int8 ops. Their meaning is the reference in `kernels/declare/int8.py`; integers are
 equal bit for bit.
 """
 

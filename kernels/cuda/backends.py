@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from qnn.kernels.float8 import FLOAT8
 from qnn.kernels.formats import Format
+from qnn.kernels.formats.float8 import FLOAT8
 from qnn.kernels.schemes import SCHEMES
 from qnn.kernels.torch_private import plain_dispatch
 
@@ -215,8 +215,8 @@ def _examples(role: Role) -> Iterator[tuple[tuple[Any, ...], torch.Tensor | None
 
 def _check(op: str, function: Callable[..., Any], device: torch.device) -> None:
     """Raise an ArithmeticError where `function` is wrong on `device`."""
-    from qnn.kernels.float_ops import quantize_reference  # which imports this package
-    from qnn.kernels.spec import OPS
+    from qnn.kernels.op import OPS
+    from qnn.kernels.reference.floats import quantize_reference  # which imports this package
 
     role = roles()[op]
     casts = role.kind == "cast"
@@ -269,7 +269,7 @@ def _gpu(device: torch.device) -> tuple[Capability, Capability | None]:
 @functools.cache
 def state(op: str, device: torch.device) -> State:
     """Test the rows for `op` on `device` in turn, the first time."""
-    from qnn.kernels.spec import OPS
+    from qnn.kernels.op import OPS
 
     passed: list[tuple[Entry, str]] = []
     for entry in candidates(op, *_gpu(device)):

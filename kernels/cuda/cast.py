@@ -47,10 +47,10 @@ from qnn.kernels.cuda.codes import (
     reciprocal_scale,
     widened,
 )
-from qnn.kernels.float8 import E4M3, Float8
 from qnn.kernels.formats import Format
-from qnn.kernels.mxfp8 import MXFP8
-from qnn.kernels.nvfp4 import NVFP4
+from qnn.kernels.formats.float8 import E4M3, Float8
+from qnn.kernels.formats.mxfp8 import MXFP8
+from qnn.kernels.formats.nvfp4 import NVFP4
 
 Parts = tuple[torch.Tensor, ...]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -395,7 +395,7 @@ def quantize(form: Format | None, transposed: Format | None = None) -> Callable[
     """The kernel of the casts of a format: what `float_ops.quantize_reference` of the same
     arguments gives, bit for bit. float64 is left to that.
     """
-    from qnn.kernels.float_ops import quantize_reference  # which imports this package
+    from qnn.kernels.reference.floats import quantize_reference  # which imports this package
 
     reference = quantize_reference(form, transposed)
     if form is None:

@@ -21,7 +21,7 @@ import torch
 import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
-from qnn.kernels import float8, nvfp4
+from qnn.kernels.formats import float8, nvfp4
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 NAN_CODE = tl.constexpr(0x7F)  # of e4m3 and e5m2

@@ -42,9 +42,9 @@ from qnn.kernels.cuda.codes import (
     rounded,
     widened,
 )
-from qnn.kernels.float8 import E4M3, E5M2, Float8
 from qnn.kernels.formats import Format
-from qnn.kernels.mxfp8 import MXFP8
+from qnn.kernels.formats.float8 import E4M3, E5M2, Float8
+from qnn.kernels.formats.mxfp8 import MXFP8
 
 # What a scale belongs to.
 FLOAT = tl.constexpr(0)  # none: the values are floats
@@ -300,7 +300,7 @@ def _split(
 
 def triton_matmul(x: Format, w: Format) -> Callable[..., torch.Tensor]:
     """The kernel of a `*_matmul` or `*_wgrad` op on any GPU; float64 is left to the reference."""
-    from qnn.kernels.float_ops import matmul_reference  # which imports this package
+    from qnn.kernels.reference.floats import matmul_reference  # which imports this package
 
     reference = matmul_reference(x, w)
 
@@ -463,7 +463,7 @@ def linear(
     matmul: Callable[..., torch.Tensor],
 ) -> Callable[..., torch.Tensor]:
     """The kernel of a `*_linear` op: a cast, then a product of codes."""
-    from qnn.kernels.float_ops import linear_reference  # which imports this package
+    from qnn.kernels.reference.floats import linear_reference  # which imports this package
 
     reference = linear_reference(activation, weight)
 

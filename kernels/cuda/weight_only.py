@@ -33,8 +33,8 @@ from qnn.kernels.cuda.gemm import (
     sum_parts,
     values,
 )
-from qnn.kernels.float8 import E4M3
 from qnn.kernels.formats import Format
+from qnn.kernels.formats.float8 import E4M3
 
 # (rows of x up to, BM, rows of w a program, columns a step, warps); not measured yet.
 GEMV_TABLE = ((1, 1, 8, 512, 4), (2, 2, 4, 512, 4), (4, 4, 4, 256, 4))
@@ -93,7 +93,7 @@ def gemv(
 
 def linear(weight: Format) -> Callable[..., torch.Tensor]:
     """The kernel of a `*_weight_linear` op; float64 is left to the reference."""
-    from qnn.kernels.float_ops import linear_reference  # which imports this package
+    from qnn.kernels.reference.floats import linear_reference  # which imports this package
 
     reference = linear_reference(None, weight)
 

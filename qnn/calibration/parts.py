@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 
 from qnn.calibration.spec import QuantSpec
-from qnn.kernels.recurrent import GRU_PARTS, LSTM_PARTS
+from qnn.kernels.reference.recurrent import GRU_PARTS, LSTM_PARTS
 
 PARTS = {"LSTM": LSTM_PARTS, "GRU": GRU_PARTS}
 # The operands of int8 products.

@@ -7,15 +7,27 @@ for values, and quantises what is written to it into the layer.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from qnn.kernels.torch_private import tree_leaves, tree_map_only
 
-if TYPE_CHECKING:
-    from qnn.nn.base import Quantized
+
+class Holder(Protocol):
+    """What a view asks of the layer that it is a part of: a `Quantized`."""
+
+    dtype: torch.dtype
+
+    @property
+    def _who(self) -> str: ...
+    def _weight_shapes(self) -> dict[str, tuple[int, int]]: ...
+    def _stored_of(self, weight: str) -> tuple[nn.Parameter, ...]: ...
+    def _put_back(self, weight: str, parts: Sequence[nn.Parameter]) -> None: ...
+    def _dequantized(self, weight: str) -> torch.Tensor: ...
+    def _write(self, weight: str, value: torch.Tensor) -> None: ...
 
 
 class FloatWeight(torch.Tensor):
@@ -27,15 +39,13 @@ class FloatWeight(torch.Tensor):
     nothing. It needs no gradient, has no memory of its own, and a copy of it is a plain tensor.
     """
 
-    _layer: Quantized
+    _layer: Holder
     _name: str
     _values: torch.Tensor | None  # type: ignore[assignment]
     _held: tuple[nn.Parameter, ...]
 
     @staticmethod
-    def __new__(
-        cls, layer: Quantized, name: str, values: torch.Tensor | None = None
-    ) -> FloatWeight:
+    def __new__(cls, layer: Holder, name: str, values: torch.Tensor | None = None) -> FloatWeight:
         """Of the weight `name` of `layer`; `values`, decoded, of a view of it."""
         held = layer._stored_of(name)[0]
         shape = layer._weight_shapes()[name] if values is None else values.shape
@@ -60,7 +70,7 @@ class FloatWeight(torch.Tensor):
     def _who(self) -> str:
         return f"{self._layer._who}.{self._name}"
 
-    def stands_for(self, layer: Quantized, name: str) -> bool:
+    def stands_for(self, layer: Holder, name: str) -> bool:
         """Whether it is the weight `name` of `layer`, and no part of it."""
         return self._layer is layer and self._name == name and self._values is None
 

@@ -19,8 +19,8 @@ import torch
 from torch.fx import Graph
 
 from qnn.kernels import OPS
-from qnn.kernels.float8 import FLOAT8
 from qnn.kernels.formats import Format
+from qnn.kernels.formats.float8 import FLOAT8
 from qnn.kernels.torch_private import inductor_matches_patterns, replace_node
 
 # Where casts become arithmetic. On a CPU an op is as fast, and its codes are eager's.

@@ -29,7 +29,7 @@ from torch.fx import Graph, Node
 from qnn.kernels import OPS, Op, torch_private
 from qnn.kernels.epilogue import ACTIVATIONS
 from qnn.kernels.formats import FLOATS
-from qnn.kernels.spec import on_trace
+from qnn.kernels.op import on_trace
 from qnn.kernels.torch_private import (
     append_post_grad_pass,
     inductor_matches_patterns,

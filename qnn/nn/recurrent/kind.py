@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.rnn import RNNBase
 
 from qnn.calibration.parts import PartSpecs, points_of
-from qnn.kernels import recurrent
+from qnn.kernels.reference import recurrent
 from qnn.kinds import Kind, Observation, Own, register_kind
 from qnn.nn.recurrent.cells import NAMES
 from qnn.nn.recurrent.class_checks import ADVICE, class_checks, warn_of_class_checks

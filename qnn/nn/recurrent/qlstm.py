@@ -100,7 +100,7 @@ class QLSTM(QSequences):
     Its state dict has `nn.LSTM`'s names: `weight_ih_l0` and the others int8, each with a
     `…_scale`, float32 `[rows, 1]`; the biases in `dtype`; and for `int8_static` `table_l0`, float32
     `[17, 4]`, a row `(scale, zero_point, qmin, qmax)` for each part of the cell, in the order of
-    `qnn.kernels.recurrent.LSTM.parts`. `load_state_dict` also takes `nn.LSTM`'s own state.
+    `qnn.kernels.reference.recurrent.LSTM.parts`. `load_state_dict` also takes `nn.LSTM`'s own state.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
@@ -160,7 +160,7 @@ class QGRU(QSequences):
     """`nn.GRU` over int8 weights, with the arithmetic of `scheme`.
 
     All is as in `QLSTM`, with one state: hx and h_n are `[L·D, B, H]`, there is no projection, and
-    `table_l0` is `[11, 4]`, in the order of `qnn.kernels.recurrent.GRU.parts`.
+    `table_l0` is `[11, 4]`, in the order of `qnn.kernels.reference.recurrent.GRU.parts`.
 
     >>> gru = QGRU(64, 128, bidirectional=True, scheme="int8_weight")
     >>> y, h = gru(torch.randn(10, 3, 64))

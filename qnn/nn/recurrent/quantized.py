@@ -15,7 +15,7 @@ from qnn.functional import RecurrentWeights
 from qnn.functional.float_recurrent import States
 from qnn.kernels.backends import recurrent_backend
 from qnn.kernels.formats import FLOATS
-from qnn.kernels.recurrent import CELLS, MAX_COLUMNS, SCHEMES
+from qnn.kernels.reference.recurrent import CELLS, MAX_COLUMNS, SCHEMES
 from qnn.nn.base import Found, Quantized, frozen, normal, quantize, require_float, why_not_finite
 from qnn.nn.recurrent.observed import Observed
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from qnn.kernels.op.axes import parse_axis
+from qnn.kernels.op.declaration import Declaration
 from qnn.kernels.torch_private import count_operations
-
-if TYPE_CHECKING:
-    from qnn.kernels.spec import Op
 
 __all__ = ["formula", "register"]
 
@@ -23,7 +22,7 @@ _MODULE = "torch.utils.flop_counter"
 _registered: set[str] = set()
 
 
-def register(ops: Mapping[str, Op]) -> None:
+def register(ops: Mapping[str, Declaration]) -> None:
     """Register the formulas of `ops`, if torch's counter is loaded and lacks them."""
     if len(_registered) == len(ops) or _MODULE not in sys.modules:
         return
@@ -36,12 +35,12 @@ def register(ops: Mapping[str, Op]) -> None:
     count_operations(new)
 
 
-def formula(op: Op) -> Callable[..., int]:
+def formula(op: Declaration) -> Callable[..., int]:
     """The operations of a call, from its arguments."""
     names = [arg.name for arg in op.inputs]
 
     def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-        given = dict(zip(names, (*args, *op._tails[len(args)]), strict=True)) | kwargs
+        given = dict(zip(names, (*args, *op.tails[len(args)]), strict=True)) | kwargs
         sizes = op.check(*given.values())
         total = 0
         for condition, terms in op.products.items():
@@ -52,7 +51,11 @@ def formula(op: Op) -> Callable[..., int]:
     return count
 
 
-def _product(op: Op, term: str, sizes: Mapping[str, Any]) -> int:
+def _product(op: Declaration, term: str, sizes: Mapping[str, Any]) -> int:
     lead = math.prod(sizes.get("...", ()))
     axes = term.split()
-    return int(math.prod(lead if axis == "..." else op.size(axis, sizes) for axis in axes))
+    return int(
+        math.prod(
+            lead if axis == "..." else parse_axis(axis).size(sizes, op.sizes) for axis in axes
+        )
+    )

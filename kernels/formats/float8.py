@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qnn.kernels.formats import Format, Granularity, Part, finite_amax, grouped, over, spread
+from qnn.kernels.formats.base import Format, Granularity, Part, finite_amax, grouped, over, spread
 
 # Keeps 1 / r a normal number, which no flush to zero takes away.
 MAX_RECIPROCAL = 2.0**126

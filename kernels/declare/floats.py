@@ -1,15 +1,9 @@
 """The ops of the float formats, all derived from the formats: for each format a cast there and
 back, for each scheme its linear layers and its product of quantised operands.
-
-The references are the meaning of the ops. Stored values are multiplied as float32, which holds the
-products exactly, and summed in float32; then `acc · sw · sx + bias` in float32 and one cast, with
-the scales of blocks inside the sum.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,92 +11,25 @@ import torch
 from qnn.kernels.cpu import native
 from qnn.kernels.cpu.float_linear import quantized_linear, weight_linear
 from qnn.kernels.cuda import kernels_for
-from qnn.kernels.float8 import E4M3, E5M2, FLOAT8
-from qnn.kernels.formats import FLOATS, Format
+from qnn.kernels.formats.base import FLOATS, Format
+from qnn.kernels.formats.float8 import E4M3, E5M2, FLOAT8
+from qnn.kernels.op import OPS, Op
+from qnn.kernels.reference.floats import (
+    Reference,
+    dequantize_reference,
+    linear_dgrad_reference,
+    linear_reference,
+    matmul_reference,
+    quantize_reference,
+)
 from qnn.kernels.schemes import SCHEMES
-from qnn.kernels.spec import OPS, Op
-
-Reference = Callable[..., Any]
 
 # Those that the library of C++ kernels brings too.
 _NATIVE = ("fp8_weight_linear", "nvfp4_weight_linear")
-
-
-def quantize_reference(form: Format | None, transposed: Format | None = None) -> Reference:
-    """The parts of `x` in `form`, those of `xᵀ` in `transposed`, or both, one behind the other."""
-
-    def reference(x: torch.Tensor, seed: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-        parts = () if form is None else form.quantize(x, seed)
-        if transposed is not None:
-            # Another draw: the two forms of an element are rounded independently.
-            parts += transposed.quantize(x.mT, None if seed is None else seed + 1)
-        return tuple(p.contiguous() if p.numel() else p.new_empty(p.shape) for p in parts)
-
-    return reference
-
-
-def dequantize_reference(form: Format) -> Reference:
-    def reference(*args: Any, compute: torch.dtype = torch.float32) -> torch.Tensor:
-        *parts, dtype = args
-        return form.dequantize(parts, compute).to(dtype if compute == torch.float32 else compute)
-
-    return reference
-
-
-def product(
-    x: tuple[torch.Tensor, torch.Tensor | None],
-    w: tuple[torch.Tensor, torch.Tensor | None],
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """`x · wᵀ + bias` of decoded operands, in the dtype of their values; one cast, unless that is
-    float64. A packed weight may have zeros behind the columns of `x`.
-    """
-    (xv, sx), (wv, sw) = x, w
-    compute = wv.dtype
-    y = xv.to(compute) @ wv[:, : xv.shape[-1]].mT
-    if sw is not None:
-        y = y * sw.flatten().to(compute)
-    if sx is not None:
-        y = y * sx.to(compute)
-    if bias is not None:
-        y = y + bias.to(compute)
-    return y.to(dtype if compute == torch.float32 else compute)
-
-
-def matmul_reference(x: Format, w: Format) -> Reference:
-    split = len(x.parts), len(x.parts) + len(w.parts)
-
-    def reference(*args: Any, compute: torch.dtype = torch.float32) -> torch.Tensor:
-        given, weight, (bias, dtype) = args[: split[0]], args[split[0] : split[1]], args[split[1] :]
-        return product(x.decode(given, compute), w.decode(weight, compute), bias, dtype)
-
-    return reference
-
-
-def linear_reference(activation: Format | None, weight: Format) -> Reference:
-    def reference(
-        x: torch.Tensor, *args: Any, compute: torch.dtype = torch.float32
-    ) -> torch.Tensor:
-        *parts, bias = args
-        left = (
-            (x.to(compute), None)
-            if activation is None
-            else activation.decode(activation.quantize(x), compute)
-        )
-        return product(left, weight.decode(parts, compute), bias, x.dtype)
-
-    return reference
-
-
-def linear_dgrad_reference(weight: Format) -> Reference:
-    def reference(
-        dy: torch.Tensor, *parts: torch.Tensor, compute: torch.dtype = torch.float32
-    ) -> torch.Tensor:
-        w = weight.dequantize(parts, compute)
-        return (dy.to(compute) @ w).to(dy.dtype if compute == torch.float32 else compute)
-
-    return reference
+# Along the rows of a batch there is room for two groups' scales at least. One group would be an
+# axis of size 1, on which torch's tracing puts a guard: a batch of more than one group would be
+# compiled anew.
+_TWO_GROUPS = 2
 
 
 def _stored_dtypes(form: Format, name: str) -> dict[str, tuple[torch.dtype, ...]]:
@@ -140,7 +67,7 @@ def declare_format(form: Format, transposed: Format | None) -> None:
     )
     if transposed is None:
         return
-    columns = _two_groups(transposed.declared("t", "k", "m"), "m")
+    columns = transposed.declared("t", "k", "m", least=_TWO_GROUPS)
     for name, rows in {"columns": None, "both": form}.items():
         first = f"{form.declared('', 'm', 'k')}, " if rows else ""
         kernels = kernels_for(f"{form.key}_quantize_{name}")
@@ -156,21 +83,10 @@ def declare_format(form: Format, transposed: Format | None) -> None:
         )
 
 
-def _two_groups(declared: str, axis: str) -> str:
-    """Parts along the rows of a batch, with room for two groups' scales at least.
-
-    One group would be an axis of size 1, on which torch's tracing puts a guard: a batch of more
-    than one group would be compiled anew.
-    """
-    return re.sub(rf"\b{axis}/(\d+)(?![\d*])", rf"{axis}/\1>2", declared)
-
-
 def _widened(function: Reference, form: Format) -> Reference:
-    """`function`, whose last results are the parts of `form`, with room for two groups."""
+    """`function`, whose last results are the parts of `form`, with room for `_TWO_GROUPS`."""
     count = len(form.parts)
-    grouped = [
-        i - count for i, part in enumerate(form.parts) if re.fullmatch(r"r c/\d+", part.axes)
-    ]
+    grouped = [i - count for i, part in enumerate(form.parts) if part.is_grouped]
 
     def run(*args: Any) -> tuple[torch.Tensor, ...]:
         results = list(function(*args))
@@ -188,12 +104,15 @@ def declare_matmul(name: str, x: Format, w: Format, *, over_rows: bool = False) 
     """The product of two quantised matrices; one of float8 takes either kind. With `over_rows` it
     sums over the rows of a batch, as the gradient of a weight does.
     """
-    (left, columns), (right, _) = x.stored("x", "m", "p"), w.stored("w", "n", "p")
-    operands = f"{left}, {right}"
+    least = _TWO_GROUPS if over_rows else 0
+    (left, columns), (right, _) = (
+        form.stored(name, rows, "p", least=least)
+        for form, name, rows in ((x, "x", "m"), (w, "w", "n"))
+    )
     either = {"xq": (E4M3, E5M2), "wq": (E4M3, E5M2)} if x.storage in (E4M3, E5M2) else {}
     Op(
         name,
-        f"{_two_groups(operands, 'p') if over_rows else operands}, bias: n?, dtype: dtype? -> m n",
+        f"{left}, {right}, bias?: n, dtype?: dtype -> m n",
         doc="x · wᵀ + bias of what the parts stand for, in float32, then one cast to dtype",
         dtypes={
             **_stored_dtypes(x, "x"), **_stored_dtypes(w, "w"), **either,
@@ -224,7 +143,7 @@ def declare_linear(prefix: str, weight: Format, activation: Format | None) -> No
     for name, (form, kernel) in layers.items():
         Op(
             name,
-            f"x: ... k, {given}, bias: n? -> ... n",
+            f"x: ... k, {given}, bias?: n -> ... n",
             doc="x · wᵀ + bias with the weight that the parts stand for, in float32, then one cast"
             + (f"; x is quantised in {form.key} first" if form else ""),
             dtypes=dtypes,

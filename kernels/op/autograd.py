@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch.autograd import forward_ad
 
-from qnn.kernels import flops
 from qnn.kernels.epilogue import ACTIVATIONS
+from qnn.kernels.op import flops
+from qnn.kernels.op.declaration import Declaration
 from qnn.kernels.torch_private import (
     AFTER_AUTOGRAD,
     SingleLevelFunction,
@@ -35,9 +36,6 @@ from qnn.kernels.torch_private import (
     without_autocast,
 )
 
-if TYPE_CHECKING:
-    from qnn.kernels.spec import Op
-
 __all__ = ["autograd_kernel", "sum_of_rows"]
 
 
@@ -46,7 +44,7 @@ def sum_of_rows(dy: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return dy.to(dtype) if dy.dim() == 1 else dy.sum(list(range(dy.dim() - 1)), dtype=dtype)
 
 
-def autograd_kernel(op: Op, ops: Mapping[str, Op]) -> Callable[..., Any]:
+def autograd_kernel(op: Declaration, ops: Mapping[str, Declaration]) -> Callable[..., Any]:
     """The kernel of `op` for the dispatch keys of autograd; `ops` are all that are declared.
 
     Where nothing requires a gradient it is one test and the call below it.
@@ -67,7 +65,7 @@ def autograd_kernel(op: Op, ops: Mapping[str, Op]) -> Callable[..., Any]:
     function = _function(op, ops)
 
     def differentiable(below: Any, *args: Any) -> Any:
-        args += op._tails[len(args)]
+        args += op.tails[len(args)]
         if epilogue:
             residual, activation = (args[at] for at in epilogue)
             if residual is not None or activation != "none":
@@ -88,7 +86,7 @@ def _has_tangent(args: Sequence[Any]) -> bool:
     )
 
 
-def _function(op: Op, ops: Mapping[str, Op]) -> Any:
+def _function(op: Declaration, ops: Mapping[str, Declaration]) -> Any:
     names = [arg.name for arg in op.inputs]
 
     class Gradient(SingleLevelFunction):
@@ -140,28 +138,28 @@ def _given(ctx: Any, names: Sequence[str]) -> dict[str, Any]:
     return dict(zip(names, values, strict=True))
 
 
-def _kept(op: Op, ops: Mapping[str, Op]) -> set[str]:
+def _kept(op: Declaration, ops: Mapping[str, Declaration]) -> set[str]:
     """The arguments whose values the gradients need."""
     if op.differentiable:
         return {arg.name for arg in op.inputs}
     return {arg.name for other in op.backward.values() for arg in ops[other].inputs}
 
 
-def _called(op: Op, given: Mapping[str, Any], dy: torch.Tensor) -> torch.Tensor:
+def _called(op: Declaration, given: Mapping[str, Any], dy: torch.Tensor) -> torch.Tensor:
     """A gradient's op on what it shares by name with the forward; what is left is `dy`."""
     args: list[Any] = []
     for arg in op.inputs:
         if arg.name in given:
             args.append(given[arg.name])
         else:
-            args.append(op._default(arg) if arg.optional else dy)
+            args.append(op.default(arg) if arg.optional else dy)
     result: torch.Tensor = op.overload(*args)
     return result
 
 
 def _gradients(
-    op: Op,
-    ops: Mapping[str, Op],
+    op: Declaration,
+    ops: Mapping[str, Declaration],
     given: Mapping[str, Any],
     douts: Sequence[torch.Tensor | None],
     wanted: Sequence[str],
@@ -189,12 +187,12 @@ def _gradients(
     return found
 
 
-def _has_bias(op: Op) -> bool:
+def _has_bias(op: Declaration) -> bool:
     return any(arg.name == "bias" and arg.axes == op.outputs[0].tail[-1:] for arg in op.inputs)
 
 
 def _through_reference(
-    op: Op,
+    op: Declaration,
     given: Mapping[str, Any],
     douts: Sequence[torch.Tensor | None],
     wanted: Sequence[str],
@@ -211,8 +209,8 @@ def _through_reference(
 
 
 def _tangent(
-    op: Op,
-    ops: Mapping[str, Op],
+    op: Declaration,
+    ops: Mapping[str, Declaration],
     given: Mapping[str, Any],
     moved: Mapping[str, torch.Tensor | None],
     result: tuple[torch.Size, torch.dtype],
@@ -236,7 +234,9 @@ def _tangent(
     return _called(ops[linearised], {**shared, "bias": tbias}, tx)
 
 
-def _refuse(op: Op, refused: Sequence[str], able: set[str], what: str = "gradient") -> NoReturn:
+def _refuse(
+    op: Declaration, refused: Sequence[str], able: set[str], what: str = "gradient"
+) -> NoReturn:
     """Raise, naming what has no gradient, what has one, and what to do."""
     have = ", ".join(arg.name for arg in op.inputs if arg.name in able)
     raise NotImplementedError(

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qnn.kernels.formats import Format, Part, finite_amax, grouped, over
+from qnn.kernels.formats.base import Format, Part, finite_amax, grouped, over
 
 BLOCK = 16
 _E2M1_MAX, _E4M3_MAX = 6.0, 448.0

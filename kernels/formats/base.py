@@ -7,7 +7,6 @@ any of them. Schemes, which combine formats into layers, are in `schemes.py`.
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from qnn.kernels.spec import size_of
+from qnn.kernels.op.axes import parse_axis, size_of
 
 Granularity = Literal["tensor", "token", "channel", "group", "block"]
 
@@ -40,11 +39,36 @@ class Part:
     dtype: torch.dtype
     axes: str
 
-    def declared(self, name: str, rows: str, columns: str) -> str:
-        """The argument of an op that holds this part of `name`: `sx: ... k/16`."""
+    def declared(self, name: str, rows: str, columns: str, *, least: int = 0) -> str:
+        """The argument of an op that holds this part of `name`: `sx: ... k/16`. There is room for
+        `least` groups along the columns.
+        """
+        axes = self.axes.split()
+        if self.is_grouped and least:
+            axes[-1] += f">{least}"
         known = {"r": rows, "c": columns}
-        axes = [known.get(axis[0], axis[0]) + axis[1:] for axis in self.axes.split()]
+        axes = [known.get(axis[0], axis[0]) + axis[1:] for axis in axes]
         return f"{self.short.format(name)}: {' '.join(axes)}"
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether it has an element for each group of columns in each row: a scale of groups."""
+        rows, *columns = self.axes.split()
+        return rows == "r" and bool(columns) and self.group > 1 and "*" not in columns[0]
+
+    @property
+    def group(self) -> int:
+        """How many columns have one element, or a word of several."""
+        last = parse_axis(self.axes.split()[-1])
+        return last.terms[0][0].divisor
+
+    def of_stored(self, packing: int) -> Part:
+        """The part with its groups counted in elements of `packing` columns each."""
+        if self.group == 1:
+            return self
+        return replace(
+            self, axes=self.axes.replace(f"c/{self.group}", f"c/{self.group // packing}")
+        )
 
     def shape(self, rows: int, columns: int) -> tuple[int, ...]:
         """The part's shape for a value of `[rows, columns]`."""
@@ -135,21 +159,19 @@ class Format(ABC):
             result["scale_dtype"] = str(self.scale_dtype)
         return result
 
-    def declared(self, name: str, rows: str, columns: str) -> str:
+    def declared(self, name: str, rows: str, columns: str, *, least: int = 0) -> str:
         """The parts of a value of `[rows, columns]`, as arguments or results of an op."""
-        return ", ".join(part.declared(name, rows, columns) for part in self.parts)
+        return ", ".join(part.declared(name, rows, columns, least=least) for part in self.parts)
 
-    def stored(self, name: str, rows: str, axis: str) -> tuple[str, str]:
+    def stored(self, name: str, rows: str, axis: str, *, least: int = 0) -> tuple[str, str]:
         """The parts as arguments that say by themselves how many columns the value has: `axis` is
         that of the stored elements; and the axis of the columns that they decode to.
         """
         if self.packing == 1:
-            return self.declared(name, rows, axis), axis
+            return self.declared(name, rows, axis, least=least), axis
         first, *scales = self.parts
-        words = [replace(first, axes="r c").declared(name, rows, axis)]
-        for part in scales:  # a group counted in elements of storage
-            axes = re.sub(r"c/(\d+)", lambda m: f"c/{int(m[1]) // self.packing}", part.axes)
-            words.append(replace(part, axes=axes).declared(name, rows, axis))
+        parts = [replace(first, axes="r c"), *(scale.of_stored(self.packing) for scale in scales)]
+        words = [part.declared(name, rows, axis, least=least) for part in parts]
         return ", ".join(words), f"{axis}*{self.packing}"
 
     @property

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
-from qnn.kernels.float8 import cast
-from qnn.kernels.formats import Format, Part, finite_amax, grouped, spread
+from qnn.kernels.formats.base import Format, Part, finite_amax, grouped, spread
+from qnn.kernels.formats.float8 import cast
 
 BLOCK = 32
 _MANTISSA_BITS = 23

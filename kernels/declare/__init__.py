@@ -1,0 +1,1 @@
+"""The declarations of all ops: where notation, reference and kernels come together."""

@@ -1,0 +1,112 @@
+"""The int8 formats: a scale for each row, from the row's largest magnitude, and one grid for a
+whole tensor that calibration has found.
+
+Rounding is to nearest, ties to even; a scale times the stored integer is the float; all scale
+arithmetic is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from qnn.kernels.formats.base import Format, Part
+
+QMAX = 127
+
+
+def int32_max_k(largest: int) -> int:
+    """How many products of a code of at most `largest` and a weight's, at most 128, int32 sums
+    exactly; a longer row could wrap around without a word.
+    """
+    return (2**31 - 1) // (largest * 128)
+
+
+INT8_MAX_K = int32_max_k(QMAX)
+INT8_STATIC_MAX_K = int32_max_k(255)  # of q − zero_point
+INT8_ROWS_MAX_K = int32_max_k(QMAX + 1)  # rows from elsewhere may hold −128
+
+
+def row_scale(x: torch.Tensor) -> torch.Tensor:
+    """The scale of each row: amax / 127, at least float32's smallest normal number; 1 for a zero
+    row.
+    """
+    amax = x.abs().amax(-1, keepdim=True).float()
+    # By a tensor: on a GPU torch divides by a number as a product with its reciprocal.
+    scale = (amax / torch.full_like(amax, QMAX)).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.where(amax == 0, 1.0, scale)
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of the rows of `x [..., K]`: int8 `[..., K]` and float32 `[..., 1]`."""
+    scale = row_scale(x)
+    q = (x.float() * (1 / scale)).round().clamp(-QMAX, QMAX)
+    return torch.where(scale.isfinite(), q, 0).to(torch.int8), scale
+
+
+@dataclass(frozen=True)
+class Int8(Format):
+    def quantize(
+        self, x: torch.Tensor, seed: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return quantize_rows(x)
+
+    def decode(
+        self, parts: Sequence[torch.Tensor], compute: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        q, scale = parts
+        return q.to(compute), scale
+
+    @property
+    def compressed(self) -> dict[str, Any]:
+        return {**super().compressed, "type": "int"}
+
+
+INT8_CHANNEL = Int8(
+    "int8",
+    "int8",
+    torch.int8,
+    -QMAX,
+    QMAX,
+    "channel",
+    (Part("", "{}q", torch.int8, "r c"), Part("_scale", "s{}", torch.float32, "r 1")),
+)
+INT8_TOKEN = replace(INT8_CHANNEL, granularity="token")
+
+
+@dataclass(frozen=True)
+class Int8Static(Int8):
+    """int8 on a grid for the whole tensor that is known beforehand."""
+
+    def quantize(
+        self, x: torch.Tensor, seed: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError("int8_static: the scale comes from calibration, not from x.")
+
+    def decode(
+        self, parts: Sequence[torch.Tensor], compute: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        q, scale, zero_point = parts
+        return q.to(compute) - zero_point.to(compute), scale
+
+    @property
+    def compressed(self) -> dict[str, Any]:
+        return {**super().compressed, "symmetric": False}
+
+
+INT8_TENSOR = Int8Static(
+    "int8",
+    "int8_static",
+    torch.int8,
+    -QMAX - 1,
+    QMAX,
+    "tensor",
+    (
+        Part("", "{}q", torch.int8, "r c"),
+        Part("_scale", "s{}", torch.float32, "1"),
+        Part("_zero_point", "z{}", torch.int8, "1"),
+    ),
+)

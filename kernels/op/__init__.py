@@ -1,0 +1,20 @@
+"""Declaring an operator: notation, checks, gradient, registration."""
+
+from qnn.kernels.op.axes import Arg, Axis, describe, parse_axis, parse_signature, size_of
+from qnn.kernels.op.declaration import Declaration, too_long
+from qnn.kernels.op.op import LIBRARY, OPS, Op, on_trace
+
+__all__ = [
+    "LIBRARY",
+    "OPS",
+    "Arg",
+    "Axis",
+    "Declaration",
+    "Op",
+    "describe",
+    "on_trace",
+    "parse_axis",
+    "parse_signature",
+    "size_of",
+    "too_long",
+]

@@ -1,0 +1,176 @@
+"""One op, one declaration.
+
+`Op` takes a signature in einops notation (`axes.py` says how it reads) and derives from it what is
+elsewhere written by hand, twice: the schema, the argument checks that the kernel and the fake
+share, the fake itself, the `vmap` rule, the gradient, the samples that the tests feed to
+`torch.library.opcheck`, and the op's row in the documentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from qnn.kernels.op import flops
+from qnn.kernels.op.autograd import autograd_kernel
+from qnn.kernels.op.declaration import Declaration
+from qnn.kernels.op.samples import samples
+from qnn.kernels.torch_private import (
+    below_autograd,
+    in_mode,
+    is_observed,
+    unregister,
+    without_autocast,
+)
+
+LIBRARY = torch.library.Library("qnn", "FRAGMENT")
+OPS: dict[str, Op] = {}
+_TRACE_HOOKS: list[Callable[[], None]] = []
+
+
+def on_trace(hook: Callable[[], None]) -> Callable[[], None]:
+    """Have `hook` called whenever an op is traced; its fake is the one Python code that runs in
+    every trace.
+    """
+    _TRACE_HOOKS.append(hook)
+    return hook
+
+
+class Op(Declaration):
+    """An operator `torch.ops.qnn.<name>`, registered from one declaration.
+
+    Args:
+        name: the operator's name.
+        signature: arguments and results; see `axes.py`.
+        doc: what it computes, as one formula; it stands in the op table.
+        dtypes: the dtypes that each tensor argument may have, or the name of the argument whose
+            dtype it must share; for a dtype argument, those that it may be.
+        out: for each result a dtype, or the name of the argument that lends its dtype.
+        reference: the meaning of the op in plain torch, and its kernel where a device has none. One
+            whose result is float takes `compute=`, the dtype of its float arithmetic.
+        kernels: a kernel for each dispatch key, such as `"CPU"`.
+        backward: for a differentiable argument, the op that gives its gradient; `bias` needs no
+            entry. See `autograd.py`.
+        split: where one op gives the gradients of several arguments in one tensor, what takes that
+            apart: called with the arguments by name and the tensor, it returns them by name.
+        differentiable: whether the reference is made of torch operations whose own derivatives are
+            the op's.
+        positive: float arguments whose samples must be positive (scales).
+        choices: the values that each str argument may have, the default first.
+        rule: what the notation cannot say: called with the arguments, it returns what is wrong with
+            them, or None.
+        sizes: the functions that the signature names, by name: called with the sizes of their
+            axes, one returns a size.
+        sample: for the samples, the size of an axis, or a function of the sizes that makes an
+            argument.
+        products: the multiply-adds of a call as sums of products of axes, `"... n k"`; or, by the
+            name of an optional argument, those that a call with it has besides those of `""`.
+        limits: the largest size of an axis whose products are summed in int32, which a longer sum
+            could wrap around.
+        rowwise: whether the leading axes are independent of each other; a scale for the whole
+            tensor ties them.
+    """
+
+    def __init__(self, name: str, signature: str, **declared: Any) -> None:
+        super().__init__(name, signature, **declared)
+        self._enabled: dict[str, torch.library.Library] = {}
+        self._direct: Callable[..., Any] | None = None
+        self._register()
+        OPS[name] = self
+
+    def _register(self) -> None:
+        LIBRARY.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(self.name, self._checked(self.reference), "CompositeExplicitAutograd")
+        for key in self.kernels:
+            self.enable(key)
+        torch.library.register_fake(f"qnn::{self.name}", self.fake, lib=LIBRARY)
+        torch.library.register_vmap(f"qnn::{self.name}", self._vmap, lib=LIBRARY)
+        self.overload = getattr(torch.ops.qnn, self.name).default
+        LIBRARY.impl(self.name, autograd_kernel(self, OPS), "Autograd", with_keyset=True)
+
+    def call(self, *args: Any) -> Any:
+        """`overload(*args)`, in eager mode straight to the kernel of the C++ library, where it has
+        one: past the kernel of autograd, which takes 3 µs to find that it has nothing to do.
+        """
+        direct = self._direct
+        if direct is None or not args[0].is_cpu or is_observed(args):
+            if in_mode():
+                flops.register(OPS)
+            return self.overload(*args)
+        return direct(*args)
+
+    def declare_direct(self) -> None:
+        """Declare the twin that `call` may go to; it has the kernel and nothing else."""
+        LIBRARY.define(self.schema.replace(self.name, f"{self.name}_no_grad", 1))
+
+    def go_direct(self) -> None:
+        """The C++ library is loaded, and has the kernel of the twin."""
+        self._direct = getattr(torch.ops.qnn, f"{self.name}_no_grad").default
+
+    def enable(self, key: str) -> None:
+        """Register the kernel of a dispatch key."""
+        self._enabled[key] = torch.library.Library("qnn", "IMPL", key)
+        self._enabled[key].impl(self.name, self._checked(self.kernels[key]))
+
+    def disable(self, key: str) -> None:
+        """Take the kernel of a dispatch key back, to make room for another; between the two the
+        reference serves.
+        """
+        unregister(self._enabled.pop(key))
+
+    def _checked(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        tails, require = self.tails, self.require
+
+        def run(*args: Any) -> Any:
+            args += tails[len(args)]
+            require(*args)
+            # A kernel's own torch calls are arithmetic that autocast must not round.
+            with below_autograd(), without_autocast():
+                return kernel(*args)
+
+        return run
+
+    def fake(self, *args: Any) -> Any:
+        """`results`, in every trace."""
+        for hook in _TRACE_HOOKS:
+            hook()
+        flops.register(OPS)
+        return self.results(*args)
+
+    def _vmap(self, info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        """A mapped axis becomes a leading axis where every mapped argument has some; otherwise one
+        call an element.
+        """
+        args += self.tails[len(args)]
+        in_dims = (*in_dims, *[None] * (len(args) - len(in_dims)))
+        mapped = [arg for arg, axis in zip(self.inputs, in_dims, strict=True) if axis is not None]
+        if self.rowwise and all(arg.has_lead for arg in mapped):
+            moved = []
+            for arg, axis, value in zip(self.inputs, in_dims, args, strict=True):
+                if axis is not None:
+                    value = value.movedim(axis, 0)
+                elif arg.has_lead and value is not None:
+                    value = value.expand(info.batch_size, *value.shape)
+                moved.append(value)
+            result = self.overload(*moved)
+        else:
+            calls = [
+                self.overload(
+                    *(
+                        v if d is None else v.select(d, i)
+                        for v, d in zip(args, in_dims, strict=True)
+                    )
+                )
+                for i in range(info.batch_size)
+            ]
+            single = len(self.outputs) == 1
+            result = (
+                torch.stack(calls) if single else tuple(map(torch.stack, zip(*calls, strict=True)))
+            )
+        return result, 0 if len(self.outputs) == 1 else (0,) * len(self.outputs)
+
+    def samples(self, seed: int = 0) -> Iterator[tuple[str, tuple[Any, ...]]]:
+        """Arguments for tests; see `samples.py`."""
+        return samples(self, seed)

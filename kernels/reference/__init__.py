@@ -1,0 +1,1 @@
+"""The meaning of each op, in plain torch."""
