@@ -12,12 +12,12 @@ _HERE = _Path(__file__).resolve().parent
 if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels" / "torch_private.py").is_file():
     __path__.append(str(_HERE.parent))
 
-from qnn import functional, kernels
+from qnn import functional, kernels, moved
 from qnn.calibration import parts
 from qnn.calibration.doubts import CalibrationWarning
 from qnn.calibration.fake_quantize import FakeQuantize, freeze_observers, unfreeze_observers
 from qnn.calibration.spec import QuantSpec
-from qnn.integrations import load_pretrained
+from qnn.integrations import compressed_tensors, load_pretrained
 from qnn.kernels import SCHEMES, Format, Scheme
 from qnn.kinds import Kind, Observation, register_kind
 from qnn.nn import (
@@ -62,11 +62,13 @@ __all__ = [
     "Summary",
     "calibrate",
     "compare",
+    "compressed_tensors",
     "convert",
     "freeze_observers",
     "functional",
     "kernels",
     "load_pretrained",
+    "moved",
     "parts",
     "prepare",
     "register_kind",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import graphlib
+import importlib
 import json
 import os
 import subprocess
@@ -13,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import qnn
+from qnn import moved
 
 from .common import child
 
@@ -70,22 +73,65 @@ class TestImport(unittest.TestCase):
             self.assertTrue(hasattr(qnn, name), name)
 
 
+# From the ground up; a package stands for all that is in it, and the longest name counts.
+FLOORS = (
+    "qnn.kernels.torch_private", "qnn.kernels.op", "qnn.kernels.formats", "qnn.kernels.reference",
+    "qnn.kernels", "qnn.passes", "qnn.functional", "qnn.calibration", "qnn.kinds", "qnn.nn",
+    "qnn.verbs", "qnn.integrations", "qnn",
+)  # fmt: skip
+
+
+def floor(module: str) -> int:
+    known = [name for name in FLOORS if module == name or module.startswith(f"{name}.")]
+    return FLOORS.index(max(known, key=len))
+
+
+def import_graph() -> dict[str, set[str]]:
+    """What each module imports, wherever in its file; a package's own file stands for the names
+    that it hands on, unless one of its modules is named.
+    """
+    files = {}
+    for folder, package in (
+        ("qnn", "qnn"),
+        ("functional", "qnn.functional"),
+        ("kernels", "qnn.kernels"),
+    ):
+        for path in (ROOT / folder).rglob("*.py"):
+            inside = path.relative_to(ROOT / folder).with_suffix("").parts
+            files[".".join([package, *(name for name in inside if name != "__init__")])] = path
+    graph: dict[str, set[str]] = {module: set() for module in files}
+    for module, path in files.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                named = {name if name in files else node.module or "" for name in names}
+            elif isinstance(node, ast.Import):
+                named = {alias.name for alias in node.names}
+            else:
+                continue
+            graph[module] |= named & files.keys()
+    return graph
+
+
 class TestHouse(unittest.TestCase):
     def test_imports_point_down(self) -> None:
-        """kernels < functional < qnn."""
-        for folder, above in (("kernels", ("qnn.functional",)), ("functional", ())):
-            for path in (ROOT / folder).rglob("*.py"):
-                for node in ast.walk(ast.parse(path.read_text())):
-                    names = []
-                    if isinstance(node, ast.ImportFrom):
-                        names = [node.module or ""]
-                    elif isinstance(node, ast.Import):
-                        names = [alias.name for alias in node.names]
-                    for name in names:
-                        if name.split(".")[0] != "qnn":
-                            continue
-                        self.assertTrue(name.startswith(("qnn.kernels", "qnn.functional")), path)
-                        self.assertFalse(name.startswith(above) if above else False, (path, name))
+        """No module imports one of a floor above, at the top, inside of a function or for types."""
+        for module, imported in import_graph().items():
+            for other in imported:
+                self.assertGreaterEqual(floor(module), floor(other), (module, other))
+
+    def test_no_imports_in_a_circle(self) -> None:
+        graph = import_graph()
+        order = graphlib.TopologicalSorter(graph)
+        order.prepare()  # a CycleError names the circle
+
+    def test_old_names_are_importable(self) -> None:
+        for old, new in moved.MOVED.items():
+            sys.modules.pop(old, None)
+            with self.assertWarnsRegex(DeprecationWarning, f"{old} is now {new}"):
+                found = importlib.import_module(old)
+            self.assertIs(found, importlib.import_module(new))
+            self.assertEqual(found.__spec__.name if found.__spec__ else "", new)
 
     def test_private_torch_names_stand_in_one_file(self) -> None:
         allowed = {"torch_private.py"}

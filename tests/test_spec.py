@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
+import textwrap
 import unittest
 from typing import Any
 
 import pytest
 import torch
 from parameterized import parameterized
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qnn.functional as F
 from qnn.kernels import OPS, Op
 from qnn.kernels.formats import int8
 from qnn.kernels.formats.int8 import INT8_STATIC_MAX_K
-from qnn.kernels.op import Arg, parse_signature, size_of
+from qnn.kernels.op import fast_check, parse_axis, parse_signature
+from qnn.kernels.op.fast_check import source_of
 from qnn.kernels.reference import recurrent
 
 from .common import same_bits
@@ -176,7 +180,7 @@ class TestEveryOp(unittest.TestCase):
         """Torch drops it on the way to the kernel, to the fake and to the vmap rule."""
         _, args = next(op.samples())
         required = sum(not arg.optional for arg in op.inputs)
-        given, whole = args[:required], (*args[:required], *op._tails[required])
+        given, whole = args[:required], (*args[:required], *op.tails[required])
         self.assertEqual(len(whole), len(args))
         op.check(*given)
         for short, full in zip(as_tuple(op.fake(*given)), as_tuple(op.fake(*whole)), strict=True):
@@ -256,7 +260,7 @@ class TestDeclaration(unittest.TestCase):
 
     def test_an_optional_argument_names_no_new_axis(self) -> None:
         with self.assertRaisesRegex(ValueError, "the optional y is the first with n"):
-            self.declare("test_optional", "x: ... k, y: n? -> ... k")
+            self.declare("test_optional", "x: ... k, y?: n -> ... k")
 
     @parameterized.expand(
         [
@@ -270,6 +274,13 @@ class TestDeclaration(unittest.TestCase):
             ("x ... k -> ... k", "no ':' before its axes"),
             ("x: n k -> ... k", "no argument has the leading axes"),
             ("x: b h, y: b h -> b h-1", "'h-1' of y is no axis"),
+            ("x: b h, y: b k/2 -> b h", "no argument before y says the size of 'k' in k/2"),
+            ("x: b h, y: h? -> b h", "y is marked behind its axes; write 'y?: h'"),
+            ("x: b h, n: str[] -> b h", "n is a list of str; only integers come in lists"),
+            ("x: b h, n: int=two -> b h", "n has the default 'two', which is no int"),
+            ("x: b h, n: bool=1 -> b h", "n has the default '1', which is no bool"),
+            ("x: b h, n: int -> b f(h, n)", "the declaration brings no function 'f'"),
+            ("x: (b h)[2] -> b h", "'(b h)[2]' of x is no axis"),
         ]
     )
     def test_a_mistake_is_an_error_of_the_declaration(self, signature: str, reason: str) -> None:
@@ -277,13 +288,91 @@ class TestDeclaration(unittest.TestCase):
             self.declare("test_mistake", signature)
         self.assertIn(f"test_mistake: signature {signature!r}", str(caught.exception))
 
+    def test_a_convolution(self) -> None:
+        """Integers, one or two to an argument, a flag, and sizes by a function."""
+
+        def reference(
+            x: torch.Tensor, weight: torch.Tensor, stride: Any, bias: Any, pad: int, flip: bool
+        ) -> torch.Tensor:
+            weight = weight.flip(-1) if flip else weight
+            return nn.functional.conv2d(x, weight, bias, list(stride), pad)
+
+        floats = (torch.float32,)
+        op = self.declare(
+            "test_conv2d",
+            "x: b c h w, weight: o c kh kw, stride: int[2], bias?: o, pad: int=0, flip: bool=False "
+            "-> b o out(h, kh, stride[0], pad) out(w, kw, stride[1], pad)",
+            dtypes=dict.fromkeys(("x", "weight", "bias"), floats), reference=reference,
+            sizes={"out": lambda size, kernel, step, pad: (size + 2 * pad - kernel) // step + 1},
+            sample={"h": 8, "w": 9, "kh": 3, "kw": 2, "b": 2, "c": 3, "o": 4, "stride": [2, 1]},
+        )  # fmt: skip
+        self.assertEqual(
+            op.schema,
+            "test_conv2d(Tensor x, Tensor weight, int[2] stride, Tensor? bias=None, int pad=0, "
+            "bool flip=False) -> Tensor",
+        )
+        x, weight, bias = torch.randn(2, 3, 8, 9), torch.randn(4, 3, 3, 2), torch.randn(4)
+        for args in ([2, 1], None, 0, False), ([1, 1], bias, 1, True), ([3, 2], bias, 2, False):
+            op.require(x, weight, *args)
+            got, want = op.overload(x, weight, *args), reference(x, weight, *args)
+            self.assertTrue(torch.equal(got, want))
+            self.assertEqual(op.fake(x, weight, *args).shape, want.shape)
+        self.assertTrue(torch.equal(op.overload(x, weight, 2), op.overload(x, weight, [2, 2])))
+        bad = torch.randn(4, 2, 3, 2)
+        self.assertFalse(op._fits(x, bad, [1, 1], None, 0, False))
+        with self.assertRaisesRegex(
+            ValueError, r"weight must be \[o, c, kh, kw\] with c = 3 as in x"
+        ):
+            op.overload(x, bad, [1, 1])
+        compiled = torch.compile(op.overload, fullgraph=True, backend="aot_eager", dynamic=True)
+        for height in (8, 11):
+            x = torch.randn(2, 3, height, 9)
+            self.assertTrue(
+                torch.equal(compiled(x, weight, [2, 1]), op.overload(x, weight, [2, 1]))
+            )
+        for _, args in op.samples():
+            self.assertEqual(op.fake(*args).shape, op.overload(*args).shape)
+
+    def test_a_grouped_linear(self) -> None:
+        """Lists of tensors, as many as there are groups."""
+
+        def reference(x: torch.Tensor, ws: list[torch.Tensor]) -> torch.Tensor:
+            return torch.stack([a @ w.mT for a, w in zip(x, ws, strict=True)])
+
+        floats = (torch.float32,)
+        op = self.declare(
+            "test_grouped", "x: e m k, ws: (n k)[e] -> e m n",
+            dtypes={"x": floats, "ws": floats}, reference=reference,
+        )  # fmt: skip
+        self.assertEqual(op.schema, "test_grouped(Tensor x, Tensor[] ws) -> Tensor")
+        x, ws = torch.randn(3, 5, 4), [torch.randn(6, 4) for _ in range(3)]
+        want = torch.einsum("emk,enk->emn", x, torch.stack(ws))
+        torch.testing.assert_close(op.overload(x, ws), want)
+        self.assertEqual(op.fake(x, ws).shape, (3, 5, 6))
+        op.require(x, ws)
+        for bad, reason in (
+            (ws[:2], r"ws must be \[n, k\] with e = 3 as in x, got 2"),
+            ([*ws[:2], torch.randn(6, 5)], r"ws\[2\] must be \[n, k\] with k = 4 as in x"),
+            ([*ws[:2], torch.randn(7, 4)], r"ws\[2\] must be \[n, k\] with n = 6 as in ws\[0\]"),
+            ([], "ws must hold a tensor at least"),
+        ):
+            self.assertFalse(op._fits(x, bad))
+            with self.assertRaisesRegex(ValueError, reason):
+                op.overload(x, bad)
+        with self.assertRaisesRegex(TypeError, r"ws\[1\] must be one of torch.float32"):
+            op.overload(x, [ws[0], ws[1].double(), ws[2]])
+        compiled = torch.compile(lambda x, ws: op.overload(x, ws), fullgraph=True, backend="eager")
+        self.assertTrue(torch.equal(compiled(x, ws), op.overload(x, ws)))
+        label, args = next(op.samples())
+        op.require(*args)
+
     def test_choices_and_defaults(self) -> None:
         def reference(x: torch.Tensor, mode: str, out: torch.dtype) -> torch.Tensor:
             return (-x if mode == "minus" else x + 0).to(out)
 
         floats = (torch.float32, torch.float64)
         op = self.declare(
-            "test_choice", "x: ..., mode: str?, out: dtype? -> ...", reference=reference,
+            "test_choice", "x: ..., mode?: str, out?: dtype -> ...", reference=reference,
             dtypes={"x": floats, "out": floats}, out=("out",),
             choices={"mode": ("plus", "minus")},
         )  # fmt: skip
@@ -353,9 +442,7 @@ class TestLimits(unittest.TestCase):
         self.assertEqual(limit, recurrent.MAX_COLUMNS[scheme])
         sizes = {"t": 1, "b": 1, "i": 1, "h": 1, "p": 1, axis: limit + 1}
         args = [
-            torch.empty(
-                [size_of(a, sizes) for a in arg.axes or ()], device="meta", dtype=sample.dtype
-            )
+            torch.empty([axis.size(sizes) for axis in arg.tail], device="meta", dtype=sample.dtype)
             for arg, sample in zip(op.inputs, next(op.samples())[1], strict=True)
             if not arg.optional
         ]
@@ -379,21 +466,38 @@ class TestLimits(unittest.TestCase):
 
 class TestSignature(unittest.TestCase):
     def test_parse(self) -> None:
-        inputs, outputs = parse_signature("x: ... k, bias: n?, how: str?, dtype: dtype? -> ... n")
-        self.assertEqual(
-            inputs,
-            (
-                Arg("x", ("...", "k")),
-                Arg("bias", ("n",), optional=True),
-                Arg("how", None, optional=True, kind="str"),
-                Arg("dtype", None, optional=True, kind="ScalarType"),
-            ),
+        inputs, outputs = parse_signature(
+            "op", "x: ... k, w: n k, bias?: n, how?: str, dtype?: dtype -> ... n"
         )
-        self.assertEqual(outputs, (Arg("y", ("...", "n")),))
+        x, _, bias, how, dtype = inputs
+        self.assertEqual((x.name, x.has_lead, [a.name for a in x.tail]), ("x", True, ["k"]))
+        self.assertEqual((bias.optional, str(bias), bias.kind), (True, "[n]", "Tensor"))
+        self.assertEqual((how.axes, how.kind, dtype.kind), (None, "str", "ScalarType"))
+        self.assertEqual([str(each) for each in outputs], ["[..., n]"])
+
+    @parameterized.expand(
+        [
+            ("k", 300), ("7", 7), ("k/128", 3), ("k/512>2", 2), ("p*2", 10), ("k/16*8", 152),
+            ("t*b*p+b*2", 48), ("f(k, p)", 305),
+        ]
+    )  # fmt: skip
+    def test_size_of_an_axis(self, text: str, size: int) -> None:
+        """By numbers and by the source of the fast check."""
+        sizes, functions = {"k": 300, "p": 5, "t": 2, "b": 4}, {"f": lambda k, p: k + p}
+        axis = parse_axis(text)
+        self.assertEqual(axis.size(sizes, functions), size)
+        self.assertEqual(eval(axis.source(), {}, {**sizes, **functions}), size)
 
     def test_what_follows_an_optional_argument_is_optional(self) -> None:
         with self.assertRaisesRegex(ValueError, "dtype must be optional, as bias is"):
-            parse_signature("x: ... n, bias: n?, dtype: dtype -> ... n")
+            parse_signature("op", "x: ... n, bias?: n, dtype: dtype -> ... n")
+
+    def test_the_fast_check_reads_as_its_page_says(self) -> None:
+        inputs, _ = parse_signature("op", "x: ... k, w: n k -> ... n")
+        floats = (torch.float32,)
+        source = source_of(inputs, {"x": floats, "w": floats}, {})
+        page = inspect.getdoc(fast_check) or ""
+        self.assertIn(textwrap.indent(source, "    "), page)
 
     def test_schema(self) -> None:
         self.assertEqual(
@@ -405,7 +509,7 @@ class TestSignature(unittest.TestCase):
 
     def test_no_arrow(self) -> None:
         with self.assertRaisesRegex(ValueError, "has no '->'"):
-            parse_signature("x: n")
+            parse_signature("op", "x: n")
 
     def test_errors_repeat_the_call(self) -> None:
         w, sw = torch.zeros(4, 8, dtype=torch.int8), torch.ones(4, 1)

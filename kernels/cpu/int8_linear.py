@@ -1,5 +1,5 @@
-"""CPU kernels of the int8 ops. Their meaning is the reference in `kernels/declare/int8.py`; integers are
-equal bit for bit.
+"""CPU kernels of the int8 ops. Their meaning is `kernels/reference/int8.py`; integers are equal bit
+for bit.
 """
 
 from __future__ import annotations

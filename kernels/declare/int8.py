@@ -1,4 +1,4 @@
-"""The int8 ops: quantise, dequantise, and the linear layers of the schemes `int8`, `int8_static` and
+"""The int8 ops: quantise, dequantise, and the linear layers of `int8`, `int8_static` and
 `int8_weight`.
 
 `zx` of `int8_static` is the integer that stands for 0.0, as `input_zero_point` of the

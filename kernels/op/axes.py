@@ -41,7 +41,7 @@ _SCHEMA = {"dtype": "ScalarType", "str": "str", "int": "int", "bool": "bool"}
 FORMS = "names, k/128, k/128>2, p*2, t*b+b*h, f(h, k)"
 
 
-class Unknown(Exception):
+class UnknownSizeError(Exception):
     """The size of an axis is not known: `name` has not been bound."""
 
 
@@ -58,7 +58,7 @@ class Factor:
         if self.name is None:
             return self.number
         if self.name not in sizes:
-            raise Unknown(self.name)
+            raise UnknownSizeError(self.name)
         size = sizes[self.name]
         if self.divisor != 1:
             size = -(-size // self.divisor)
@@ -100,7 +100,7 @@ class Axis:
         return not self.names and self.function is None
 
     def size(self, sizes: Sizes, functions: Functions | None = None) -> Any:
-        """Its size; raises `Unknown` where `sizes` does not say it."""
+        """Its size; raises `UnknownSizeError` where `sizes` does not say it."""
         if self.function is not None:
             given = [axis.size(sizes, functions) for axis in self.of]
             return (functions or {})[self.function](*given)
@@ -332,7 +332,7 @@ __all__ = [
     "Factor",
     "Functions",
     "Sizes",
-    "Unknown",
+    "UnknownSizeError",
     "describe",
     "dtype_of",
     "parse_axis",

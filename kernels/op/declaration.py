@@ -12,7 +12,7 @@ from qnn.kernels.op.axes import (
     LEAD,
     Arg,
     Axis,
-    Unknown,
+    UnknownSizeError,
     describe,
     dtype_of,
     parse_axis,
@@ -251,7 +251,7 @@ class Declaration:
     # -- results ----------------------------------------------------------------------------------
 
     def results(self, *args: Any) -> Any:
-        """What the op returns, without its values: the shapes of the signature, new and contiguous."""
+        """What the op returns, without its values: new, contiguous, in the signature's shapes."""
         args += self.tails[len(args)]
         sizes = self.check(*args)
         by_name = {arg.name: value for arg, value in zip(self.inputs, args, strict=True)}
@@ -272,4 +272,4 @@ class Declaration:
         return f"<qnn op {self.name}: {self.signature}>"
 
 
-__all__ = ["Declaration", "Unknown", "too_long"]
+__all__ = ["Declaration", "UnknownSizeError", "too_long"]

@@ -12,7 +12,7 @@ import torch
 from qnn.kernels.op.axes import Arg
 from qnn.kernels.op.declaration import Declaration
 
-_SIZES = (37, 19, 23)
+_SIZES = (37, 19, 23, 7, 5)
 _LEADS: tuple[tuple[int, ...], ...] = ((5,), (), (2, 3), (0,))
 
 

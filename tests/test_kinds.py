@@ -1,0 +1,189 @@
+"""A kind of layer that is registered from outside goes through all verbs."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import unittest
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from parameterized import parameterized
+from torch import nn
+
+import qnn
+from qnn import functional as F
+from qnn.integrations.compressed_tensors import quantization_config
+from qnn.kinds import known_kinds, unregister_kind
+
+from .common import same_bits
+
+
+class QEmbedding(qnn.Quantized):
+    """Looks up rows of a quantised table."""
+
+    def __init__(self, rows: int, columns: int, scheme: str = "int8_weight") -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.scheme = rows, columns, scheme
+        self.dtype = torch.get_default_dtype()
+        self._empty_weights(None)
+
+    def _weight_shapes(self) -> dict[str, tuple[int, int]]:
+        return {"weight": (self.num_embeddings, self.embedding_dim)}
+
+    def _backend(self) -> str:
+        return "rows decoded in torch operations"
+
+    @property
+    def _who(self) -> str:
+        return f"QEmbedding({self.num_embeddings}, {self.embedding_dim})"
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        parts = [self._parameters[name][tokens] for name, _ in self._parts_of("weight")]  # type: ignore[index]
+        return F.dequantize(*parts, self.dtype, scheme=self.scheme)
+
+
+class EmbeddingKind(qnn.Kind):
+    name = "embedding"
+    floats = (nn.Embedding,)
+    titles = ("nn.Embedding",)
+    quantized = (QEmbedding,)
+
+    def names(self, module: nn.Module) -> tuple[str, ...]:
+        return ("weight",)
+
+    def why_left(
+        self, module: nn.Module, scheme: str, *, named: bool = False, training: bool = False
+    ) -> str | None:
+        if scheme != "int8_weight" and not training:
+            return f"scheme {scheme!r} has no embedding"
+        return super().why_left(module, scheme, named=named, training=training)
+
+    def quantize(self, layer: Any, scheme: str, own: Any) -> QEmbedding:
+        made = QEmbedding(*layer.weight.shape, scheme)
+        made.weight = layer.weight.detach()
+        return made.train(layer.training)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(30, 16), nn.Linear(16, 5)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.head(self.table(tokens))
+        return y
+
+
+class TestRegistered(unittest.TestCase):
+    kind: ClassVar[qnn.Kind]
+
+    def setUp(self) -> None:
+        kind = qnn.register_kind(EmbeddingKind())
+        self.addCleanup(unregister_kind, kind)
+        self.model, self.tokens = Model().eval(), torch.randint(30, (4, 7))
+
+    def test_convert_summary_compare(self) -> None:
+        converted = qnn.convert(self.model, "int8_weight")
+        self.assertIsInstance(converted.table, QEmbedding)
+        self.assertIsInstance(self.model.table, nn.Embedding)
+        table, head = qnn.summary(converted).rows
+        self.assertEqual(
+            (table.layer, table.scheme, table.shape), ("QEmbedding", "int8_weight", (30, 16))
+        )
+        self.assertEqual((table.bytes_before, table.bytes_after), (30 * 16 * 4, 30 * (16 + 4)))
+        self.assertEqual(table.backend, "rows decoded in torch operations")
+        comparison = qnn.compare(self.model, converted, self.tokens)
+        self.assertEqual({row.name for row in comparison.rows}, {"table", "head", "(output)"})
+        self.assertTrue(all(row.sqnr > 35 for row in comparison.rows if not math.isnan(row.sqnr)))
+        self.assertIn("rows decoded", repr(converted))
+
+    def test_what_a_scheme_has_not(self) -> None:
+        converted = qnn.convert(self.model, "fp8")
+        self.assertIsInstance(converted.table, nn.Embedding)
+        reason = next(r.reason for r in qnn.summary(converted).rows if r.name == "table")
+        self.assertEqual(reason, "scheme 'fp8' has no embedding")
+        trained = qnn.convert(self.model, "fp8", training=True)
+        reason = next(r.reason for r in qnn.summary(trained).rows if r.name == "table")
+        self.assertEqual(reason, "there is no embedding layer that trains in low precision")
+
+    def test_prepare_leaves_it(self) -> None:
+        prepared = qnn.calibrate(qnn.prepare(self.model), [self.tokens], progress=False)
+        converted = qnn.convert(prepared)
+        self.assertIsInstance(converted.table, nn.Embedding)
+        self.assertIsInstance(converted.head, qnn.QLinear)
+
+    def test_save_and_load(self) -> None:
+        converted = qnn.convert(self.model, "int8_weight")
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "state.pt")
+            torch.save(converted.state_dict(), path)
+            torch.manual_seed(1)
+            other = qnn.convert(Model().eval(), "int8_weight")
+            other.load_state_dict(torch.load(path, weights_only=True))
+        self.assertTrue(same_bits(other(self.tokens), converted(self.tokens)))
+        float_state = {k: v for k, v in self.model.state_dict().items()}
+        torch.manual_seed(1)
+        again = qnn.convert(Model().eval(), "int8_weight")
+        again.load_state_dict(float_state)  # quantised on the way in
+        self.assertTrue(same_bits(again(self.tokens), converted(self.tokens)))
+        with self.assertRaisesRegex(RuntimeError, "the state has no weight_scale"):
+            again.load_state_dict(
+                {k: v for k, v in converted.state_dict().items() if "table.weight_s" not in k},
+                strict=False,
+            )
+
+    def test_described_as_what_others_do_not_know(self) -> None:
+        described = quantization_config(qnn.convert(self.model, "int8_weight"))
+        kinds = {tuple(g["targets"]): g["format"] for g in described["config_groups"].values()}
+        self.assertIn("QEmbedding", kinds[("table",)])
+        self.assertNotIn("QEmbedding", kinds[("head",)])
+
+    def test_tied_layers_stay_float(self) -> None:
+        model = nn.ModuleDict({"a": nn.Embedding(16, 16), "b": nn.Linear(16, 16, bias=False)})
+        model["b"].weight = model["a"].weight
+        with self.assertRaisesRegex(ValueError, "its weight is tied to 'b'"):
+            qnn.convert(model, "int8_weight")
+
+    def test_the_weight_view(self) -> None:
+        layer = qnn.convert(self.model, "int8_weight").table
+        self.assertEqual((layer.weight.dtype, layer.weight.shape), (torch.float32, (30, 16)))
+        layer.weight = torch.zeros(30, 16)
+        self.assertFalse(layer(self.tokens).any())
+
+    def test_compiled(self) -> None:
+        converted = qnn.convert(self.model, "int8_weight")
+        compiled = torch.compile(converted, fullgraph=True, backend="aot_eager")
+        self.assertTrue(torch.equal(compiled(self.tokens), converted(self.tokens)))
+
+    def test_errors_name_it(self) -> None:
+        with self.assertRaisesRegex(ValueError, r"no nn.Linear, nn.LSTM, nn.GRU or nn.Embedding"):
+            qnn.convert(nn.Sequential(nn.ReLU()))
+
+
+class TestRegistry(unittest.TestCase):
+    def test_refused(self) -> None:
+        with self.assertRaisesRegex(TypeError, "takes a qnn.Kind, got type"):
+            qnn.register_kind(EmbeddingKind)  # type: ignore[arg-type]
+        for known in known_kinds():
+            with self.assertRaisesRegex(ValueError, f"there is a kind '{known.name}' already"):
+                qnn.register_kind(known)
+
+    @parameterized.expand([(kind.name, kind) for kind in known_kinds()])
+    def test_known(self, _: str, kind: qnn.Kind) -> None:
+        self.assertTrue(kind.quantized)
+        self.assertTrue(all(issubclass(each, qnn.Quantized) for each in kind.quantized))
+
+    def test_verbs_name_no_layer(self) -> None:
+        """They ask the kind: only torch's own classes that need another treatment are named."""
+        folder = Path(qnn.__file__).parent / "verbs"
+        for path in folder.glob("*.py"):
+            text = path.read_text()
+            for name in ("QLinear", "QLSTM", "QRecurrent", "ObservedLinear", "is_recurrent"):
+                code = [
+                    line for line in text.splitlines() if "isinstance(" in line and name in line
+                ]
+                self.assertEqual(code, [], path.name)
+            self.assertNotIn("from qnn.nn.linear", text, path.name)
+            self.assertNotIn("from qnn.nn.recurrent", text, path.name)
