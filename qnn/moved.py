@@ -61,4 +61,4 @@ class _Finder:
         module.__spec__ = self.own
 
 
-sys.meta_path.append(_Finder)  # type: ignore[arg-type]
+sys.meta_path.append(_Finder)

@@ -88,10 +88,9 @@ class TestRegistered(unittest.TestCase):
         converted = qnn.convert(self.model, "int8_weight")
         self.assertIsInstance(converted.table, QEmbedding)
         self.assertIsInstance(self.model.table, nn.Embedding)
-        table, head = qnn.summary(converted).rows
-        self.assertEqual(
-            (table.layer, table.scheme, table.shape), ("QEmbedding", "int8_weight", (30, 16))
-        )
+        table, _ = qnn.summary(converted).rows
+        row = table.layer, table.scheme, table.shape
+        self.assertEqual(row, ("QEmbedding", "int8_weight", (30, 16)))
         self.assertEqual((table.bytes_before, table.bytes_after), (30 * 16 * 4, 30 * (16 + 4)))
         self.assertEqual(table.backend, "rows decoded in torch operations")
         comparison = qnn.compare(self.model, converted, self.tokens)
@@ -123,16 +122,14 @@ class TestRegistered(unittest.TestCase):
             other = qnn.convert(Model().eval(), "int8_weight")
             other.load_state_dict(torch.load(path, weights_only=True))
         self.assertTrue(same_bits(other(self.tokens), converted(self.tokens)))
-        float_state = {k: v for k, v in self.model.state_dict().items()}
         torch.manual_seed(1)
         again = qnn.convert(Model().eval(), "int8_weight")
-        again.load_state_dict(float_state)  # quantised on the way in
+        again.load_state_dict(self.model.state_dict())  # quantised on the way in
         self.assertTrue(same_bits(again(self.tokens), converted(self.tokens)))
         with self.assertRaisesRegex(RuntimeError, "the state has no weight_scale"):
-            again.load_state_dict(
-                {k: v for k, v in converted.state_dict().items() if "table.weight_s" not in k},
-                strict=False,
-            )
+            state = converted.state_dict()
+            del state["table.weight_scale"]
+            again.load_state_dict(state, strict=False)
 
     def test_described_as_what_others_do_not_know(self) -> None:
         described = quantization_config(qnn.convert(self.model, "int8_weight"))
@@ -181,9 +178,7 @@ class TestRegistry(unittest.TestCase):
         for path in folder.glob("*.py"):
             text = path.read_text()
             for name in ("QLinear", "QLSTM", "QRecurrent", "ObservedLinear", "is_recurrent"):
-                code = [
-                    line for line in text.splitlines() if "isinstance(" in line and name in line
-                ]
-                self.assertEqual(code, [], path.name)
+                asked = [line for line in text.splitlines() if "isinstance(" in line]
+                self.assertEqual([line for line in asked if name in line], [], path.name)
             self.assertNotIn("from qnn.nn.linear", text, path.name)
             self.assertNotIn("from qnn.nn.recurrent", text, path.name)

@@ -363,7 +363,7 @@ class TestDeclaration(unittest.TestCase):
             op.overload(x, [ws[0], ws[1].double(), ws[2]])
         compiled = torch.compile(lambda x, ws: op.overload(x, ws), fullgraph=True, backend="eager")
         self.assertTrue(torch.equal(compiled(x, ws), op.overload(x, ws)))
-        label, args = next(op.samples())
+        _, args = next(op.samples())
         op.require(*args)
 
     def test_choices_and_defaults(self) -> None:
@@ -486,7 +486,7 @@ class TestSignature(unittest.TestCase):
         sizes, functions = {"k": 300, "p": 5, "t": 2, "b": 4}, {"f": lambda k, p: k + p}
         axis = parse_axis(text)
         self.assertEqual(axis.size(sizes, functions), size)
-        self.assertEqual(eval(axis.source(), {}, {**sizes, **functions}), size)
+        self.assertEqual(eval(axis.source(), {**sizes, **functions}), size)  # noqa: S307
 
     def test_what_follows_an_optional_argument_is_optional(self) -> None:
         with self.assertRaisesRegex(ValueError, "dtype must be optional, as bias is"):

@@ -261,7 +261,7 @@ class Declaration:
             dtype = dtype_of(by_name[rule] if isinstance(rule, str) else rule)
             lead = sizes[LEAD] if result.has_lead else ()
             shape = (*lead, *(axis.size(sizes, self.sizes) for axis in result.tail))
-            return cast(torch.Tensor, like.new_empty(shape, dtype=dtype))
+            return like.new_empty(shape, dtype=dtype)
 
         results = tuple(
             make(result, rule) for result, rule in zip(self.outputs, self.out, strict=True)

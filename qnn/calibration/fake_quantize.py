@@ -80,7 +80,7 @@ class FakeQuantize(Statistics):
             scale = self.scale
             del self.scale
             self.scale = nn.Parameter(scale)
-        self.register_load_state_dict_post_hook(_refresh_what_was_loaded)
+        self.register_load_state_dict_post_hook(_refresh_what_was_loaded)  # type: ignore[no-untyped-call]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training or not self.qat:

@@ -12,6 +12,7 @@ from qnn import kinds
 from qnn.calibration.doubts import warn_of
 from qnn.kernels import get_scheme, training_scheme
 from qnn.kinds import Own, kind_of
+from qnn.nn.base import Quantized
 from qnn.verbs import patterns
 from qnn.verbs.checks import (
     TIED,
@@ -228,7 +229,7 @@ def _end_training(modules: dict[str, nn.Module], plan: Plan) -> None:
             continue
         if (why := why_not_plain(module)) is not None:
             plan.unsupported[name] = plan.reasons[id(module)] = why
-        elif left_alone(module, module.scheme) is None:
+        elif left_alone(module, cast(str, module.scheme)) is None:
             plan.schemes[id(module)] = None
 
 
@@ -284,7 +285,7 @@ def _maker(plan: Plan, training: bool) -> Make:
         kind, scheme = cast(kinds.Kind, kind_of(old)), plan.schemes[id(old)]
         if training or scheme is None:
             return kind.train(old, scheme, own)
-        made = kind.quantize(old, scheme, own)
+        made = cast(Quantized, kind.quantize(old, scheme, own))
         for name, weight in kind.weights(old).items() if kind.shares else ():
             stored = tied.setdefault(id(weight), made._stored_of(name))
             names = [part for part, _ in made._parts_of(name)]

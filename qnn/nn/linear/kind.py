@@ -30,7 +30,7 @@ class LinearKind(Kind):
 
     name = "linear"
     floats = (nn.Linear,)
-    titles = ("nn.Linear",)
+    titles: tuple[str, ...] = ("nn.Linear",)
     quantized = (QLinear,)
     observed = (ObservedLinear,)
     training = (Linear,)

@@ -82,7 +82,7 @@ class RecurrentKind(Kind):
                 made._parameters[name] = own(parameter)
         return made
 
-    def observe(self, layer: nn.Module, how: Observation, own: Own) -> nn.Module:
+    def observe(self, layer: nn.Module, how: Observation, own: Own) -> Any:
         made = self._quantizable(layer, how)
         known = layer.specs() if isinstance(layer, Observed) else {}
         made.observe(PartSpecs(known) | (how.parts or {}), qat=how.qat)
