@@ -155,6 +155,24 @@ def forked(code: str, timeout: int = 300) -> str:
     return text
 
 
+def forked_script(path: Path, *arguments: str, cwd: Path, timeout: int = 600) -> str:
+    """Run a script as `python path arguments` does, in a process of `forked`."""
+    # One thread: results are what is tested, and two busy processes that each spin on every core
+    # of a small machine take ten times as long.
+    return forked(
+        f"""
+        import os, runpy, sys, torch
+        torch.set_num_threads(1)
+        os.environ |= {{"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}}
+        os.chdir({str(cwd)!r})
+        sys.path.insert(0, {str(path.parent)!r})
+        sys.argv = [{str(path)!r}, *{arguments!r}]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        """,
+        timeout,
+    )
+
+
 def child(code: str, timeout: int = 300, **environment: str) -> str:
     """Run `code` in a fresh process; its standard output, or an AssertionError with all it said."""
     done = subprocess.run(
