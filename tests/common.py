@@ -141,7 +141,7 @@ def _main(code: str, said: str) -> None:
 
 def forked(code: str, timeout: int = 300) -> str:
     """Run `code` in a process that has imported torch and qnn, and done no more; what it printed,
-    or an AssertionError with it. `child` is for what asks about imports or sets the environment.
+    or an AssertionError with it. `child` is for what asks about imports or sets what they read.
     """
     with tempfile.NamedTemporaryFile() as said:
         process = _SERVER.Process(target=_main, args=(textwrap.dedent(code), said.name))
