@@ -131,27 +131,27 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload([__name__, "torch._inductor.compile_fx"])
 
 
-def _main(code: str, said: str) -> None:
-    out = os.open(said, os.O_WRONLY)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
+def _main(code: str, out: str, err: str) -> None:
+    os.dup2(os.open(out, os.O_WRONLY | os.O_APPEND), 1)
+    os.dup2(os.open(err, os.O_WRONLY | os.O_APPEND), 2)
     exec(compile(code, "<child>", "exec"), {"__name__": "__main__"})  # noqa: S102 - a test's own
     sys.stdout.flush()
 
 
 def forked(code: str, timeout: int = 300) -> str:
-    """Run `code` in a process that has imported torch and qnn, and done no more; what it printed,
-    or an AssertionError with it. `child` is for what asks about imports or sets what they read.
+    """Run `code` in a process that has imported torch and qnn, and done no more; its standard
+    output, or an AssertionError with all it said. `child` is for what asks about imports or sets
+    what they read.
     """
-    with tempfile.NamedTemporaryFile() as said:
-        process = _SERVER.Process(target=_main, args=(textwrap.dedent(code), said.name))
+    with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
+        process = _SERVER.Process(target=_main, args=(textwrap.dedent(code), out.name, err.name))
         process.start()
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
             process.join()
-        text = Path(said.name).read_text(errors="replace")
-        assert process.exitcode == 0, f"child ended with {process.exitcode}:\n{text}"
+        text, more = (Path(file.name).read_text(errors="replace") for file in (out, err))
+        assert process.exitcode == 0, f"child ended with {process.exitcode}:\n{text}\n{more}"
     return text
 
 
