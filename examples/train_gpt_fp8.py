@@ -48,11 +48,11 @@ BASELINE = "bfloat16"
 VOCABULARY = 256  # the bytes of UTF-8
 FULL = {
     "width": 128, "depth": 2, "heads": 4, "context": 64, "batch": 8, "steps": 400, "every": 40,
-    "valid": 60,
+    "valid": 60, "characters": 160,
 }  # fmt: skip
 TINY = {
-    "width": 64, "depth": 2, "heads": 2, "context": 32, "batch": 8, "steps": 40, "every": 20,
-    "valid": 8,
+    "width": 64, "depth": 2, "heads": 2, "context": 32, "batch": 8, "steps": 24, "every": 12,
+    "valid": 4, "characters": 40,
 }  # fmt: skip
 
 
@@ -251,10 +251,10 @@ def deploy(run: Trainer, valid: torch.Tensor) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def sample(model: nn.Module, a: argparse.Namespace, count: int = 160) -> str:
+def sample(model: nn.Module, a: argparse.Namespace) -> str:
     generator = torch.Generator().manual_seed(a.seed)
     tokens = torch.tensor([list(b"The ")], device=a.device)
-    for _ in range(count):
+    for _ in range(a.characters):
         with torch.autocast(a.device.type, torch.bfloat16):
             logits = model(tokens[:, -a.context :])[0, -1]
         chances = torch.softmax(logits.cpu() / 0.7, -1)

@@ -131,28 +131,46 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload([__name__, "torch._inductor.compile_fx"])
 
 
-def _main(code: str, said: str) -> None:
-    out = os.open(said, os.O_WRONLY)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
+def _main(code: str, out: str, err: str) -> None:
+    os.dup2(os.open(out, os.O_WRONLY | os.O_APPEND), 1)
+    os.dup2(os.open(err, os.O_WRONLY | os.O_APPEND), 2)
     exec(compile(code, "<child>", "exec"), {"__name__": "__main__"})  # noqa: S102 - a test's own
     sys.stdout.flush()
 
 
 def forked(code: str, timeout: int = 300) -> str:
-    """Run `code` in a process that has imported torch and qnn, and done no more; what it printed,
-    or an AssertionError with it. `child` is for what asks about imports or sets the environment.
+    """Run `code` in a process that has imported torch and qnn, and done no more; its standard
+    output, or an AssertionError with all it said. `child` is for what asks about imports or sets
+    what they read.
     """
-    with tempfile.NamedTemporaryFile() as said:
-        process = _SERVER.Process(target=_main, args=(textwrap.dedent(code), said.name))
+    with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
+        process = _SERVER.Process(target=_main, args=(textwrap.dedent(code), out.name, err.name))
         process.start()
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
             process.join()
-        text = Path(said.name).read_text(errors="replace")
-        assert process.exitcode == 0, f"child ended with {process.exitcode}:\n{text}"
+        text, more = (Path(file.name).read_text(errors="replace") for file in (out, err))
+        assert process.exitcode == 0, f"child ended with {process.exitcode}:\n{text}\n{more}"
     return text
+
+
+def forked_script(path: Path, *arguments: str, cwd: Path, timeout: int = 600) -> str:
+    """Run a script as `python path arguments` does, in a process of `forked`."""
+    # One thread: results are what is tested, and two busy processes that each spin on every core
+    # of a small machine take ten times as long.
+    return forked(
+        f"""
+        import os, runpy, sys, torch
+        torch.set_num_threads(1)
+        os.environ |= {{"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}}
+        os.chdir({str(cwd)!r})
+        sys.path.insert(0, {str(path.parent)!r})
+        sys.argv = [{str(path)!r}, *{arguments!r}]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        """,
+        timeout,
+    )
 
 
 def child(code: str, timeout: int = 300, **environment: str) -> str:

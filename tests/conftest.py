@@ -12,6 +12,10 @@ from typing import Any
 if PROCESSES := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // PROCESSES))
 
+# Inductor asks the CPU what it has; that the compiler can build for it takes 7 s of a process with
+# an empty cache to find out, and is so wherever the C++ kernels are built.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings

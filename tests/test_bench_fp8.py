@@ -20,6 +20,8 @@ import torch
 from qnn.kernels import SCHEMES
 from qnn.kernels.cuda import backends
 
+from .common import forked_script
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 TRAINED = [scheme.name for scheme in SCHEMES.values() if scheme.trainable]
@@ -33,13 +35,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def run(*arguments: str, cwd: Path) -> str:
     """What the benchmark prints on a machine without a GPU."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(ROOT / "benchmarks" / "bench_fp8.py"), *arguments]
-    done = subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return forked_script(ROOT / "benchmarks" / "bench_fp8.py", *arguments, cwd=cwd)
 
 
 def test_tiny_run(tmp_path: Path) -> None:

@@ -371,7 +371,8 @@ class TestModes(unittest.TestCase):
 
     def test_a_second_process_hits_the_caches(self) -> None:
         code = """
-            import torch
+            import os, torch
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = FOLDER
             from torch import nn
             from torch._dynamo.utils import counters
             from torch._inductor import config
@@ -392,9 +393,8 @@ class TestModes(unittest.TestCase):
                   a["autograd_cache_hit"])
         """
         with tempfile.TemporaryDirectory() as folder:
-            first, second = (
-                child(code, TORCHINDUCTOR_CACHE_DIR=folder).split()[-4:] for _ in range(2)
-            )
+            code = code.replace("FOLDER", repr(folder))
+            first, second = (forked(code).split()[-4:] for _ in range(2))
         self.assertEqual((first, second), (["0", "1", "0", "0"], ["1", "0", "0", "1"]))
 
 

@@ -15,7 +15,7 @@ from qnn.kernels.cpu import native
 from qnn.kernels.cpu.engines import ENGINES, self_test
 from qnn.kernels.reference import int8
 
-from .common import DTYPES, SIZES, child, forked, sum_bound, weights
+from .common import DTYPES, SIZES, forked, sum_bound, weights
 
 USABLE = [name for name in ENGINES if self_test(name).usable]
 
@@ -243,26 +243,28 @@ class TestInstructionSets(unittest.TestCase):
 
     @parameterized.expand([("AVX2",), ("AVX512_CORE",), ("AVX2_VNNI",), ("AVX512_CORE_VNNI",)])
     def test_exact_under(self, isa: str) -> None:
-        out = child(
+        out = forked(
             """
-            import sys, pytest
+            import os, sys, pytest
+            os.environ["ONEDNN_MAX_CPU_ISA"] = LEVEL
             from qnn.kernels.cpu.engines import ENGINES, self_test
             print({name: self_test(name).usable for name in ENGINES})
             pick = PICK
             sys.exit(int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", TESTS, "-k", pick])))
-            """.replace("TESTS", repr(str(Path(__file__)))).replace("PICK", repr(PICK)),
-            ONEDNN_MAX_CPU_ISA=isa,
+            """.replace("TESTS", repr(str(Path(__file__))))
+            .replace("PICK", repr(PICK))
+            .replace("LEVEL", repr(isa))
         )
         self.assertIn("'exact': True", out)
 
     def test_without_vnni_onednn_is_found_out(self) -> None:
-        out = child(
+        out = forked(
             """
+            import os, torch
+            os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
             from qnn.kernels.cpu.engines import best_engine, self_test
-            import torch
             print(self_test("onednn"), best_engine(1000, torch.empty(1000, 1000)).name)
-            """,
-            ONEDNN_MAX_CPU_ISA="AVX2",
+            """
         )
         self.assertIn("usable=False", out)
         self.assertIn("wrong integers in the known-answer test", out)

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import (
 
 from qnn.functional import invoke_quant
 
-from .common import child, forked, mlp
+from .common import forked, mlp
 
 SCHEMES = ("int8", "int8_weight")
 BACKENDS = ("eager", "aot_eager", "inductor")
@@ -133,7 +133,8 @@ class TestCompile(unittest.TestCase):
     def test_a_second_process_hits_the_fx_graph_cache(self) -> None:
         """A forward alone, then a forward and a backward."""
         code = """
-            import torch
+            import os, torch
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = FOLDER
             from tests.common import mlp
             from torch._dynamo.utils import counters
             for training in (False, True):
@@ -148,10 +149,8 @@ class TestCompile(unittest.TestCase):
                 print(c["fxgraph_cache_hit"], c["fxgraph_cache_miss"], c["fxgraph_cache_bypass"])
         """
         with tempfile.TemporaryDirectory() as folder:
-            first, second = (
-                list(map(int, child(code, TORCHINDUCTOR_CACHE_DIR=folder).split()[-6:]))
-                for _ in range(2)
-            )
+            code = code.replace("FOLDER", repr(folder))
+            first, second = (list(map(int, forked(code).split()[-6:])) for _ in range(2))
         for at in (0, 3):
             (hit, miss, bypass), (hit2, miss2, bypass2) = first[at : at + 3], second[at : at + 3]
             self.assertEqual((hit, bypass, miss2, bypass2), (0, 0, 0, 0), (first, second))

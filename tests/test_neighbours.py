@@ -14,7 +14,7 @@ import torch
 
 import qnn
 
-from .common import child, mlp, need_sharded_integers
+from .common import forked, mlp, need_sharded_integers
 
 
 def bert(layers: int = 2, **config: Any) -> Any:
@@ -178,8 +178,8 @@ class TestAccelerate(unittest.TestCase):
 
 
 WORKER = """
-import os, sys
-import torch, torch.distributed as dist
+import os, tempfile
+import torch, torch.multiprocessing as mp, torch.distributed as dist
 import qnn
 from torch import nn
 
@@ -206,22 +206,15 @@ def run(rank, path):
     # Threads of gloo and autograd may want the GIL, and a Python that finalises ends them by abort.
     os._exit(0)
 
-if __name__ == "__main__":
-    import tempfile, torch.multiprocessing as mp
-    torch.set_num_threads(1)
-    mp.spawn(run, (tempfile.mktemp(),), nprocs=2)
-    print("both ranks agree")
+torch.set_num_threads(1)
+mp.start_processes(run, (tempfile.mktemp(),), nprocs=2, start_method="fork")  # nothing has run here
+print("both ranks agree")
 """
 
 
 class TestDistributed(unittest.TestCase):
     def both_ranks(self, body: str) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            script = Path(folder) / "worker.py"
-            script.write_text(
-                WORKER.replace("    BODY\n", textwrap.indent(textwrap.dedent(body), "    "))
-            )
-            out = child(f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')")
+        out = forked(WORKER.replace("    BODY\n", textwrap.indent(textwrap.dedent(body), "    ")))
         self.assertIn("both ranks agree", out)
 
     def test_fsdp2_shards_the_quantised_weight(self) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import qnn
 from qnn import moved
 
-from .common import child
+from .common import child, forked
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -169,26 +169,28 @@ class TestWheel(unittest.TestCase):
         self.assertEqual(len([n for n in names if n.endswith(".py")]), len(modules))
 
 
+# `python -m qnn doctor`, where torch is imported already.
+_DOCTOR = """
+import runpy, sys
+sys.argv = ["qnn", "doctor"]
+runpy.run_module("qnn", run_name="__main__", alter_sys=True)
+"""
+
+
 class TestDoctor(unittest.TestCase):
     def test_text_and_json(self) -> None:
-        run = [sys.executable, "-m", "qnn", "doctor"]
-        text = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+        run = [sys.executable, "-m", "qnn", "doctor", "--json"]
+        text = forked(_DOCTOR)
         for word in ("versions", "features", "int8 engines", "exact", "onednn", "schemes"):
             self.assertIn(word, text)
-        data = json.loads(
-            subprocess.run([*run, "--json"], capture_output=True, text=True, check=True).stdout
-        )
+        data = json.loads(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
         self.assertEqual(sum(engine["used"] for engine in data["engines"]), 1)
         self.assertEqual(set(data["schemes"]), set(qnn.SCHEMES))
 
     def test_says_what_is_missing(self) -> None:
-        done = subprocess.run(
-            [sys.executable, "-m", "qnn", "doctor"],
-            capture_output=True, text=True, check=True,
-            env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
-        )  # fmt: skip
-        self.assertRegex(done.stdout, r"onednn +not used +wrong integers")
-        self.assertIn("no VNNI instructions", done.stdout.replace("has no \n", "has no "))
+        text = forked(f'import os; os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"\n{_DOCTOR}')
+        self.assertRegex(text, r"onednn +not used +wrong integers")
+        self.assertIn("no VNNI instructions", text.replace("has no \n", "has no "))
 
     def test_no_command(self) -> None:
         done = subprocess.run(
