@@ -11,7 +11,8 @@ import torch
 from qnn.functional.invoke import invoke_quant
 from qnn.functional.linear import autocast
 from qnn.kernels import OPS
-from qnn.kernels.reference.recurrent import SCHEMES, split_gradients, split_result
+from qnn.kernels.reference.recurrent import split_gradients, split_result
+from qnn.kernels.schemes import SCHEMES, schemes_of
 
 Tensors = tuple[torch.Tensor | None, ...]
 
@@ -118,13 +119,15 @@ def _plain(op: str, direction: str, scheme: str, *tensors: torch.Tensor | None) 
 
 
 def _op_name(cell: str, scheme: str, weights: RecurrentWeights) -> str:
-    if scheme not in SCHEMES:
-        able = ", ".join(map(repr, SCHEMES))
+    known = SCHEMES.get(scheme)
+    op = None if known is None else known.op(cell)
+    if known is None or op is None:
+        able = ", ".join(map(repr, schemes_of(cell)))
         raise ValueError(f"qnn.functional.{cell}: scheme must be one of {able}, got {scheme!r}.")
-    if (weights.table is not None) != (scheme == "int8_static"):
+    if (weights.table is not None) != known.static:
         verb = "has no" if weights.table is not None else "needs a"
         raise ValueError(f"qnn.functional.{cell}: scheme {scheme!r} {verb} table of parts.")
-    return f"{scheme}_{cell}"
+    return op
 
 
 def lstm(

@@ -5,7 +5,9 @@ carry as `scheme=`.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
 from qnn.kernels.formats import Format, nvfp4
 from qnn.kernels.formats.float8 import FLOAT8
@@ -46,19 +48,31 @@ class Scheme:
 
     `activation` is None where activations stay as they are, `training` where the scheme has no
     training layer. `static` says that the activations' scale and zero point are tensors of the
-    layer, which calibration finds, and not taken from the tensor at hand. `linear` names the op of
-    a quantised layer's forward; the op of the gradient to its input is found through that op's own
+    layer, which calibration finds, and not taken from the tensor at hand. `ops` names the op of a
+    quantised layer's forward by what the layer is, `"linear"`, `"lstm"`, …: a kind of layer that is
+    not there has none in this scheme; a name alone is that of the linear op. The op of the gradient is found through that op's own
     declaration.
     """
 
     name: str
     weight: Format
     activation: Format | None
-    linear: str
+    ops: Mapping[str, str] | str
     compressed_format: str = "naive-quantized"
     training: Training | None = None
     max_in_features: int | None = None
     static: bool = False
+
+    def op(self, kind: str) -> str | None:
+        """The op of a kind of layer; None where the scheme has none."""
+        if isinstance(self.ops, str):
+            return self.ops if kind == "linear" else None
+        return self.ops.get(kind)
+
+    @property
+    def linear(self) -> str:
+        """The op of a linear layer, which every scheme has."""
+        return cast(str, self.op("linear"))
 
     @property
     def trainable(self) -> bool:
@@ -95,6 +109,12 @@ def _training(
     return Training(x, weight, dy, x, dy, f"{scheme}_matmul", f"{scheme}_{wgrad}")
 
 
+def _ops(scheme: str, *kinds: str) -> dict[str, str]:
+    """The ops of a scheme, `int8_linear` and so on."""
+    return {kind: f"{scheme}_{kind}" for kind in ("linear", *kinds)}
+
+
+_RECURRENT = ("lstm", "gru")
 _ROW = FLOAT8["float8_e4m3"]
 _TENSOR = FLOAT8["float8_e4m3_tensor"]
 _GROUP, _BLOCK = FLOAT8["float8_e4m3_group"], FLOAT8["float8_e4m3_block"]
@@ -103,32 +123,34 @@ SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
         Scheme(
-            "int8", INT8_CHANNEL, INT8_TOKEN, "int8_linear", "int-quantized",
+            "int8", INT8_CHANNEL, INT8_TOKEN, _ops("int8", *_RECURRENT), "int-quantized",
             max_in_features=INT8_MAX_K,
         ),
         Scheme(
-            "int8_static", INT8_CHANNEL, INT8_TENSOR, "int8_static_linear", "int-quantized",
-            max_in_features=INT8_STATIC_MAX_K, static=True,
+            "int8_static", INT8_CHANNEL, INT8_TENSOR, _ops("int8_static", *_RECURRENT),
+            "int-quantized", max_in_features=INT8_STATIC_MAX_K, static=True,
         ),
-        Scheme("int8_weight", INT8_CHANNEL, None, "int8_weight_linear", "int-quantized"),
         Scheme(
-            "fp8", _ROW, replace(_ROW, granularity="token"), "fp8_linear", "float-quantized",
+            "int8_weight", INT8_CHANNEL, None, _ops("int8_weight", *_RECURRENT), "int-quantized",
+        ),
+        Scheme(
+            "fp8", _ROW, replace(_ROW, granularity="token"), _ops("fp8"), "float-quantized",
             _training("fp8", _ROW, _ROW),
         ),
         Scheme(
-            "fp8_tensor", _TENSOR, _TENSOR, "fp8_tensor_linear", "float-quantized",
+            "fp8_tensor", _TENSOR, _TENSOR, _ops("fp8_tensor"), "float-quantized",
             _training("fp8_tensor", _TENSOR, _TENSOR, FLOAT8["float8_e5m2_tensor"]),
         ),
         Scheme(
-            "fp8_block", _BLOCK, _GROUP, "fp8_block_linear", "float-quantized",
+            "fp8_block", _BLOCK, _GROUP, _ops("fp8_block"), "float-quantized",
             _training("fp8_block", _GROUP, _BLOCK, wgrad="wgrad"),
         ),
         Scheme(
-            "mxfp8", MX, MX, "mxfp8_linear", "mxfp8-quantized",
+            "mxfp8", MX, MX, _ops("mxfp8"), "mxfp8-quantized",
             _training("mxfp8", MX, MX, wgrad="wgrad"),
         ),
         Scheme(
-            "nvfp4", nvfp4.ROWS, nvfp4.ROWS, "nvfp4_linear", "nvfp4-pack-quantized",
+            "nvfp4", nvfp4.ROWS, nvfp4.ROWS, _ops("nvfp4"), "nvfp4-pack-quantized",
             Training(
                 x=nvfp4.ROWS,
                 weight=nvfp4.SQUARES,
@@ -139,10 +161,19 @@ SCHEMES: dict[str, Scheme] = {
                 wgrad="nvfp4_wgrad",
             ),
         ),
-        Scheme("fp8_weight", _ROW, None, "fp8_weight_linear", "float-quantized"),
-        Scheme("nvfp4_weight", nvfp4.ROWS, None, "nvfp4_weight_linear", "nvfp4-pack-quantized"),
+        Scheme("fp8_weight", _ROW, None, _ops("fp8_weight"), "float-quantized"),
+        Scheme("nvfp4_weight", nvfp4.ROWS, None, _ops("nvfp4_weight"), "nvfp4-pack-quantized"),
     )
 }  # fmt: skip
+
+
+def schemes_of(kind: str) -> list[str]:
+    """The schemes that have a layer of a kind, `"linear"`, `"lstm"`, ….
+
+    >>> schemes_of("lstm")
+    ['int8', 'int8_static', 'int8_weight']
+    """
+    return [scheme.name for scheme in SCHEMES.values() if scheme.op(kind)]
 
 
 def get_scheme(name: str) -> Scheme:

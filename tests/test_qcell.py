@@ -13,7 +13,7 @@ from parameterized import parameterized
 from torch import nn
 
 import qnn
-from qnn.kernels.reference import recurrent
+from qnn.kernels.schemes import schemes_of
 
 from .common import same_bits
 
@@ -24,7 +24,7 @@ CELLS: tuple[tuple[Any, Any, Any, Any], ...] = (
 
 
 def grid(*axes: Any) -> list[tuple[Any, ...]]:
-    return list(itertools.product(recurrent.SCHEMES, (0, 1), *axes))
+    return list(itertools.product(schemes_of("lstm"), (0, 1), *axes))
 
 
 class Decoder(nn.Module):

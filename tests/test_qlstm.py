@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 import qnn
 from qnn.kernels.reference import recurrent
+from qnn.kernels.schemes import schemes_of
 
 from .common import forked, same_bits
 
@@ -60,7 +61,7 @@ def twin(scheme: str, cell: int, *sizes: int, **options: Any) -> tuple[nn.Module
 
 
 def grid(*axes: Any) -> list[tuple[Any, ...]]:
-    return list(itertools.product(recurrent.SCHEMES, (0, 1), *axes))
+    return list(itertools.product(schemes_of("lstm"), (0, 1), *axes))
 
 
 class TestAccuracy(unittest.TestCase):
@@ -178,7 +179,7 @@ class TestContract(unittest.TestCase):
             quantized(x.new_zeros(2, 0, 6))
 
     def test_a_projection(self) -> None:
-        for scheme in recurrent.SCHEMES:
+        for scheme in schemes_of("lstm"):
             layer, quantized = twin(scheme, 0, 8, 12, 2, proj_size=5, bidirectional=True)
             x = torch.randn(6, 3, 8)
             for a, b in zip(flat(quantized(x)), flat(layer(x)), strict=True):
@@ -734,7 +735,7 @@ class TestState(unittest.TestCase):
             self.assertNotIn("not calibrated", repr(made))
             self.assertTrue(all(map(same_bits, _leaves(made(x)), _leaves(calibrated(x)))))
 
-    @parameterized.expand([(at, scheme) for at in range(4) for scheme in recurrent.SCHEMES])
+    @parameterized.expand([(at, scheme) for at in range(4) for scheme in schemes_of("lstm")])
     def test_weights_read_as_floats_and_take_writes(self, at: int, scheme: str) -> None:
         layer, quantized = _one(_KINDS[at], scheme)
         back, x = quantized.dequantize(), torch.randn(5, 6)

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 
 from qnn.kernels import OPS
 from qnn.kernels.reference import recurrent as kernels
+from qnn.kernels.schemes import schemes_of
 
 from .common import DTYPES, examples, sum_bound
 from .tiers import usable
 
-SCHEMES = kernels.SCHEMES
+SCHEMES = tuple(schemes_of("lstm"))
 CELLS = tuple(kernels.CELLS)
 pytestmark = pytest.mark.usefixtures("library")
 

@@ -21,7 +21,7 @@ from qnn.kernels.formats import int8
 from qnn.kernels.formats.int8 import INT8_STATIC_MAX_K
 from qnn.kernels.op import fast_check, parse_axis, parse_signature
 from qnn.kernels.op.fast_check import source_of
-from qnn.kernels.reference import recurrent
+from qnn.kernels.schemes import get_scheme
 
 from .common import same_bits
 
@@ -439,7 +439,7 @@ class TestLimits(unittest.TestCase):
         """Each operand by itself; of a static grid the codes that its table has."""
         op = OPS[f"{scheme}_{cell}"]
         limit = op.limits[axis]
-        self.assertEqual(limit, recurrent.MAX_COLUMNS[scheme])
+        self.assertEqual(limit, get_scheme(scheme).max_in_features)
         sizes = {"t": 1, "b": 1, "i": 1, "h": 1, "p": 1, axis: limit + 1}
         args = [
             torch.empty([axis.size(sizes) for axis in arg.tail], device="meta", dtype=sample.dtype)

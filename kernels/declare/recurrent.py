@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -20,8 +20,6 @@ from qnn.kernels.reference.recurrent import (
     DIRECTIONS,
     GRU,
     LSTM,
-    MAX_COLUMNS,
-    SCHEMES,
     Cell,
     gru_dgrad_reference,
     gru_reference,
@@ -29,6 +27,7 @@ from qnn.kernels.reference.recurrent import (
     lstm_reference,
     split_gradients,
 )
+from qnn.kernels.schemes import Scheme, get_scheme, schemes_of
 
 _RESULT = {"lstm": "t*b*p+b*p+b*h", "gru": "t*b*h+b*h"}
 _GRADIENTS = {"lstm": "t*b*i+b*p+b*h+h*4+h*4", "gru": "t*b*i+b*h+h*3+h*3"}
@@ -169,7 +168,7 @@ def _require_bytes(cell: Cell, table: torch.Tensor, columns: Mapping[str, int]) 
 
 
 def _forward(
-    cell: Cell, scheme: str, reference: Callable[..., torch.Tensor]
+    cell: Cell, scheme: Scheme, reference: Callable[..., torch.Tensor]
 ) -> Callable[..., torch.Tensor]:
     """A cell's reference as that of one scheme's op."""
     at = [argument.partition(":")[0].rstrip("?") for argument in _arguments(cell, "table")].index(
@@ -178,13 +177,15 @@ def _forward(
 
     def run(*args: Any, compute: torch.dtype = torch.float32) -> torch.Tensor:
         table = None
-        if scheme == "int8_static":
+        if scheme.static:
             table, args = args[at], (*args[:at], *args[at + 1 :])
             columns = {"input": args[0].shape[-1], "hidden_state": args[1].shape[-1]}
             if cell is LSTM and len(args) > 9 and args[9] is not None:
                 columns["projection_input"] = args[9].shape[-1]
             _require_bytes(cell, table, columns)
-        return reference(*args, table=table, quantized=scheme != "int8_weight", compute=compute)
+        return reference(
+            *args, table=table, quantized=scheme.activation is not None, compute=compute
+        )
 
     return run
 
@@ -197,17 +198,17 @@ _REFERENCES: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Te
 for _cell in CELLS.values():
     _reference, _gradient_reference = _REFERENCES[_cell.name]
     _gradient = f"int8_{_cell.name}_dgrad"
-    for _scheme in SCHEMES:
+    for _scheme in map(get_scheme, schemes_of(_cell.name)):
         _op = _declare(
             _cell,
-            f"{_scheme}_{_cell.name}",
-            _DOC[_scheme],
+            cast(str, _scheme.op(_cell.name)),
+            _DOC[_scheme.name],
             _forward(_cell, _scheme, _reference),
             _RESULT[_cell.name],
-            f"table: {len(_cell.parts)} 4" if _scheme == "int8_static" else None,
+            f"table: {len(_cell.parts)} 4" if _scheme.static else None,
             _gradient,
             brought=True,
-            limit=MAX_COLUMNS.get(_scheme),
+            limit=_scheme.max_in_features,
         )
         native.replaces(_op)
     _declare(

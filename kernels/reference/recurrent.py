@@ -28,12 +28,9 @@ from typing import Any
 import torch
 from einops import einsum
 
-from qnn.kernels.formats.int8 import INT8_MAX_K, INT8_STATIC_MAX_K, quantize_rows
+from qnn.kernels.formats.int8 import quantize_rows
 
 DIRECTIONS = ("forward", "reverse")
-SCHEMES = ("int8", "int8_static", "int8_weight")
-# The most columns of a weight whose products are summed in int32.
-MAX_COLUMNS = {"int8": INT8_MAX_K, "int8_static": INT8_STATIC_MAX_K}
 
 
 @dataclass(frozen=True)

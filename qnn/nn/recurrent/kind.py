@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.rnn import RNNBase
 
 from qnn.calibration.parts import PartSpecs, points_of
-from qnn.kernels.reference import recurrent
+from qnn.kernels.schemes import get_scheme, schemes_of
 from qnn.kinds import Kind, Observation, Own, register_kind
 from qnn.nn.recurrent.cells import NAMES
 from qnn.nn.recurrent.class_checks import ADVICE, class_checks, warn_of_class_checks
@@ -23,6 +23,7 @@ _QUANTIZED: dict[type[nn.Module], type[QRecurrent]] = {
     for each in (QLSTM, QGRU, QLSTMCell, QGRUCell)
     for known in (each.float_class, each.observed_class)
 }
+_CELL = {known: each.mode.lower() for known, each in _QUANTIZED.items()}
 _OBSERVED: dict[type[nn.Module], Any] = {
     each.float_class: each.observed_class for each in _QUANTIZED.values()
 }
@@ -63,8 +64,9 @@ class RecurrentKind(Kind):
             return f"{type(module).__name__} is a subclass of {kind} with a meaning of its own"
         if training:
             return "there is no recurrent layer that trains in low precision; see qnn.prepare"
-        if scheme not in recurrent.SCHEMES:
-            able = ", ".join(map(repr, recurrent.SCHEMES))
+        cell = _CELL[type(module)]
+        if get_scheme(scheme).op(cell) is None:
+            able = ", ".join(map(repr, schemes_of(cell)))
             return f"scheme {scheme!r} has no recurrent layer; {able} have one"
         return None
 

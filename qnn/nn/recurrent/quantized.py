@@ -15,7 +15,8 @@ from qnn.functional import RecurrentWeights
 from qnn.functional.float_recurrent import States
 from qnn.kernels.backends import recurrent_backend
 from qnn.kernels.formats import FLOATS
-from qnn.kernels.reference.recurrent import CELLS, MAX_COLUMNS, SCHEMES
+from qnn.kernels.reference.recurrent import CELLS
+from qnn.kernels.schemes import schemes_of
 from qnn.nn.base import Found, Quantized, frozen, normal, quantize, require_float, why_not_finite
 from qnn.nn.recurrent.observed import Observed
 
@@ -44,8 +45,8 @@ class QRecurrent(Quantized):
             setattr(self, name, getattr(template, name))
         self.scheme, self.split_gates = scheme, split_gates
         self.dtype = next(template.parameters()).dtype
-        if scheme not in SCHEMES:
-            able = ", ".join(map(repr, SCHEMES))
+        if scheme not in schemes_of(self._cell):
+            able = ", ".join(map(repr, schemes_of(self._cell)))
             raise ValueError(f"{self._who}: scheme must be one of {able}, got {scheme!r}.")
         if self.dtype not in FLOATS:
             able = ", ".join(map(str, FLOATS))
@@ -59,8 +60,8 @@ class QRecurrent(Quantized):
                 self._parameters[name] = nn.Parameter(bias)
             else:
                 self._shapes[name] = rows, columns = parameter.shape[0], parameter.shape[1]
-                limit = MAX_COLUMNS.get(scheme, columns)
-                if columns > limit:
+                limit = self._scheme.max_in_features
+                if limit is not None and columns > limit:
                     raise ValueError(
                         f"{self._who}: {name} has {columns} columns; beyond {limit} the "
                         "int32 sum of a row can overflow. Use scheme='int8_weight'."
@@ -78,14 +79,19 @@ class QRecurrent(Quantized):
         return self._shapes
 
     def _calibration(self) -> dict[str, Found]:
-        if self.scheme != "int8_static":
+        if not self._scheme.static:
             return {}
-        rows = len(CELLS[self.mode.lower()].parts)
+        rows = len(CELLS[self._cell].parts)
         return {f"table{suffix}": Found(torch.float32, (rows, 4)) for suffix in self._suffixes()}
 
     def _backend(self) -> str:
         device = next(self.parameters()).device
-        return recurrent_backend(f"{self.scheme}_{self.mode.lower()}", device)
+        return recurrent_backend(cast(str, self._scheme.op(self._cell)), device)
+
+    @property
+    def _cell(self) -> str:
+        """What a scheme knows the layer's op by."""
+        return self.mode.lower()
 
     @property
     def _who(self) -> str:
@@ -237,7 +243,7 @@ class QRecurrent(Quantized):
     def _read_found(self, name: str, found: Found, given: Mapping[str, Any]) -> torch.Tensor:
         table = super()._read_found(name, found, given)
         if not table.is_meta:
-            for part, row in zip(CELLS[self.mode.lower()].parts, table.tolist(), strict=True):
+            for part, row in zip(CELLS[self._cell].parts, table.tolist(), strict=True):
                 if reason := _why_not_row(part, row, bool(getattr(self, "proj_size", 0))):
                     raise ValueError(f"{name}: the part {part} {reason}.")
         return table
