@@ -50,8 +50,8 @@ class Scheme:
     training layer. `static` says that the activations' scale and zero point are tensors of the
     layer, which calibration finds, and not taken from the tensor at hand. `ops` names the op of a
     quantised layer's forward by what the layer is, `"linear"`, `"lstm"`, …: a kind of layer that is
-    not there has none in this scheme; a name alone is that of the linear op. The op of the gradient is found through that op's own
-    declaration.
+    not there has none in this scheme; a name alone is that of the linear op. The op of the gradient
+    is found through that op's own declaration.
     """
 
     name: str
