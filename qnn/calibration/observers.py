@@ -6,14 +6,14 @@ traces under `torch.compile(fullgraph=True)` and `torch.export` and needs no val
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from qnn.calibration.spec import QuantSpec
 from qnn.calibration.statistics import Observer
+from qnn.functional import ranges
 
 # Of a histogram's grid: 2^e and 2^(11 − e) are normal float32 numbers from the least e on.
 _SIDE_BITS = 11
@@ -72,7 +72,7 @@ class MinMaxObserver(_Range):
     """The smallest and the largest value seen."""
 
     def _update(self, x: torch.Tensor) -> None:
-        self._widen(*_min_max(x))
+        self._widen(*ranges.min_max(x))
 
     def _merge(self, other: MinMaxObserver) -> None:
         self._widen(other.low, other.high)
@@ -117,7 +117,7 @@ class MovingAverageObserver(_Average):
     constant = 0.01
 
     def _update(self, x: torch.Tensor) -> None:
-        self._move(*_min_max(x), self.constant)
+        self._move(*ranges.min_max(x), self.constant)
 
     def _take(self, batch: MovingAverageObserver) -> None:
         self._join(batch, self.constant)
@@ -156,42 +156,12 @@ class MSEObserver(_Average):
         return torch.where(known, self.least, low), torch.where(known, self.most, high)
 
     def _update(self, x: torch.Tensor) -> None:
-        low, high = _min_max(x)
-        self._widen(low, high)
-        finite = low.isfinite() & high.isfinite()
-        # An outlier of float64 has been infinite in float32 above.
-        values = torch.where(finite[:, None], x, 0).float()
-        lo, hi = torch.where(finite, low, 0), torch.where(finite, high, 0)
-        if self.spec.symmetric:
-            end = torch.maximum(-lo, hi)
-            hi = end * self._best(values, lambda factor: (-end * factor, end * factor))
-            lo = -hi
-        else:
-            start = hi
-            hi = start * self._best(values, lambda factor: (lo, start * factor))
-            bottom = lo
-            lo = bottom * self._best(values, lambda factor: (bottom * factor, hi))
-        n = x.shape[1]
-        weight = (n / (self.count + n).double()).float()
-        self._move(torch.where(finite, lo, low), torch.where(finite, hi, high), weight)
-
-    def _best(
-        self,
-        x: torch.Tensor,
-        candidate: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
-    ) -> torch.Tensor:
-        best = torch.ones_like(x[:, 0])
-        least = torch.full_like(best, torch.inf)
-        for step in range(24):
-            factor = torch.full_like(best, 2.0 ** (-step / 4))
-            scale, point = self.spec.qparams(*candidate(factor))
-            scale, point = scale[:, None], point[:, None].float()
-            # `fake_quantize`, in place: memory is what takes the time here.
-            q = (x * (1 / scale)).clamp_(self.spec.qmin - point, self.spec.qmax - point).round_()
-            error = q.mul_(scale).sub_(x).square_().mean(1)
-            best = torch.where(error < least, factor, best)
-            least = torch.minimum(error, least)
-        return best
+        self._widen(*ranges.min_max(x))
+        spec, n = self.spec, x.shape[1]
+        low, high = ranges.of_values(
+            x, spec.qmin, spec.qmax, symmetric=spec.symmetric, grid_of=spec.qparams
+        )
+        self._move(low, high, (n / (self.count + n).double()).float())
 
 
 class HistogramObserver(Observer):
@@ -220,7 +190,7 @@ class HistogramObserver(Observer):
         self._declare("histogram", (self._channels, 2 * self.side), torch.int64, 0)
 
     def _update(self, x: torch.Tensor) -> None:
-        low, high = _min_max(x)
+        low, high = ranges.min_max(x)
         self.low.copy_(torch.minimum(self.low, low))
         self.high.copy_(torch.maximum(self.high, high))
         # What is not finite falls into some bin: the range remembers it, and is then an error.
@@ -254,54 +224,9 @@ class HistogramObserver(Observer):
         return self.low, self.high
 
     def low_high(self) -> tuple[torch.Tensor, torch.Tensor]:
-        finite = self.low.isfinite() & self.high.isfinite()
-        # In units of a bin, float64; `count`, `first` and `second` are the moments of the bins
-        # before each bin.
-        unit = torch.exp2(self.exponent.double() - _SIDE_BITS)[:, None]
-        centre = torch.arange(2 * self.side, device=unit.device) - self.side + 0.5
-        moments = [self.histogram * centre.double() ** power for power in range(3)]
-        before = [nn.functional.pad(moment.cumsum(1), (1, 0)) for moment in moments]
-        factor = torch.exp2(torch.arange(64, device=unit.device, dtype=torch.float64) / -8)
-
-        def outside(end: torch.Tensor, sign: int) -> tuple[torch.Tensor, torch.Tensor]:
-            """For each candidate, how many values lie beyond it and the sum of their squared
-            distances.
-            """
-            at = (end - 0.5).ceil().to(torch.int64) + self.side  # centres before `end`
-            at = at.clamp(0, 2 * self.side)
-            n, first, second = (moment.gather(1, at) for moment in before)
-            if sign > 0:
-                n, first, second = (
-                    moment[:, -1:] - part
-                    for moment, part in zip(before, (n, first, second), strict=True)
-                )
-            return n, (second - 2 * end * first + end.square() * n).clamp_min(0)
-
-        zero = torch.zeros_like(unit)
-        bottom = torch.where(finite, self.low, 0).double()[:, None].minimum(zero) / unit
-        top = torch.where(finite, self.high, 0).double()[:, None].maximum(zero) / unit
-        total, steps = before[0][:, -1:], self.spec.qmax - self.spec.qmin
-        if self.spec.symmetric:
-            end = torch.maximum(-bottom, top) * factor
-            n_low, error_low = outside(-end, -1)
-            n_high, error_high = outside(end, 1)
-            scale = 2 * end / steps
-            error = error_low + error_high + (total - n_low - n_high) * scale.square() / 12
-            best = end.gather(1, error.argmin(1, keepdim=True))
-            low, high = -best * unit, best * unit
-        else:
-            lows, highs = bottom * factor, top * factor
-            n_low, error_low = (part[:, :, None] for part in outside(lows, -1))
-            n_high, error_high = (part[:, None] for part in outside(highs, 1))
-            scale = (highs[:, None] - lows[:, :, None]) / steps
-            inside = total[:, :, None] - n_low - n_high
-            error = error_low + error_high + inside * scale.square() / 12
-            best = error.flatten(1).argmin(1, keepdim=True)
-            low = lows.gather(1, best // factor.numel()) * unit
-            high = highs.gather(1, best % factor.numel()) * unit
-        return (
-            torch.where(finite, low[:, 0].float(), self.low),
-            torch.where(finite, high[:, 0].float(), self.high),
+        steps = self.spec.qmax - self.spec.qmin
+        return ranges.of_histogram(
+            self.histogram, self.exponent, self.low, self.high, steps, symmetric=self.spec.symmetric
         )
 
 
@@ -344,14 +269,14 @@ class PercentileObserver(MinMaxObserver):
         share = (99.99 if self.spec.percentile is None else self.spec.percentile) / 100
         if self.spec.symmetric:
             magnitudes = self.bins[:, _HALF:] + self.bins[:, :_HALF].flip(1)
-            end = _quantile(magnitudes, share, _edges(self.bins.device))
+            end = ranges.quantile(magnitudes, share, _edges(self.bins.device))
             high = torch.minimum(end, torch.maximum(-self.low, self.high))
             low = -high
         else:
             edges = _edges(self.bins.device)
             edges = torch.cat([-edges.flip(0), edges[1:]])
-            low = torch.maximum(_quantile(self.bins, 1 - share, edges), self.low)
-            high = torch.minimum(_quantile(self.bins, share, edges), self.high)
+            low = torch.maximum(ranges.quantile(self.bins, 1 - share, edges), self.low)
+            high = torch.minimum(ranges.quantile(self.bins, share, edges), self.high)
         finite = self.low.isfinite() & self.high.isfinite()
         return torch.where(finite, low, self.low), torch.where(finite, high, self.high)
 
@@ -363,23 +288,6 @@ def _edges(device: torch.device) -> torch.Tensor:
     """Where the bins of one sign begin and end, float64; from the infinite ones on all inf."""
     index = torch.arange(_HALF + 1, device=device, dtype=torch.int32)
     return (index.clamp_max(255 << 4) << 19).view(torch.float32).double()
-
-
-def _quantile(counts: torch.Tensor, share: float, edges: torch.Tensor) -> torch.Tensor:
-    """The value at `share` of the way from the least to the largest that was counted, float32
-    `[C]`.
-    """
-    if share in (0, 1):  # clamped to what was seen
-        return torch.full_like(counts[:, 0], torch.inf if share else -torch.inf, dtype=torch.float)
-    before = counts.cumsum(1).double()
-    place = share * (before[:, -1:] - 1).clamp_min(0)
-    index = torch.searchsorted(before, place, right=True).clamp_max(counts.shape[1] - 1)
-    inside = counts.gather(1, index).double().clamp_min(1)
-    offset = place - before.gather(1, index) + inside + 0.5
-    bottom, top = edges[index], edges[index + 1]
-    value = bottom + (top - bottom) * (offset / inside).clamp(0, 1)
-    # A bin at zero has zeros, and numbers that are hardly more.
-    return torch.where((bottom == 0) | (top == 0), 0, value)[:, 0].float()
 
 
 OBSERVERS: Mapping[str, type[Observer]] = {
@@ -400,14 +308,6 @@ def make_observer(spec: QuantSpec, *, name: str = "", channels: int | None = Non
             f"qnn.calibration.observers.Observer, got {kind!r}."
         )
     return kind(spec, name=name, channels=channels)
-
-
-def _min_max(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The least and the greatest of each row, float32; both NaN where the row has one."""
-    if x.shape[0] == 1:
-        low, high = torch.aminmax(x)  # on all cores, unlike that along an axis
-        return low.reshape(1).float(), high.reshape(1).float()
-    return x.amin(1).float(), x.amax(1).float()
 
 
 def _exponent(amax: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from qnn.functional.ranges import qparams
+
 DTYPES = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.int32)
 OBSERVERS = ("minmax", "moving_average", "histogram", "mse", "percentile")
 # Tables hold the range as float32, which is exact up to here.
@@ -164,45 +166,11 @@ class QuantSpec:
         """Whether scale and zero point are given."""
         return self.scale is not None
 
-    def _cut(self, end: torch.Tensor) -> torch.Tensor:
-        """An end of a range, at most `limit` from zero; one that is not finite stays."""
-        if self.limit is None:
-            return end
-        return torch.where(end.isfinite(), end.clamp(-self.limit, self.limit), end)
-
     def qparams(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The scale and zero point, float32 and int32, of the ranges `low … high`.
-
-        With `lo = min(low, 0)` and `hi = max(high, 0)`, so that zero is exact:
-
-            affine      scale = (hi − lo) / (qmax − qmin),
-                        zero_point = clamp(round(qmin − lo / scale), qmin, qmax)
-            symmetric   zero_point = (qmin + qmax + 1) // 2,
-                        scale = max(−lo, hi) / min(qmax − zero_point, zero_point − qmin)
-
-        in float32, with `low` and `high` cut at `±limit` before. The scale is at least float32's
-        smallest normal number, and 1 where `lo = hi`.
-        It is NaN where a range is NaN or infinite, or its length beyond float32.
+        """The scale and zero point, float32 and int32, of the ranges `low … high`, as
+        `qnn.functional.ranges.qparams` says.
         """
-        low, high = self._cut(low.float()), self._cut(high.float())
-        # Not `clamp`: a NaN must stay.
-        zero = torch.zeros_like(low)
-        lo, hi = torch.minimum(low, zero), torch.maximum(high, zero)
-        if self.symmetric:
-            length = torch.maximum(-lo, hi)
-            steps = min(self.qmax - self.middle, self.middle - self.qmin) or 1
-        else:
-            length, steps = hi - lo, self.qmax - self.qmin
-        # By a tensor: on a GPU torch divides by a number as a product with its reciprocal.
-        tiny = torch.finfo(torch.float32).tiny
-        scale = (length / torch.full_like(length, steps)).clamp_min(tiny)
-        scale = torch.where(length == 0, 1.0, scale)
-        finite = length.isfinite()
-        scale = torch.where(finite, scale, torch.nan)
-        if self.symmetric:
-            return scale, torch.full_like(scale, self.middle, dtype=torch.int32)
-        point = (self.qmin - torch.where(finite, lo / scale, 0)).round()
-        return scale, point.clamp(self.qmin, self.qmax).to(torch.int32)
+        return qparams(low, high, self.qmin, self.qmax, symmetric=self.symmetric, limit=self.limit)
 
 
 def _tuple(value: Any, kind: type, name: str) -> tuple[Any, ...]:
