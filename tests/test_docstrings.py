@@ -39,5 +39,7 @@ def test_module(name: str) -> None:
 
 def test_the_verbs_have_examples() -> None:
     assert len(modules()) >= 15
-    for verb in ("convert", "prepare", "calibrate", "summary", "qlinear", "qlstm", "linear"):
-        assert f"qnn.{verb}" in modules()
+    for verb in ("convert", "prepare", "calibrate", "summary"):
+        assert f"qnn.verbs.{verb}" in modules()
+    for layer in ("linear.quantized", "linear.training", "recurrent.qlstm"):
+        assert f"qnn.nn.{layer}" in modules()

@@ -74,7 +74,7 @@ def _sample(
     args: list[Any] = []
     for arg in op.inputs:
         if arg.kind == "ScalarType":
-            args.append(dtype if arg.name in op.dtypes else op.default(arg))
+            args.append(dtype if arg.name in op.dtypes else torch.float32)
         elif arg.optional and choices is None:
             args.append(op.default(arg))
         elif arg.kind == "str":
