@@ -12,7 +12,7 @@ _HERE = _Path(__file__).resolve().parent
 if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels" / "spec.py").is_file():
     __path__.append(str(_HERE.parent))
 
-from qnn import functional, kernels
+from qnn import functional, kernels, passes
 from qnn.calibration import parts
 from qnn.calibration.doubts import CalibrationWarning
 from qnn.calibration.fake_quantize import FakeQuantize, freeze_observers, unfreeze_observers
@@ -68,6 +68,7 @@ __all__ = [
     "kernels",
     "load_pretrained",
     "parts",
+    "passes",
     "prepare",
     "register_kind",
     "sqnr",
