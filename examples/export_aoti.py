@@ -78,12 +78,12 @@ def build(folder: Path, minilm: bool) -> None:
     dynamic = ({0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("tokens", max=512)},)
     ids = torch.randint(1000, (4, 48))
     program = torch.export.export(model, (ids,), dynamic_shapes=dynamic)
-    nodes = [n for n in program.graph.nodes if "invoke_quant_packed" in str(n.target)]
-    print(f"{len(nodes)} quantised layers in the exported graph, the first of them:")
-    for node in nodes[:4]:
-        x, weight = (operand.meta["val"] for operand in node.args[1:3])
+    regions = qnn.passes.regions(program)
+    print(f"{len(regions)} quantised layers in the exported graph, the first of them:")
+    for region in regions[:4]:
+        x, weight = (region.arguments[name].meta["val"] for name in ("x", "w"))
         sizes = f"{list(x.shape)} by {weight.dtype} {list(weight.shape)}"
-        print(f"  {node.name:22} scheme={node.kwargs['scheme']!r}: {sizes}")
+        print(f"  {region.node.name:22} scheme={region.scheme!r}: {sizes}")
 
     torch.export.save(program, folder / PROGRAM)
     torch._inductor.aoti_compile_and_package(program, package_path=str(folder / PACKAGE))

@@ -12,7 +12,7 @@ _HERE = _Path(__file__).resolve().parent
 if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels" / "torch_private.py").is_file():
     __path__.append(str(_HERE.parent))
 
-from qnn import functional, kernels, moved
+from qnn import functional, kernels, moved, passes
 from qnn.calibration import parts
 from qnn.calibration.doubts import CalibrationWarning
 from qnn.calibration.fake_quantize import FakeQuantize, freeze_observers, unfreeze_observers
@@ -70,6 +70,7 @@ __all__ = [
     "load_pretrained",
     "moved",
     "parts",
+    "passes",
     "prepare",
     "register_kind",
     "sqnr",

@@ -20,6 +20,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 
 import qnn
+from qnn import passes
 from qnn.passes import fusion
 
 from .common import child, forked
@@ -78,20 +79,16 @@ def appended(last: Any) -> Any:
 
 def call_of(node: torch.fx.Node) -> str:
     """The op, its activation, and whether it adds a residual; empty if it is none of qnn's."""
-    if node.target is torch.ops.higher_order.invoke_quant:
-        region = getattr(node.graph.owning_module, node.args[0].target)
-        return next(n.target._opname for n in region.graph.nodes if n.op == "call_function")
-    if getattr(node.target, "namespace", "") != "qnn":
+    found = passes.read(node)
+    if found is None:
         return ""
-    names = [arg.name for arg in node.target._schema.arguments]
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    words = [node.target._opname]
-    if given.get("activation", "none") != "none":
-        words.append(given["activation"])
-    if given.get("residual") is not None:
+    words = [found.op.name]
+    if found.arguments.get("activation", "none") != "none":
+        words.append(found.arguments["activation"])
+    if found.arguments.get("residual") is not None:
         words.append("residual")
-    alone = len(words) == 1 and words[0] not in ("int8_quantize", "int8_rows_linear")
-    return "" if alone else "+".join(words)  # it stands in a region, which is counted above
+    bare = found.scheme is None and words[0] not in ("int8_quantize", "int8_rows_linear")
+    return "" if bare and len(words) == 1 else "+".join(words)  # in a region, counted above
 
 
 def compiled(fn: Any, *args: Any, **options: Any) -> tuple[Any, Counter[str]]:

@@ -20,25 +20,18 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from qnn import passes
 from qnn.functional import invoke_quant
 
 from .common import forked, mlp
 
 SCHEMES = ("int8", "int8_weight")
 BACKENDS = ("eager", "aot_eager", "inductor")
-PACKED = torch.ops.higher_order.invoke_quant_packed
 
 
-def schemes_of(graph: torch.fx.Graph) -> list[str]:
-    """The scheme of each node, each of whose regions must hold one op and give one tensor."""
-    found = []
-    for node in graph.find_nodes(op="call_function", target=PACKED):
-        region = getattr(graph.owning_module, node.args[0].target)
-        calls = [n for n in region.graph.nodes if n.op == "call_function"]
-        assert len(calls) == 1, region.graph
-        assert calls[0].target.namespace == "qnn"
-        found.append(node.kwargs["scheme"])
-    return found
+def schemes_of(graph: torch.fx.Graph) -> list[str | None]:
+    """The scheme of each node; None for an op of qnn's that is not alone in a region."""
+    return [region.scheme for region in passes.regions(graph)]
 
 
 def same(got: torch.Tensor, want: torch.Tensor, scheme: str) -> bool:
@@ -91,7 +84,7 @@ class TestCompile(unittest.TestCase):
             self.assertTrue(torch.equal(torch.compile(model, fullgraph=True)(x), want))
 
     def test_one_node_a_layer(self) -> None:
-        graphs: dict[str, list[str]] = {}
+        graphs: dict[str, list[str | None]] = {}
 
         def note(name: str) -> Any:
             def compiler(gm: torch.fx.GraphModule, _: Any) -> Any:

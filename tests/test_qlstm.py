@@ -495,8 +495,7 @@ class TestModes(unittest.TestCase):
         program = torch.export.export(
             quantized, (x, None, lengths), dynamic_shapes=shapes, strict=strict
         )
-        nodes = [n for n in program.graph.nodes if "invoke_quant_packed" in str(n.target)]
-        self.assertEqual([n.kwargs["scheme"] for n in nodes], [scheme] * 4)
+        self.assertEqual([r.scheme for r in qnn.passes.regions(program)], [scheme] * 4)
         stored = io.BytesIO()
         torch.export.save(program, stored)
         stored.seek(0)

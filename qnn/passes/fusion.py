@@ -18,7 +18,7 @@ import hashlib
 import itertools
 import operator
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,18 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from qnn.kernels import OPS, Op, torch_private
+from qnn.kernels import OPS, torch_private
 from qnn.kernels.epilogue import ACTIVATIONS
 from qnn.kernels.formats import FLOATS
 from qnn.kernels.op import on_trace
 from qnn.kernels.torch_private import (
     append_post_grad_pass,
     inductor_matches_patterns,
-    invoke_quant,
     post_grad_form,
     statically_equal,
 )
-from qnn.passes import cast_fusion, regions
-from qnn.passes.regions import unwrap_gradients
+from qnn.passes import cast_fusion
+from qnn.passes.region import Region, match, unwrap_gradients
 
 # The op that quantises the rows of a layer's input, and the layer's op for rows quantised already.
 SHARED = {"int8_linear": ("int8_quantize", "int8_rows_linear")}
@@ -56,18 +55,13 @@ _VIEWS = frozenset(
 class _Layer:
     """A quantised layer in the graph, and what is to be folded into it."""
 
-    node: Node  # invoke_quant(region, …, scheme=…)
-    result: Node  # the node itself or, where its value is a tuple, the only item of it
-    op: Op
-    operands: dict[str, Any]  # x, w, sw, bias, and what an op has between
-    end: Node = field(init=False)  # the last node that is folded
+    region: Region
+    result: Node
+    end: Node  # the last node that is folded
     views: list[Node] = field(default_factory=list)  # between the layer and its activation
     activation: str = "none"
-    residual: Node | None = None
+    residual: int | None = None  # which argument of `end`, an addition, it is
     rows: tuple[Node, Node] | None = None  # the input, quantised
-
-    def __post_init__(self) -> None:
-        self.end = self.result
 
 
 def fold(graph: Graph) -> None:
@@ -76,7 +70,11 @@ def fold(graph: Graph) -> None:
         return
     # The graph is functional up to the first write, which may stand at its end.
     nodes = list(itertools.takewhile(lambda node: not _writes(node), graph.nodes))
-    layers = [layer for node in nodes for layer in _layers(graph, node)]
+    layers = [
+        _Layer(region, result, result)
+        for region in match(nodes, where=_takes_more)
+        if (result := region.result) is not None
+    ]
     if not layers:
         return
     doomed: set[Node] = set()
@@ -86,55 +84,40 @@ def fold(graph: Graph) -> None:
         _find_residual(layer, free)
     shared = defaultdict(list)
     for layer in layers:
-        if layer.op.name in SHARED and _can_share(layer):
-            shared[_value(layer.operands["x"])].append(layer)
+        if layer.region.op.name in SHARED and _can_share(layer.region):
+            shared[_value(layer.region.arguments["x"])].append(layer)
     for group in shared.values():
         if len(group) > 1:
             _quantize_once(graph, group)
-    replaced: dict[Node, Node] = {}
     for layer in layers:
         if layer.rows or layer.end is not layer.result:
-            doomed |= {layer.node, layer.node.args[0], layer.result, layer.end}  # type: ignore[arg-type]
-            _replace(graph, layer, replaced)
+            doomed |= {layer.region.node, *layer.region.node.all_input_nodes[:1]}  # with its body
+            doomed |= {layer.result, layer.end}
+            _replace(graph, layer)
     for node in reversed(list(graph.nodes)):
         if node in doomed and not node.users:
             graph.erase_node(node)
 
 
-def _can_share(layer: _Layer) -> bool:
+def _can_share(region: Region) -> bool:
     """Whether the sums of the op for ready-made rows, whose codes may be −128, hold so many."""
-    limit = OPS[SHARED[layer.op.name][1]].limits["k"]
-    return bool(_tensor(layer.operands["w"]).shape[1] <= limit)
+    limit = OPS[SHARED[region.op.name][1]].limits["k"]
+    return bool(_tensor(region.arguments["w"]).shape[1] <= limit)
 
 
 def _writes(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _layers(graph: Graph, node: Node) -> Iterator[_Layer]:
-    """`node` as a layer, if it is one whose op takes an activation and a residual."""
-    if node.target is not invoke_quant or not isinstance(node.args[0], Node):
-        return
-    region = getattr(graph.owning_module, str(node.args[0].target)).graph
-    call, *more = [inner for inner in region.nodes if inner.op == "call_function"]
-    op = next((op for op in OPS.values() if op.overload is call.target), None)
-    if more or call.kwargs or op is None or "activation" not in op.choices:
-        return
-    outer = dict(zip(region.find_nodes(op="placeholder"), node.args[1:], strict=True))
-    names = [arg.name for arg in op.inputs]
-    given = {name: outer.get(arg) for name, arg in zip(names, call.args, strict=False)}
-    wanted = names[: names.index("residual")]
-    if not set(given) <= set(wanted) or not isinstance(_tensor(given.get("x")), torch.Tensor):
-        return
-    operands = {name: given.get(name) for name in wanted}
-    x = operands["x"]
-    # The reference, which runs where a device has no kernel, gains nothing.
-    if _tensor(x).device.type.upper() not in op.kernels:
-        return
-    if isinstance(_tensor(node), torch.Tensor):
-        yield _Layer(node, node, op, operands)
-    elif [user.target for user in node.users] == [operator.getitem]:
-        yield _Layer(node, next(iter(node.users)), op, operands)
+def _takes_more(region: Region) -> bool:
+    """Whether it is a layer without activation and residual, whose op takes them. The reference,
+    which runs where a device has no kernel, gains nothing.
+    """
+    op, given = region.op, region.arguments
+    if region.scheme is None or "activation" not in op.choices:
+        return False
+    x, bare = _tensor(given.get("x")), (given["residual"], given["activation"]) == (None, "none")
+    return bare and isinstance(x, torch.Tensor) and x.device.type.upper() in op.kernels
 
 
 def _tensor(node: Node | None) -> Any:
@@ -216,7 +199,7 @@ def _find_residual(layer: _Layer, free: set[Node]) -> None:
         and statically_equal(theirs.shape, mine.shape)
         and statically_equal(total.stride(), mine.stride())
     ):
-        layer.residual, layer.end = other, add
+        layer.residual, layer.end = add.args.index(other), add
         free.remove(add)
 
 
@@ -228,9 +211,10 @@ def _value(node: Node) -> Any:
 
 
 def _quantize_once(graph: Graph, group: list[_Layer]) -> None:
-    x = group[0].operands["x"]
-    op = OPS[SHARED[group[0].op.name][0]].overload
-    with graph.inserting_before(group[0].node):
+    first = group[0].region
+    x = first.arguments["x"]
+    op = OPS[SHARED[first.op.name][0]].overload
+    with graph.inserting_before(first.node):
         pair = graph.call_function(op, (x,))
         rows = graph.call_function(operator.getitem, (pair, 0))
         scale = graph.call_function(operator.getitem, (pair, 1))
@@ -241,25 +225,23 @@ def _quantize_once(graph: Graph, group: list[_Layer]) -> None:
         layer.rows = (rows, scale)
 
 
-def _replace(graph: Graph, layer: _Layer, replaced: dict[Node, Node]) -> None:
-    """One call for the layer and all that is folded into it; `replaced` maps the ends of earlier
-    layers to what stands for them now.
-    """
-    given = (*layer.operands.values(), layer.residual)
-    x, *rest = (replaced.get(each, each) for each in given)
-    op, args = layer.op, (x, *rest, layer.activation)
+def _replace(graph: Graph, layer: _Layer) -> None:
+    """One call for the layer and all that is folded into it."""
+    region, residual = layer.region, None
+    if layer.residual is not None:
+        residual = layer.end.args[layer.residual]
+    given = {**region.arguments, "residual": residual, "activation": layer.activation}
+    op, args = region.op, tuple(given.values())
     if layer.rows is not None:
         op = OPS[SHARED[op.name][1]]
-        args = (*layer.rows, *args[1:], _tensor(x).dtype)
+        args = (*layer.rows, *args[1:], _tensor(given["x"]).dtype)
     # Behind the residual, which may be computed later than the layer.
-    with graph.inserting_before(layer.end if layer.residual is not None else layer.node):
+    with graph.inserting_before(region.node if residual is None else layer.end):
         call = graph.call_function(op.overload, args)
     call.meta.update((layer.result if layer.views else layer.end).meta)
-    replaced[layer.end] = call
     if layer.views:
-        replaced[layer.end] = layer.views[0]
         layer.result.replace_all_uses_with(call)
-    layer.end.replace_all_uses_with(replaced[layer.end])
+    layer.end.replace_all_uses_with(layer.views[0] if layer.views else call)
 
 
 def _run(graph: Graph) -> None:
@@ -275,8 +257,8 @@ def _uuid() -> bytes:
 @functools.cache
 def _digest() -> bytes:
     """Of the pass and of the ops that it calls: part of the key of Inductor's caches."""
-    files = (__file__, cast_fusion.__file__, regions.__file__, torch_private.__file__)
-    sources = [Path(str(file)).read_bytes() for file in files]
+    passes = map(Path(__file__).with_name, ("fusion.py", "cast_fusion.py", "region.py"))
+    sources = [file.read_bytes() for file in (*passes, Path(str(torch_private.__file__)))]
     declared = "\n".join(f"{op.schema} {op.choices}" for op in OPS.values())
     return hashlib.sha256(b"\n".join([*sources, declared.encode()])).digest()
 
