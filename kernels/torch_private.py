@@ -54,6 +54,7 @@ __all__ = [
     "inductor_matches_patterns",
     "invoke_quant",
     "invoke_quant_packed",
+    "is_exporting",
     "is_jit_tracing",
     "is_observed",
     "plain_dispatch",
@@ -99,6 +100,11 @@ _modes = torch._C._len_torch_dispatch_stack
 def in_mode() -> bool:
     """Whether a dispatch mode, such as that of fake tensors or of a counter, sees all calls."""
     return _modes() > 0
+
+
+def is_exporting() -> bool:
+    """`torch.compiler.is_exporting()`, which is true of every graph to the Dynamo of torch 2.11."""
+    return torch.compiler._is_exporting_flag
 
 
 def is_jit_tracing() -> bool:
