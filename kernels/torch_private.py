@@ -57,6 +57,7 @@ __all__ = [
     "is_exporting",
     "is_jit_tracing",
     "is_observed",
+    "mistakes_dtypes",
     "plain_dispatch",
     "post_grad_form",
     "replace_node",
@@ -198,6 +199,18 @@ def inductor_matches_patterns() -> bool:
     from torch._inductor import config
 
     return bool(config.pattern_matcher)
+
+
+# Packages of torch 2.11 take the number of a dtype in their file for the one that it has in C++.
+_MISTAKES_DTYPES = torch.__version__ < "2.12"
+
+
+def mistakes_dtypes() -> bool:
+    """Whether this is lowered for a package of AOTInductor where an op would be called with another
+    dtype than is written here, as with torch 2.11.
+    """
+    virtualized: Any = sys.modules.get("torch._inductor.virtualized")
+    return _MISTAKES_DTYPES and virtualized is not None and bool(virtualized.V.aot_compilation)
 
 
 @functools.cache
