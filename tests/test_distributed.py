@@ -633,7 +633,8 @@ def sharded_inference(rank: int, scheme: str) -> None:
 class TestInference(unittest.TestCase):
     @parameterized.expand(qnn.SCHEMES)
     def test_fsdp2(self, scheme: str) -> None:
-        if not qnn.SCHEMES[scheme].weight.storage.is_floating_point:
+        layer = qnn.QLinear(32, 32, scheme=scheme)
+        if not all(part.is_floating_point() for part in layer.parameters()):
             need_sharded_integers()
         both_ranks(sharded_inference, scheme)
 
