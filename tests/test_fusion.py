@@ -58,7 +58,7 @@ def converted(model: nn.Module, dtype: torch.dtype = torch.float32, scheme: str 
     return qnn.convert(model.eval(), scheme).to(dtype)
 
 
-# Lists of graph passes came after torch 2.11, where qnn's is left out if another is set.
+# Lists of graph passes came with torch 2.13; before, qnn's is left out if another is set.
 LISTS = hasattr(custom_graph_pass, "get_custom_graph_passes")
 takes_lists = unittest.skipUnless(LISTS, f"torch {torch.__version__} takes one graph pass")
 
