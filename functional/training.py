@@ -12,7 +12,12 @@ from qnn.functional.linear import autocast, straight_through
 from qnn.kernels import OPS, training_scheme
 from qnn.kernels.formats import FLOATS, Format
 from qnn.kernels.schemes import Training
-from qnn.kernels.torch_private import in_forward_mode, in_functorch_transform, is_jit_tracing
+from qnn.kernels.torch_private import (
+    in_forward_mode,
+    in_functorch_transform,
+    is_exporting,
+    is_jit_tracing,
+)
 
 Parts = tuple[torch.Tensor, ...]
 
@@ -153,11 +158,8 @@ def training_linear(
     # Nor does a graph that Dynamo exports. There the casts must see what wants a gradient, since
     # they are ops that say that they have none; detached, it would be lost in silence. In a graph
     # that is compiled they must not: DistributedDataParallel may cut it between a cast and its
-    # product, and the parts would want gradients. (torch 2.11 calls both exporting; there such a
-    # cut is an error of the casts'.)
-    exported = traced and (
-        not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
-    )
+    # product, and the parts would want gradients.
+    exported = traced and (not torch.compiler.is_dynamo_compiling() or is_exporting())
     detached = not exported or transformed
     wq = _cast(t.weight, weight.detach() if detached else weight)
     xq = _cast(t.x, rows.detach() if detached else rows, which="_both" if of_w else "")

@@ -54,8 +54,10 @@ __all__ = [
     "inductor_matches_patterns",
     "invoke_quant",
     "invoke_quant_packed",
+    "is_exporting",
     "is_jit_tracing",
     "is_observed",
+    "mistakes_dtypes",
     "plain_dispatch",
     "post_grad_form",
     "replace_node",
@@ -99,6 +101,11 @@ _modes = torch._C._len_torch_dispatch_stack
 def in_mode() -> bool:
     """Whether a dispatch mode, such as that of fake tensors or of a counter, sees all calls."""
     return _modes() > 0
+
+
+def is_exporting() -> bool:
+    """`torch.compiler.is_exporting()`, which is true of every graph to the Dynamo of torch 2.11."""
+    return torch.compiler._is_exporting_flag
 
 
 def is_jit_tracing() -> bool:
@@ -192,6 +199,18 @@ def inductor_matches_patterns() -> bool:
     from torch._inductor import config
 
     return bool(config.pattern_matcher)
+
+
+# Packages of torch 2.11 take the number of a dtype in their file for the one that it has in C++.
+_MISTAKES_DTYPES = torch.__version__ < "2.12"
+
+
+def mistakes_dtypes() -> bool:
+    """Whether this is lowered for a package of AOTInductor where an op would be called with another
+    dtype than is written here, as with torch 2.11.
+    """
+    virtualized: Any = sys.modules.get("torch._inductor.virtualized")
+    return _MISTAKES_DTYPES and virtualized is not None and bool(virtualized.V.aot_compilation)
 
 
 @functools.cache

@@ -429,8 +429,10 @@ def tensor_parallel(rank: int, scheme: str, kind: str, hidden: int = 160) -> Non
         got[:2] = [whole(DTensor.from_local(part, over, [Shard(1)])) for part in got[:2]]
     else:
         got = step(split, y, given, dy)
-    for parameter in split.parameters():
-        assert parameter.grad.placements == parameter.placements
+    # torch 2.11 gathers the gradient of a weight that is cut unevenly along its columns.
+    if hidden % 2 == 0 or torch.__version__ >= "2.12":
+        for parameter in split.parameters():
+            assert parameter.grad.placements == parameter.placements
 
     given = x.clone().requires_grad_()
     want = step(hand, by_hand(hand, given, scheme), given, dy)
@@ -633,7 +635,8 @@ def sharded_inference(rank: int, scheme: str) -> None:
 class TestInference(unittest.TestCase):
     @parameterized.expand(qnn.SCHEMES)
     def test_fsdp2(self, scheme: str) -> None:
-        if not qnn.SCHEMES[scheme].weight.storage.is_floating_point:
+        layer = qnn.QLinear(32, 32, scheme=scheme)
+        if not all(part.is_floating_point() for part in layer.parameters()):
             need_sharded_integers()
         both_ranks(sharded_inference, scheme)
 

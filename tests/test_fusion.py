@@ -59,7 +59,7 @@ def converted(model: nn.Module, dtype: torch.dtype = torch.float32, scheme: str 
     return qnn.convert(model.eval(), scheme).to(dtype)
 
 
-# Lists of graph passes came after torch 2.11, where qnn's is left out if another is set.
+# Lists of graph passes came with torch 2.13; before, qnn's is left out if another is set.
 LISTS = hasattr(custom_graph_pass, "get_custom_graph_passes")
 takes_lists = unittest.skipUnless(LISTS, f"torch {torch.__version__} takes one graph pass")
 
@@ -354,7 +354,9 @@ class TestModes(unittest.TestCase):
                 package = torch._inductor.aoti_compile_and_package(
                     program, package_path=str(where / "model.pt2")
                 )
-            self.assertIn("qnn.int8_rows_linear.default", seen)
+            # An op that takes a dtype is called with another one by packages of torch 2.11.
+            shared = torch.__version__ >= "2.12"
+            self.assertEqual("qnn.int8_rows_linear.default" in seen, shared)
             x = torch.randn(7, 48).bfloat16()
             torch.save(x, where / "x.pt")
             forked(
@@ -472,6 +474,7 @@ class TestPage(unittest.TestCase):
     def test_the_graphs_on_the_page_are_those_of_the_snippet(self) -> None:
         snippet = ROOT / "docs" / "snippets" / "fusion.py"
         page = (ROOT / "docs" / "howto" / "fusion.md").read_text()
-        before, _, after = forked(snippet.read_text()).strip().partition("\n\n")
-        for graph in (before, after):
-            self.assertIn(f"```text\n{graph.strip()}\n```", page)
+        for graph in forked(snippet.read_text()).strip().partition("\n\n")[::2]:
+            # A torch for GPUs has something to say where there is none.
+            calls = "\n".join(line for line in graph.splitlines() if " = " in line)
+            self.assertIn(f"```text\n{calls}\n```", page)

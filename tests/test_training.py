@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import tempfile
 import unittest
 from collections import Counter
 from typing import Any
@@ -536,6 +537,16 @@ class TestCompile(unittest.TestCase):
             self.assertEqual(schemes_of(program.graph), [scheme])
             longer = torch.randn(9, 64)
             self.assertTrue(torch.equal(program.module()(longer), module(longer)))
+
+    @unittest.skipIf(torch.__version__ >= "2.12", f"torch {torch.__version__} packages it rightly")
+    def test_what_a_package_would_call_with_another_dtype_is_refused(self) -> None:
+        program = torch.export.export(layer("fp8").eval(), (torch.randn(5, 64),))
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            self.assertRaisesRegex(Exception, "has a dtype for an argument.*with torch 2.12"),
+            torch.no_grad(),
+        ):
+            torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/model.pt2")
 
 
 class TestScripts(unittest.TestCase):

@@ -37,9 +37,15 @@ fusion.install()  # otherwise done by the first trace
 present = config.post_grad_custom_post_pass
 present = present if isinstance(present, (list, tuple)) else [present]
 
+
+def passes(graph: torch.fx.Graph) -> None:
+    for run in (show, *present, show):
+        run(graph)
+
+
 torch.manual_seed(0)
 model = qnn.convert(Block().eval(), "int8")
 x = torch.randn(4, 64)
-with torch.no_grad(), config.patch(post_grad_custom_post_pass=[show, *present, show]):
+with torch.no_grad(), config.patch(post_grad_custom_post_pass=passes):
     y = torch.compile(model, fullgraph=True)(x)
 assert torch.allclose(y, model(x), atol=1e-2)

@@ -242,7 +242,9 @@ def _scale_gradient(scale: torch.Tensor, x: torch.Tensor, qmax: int) -> torch.Te
     """`scale`, whose gradient is multiplied by `1 / sqrt(values · qmax)`, where `values` share one
     scale (LSQ, section 2.2).
     """
-    values = torch.sym_max(x.numel(), 1) / scale.numel()
+    count = x.numel()
+    # A size that Dynamo knows is no symbol to it, and torch 2.11 has no trace for sym_max of one.
+    values = (max(count, 1) if isinstance(count, int) else torch.sym_max(count, 1)) / scale.numel()
     fixed = scale.detach()
     result: torch.Tensor = fixed + (scale - fixed) * (values * qmax) ** -0.5
     return result

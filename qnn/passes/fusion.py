@@ -33,6 +33,7 @@ from qnn.kernels.op import on_trace
 from qnn.kernels.torch_private import (
     append_post_grad_pass,
     inductor_matches_patterns,
+    mistakes_dtypes,
     post_grad_form,
     statically_equal,
 )
@@ -100,7 +101,11 @@ def fold(graph: Graph) -> None:
 
 
 def _can_share(region: Region) -> bool:
-    """Whether the sums of the op for ready-made rows, whose codes may be −128, hold so many."""
+    """Whether the sums of the op for ready-made rows, whose codes may be −128, hold so many; and
+    whether the op would get its dtype.
+    """
+    if mistakes_dtypes():
+        return False
     limit = OPS[SHARED[region.op.name][1]].limits["k"]
     return bool(_tensor(region.arguments["w"]).shape[1] <= limit)
 
@@ -244,7 +249,22 @@ def _replace(graph: Graph, layer: _Layer) -> None:
     layer.end.replace_all_uses_with(layer.views[0] if layer.views else call)
 
 
+def _refuse_dtypes(graph: Graph) -> None:
+    takes_dtype = {
+        op.overload for op in OPS.values() if any(arg.kind == "ScalarType" for arg in op.inputs)
+    }
+    for node in graph.nodes:
+        if node.target in takes_dtype:
+            raise NotImplementedError(
+                f"{node.target} has a dtype for an argument, and a package of AOTInductor would "
+                f"call it with another one, in torch {torch.__version__}; package with torch 2.12 "
+                "or newer."
+            )
+
+
 def _run(graph: Graph) -> None:
+    if mistakes_dtypes():
+        _refuse_dtypes(graph)
     unwrap_gradients(graph)
     fold(graph)
     cast_fusion.unfold(graph)

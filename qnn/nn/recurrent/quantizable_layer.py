@@ -11,6 +11,7 @@ from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from qnn.functional.float_recurrent import States, Weights, float_recurrent, valid_steps
+from qnn.kernels.torch_private import is_exporting
 from qnn.nn.recurrent.observed import Observed
 from qnn.nn.recurrent.sequences import Sequences
 
@@ -115,7 +116,7 @@ class QuantizableRecurrent(Sequences, Observed):
         self, x: torch.Tensor, states: States, given: bool, lengths: torch.Tensor | None
     ) -> tuple[torch.Tensor, States]:
         # torch's own kernels have no trace for training on a CPU.
-        tracing = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        tracing = torch.compiler.is_compiling() and not is_exporting()
         if self._steps_only or lengths is not None or (tracing and torch.is_grad_enabled()):
             self._check_loop(x, states)
             return self._loop(x, states, given, lengths, self._dropout if self._drops else None)
