@@ -59,7 +59,7 @@ class Region:
             placeholders = self.call.graph.find_nodes(op="placeholder")
             outer = dict(zip(placeholders, self.node.args[1:], strict=True))
             given = map_arg(given, outer.__getitem__)
-        return {arg.name: given.get(arg.name, self.op._default(arg)) for arg in self.op.inputs}
+        return {arg.name: given.get(arg.name, self.op.default(arg)) for arg in self.op.inputs}
 
     @property
     def result(self) -> Node | None:
@@ -213,9 +213,9 @@ def _checked(graph: Graph, op: Op, arguments: Mapping[str, Any]) -> dict[str, An
             _fail(op, f"{arg.name} must be {wanted}, got a {type(value).__name__}", TypeError)
         if isinstance(value, Node) and value.graph is not graph:
             _fail(op, f"{arg.name} = {value} is a node of another graph", TypeError)
-        given[arg.name] = op._default(arg) if value is None else value
+        given[arg.name] = op.default(arg) if value is None else value
     for arg in reversed(op.inputs):  # as torch writes a call
-        if not arg.optional or given[arg.name] != op._default(arg):
+        if not arg.optional or given[arg.name] != op.default(arg):
             break
         del given[arg.name]
     return given
