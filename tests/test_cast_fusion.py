@@ -71,6 +71,8 @@ class TestCastFusion(unittest.TestCase):
         moved = (compiled_code(produced, x)[0][0].float() != want).float().mean().item()
         self.assertGreater(moved, 0)
         self.assertLess(moved, 0.1)
+        if torch.__version__ < "2.13":
+            self.skipTest("Inductor's switch does nothing for a CPU before torch 2.13")
         torch._dynamo.reset()
         with torch._inductor.config.patch(emulate_precision_casts=True):
             kept = compiled_code(produced, x)[0][0].float()

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -133,6 +134,7 @@ class TestCompare(unittest.TestCase):
                 qnn.compare(a, qnn.convert(b), self.x)
 
     def test_plot(self) -> None:
+        pytest.importorskip("matplotlib", reason="needs the extra 'examples'")
         with tempfile.TemporaryDirectory() as folder:
             path = qnn.compare(self.model, self.twin, self.x).plot(Path(folder) / "c.png")
             self.assertGreater(path.stat().st_size, 5000)
