@@ -20,11 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 import qnn
 import qnn.functional as F
+from qnn import passes
 from qnn.kernels import OPS, SCHEMES, Scheme
 from qnn.kernels.formats import Format
 
 from .common import same_bits
-from .test_invoke_quant import schemes_of
 
 TRAINED = [(s.name,) for s in SCHEMES.values() if s.trainable]
 NAMES = [name for (name,) in TRAINED]
@@ -344,6 +344,11 @@ def gradients(function: Any, *given: torch.Tensor) -> list[torch.Tensor]:
     return [y.detach(), *(leaf.grad for leaf in leaves)]  # type: ignore[list-item]
 
 
+def products(graph: torch.fx.Graph) -> list[str]:
+    """The scheme of each product, in a region of its own; casts stand outside of regions."""
+    return [region.scheme for region in passes.regions(graph) if region.scheme is not None]
+
+
 class TestWhatIsAskedFor(unittest.TestCase):
     @parameterized.expand(
         [
@@ -427,7 +432,7 @@ class TestWhatIsAskedFor(unittest.TestCase):
 
         def note(name: str) -> Any:
             def compiler(gm: torch.fx.GraphModule, _: Any) -> Any:
-                graphs[name] = schemes_of(gm.graph)
+                graphs[name] = products(gm.graph)
                 return make_boxed_func(gm.forward)
 
             return compiler
@@ -534,7 +539,7 @@ class TestCompile(unittest.TestCase):
             program = torch.export.export(
                 module, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=strict
             )
-            self.assertEqual(schemes_of(program.graph), [scheme])
+            self.assertEqual(products(program.graph), [scheme])
             longer = torch.randn(9, 64)
             self.assertTrue(torch.equal(program.module()(longer), module(longer)))
 
