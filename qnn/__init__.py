@@ -12,7 +12,12 @@ _HERE = _Path(__file__).resolve().parent
 if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels" / "torch_private.py").is_file():
     __path__.append(str(_HERE.parent))
 
-from qnn import functional, kernels, moved, passes
+from qnn import (
+    functional,
+    kernels,
+    moved,  # noqa: F401  # finds modules under their former names
+    passes,
+)
 from qnn.calibration import parts
 from qnn.calibration.doubts import CalibrationWarning
 from qnn.calibration.fake_quantize import FakeQuantize, freeze_observers, unfreeze_observers
@@ -68,7 +73,6 @@ __all__ = [
     "functional",
     "kernels",
     "load_pretrained",
-    "moved",
     "parts",
     "passes",
     "prepare",
