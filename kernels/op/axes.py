@@ -38,7 +38,7 @@ _CALL = re.compile(rf"({_NAME})\((.*)\)")
 _LIST = re.compile(rf"\((?P<axes>.*)\)\[(?P<count>{_NAME})\]")
 _PLAIN = re.compile(r"(dtype|str|int|bool)(?:\[(\d*)\])?(?:=(.+))?")
 _SCHEMA = {"dtype": "ScalarType", "str": "str", "int": "int", "bool": "bool"}
-FORMS = "names, k/128, k/128>2, p*2, t*b+b*h, f(h, k)"
+FORMS = "names, k/128, k/128>2, p*2, t*b+b*h, f(h, k), and (n k)[e] for a list of tensors"
 
 
 class UnknownSizeError(Exception):
