@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,20 +16,22 @@ from qnn.kernels import Scheme, get_scheme
 from qnn.kernels.cpu.forking import return_threads
 from qnn.kernels.formats import FLOATS, Part
 from qnn.kernels.torch_private import is_jit_tracing
+from qnn.nn.values import (
+    CALIBRATE,
+    Found,
+    bad_part,
+    frozen,
+    name_of,
+    needs_calibration,
+    normal,
+    quantize,
+    rows_of,
+    why_not_calibration,
+    why_not_finite,
+)
 from qnn.nn.weight_view import FloatWeight
 
 LayerT = TypeVar("LayerT", bound="Quantized")
-
-
-@dataclass(frozen=True)
-class Found:
-    """A tensor that calibration finds: `positive` for a scale. Before, a layer holds zeros or NaN
-    in its place.
-    """
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    positive: bool = False
 
 
 class Quantized(nn.Module):
@@ -257,7 +258,7 @@ class Quantized(nn.Module):
                 raise ValueError(f"{self._who}: {error}") from None
             return {name: each for (name, _), each in zip(parts, made, strict=True)}
         self._require_codes(weight, value)
-        if (bad := _bad_part(value, part)) is not None:
+        if (bad := bad_part(value, part)) is not None:
             raise ValueError(f"{who}: the codes hold NaN in {rows_of(bad)}.")
         return {first: normal(value)}
 
@@ -436,7 +437,7 @@ class Quantized(nn.Module):
                 "truncated."
             )
         tensor = self._read_plain(name, given[name], part.dtype, part.shape(*weight))
-        if (bad := _bad_part(tensor, part)) is not None:
+        if (bad := bad_part(tensor, part)) is not None:
             what = (
                 "must be positive and finite; it is not"
                 if part.suffix.endswith("_scale")
@@ -531,194 +532,3 @@ _SUFFIXES = (
     "_scale_inv",
     "_scale_2",
 )
-CALIBRATE = "run qnn.prepare(model), qnn.calibrate(model, batches), qnn.convert(model)"
-
-
-def needs_calibration(scheme: str) -> str:
-    """What a static scheme needs beside a float weight."""
-    return (
-        f"scheme {scheme!r} needs calibration: qnn.prepare(model), qnn.calibrate(model, batches), "
-        "qnn.convert(model)"
-    )
-
-
-def name_of(layer: Any) -> str:
-    """The call that makes a linear layer, for errors."""
-    kind = f"qnn.{type(layer).__name__}"
-    return f"{kind}({layer.in_features}, {layer.out_features}, scheme={layer.scheme!r})"
-
-
-def of_other_kind(layer: nn.Module, *inputs: Any, **options: Any) -> Any:
-    """The result of a layer for an input that is no plain tensor, or None where it is one.
-
-    `torch.fx` passes a proxy: the layer is a leaf of its graph, whoever traces, as torch's own
-    layers are. A jagged nested tensor gives another one.
-    """
-    nested: Any = inputs[0]
-    if isinstance(nested, torch.fx.Proxy):
-        tracer: Any = nested.tracer
-        target = tracer.path_of_module(layer)
-        return tracer.create_proxy("call_module", target, inputs, options)
-    if isinstance(inputs[0], torch.Tensor) and nested.layout == torch.jagged:
-        if not isinstance(nested.shape[-1], int):
-            return None  # the last axis is the ragged one
-        return torch.nested.nested_tensor_from_jagged(
-            layer.forward(nested.values()),
-            nested.offsets(),
-            nested.lengths(),
-            jagged_dim=nested._ragged_idx,
-        )
-    return None
-
-
-def check_input(layer: Any, input: torch.Tensor, weight: str) -> None:
-    """Raise a TypeError or ValueError where a linear `layer` cannot take `input`; `weight` is the
-    parameter that says where the layer is.
-    """
-    if (
-        input.layout is torch.strided
-        and not input.is_nested
-        and input.dtype in FLOATS
-        and input.dim() > 0
-        and input.shape[-1] == layer.in_features
-        and input.device == layer._parameters[weight].device
-    ):
-        return
-    who, dtype, device = name_of(layer), input.dtype, layer._parameters[weight].device
-    require_dense(who, input)
-    require_float(who, dtype)
-    if input.device != device:
-        raise ValueError(
-            f"{who}: the input is on {input.device}, the layer on {device}; move one of them with "
-            ".to(device)."
-        )
-    raise ValueError(
-        f"{who}: the input must be [..., {layer.in_features}], got {tuple(input.shape)}; its last "
-        f"axis must have in_features = {layer.in_features} elements."
-    )
-
-
-def require_dense(who: str, input: torch.Tensor) -> None:
-    """Raise a TypeError for a sparse input, or a nested one whose layout is not jagged."""
-    if input.is_nested and input.layout == torch.strided:
-        raise TypeError(
-            f"{who}: the input is a nested tensor of strided layout; build it with "
-            "layout=torch.jagged, or pad it with .to_padded_tensor(0.0)."
-        )
-    if input.layout not in (torch.strided, torch.jagged):
-        raise TypeError(
-            f"{who}: the input is sparse ({input.layout}); convert it with .to_dense()."
-        )
-
-
-def require_float(who: str, dtype: torch.dtype) -> None:
-    """Raise a TypeError unless an input of `dtype` can be taken."""
-    if dtype in (torch.int8, torch.uint8) or (dtype.itemsize == 1 and dtype.is_floating_point):
-        raise TypeError(
-            f"{who}: the input is {dtype}, a storage dtype. Pass float32, bfloat16 or float16 "
-            "activations, or exclude this layer from convert()."
-        )
-    if dtype not in FLOATS:
-        raise TypeError(
-            f"{who}: the input must be float32, bfloat16, float16 or float64, got {dtype}; cast it "
-            "with .float()."
-        )
-
-
-def not_finite(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Where a float tensor holds NaN, inf or a value beyond float32, in which scales are: a mask of
-    its rows, `[N]`; None where it has none, or has no values yet.
-
-    Without a mask as large as the tensor: a sum meets every NaN and inf, though a finite one may
-    overflow.
-    """
-    values = local(tensor)
-    if values.is_meta or not values.numel():
-        return None
-    if values.dtype == torch.float64:
-        values = values.float()
-    if bool(values.sum(dtype=torch.float64).isfinite()):
-        return None
-    bad = ~values.isfinite()
-    if not bool(bad.any()):
-        return None
-    return bad.any(-1) if bad.dim() > 1 else bad
-
-
-def why_not_finite(tensor: torch.Tensor) -> str | None:
-    """`NaN or inf in row 3`, or what else keeps a float tensor from being held; None if nothing."""
-    if (bad := not_finite(tensor)) is None:
-        return None
-    if bool(local(tensor).isfinite().all()):
-        return f"values beyond float32, in which scales and sums are, in {rows_of(bad)}"
-    return f"NaN or inf in {rows_of(bad)}"
-
-
-def _bad_part(tensor: torch.Tensor, part: Part) -> torch.Tensor | None:
-    """Where a stored part means no number, as a mask of its rows; None where all is well."""
-    values = local(tensor)
-    if values.is_meta or not values.numel():
-        return None
-    scale = part.suffix.endswith("_scale")
-    if values.dtype == torch.float8_e4m3fn and not scale:
-        bad = (values.view(torch.uint8) & 0x7F) == 0x7F
-    elif scale and values.dtype == torch.uint8:
-        bad = values == 255  # an exponent of E8M0
-    elif scale and values.dtype.is_floating_point:
-        floats = values.float()
-        # A block of zeros may have an e4m3 scale of zero; a float32 one never has.
-        bad = ~(floats.isfinite() & (floats > 0 if part.dtype == torch.float32 else floats >= 0))
-    else:
-        return None
-    return bad if bool(bad.any()) else None
-
-
-def why_not_calibration(found: Found, tensor: torch.Tensor | None) -> str | None:
-    """Why a tensor is not what calibration finds, or None."""
-    if tensor is None:
-        return "is missing"
-    values = local(tensor)
-    if values.is_meta or not found.dtype.is_floating_point:
-        return None
-    if found.positive and not bool((values.isfinite() & (values > 0)).all()):
-        return "must be positive and finite; a layer that is not calibrated holds 0"
-    if not bool(values.isfinite().all()):
-        return "must be finite; a layer that is not calibrated holds NaN"
-    return None
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The values of this process, without their history."""
-    plain = tensor.detach()
-    return cast(Any, plain).to_local() if is_distributed(plain) else plain
-
-
-def quantize(weight: torch.Tensor, scheme: str) -> tuple[torch.Tensor, ...]:
-    """The parts of a weight; plain tensors, whatever mode the caller is in."""
-    with torch.inference_mode(False), torch.no_grad():
-        parts = F.quantize(normal(weight), scheme)
-    return_threads()
-    return parts
-
-
-def normal(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` without its history, and never an inference tensor, which has no version counter to
-    watch.
-    """
-    with torch.inference_mode(False):
-        return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
-
-
-def frozen(tensor: torch.Tensor) -> nn.Parameter:
-    """A parameter that needs no gradient."""
-    with torch.inference_mode(False):
-        return nn.Parameter(
-            tensor.clone() if tensor.is_inference() else tensor, requires_grad=False
-        )
-
-
-def rows_of(bad: torch.Tensor) -> str:
-    """`row 3 and 2 more`, from a mask whose first axis is that of the rows."""
-    rows = bad.flatten(1).any(-1) if bad.dim() > 1 else bad
-    found = rows.nonzero().flatten().tolist()
-    return f"row {found[0]}" + (f" and {len(found) - 1} more" if len(found) > 1 else "")

@@ -10,7 +10,7 @@ from torch import nn
 
 from qnn.kernels.formats import FLOATS
 from qnn.kinds import Kind, kind_of, own_tensors, titles, waits
-from qnn.nn.base import not_finite, why_not_finite
+from qnn.nn.values import not_finite, why_not_finite
 from qnn.verbs import references
 from qnn.verbs.inventory import inventory
 from qnn.verbs.plan import Plan

@@ -9,9 +9,9 @@ from torch import nn
 
 from qnn.calibration.spec import QuantSpec
 from qnn.kernels.formats import FLOATS
-from qnn.nn.base import of_other_kind
 from qnn.nn.linear.observed import ObservedLinear, fake_quantize_weight
 from qnn.nn.linear.quantized import QLinear
+from qnn.nn.values import of_other_kind
 
 
 def as_linear(module: nn.Module, *, transposed: bool = False) -> nn.Linear:

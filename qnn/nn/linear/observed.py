@@ -13,7 +13,7 @@ from qnn import functional as F
 from qnn.calibration.fake_quantize import FakeQuantize
 from qnn.calibration.parts import Specs
 from qnn.calibration.spec import QuantSpec
-from qnn.nn.base import of_other_kind
+from qnn.nn.values import of_other_kind
 
 # The clipping that errs least, from a histogram; in training the range has to be cheap and to
 # follow the weights.

@@ -12,9 +12,10 @@ from qnn.calibration.doubts import note_on
 from qnn.kernels import get_scheme
 from qnn.kernels.backends import linear_backend
 from qnn.kernels.formats import FLOATS
-from qnn.nn.base import (
+from qnn.nn.base import Quantized
+from qnn.nn.linear.observed import ObservedLinear, grid
+from qnn.nn.values import (
     Found,
-    Quantized,
     check_input,
     name_of,
     normal,
@@ -22,7 +23,6 @@ from qnn.nn.base import (
     quantize,
     why_not_finite,
 )
-from qnn.nn.linear.observed import ObservedLinear, grid
 
 
 class QLinear(Quantized, nn.Linear):

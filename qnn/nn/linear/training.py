@@ -10,7 +10,7 @@ from torch import nn
 from qnn import functional as F
 from qnn.kernels import training_scheme
 from qnn.kernels.formats import FLOATS
-from qnn.nn.base import check_input, of_other_kind
+from qnn.nn.values import check_input, of_other_kind
 
 
 class Linear(nn.Linear):

@@ -6,7 +6,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from qnn import functional as F
-from qnn.nn.base import check_input
+from qnn.nn.values import check_input
 
 
 class TrainingConv1D(Conv1D):  # type: ignore[misc]

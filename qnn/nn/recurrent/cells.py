@@ -8,7 +8,7 @@ import torch
 from torch.nn.modules.rnn import RNNCellBase
 
 from qnn.functional.float_recurrent import States
-from qnn.nn.base import of_other_kind
+from qnn.nn.values import of_other_kind
 
 NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 

@@ -17,8 +17,9 @@ from qnn.kernels.backends import recurrent_backend
 from qnn.kernels.formats import FLOATS
 from qnn.kernels.reference.recurrent import CELLS
 from qnn.kernels.schemes import schemes_of
-from qnn.nn.base import Found, Quantized, frozen, normal, quantize, require_float, why_not_finite
+from qnn.nn.base import Quantized
 from qnn.nn.recurrent.observed import Observed
+from qnn.nn.values import Found, frozen, normal, quantize, require_float, why_not_finite
 
 LayerT = TypeVar("LayerT", bound="QRecurrent")
 

@@ -10,7 +10,7 @@ from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from qnn.functional.float_recurrent import States
-from qnn.nn.base import of_other_kind
+from qnn.nn.values import of_other_kind
 
 
 class Sequences(RNNBase):
