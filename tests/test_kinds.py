@@ -112,6 +112,8 @@ class TestRegistered(unittest.TestCase):
         converted = qnn.convert(prepared)
         self.assertIsInstance(converted.table, nn.Embedding)
         self.assertIsInstance(converted.head, qnn.QLinear)
+        reason = next(r.reason for r in qnn.summary(prepared).rows if r.name == "table")
+        self.assertEqual(reason, "there is no observed embedding layer")
 
     def test_save_and_load(self) -> None:
         converted = qnn.convert(self.model, "int8_weight")

@@ -245,7 +245,7 @@ def _warn(model: nn.Module) -> None:
         warnings.warn(
             "qnn: a file of this model will not run in plain transformers: compressed-tensors runs "
             f"{reason} with qnn.load_pretrained.",
-            stacklevel=4,
+            stacklevel=6,  # the caller of convert
         )
         return
 

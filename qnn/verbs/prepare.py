@@ -110,6 +110,8 @@ def _make_plan(
                 plan.schemes[id(module)] = scheme
             else:
                 plan.reasons[id(module)] = "it is prepared already"
+        elif not (kind := cast(kinds.Kind, kind_of(module))).observed:
+            plan.reasons[id(module)] = f"there is no observed {kind.name} layer"
         elif (reason := left_alone(module, scheme, named=named)) is not None:
             plan.reasons[id(module)] = reason
         elif (why := why_not(module)) is not None:
