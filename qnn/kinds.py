@@ -184,7 +184,7 @@ def known_kinds() -> tuple[Kind, ...]:
 
 
 def kind_of(module: nn.Module) -> Kind | None:
-    """The kind of a layer in any form; None for what is no layer that qnn knows."""
+    """The kind of a layer in any form; None for any other module."""
     return next((kind for kind in _KINDS if kind.takes(module)), None)
 
 

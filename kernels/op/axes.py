@@ -11,7 +11,7 @@ Axes stand apart by blanks; `...` is any number of leading ones. An axis is
 - a sum of products of these: `p*2`, `k/16*8`, `t*b*p+b*h`;
 - a function of known ones by its name, `out(h, kh, stride[0])`, which the declaration brings.
 
-`w: (n k)[e]` is a list of `e` tensors. What is no tensor is a `dtype`, `str`, `int`, `int[]`,
+`w: (n k)[e]` is a list of `e` tensors. Other arguments are a `dtype`, `str`, `int`, `int[]`,
 `int[2]` or `bool`; `int=1` has a default. An integer argument is a known size too, and `stride[0]`
 the first of several. Results are `name: axes`, or the axes alone.
 """
@@ -139,12 +139,12 @@ class Arg:
 
     Attributes:
         name: of the argument.
-        axes: of a tensor, without the leading ones; None of what is no tensor.
+        axes: of a tensor, without the leading ones; None for other arguments.
         has_lead: whether any number of axes come first.
         optional: whether it may be left out.
         kind: its type in the schema.
         count: of a list of tensors, the axis that is its length.
-        default: of an argument that is no tensor and may be left out.
+        default: of an optional argument that is not a tensor.
     """
 
     name: str
@@ -270,7 +270,7 @@ def _argument(part: str, fail: Callable[[str], Any], *, given: bool) -> Arg:
 
 
 def _plain(name: str, match: re.Match[str], optional: bool, fail: Callable[[str], Any]) -> Arg:
-    """An argument that is no tensor."""
+    """An argument that is not a tensor."""
     word, length, default = match.groups()
     if length is not None and word != "int":
         fail(f"{name} is a list of {word}; only integers come in lists")
