@@ -108,7 +108,7 @@ class Kind:
         does.
         """
         if other is not self:
-            return "which holds it in another form"
+            return "that layer holds it in another form"
         return None if self.shares else f"{self.name} layers do not share codes"
 
     # -- from form to form ------------------------------------------------------------------------

@@ -130,6 +130,10 @@ class TestHouse(unittest.TestCase):
                 found = importlib.import_module(old)
             self.assertIs(found, importlib.import_module(new))
             self.assertEqual(found.__spec__.name if found.__spec__ else "", new)
+        sys.modules.pop("qnn.functional.fusion", None)
+        vars(qnn.functional).pop("fusion", None)
+        with self.assertWarnsRegex(DeprecationWarning, "is now qnn.passes.fusion"):
+            self.assertIs(qnn.functional.fusion, importlib.import_module("qnn.passes.fusion"))
 
     def test_private_torch_names_stand_in_one_file(self) -> None:
         allowed = {"torch_private.py"}

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch._inductor import config
 
 import qnn
-from qnn.functional import fusion
+from qnn.passes import fusion
 
 
 class Block(nn.Module):

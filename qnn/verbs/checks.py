@@ -118,14 +118,13 @@ def keep_ties_to_float(modules: dict[str, nn.Module], plan: Plan, who: str = "qn
             continue
         kind = cast(Kind, kind_of(module))
         for other, user in _others(module, users):
-            why: str | None = f"({type(user).__name__}), which stays in float"
-            sign = " "
+            why: str | None = f" ({type(user).__name__}), which stays in float"
             if id(user) in plan.schemes:
-                why, sign = kind.why_untied(cast(Kind, kind_of(user))), "; "
-                sign = ", " if why is not None and why.startswith("which") else sign
+                why = kind.why_untied(cast(Kind, kind_of(user)))
+                why = why and f"; {why}"
             if why is not None:
                 del plan.schemes[id(module)]
-                plan.reasons[id(module)] = f"{TIED} {other!r}{sign}{why}"
+                plan.reasons[id(module)] = f"{TIED} {other!r}{why}"
                 break
             if plan.schemes[id(user)] != plan.schemes[id(module)]:
                 raise ValueError(

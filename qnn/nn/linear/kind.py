@@ -94,7 +94,7 @@ class LinearKind(Kind):
         _spec(layer, how)
 
     def why_untied(self, other: Kind) -> str | None:
-        return None if other is self else "which has it transposed"
+        return None if other is self else "that layer has it transposed"
 
     def require_ranges(self, layer: nn.Module) -> None:
         grid(cast(ObservedLinear, layer).input_quantize)
