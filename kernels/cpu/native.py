@@ -270,7 +270,7 @@ def _disabled(csrc: Path) -> str:
         return f"there are no native kernels for {platform.system()}, only for Linux"
     if (path := cache.forbidden()) is not None:
         return f"native code is forbidden by {path}"
-    if not next(csrc.glob("*.cpp"), None):
+    if not next(csrc.rglob("*.cpp"), None):
         return f"this installation has no C++ sources in {csrc}: install qnn again"
     return ""
 

@@ -30,7 +30,7 @@
 #include <thread>
 #include <vector>
 
-#include "tiers.h"
+#include "tiers/tiers.h"
 
 namespace {
 

@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "tiers.h"
+#include "tiers/tiers.h"
 
 namespace qnn {
 

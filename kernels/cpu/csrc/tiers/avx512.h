@@ -4,7 +4,7 @@
 
 #include <immintrin.h>
 
-#include "loops.h"
+#include "linear/loops.h"
 
 namespace qnn {
 namespace {

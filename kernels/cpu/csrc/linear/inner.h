@@ -8,7 +8,7 @@
 // clang-format on
 #pragma once
 
-#include "vec.h"
+#include "common/vec.h"
 
 namespace qnn {
 namespace {

@@ -11,7 +11,7 @@
 #include <new>
 #include <utility>
 
-#include "arguments.h"
+#include "ops/arguments.h"
 
 namespace qnn {
 

@@ -7,9 +7,9 @@
 #include <utility>
 #include <vector>
 
-#include "arguments.h"
-#include "threads.h"
-#include "tier_choice.h"
+#include "ops/arguments.h"
+#include "ops/threads.h"
+#include "tiers/tier_choice.h"
 
 namespace qnn {
 namespace {

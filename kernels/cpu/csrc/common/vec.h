@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-#include "linear.h"
+#include "linear/linear.h"
 
 namespace qnn {
 namespace {

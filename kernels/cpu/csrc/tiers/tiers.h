@@ -1,8 +1,8 @@
 // The tiers, best first. Each stands in the file of its name, compiled for its own instruction set.
 #pragma once
 
-#include "linear.h"
-#include "recurrent_call.h"
+#include "linear/linear.h"
+#include "recurrent/recurrent_call.h"
 
 namespace qnn {
 

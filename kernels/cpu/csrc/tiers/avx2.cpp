@@ -1,10 +1,10 @@
 // AVX2 without VNNI. Its byte product adds pairs in saturating 16 bits, and so gives wrong sums;
 // here both operands are widened to 16 bits, and vpmaddwd adds pairs of exact products.
 #define QNN_LANES 8
-#include "avx2.h"
+#include "tiers/avx2.h"
 
-#include "recurrent.h"
-#include "tiers.h"
+#include "recurrent/recurrent.h"
+#include "tiers/tiers.h"
 
 namespace qnn {
 namespace {

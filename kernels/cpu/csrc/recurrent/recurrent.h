@@ -24,8 +24,8 @@
 
 #include <algorithm>
 
-#include "loops.h"
-#include "recurrent_call.h"
+#include "linear/loops.h"
+#include "recurrent/recurrent_call.h"
 
 namespace qnn {
 namespace {

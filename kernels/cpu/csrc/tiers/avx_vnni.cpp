@@ -4,9 +4,9 @@
 #define QNN_LANES 8
 #include <cpuid.h>
 
-#include "avx2.h"
-#include "recurrent.h"
-#include "tiers.h"
+#include "recurrent/recurrent.h"
+#include "tiers/avx2.h"
+#include "tiers/tiers.h"
 
 namespace qnn {
 namespace {

@@ -16,7 +16,7 @@
 #include <utility>
 #include <vector>
 
-#include "linear.h"
+#include "linear/linear.h"
 
 namespace qnn {
 

@@ -1,8 +1,8 @@
 // AVX-512 with VNNI: see vnni512.h.
 #define QNN_LANES 16
-#include "recurrent.h"
-#include "tiers.h"
-#include "vnni512.h"
+#include "recurrent/recurrent.h"
+#include "tiers/tiers.h"
+#include "tiers/vnni512.h"
 
 namespace qnn {
 

@@ -1,6 +1,6 @@
 // The tiers, their known-answer tests, and the choice among them. Compiled with a define for each
 // tier that this library is without.
-#include "tier_choice.h"
+#include "tiers/tier_choice.h"
 
 #include <algorithm>
 #include <array>

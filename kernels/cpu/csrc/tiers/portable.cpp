@@ -1,9 +1,9 @@
 // Plain C++ for any CPU, in vectors that the compiler lowers to what there is (SSE2, NEON, …): w
 // and x as 16-bit values, products in 32 bits.
 #define QNN_LANES 4
-#include "loops.h"
-#include "recurrent.h"
-#include "tiers.h"
+#include "linear/loops.h"
+#include "recurrent/recurrent.h"
+#include "tiers/tiers.h"
 
 #if defined(__SSE2__)
 #include <emmintrin.h>

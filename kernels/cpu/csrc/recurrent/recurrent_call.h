@@ -2,7 +2,7 @@
 // and the tiers, which know the CPU.
 #pragma once
 
-#include "linear.h"
+#include "linear/linear.h"
 
 namespace qnn {
 

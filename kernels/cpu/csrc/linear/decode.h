@@ -14,7 +14,7 @@
 // clang-format on
 #pragma once
 
-#include "inner.h"
+#include "linear/inner.h"
 
 namespace qnn {
 namespace {

@@ -3,9 +3,9 @@
 // layout, and the sums come out as in the other tiers. Few rows, and int8_weight, run as
 // avx512_vnni does.
 #define QNN_LANES 16
-#include "recurrent.h"
-#include "tiers.h"
-#include "vnni512.h"
+#include "recurrent/recurrent.h"
+#include "tiers/tiers.h"
+#include "tiers/vnni512.h"
 
 #ifdef QNN_EMULATE_AMX
 #include "amx_emulation.h"

@@ -31,7 +31,7 @@
 
 #include <limits>
 
-#include "decode.h"
+#include "linear/decode.h"
 
 namespace qnn {
 namespace {
