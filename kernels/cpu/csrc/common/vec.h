@@ -3,6 +3,10 @@
 // namespace, so that code compiled for one instruction set is never linked into another's.
 #pragma once
 
+#ifndef QNN_LANES
+#error "a tier's file defines QNN_LANES, 4, 8 or 16, before its first include"
+#endif
+
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -11,7 +15,7 @@
 #include <immintrin.h>
 #endif
 
-#include "linear/linear.h"
+#include "common/types.h"
 
 namespace qnn {
 namespace {
@@ -39,10 +43,21 @@ inline void write(void* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// Bytes from `p` on, of which `left` are there; zeros after them.
+template <class V>
+inline V bytes_of(const void* p, int64_t left) {
+  if (left >= static_cast<int64_t>(sizeof(V))) return read<V>(p);
+  uint8_t some[sizeof(V)] = {};
+  std::memcpy(some, p, left);
+  return read<V>(some);
+}
+
 inline vfloat splat(float x) { return x - vfloat{}; }
 inline vint splat(int32_t x) { return x - vint{}; }
 inline vint bits(vfloat x) { return (vint)x; }
 inline vfloat floats(vint x) { return __builtin_convertvector(x, vfloat); }
+inline vfloat sum_as_float(vint acc) { return floats(acc); }
+inline vfloat sum_as_float(vfloat acc) { return acc; }
 
 // a · b + c, rounded once where the instruction set can.
 inline vfloat fma(vfloat a, vfloat b, vfloat c) {
@@ -52,6 +67,20 @@ inline vfloat fma(vfloat a, vfloat b, vfloat c) {
   return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
   return a * b + c;
+#endif
+}
+
+// To a whole number, ties to even.
+inline vfloat nearest(vfloat x) {
+#if defined(__AVX512F__) && QNN_LANES == 16
+  return (vfloat)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__) && QNN_LANES == 8
+  return (vfloat)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const vint sign = bits(x) & (vint)splat(-0.0f);
+  const vfloat magnitude = (vfloat)(bits(x) ^ sign), step = splat(0x1p23f);
+  const vfloat rounded = magnitude + step - step;
+  return (vfloat)(bits(magnitude < step ? rounded : magnitude) | sign);
 #endif
 }
 
@@ -65,7 +94,6 @@ inline vfloat fma(vfloat a, vfloat b, vfloat c) {
 #endif
 
 // -- float formats in memory
-// -------------------------------------------------------------------------------------------
 
 struct Float32 {
   using Value = float;
@@ -180,7 +208,6 @@ inline void store_some(typename Format::Value* p, vfloat x, int64_t count) {
 }
 
 // -- activations
-// -------------------------------------------------------------------------------------------------------
 
 // The lesser and the greater of x and a bound; NaN stays NaN.
 inline vfloat at_most(vfloat bound, vfloat x) {

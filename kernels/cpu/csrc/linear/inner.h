@@ -8,12 +8,11 @@
 // clang-format on
 #pragma once
 
+#include "common/scratch.h"
 #include "common/vec.h"
 
 namespace qnn {
 namespace {
-
-constexpr int64_t kLine = 64;
 
 // One more line than the codes, so that rows of a panel do not share the sets of a cache.
 template <class T>

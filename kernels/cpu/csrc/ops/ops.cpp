@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "linear/describe.h"
 #include "ops/arguments.h"
 #include "ops/threads.h"
 #include "tiers/tier_choice.h"
@@ -24,6 +25,8 @@ void run_parallel(const Arguments& args, const Kernel& kernel, const Linear& p) 
   // to each.
   constexpr int64_t kProducts = 1 << 20, kBytes = 1 << 17;
   const int64_t worth = std::max(p.m * p.n * p.k / kProducts, p.n * p.k / kBytes);
+  if (const char* why = why_not(p))
+    throw std::logic_error("qnn: a weight of " + text(p.weight) + ": " + why + ".");
   const size_t bytes = kernel.scratch_bytes(p);
   with_memory(args, [&] {
     share(worth,
@@ -118,7 +121,7 @@ Tensor linear(const Call& call, const Tier& tier, const Tensor& x, const Tensor&
   if (p.m == 0 || p.n == 0) return y;
   p.x = dense_x.data_ptr(), p.w = static_cast<const int8_t*>(dense_w.data_ptr()),
   p.y = y.data_ptr();
-  p.w_stride = p.k;
+  p.weight = kInt8;
   p.sw = static_cast<const float*>(dense_sw.data_ptr());
   if (codes) p.row_scale = static_cast<const float*>(dense_scale.data_ptr());
   if (fixed) {
@@ -151,7 +154,7 @@ Tensor float_weight_linear(const char* op, const Tier& tier, const Tensor& x, co
   const int64_t last = x.dim() - 1;
   p.k = x.size(last);
   if (gw == nullptr) {
-    p.weight = Weight::e4m3, p.w_stride = p.k;
+    p.weight = kE4m3;
     args.dtype(1, ScalarType::Float8_e4m3fn);
     args.shape(1, wq.dim() == 2, "[n, k]");
     args.shape(1, wq.size(1) == p.k, "[n, k]", "k", p.k, "x");
@@ -160,11 +163,11 @@ Tensor float_weight_linear(const char* op, const Tier& tier, const Tensor& x, co
     args.shape(2, sw.dim() == 2 && sw.size(1) == 1, "[n, 1]");
     args.shape(2, sw.size(0) == p.n, "[n, 1]", "n", p.n, "wq");
   } else {
-    const int64_t blocks = div_up(p.k, 16);
-    p.weight = Weight::e2m1, p.w_stride = blocks * 8;
+    p.weight = kE2m1;
+    const int64_t blocks = p.weight.groups(p.k), bytes = p.weight.row_bytes(p.k);
     args.dtype(1, ScalarType::Byte);
     args.shape(1, wq.dim() == 2, "[n, k/16*8]");
-    args.shape(1, wq.size(1) == p.w_stride, "[n, k/16*8]", "k/16*8", p.w_stride, "x");
+    args.shape(1, wq.size(1) == bytes, "[n, k/16*8]", "k/16*8", bytes, "x");
     p.n = wq.size(0);
     args.dtype(2, ScalarType::Float8_e4m3fn);
     args.shape(2, sw.dim() == 2, "[n, k/16]");
@@ -194,7 +197,7 @@ Tensor float_weight_linear(const char* op, const Tier& tier, const Tensor& x, co
   if (gw == nullptr) {
     p.sw = static_cast<const float*>(dense_sw.data_ptr());
   } else {
-    p.block_scale = static_cast<const uint8_t*>(dense_sw.data_ptr());
+    p.group_scale = dense_sw.data_ptr();
     scale = 1.0f / *static_cast<const float*>(dense_gw.data_ptr());
     p.sw = &scale;
   }

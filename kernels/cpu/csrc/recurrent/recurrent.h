@@ -24,7 +24,8 @@
 
 #include <algorithm>
 
-#include "linear/loops.h"
+#include "common/rows.h"
+#include "common/scratch.h"
 #include "recurrent/recurrent_call.h"
 
 namespace qnn {
@@ -76,20 +77,6 @@ struct Shares {
 
 // -- arithmetic of the cells
 // -----------------------------------------------------------------------------------------------
-
-// To a whole number, ties to even.
-inline vfloat nearest(vfloat x) {
-#if defined(__AVX512F__) && QNN_LANES == 16
-  return (vfloat)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#elif defined(__AVX2__) && QNN_LANES == 8
-  return (vfloat)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-  const vint sign = bits(x) & (vint)splat(-0.0f);
-  const vfloat magnitude = (vfloat)(bits(x) ^ sign), step = splat(0x1p23f);
-  const vfloat rounded = magnitude + step - step;
-  return (vfloat)(bits(magnitude < step ? rounded : magnitude) | sign);
-#endif
-}
 
 // The grid of a part: a row of the table.
 struct Grid {

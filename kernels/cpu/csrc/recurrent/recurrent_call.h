@@ -2,7 +2,7 @@
 // and the tiers, which know the CPU.
 #pragma once
 
-#include "linear/linear.h"
+#include "common/types.h"
 
 namespace qnn {
 

@@ -3,6 +3,7 @@
 // layout, and the sums come out as in the other tiers. Few rows, and int8_weight, run as
 // avx512_vnni does.
 #define QNN_LANES 16
+#include "linear/loops.h"
 #include "recurrent/recurrent.h"
 #include "tiers/tiers.h"
 #include "tiers/vnni512.h"
@@ -138,12 +139,16 @@ bool runs_here() {
 
 }  // namespace
 
-extern const Tier amx = {"amx",
-                         runs_here,
-                         kernel<Vnni, Amx>(),
-                         kernel<Avx512Float>(),
-                         quantize,
-                         recurrent<AmxProduct>(),
-                         recurrent<FloatProduct<Avx512Machine, 6, 8>>()};
+constexpr Tier amx = [] {
+  Tier t{};
+  t.name = "amx";
+  t.runs_here = runs_here;
+  t.int8 = kernel<Vnni, Amx>();
+  t.weight_only = kernel<FloatTier<Avx512Machine>>();
+  t.quantize = quantize;
+  t.recurrent = recurrent<AmxProduct>();
+  t.recurrent_weight = recurrent<FloatProduct<Avx512Machine, 6, 8>>();
+  return t;
+}();
 
 }  // namespace qnn

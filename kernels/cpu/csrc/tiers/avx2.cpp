@@ -3,6 +3,7 @@
 #define QNN_LANES 8
 #include "tiers/avx2.h"
 
+#include "linear/loops.h"
 #include "recurrent/recurrent.h"
 #include "tiers/tiers.h"
 
@@ -19,14 +20,14 @@ struct Madd : Avx2, Inner<Madd> {
 
   static void fill_panel(Panel* to, const int8_t* w, int64_t depth) {
     for (int64_t i = 0; i < depth; i += 16)
-      write(to + i, _mm256_cvtepi8_epi16(read_some<__m128i>(w + i, depth - i)));
+      write(to + i, _mm256_cvtepi8_epi16(bytes_of<__m128i>(w + i, depth - i)));
   }
 
   static vint multiply_add(vint sum, vint column, vint row) {
     return sum + (vint)_mm256_madd_epi16((__m256i)column, (__m256i)row);
   }
   static vint column(const int8_t* w, int64_t left) {
-    return (vint)_mm256_cvtepi8_epi16(read_some<__m128i>(w, left));
+    return (vint)_mm256_cvtepi8_epi16(bytes_of<__m128i>(w, left));
   }
   static int32_t sum(vint s) { return qnn::sum((__m256i)s); }
 };
@@ -35,12 +36,16 @@ bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 
 }  // namespace
 
-extern const Tier avx2 = {"avx2",
-                          runs_here,
-                          kernel<Madd>(),
-                          kernel<Avx2Float>(),
-                          quantize,
-                          recurrent<IntegerProduct<Madd, 2, 3>>(),
-                          recurrent<FloatProduct<Avx2Machine, 2, 3>>()};
+constexpr Tier avx2 = [] {
+  Tier t{};
+  t.name = "avx2";
+  t.runs_here = runs_here;
+  t.int8 = kernel<Madd>();
+  t.weight_only = kernel<FloatTier<Avx2Machine>>();
+  t.quantize = quantize;
+  t.recurrent = recurrent<IntegerProduct<Madd, 2, 3>>();
+  t.recurrent_weight = recurrent<FloatProduct<Avx2Machine, 2, 3>>();
+  return t;
+}();
 
 }  // namespace qnn

@@ -1,10 +1,10 @@
-// What the AVX-512 tiers share: 16 lanes, the turn of 16 × 16 words, and the float32 kernel,
-// for a weight in any format.
+// What the AVX-512 tiers share: 16 lanes, the turn of 16 × 16 words, sums over lanes.
 #pragma once
 
 #include <immintrin.h>
 
-#include "linear/loops.h"
+#include "common/scratch.h"
+#include "common/vec.h"
 
 namespace qnn {
 namespace {
@@ -75,60 +75,6 @@ struct Avx512Machine : Avx512 {
   static constexpr int64_t kDepth = 256, kWordStep = 16;
   static float sum(vfloat s) { return _mm512_reduce_add_ps((__m512)s); }
 };
-
-struct Int8Codes : InOrder {
-  static void decode(const WeightRow& w, int64_t i, int64_t left, vfloat* v, State) {
-    const __mmask16 there = static_cast<__mmask16>(left < 16 ? first(left) : 0xffff);
-    v[0] =
-        (vfloat)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(there, w.codes + i)));
-  }
-};
-
-struct E4m3Codes : E4m3Pairs {
-  static void arrange(float* x, int64_t count) {
-    const __m512i even =
-        _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-    for (int64_t i = 0; i < count; i += 32) {
-      const __m512 a = read<__m512>(x + i), b = read<__m512>(x + i + 16);
-      write(x + i, _mm512_permutex2var_ps(a, even, b));
-      write(x + i + 16, _mm512_permutex2var_ps(a, odd, b));
-    }
-  }
-  static void natural(vfloat* v) {
-    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    const __m512 even = (__m512)v[0], odd = (__m512)v[1];
-    v[0] = (vfloat)_mm512_permutex2var_ps(even, low, odd);
-    v[1] = (vfloat)_mm512_permutex2var_ps(even, high, odd);
-  }
-};
-
-// A block is eight bytes, sent to all pairs of lanes; each lane moves its code to the low bits, and
-// the permutation looks at no others. So the lanes hold codes 0, 8, 1, 9, … 7, 15. In order it
-// would take one instruction more: 8.4 M codes times one row 486 µs instead of 337, on one Zen 4
-// core.
-struct E2m1Codes : InOrder {
-  static void decode(const WeightRow& w, int64_t i, int64_t, vfloat* v, State) {
-    const __m512i shifts =
-        _mm512_set_epi32(28, 28, 24, 24, 20, 20, 16, 16, 12, 12, 8, 8, 4, 4, 0, 0);
-    const __m512i codes =
-        _mm512_srlv_epi32(_mm512_set1_epi64(read<int64_t>(w.codes + i / 2)), shifts);
-    const __m512 values = _mm512_permutexvar_ps(codes, _mm512_loadu_ps(kE2m1));
-    v[0] = (vfloat)values * splat(kE4m3.values[w.scales[i / kBlock]]);
-  }
-  static void arrange(float* x, int64_t count) {
-    const __m512i order = _mm512_set_epi32(15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0);
-    for (int64_t i = 0; i < count; i += 16)
-      write(x + i, _mm512_permutexvar_ps(order, read<__m512>(x + i)));
-  }
-  static void natural(vfloat* v) {
-    const __m512i order = _mm512_set_epi32(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0);
-    v[0] = (vfloat)_mm512_permutexvar_ps(order, (__m512)v[0]);
-  }
-};
-
-using Avx512Float = FloatTier<Avx512Machine, Int8Codes, E4m3Codes, E2m1Codes>;
 
 }  // namespace
 }  // namespace qnn

@@ -4,6 +4,7 @@
 #define QNN_LANES 8
 #include <cpuid.h>
 
+#include "linear/loops.h"
 #include "recurrent/recurrent.h"
 #include "tiers/avx2.h"
 #include "tiers/tiers.h"
@@ -31,14 +32,14 @@ struct Vnni256 : Avx2, Inner<Vnni256> {
 
   static void fill_panel(Panel* to, const int8_t* w, int64_t depth) {
     for (int64_t i = 0; i < depth; i += 32)
-      write(to + i, unsign(read_some<__m256i>(w + i, depth - i)));
+      write(to + i, unsign(bytes_of<__m256i>(w + i, depth - i)));
   }
 
   static vint multiply_add(vint sum, vint column, vint row) {
     return (vint)dpbusd((__m256i)sum, (__m256i)column, (__m256i)row);
   }
   static vint column(const int8_t* w, int64_t left) {
-    return (vint)unsign(read_some<__m256i>(w, left));
+    return (vint)unsign(bytes_of<__m256i>(w, left));
   }
   static int32_t sum(vint s) { return qnn::sum((__m256i)s); }
 };
@@ -55,12 +56,16 @@ bool runs_here() {
 
 }  // namespace
 
-extern const Tier avx_vnni = {"avx_vnni",
-                              runs_here,
-                              kernel<Vnni256>(),
-                              kernel<Avx2Float>(),
-                              quantize,
-                              recurrent<IntegerProduct<Vnni256, 3, 3>>(),
-                              recurrent<FloatProduct<Avx2Machine, 2, 3>>()};
+constexpr Tier avx_vnni = [] {
+  Tier t{};
+  t.name = "avx_vnni";
+  t.runs_here = runs_here;
+  t.int8 = kernel<Vnni256>();
+  t.weight_only = kernel<FloatTier<Avx2Machine>>();
+  t.quantize = quantize;
+  t.recurrent = recurrent<IntegerProduct<Vnni256, 3, 3>>();
+  t.recurrent_weight = recurrent<FloatProduct<Avx2Machine, 2, 3>>();
+  return t;
+}();
 
 }  // namespace qnn

@@ -69,39 +69,20 @@ struct Plain : PlainMachine, Inner<Plain> {
   }
 };
 
-struct Int8Codes : InOrder {
-  static void decode(const WeightRow& w, int64_t i, int64_t left, vfloat* v, State) {
-    v[0] = vfloat{};
-    for (int64_t j = 0; j < kLanes && j < left; ++j) v[0][j] = static_cast<int8_t>(w.codes[i + j]);
-  }
-};
-
-struct E4m3Codes : InOrder {
-  static void decode(const WeightRow& w, int64_t i, int64_t left, vfloat* v, State) {
-    v[0] = vfloat{};
-    for (int64_t j = 0; j < kLanes && j < left; ++j) v[0][j] = kE4m3.values[w.codes[i + j]];
-  }
-};
-
-struct E2m1Codes : InOrder {
-  static void decode(const WeightRow& w, int64_t i, int64_t, vfloat* v, State) {
-    const uint8_t* bytes = w.codes + i / 2;
-    for (int64_t j = 0; j < kLanes; j += 2) {
-      v[0][j] = kE2m1[bytes[j / 2] & 15];
-      v[0][j + 1] = kE2m1[bytes[j / 2] >> 4];
-    }
-    v[0] *= kE4m3.values[w.scales[i / kBlock]];
-  }
-};
+bool runs_here() { return true; }
 
 }  // namespace
 
-extern const Tier portable = {"portable",
-                              [] { return true; },
-                              kernel<Plain>(),
-                              kernel<FloatTier<PlainMachine, Int8Codes, E4m3Codes, E2m1Codes>>(),
-                              quantize,
-                              recurrent<IntegerProduct<Plain, 2, 3>>(),
-                              recurrent<FloatProduct<PlainMachine, 2, 3>>()};
+constexpr Tier portable = [] {
+  Tier t{};
+  t.name = "portable";
+  t.runs_here = runs_here;
+  t.int8 = kernel<Plain>();
+  t.weight_only = kernel<FloatTier<PlainMachine>>();
+  t.quantize = quantize;
+  t.recurrent = recurrent<IntegerProduct<Plain, 2, 3>>();
+  t.recurrent_weight = recurrent<FloatProduct<PlainMachine, 2, 3>>();
+  return t;
+}();
 
 }  // namespace qnn

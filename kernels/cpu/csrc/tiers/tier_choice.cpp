@@ -56,7 +56,7 @@ bool known_integers(const Tier& tier) {
     Linear p{};
     p.m = m, p.k = k, p.n = n;
     p.x = x.data(), p.row_scale = ones.data();
-    p.w = w.data(), p.w_stride = k, p.sw = ones.data();
+    p.weight = kInt8, p.w = w.data(), p.sw = ones.data();
     p.y = y.data();
     for (const int32_t zero_point : {0, -77}) {
       p.zero_point = zero_point;
@@ -87,45 +87,56 @@ double value_of_e2m1(int code) {
   return code & 8 ? -magnitude : magnitude;
 }
 
-// All codes of both float formats, in both forms of the kernel. Two rows of w hold a NaN; the other
-// sums may err by the order of their terms. 1 ms a tier, when the library is loaded.
+// All codes of the formats whose decoders a tier has, in both forms of the kernel. Two rows of w
+// hold a NaN; the other sums may err by the order of their terms, and x by its rounding for int4.
+// 1 ms a tier, when the library is loaded.
 bool known_floats(const Tier& tier) {
-  for (const auto& [m, k, n] : {std::array<int64_t, 3>{3, 301, 20}, {20, 560, 9}}) {
-    for (const Weight weight : {Weight::e4m3, Weight::e2m1}) {
-      const bool packed = weight == Weight::e2m1;
-      const int64_t blocks = div_up(k, 16), stride = packed ? blocks * 8 : k;
-      std::vector<float> x(m * k), y(m * n);
-      std::vector<uint8_t> w(n * stride), scales(n * blocks);
+  const WeightFormat formats[] = {kE4m3, kE2m1, int4_in_groups(32, true)};
+  for (const auto& [m, most, n] : {std::array<int64_t, 3>{3, 301, 20}, {20, 560, 9}}) {
+    for (const WeightFormat& format : formats) {
+      const int64_t k = format.decoder == Decoder::int4 ? most / 32 * 32 : most;
+      const int64_t groups = format.groups(k), stride = format.row_bytes(k);
+      const bool e2m1 = format.decoder == Decoder::e2m1, int4 = format.decoder == Decoder::int4;
+      std::vector<float> x(m * k), y(m * n), scales(n * groups);
+      std::vector<uint8_t> w(n * stride), bytes(n * groups);  // of e4m3 scales, or of zero points
       uint32_t state = 1;
       const auto next = [&] {
         return static_cast<uint8_t>((state = state * 1664525 + 1013904223) >> 24);
       };
       for (auto& v : x) v = static_cast<float>(next() - 128) / 64;
-      for (auto* codes : {&w, &scales}) {
-        const bool e4m3 = codes == &scales || !packed;
-        for (auto& v : *codes) {
-          do {
-            v = next();
-          } while (e4m3 && (v & 127) == 127);
-        }
+      for (auto& v : w) {
+        do {
+          v = next();
+        } while (format.decoder == Decoder::e4m3 && (v & 127) == 127);
       }
-      auto& holds_nan = packed ? scales : w;
-      holds_nan.front() = 127;
-      holds_nan.back() = 255;
+      for (auto& v : bytes) v = static_cast<uint8_t>(next() & (int4 ? 15 : 126));
+      for (auto& v : scales) v = static_cast<float>(next() + 1) / 64;
+      auto& holds_nan = e2m1 ? bytes : w;
+      if (int4) {
+        scales.front() = scales.back() = std::nanf("");
+      } else {
+        holds_nan.front() = 127;
+        holds_nan.back() = 255;
+      }
       const std::vector<float> ones(n, 1.0f);
       Linear p{};
       p.m = m, p.k = k, p.n = n;
       p.x = x.data();
-      p.weight = weight, p.w = reinterpret_cast<const int8_t*>(w.data()), p.w_stride = stride;
-      p.block_scale = scales.data(), p.sw = ones.data();
+      p.weight = format, p.w = reinterpret_cast<const int8_t*>(w.data());
+      p.sw = ones.data();
+      if (e2m1) p.group_scale = bytes.data();
+      if (int4) p.group_scale = scales.data(), p.zero_points = bytes.data();
       p.y = y.data();
       run_alone(tier.weight_only, p);
       for (int64_t j = 0; j < n; ++j) {
         std::vector<double> values(k);
         for (int64_t l = 0; l < k; ++l) {
-          values[l] = packed ? value_of_e2m1(w[j * stride + l / 2] >> 4 * (l % 2) & 15) *
-                                   value_of_e4m3(scales[j * blocks + l / 16])
-                             : value_of_e4m3(w[j * stride + l]);
+          const int64_t group = j * groups + (format.grouped() ? l / format.group : 0);
+          const int code =
+              format.bits == 8 ? w[j * stride + l] : w[j * stride + l / 2] >> 4 * (l % 2) & 15;
+          values[l] = int4   ? (code - bytes[group]) * static_cast<double>(scales[group])
+                      : e2m1 ? value_of_e2m1(code) * value_of_e4m3(bytes[group])
+                             : value_of_e4m3(static_cast<uint8_t>(code));
         }
         for (int64_t i = 0; i < m; ++i) {
           double sum = 0, size = 0;

@@ -1,4 +1,5 @@
-// The tiers, best first. Each stands in the file of its name, compiled for its own instruction set.
+// The tiers, best first. Each stands in the file of its name, compiled for its own instruction set,
+// and is a constant: code that fills one would run on every CPU.
 #pragma once
 
 #include "linear/linear.h"

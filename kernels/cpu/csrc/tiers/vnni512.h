@@ -3,6 +3,7 @@
 // start at -128 times the sum of x's codes.
 #pragma once
 
+#include "linear/inner.h"
 #include "tiers/avx512.h"
 
 namespace qnn {
