@@ -69,6 +69,7 @@ class Op(Declaration):
             name of an optional argument, those that a call with it has besides those of `""`.
         limits: the largest size of an axis whose products are summed in int32, which a longer sum
             could wrap around.
+        multiples: for an axis, the number that its size must be a multiple of.
         rowwise: whether the leading axes are independent of each other; a scale for the whole
             tensor ties them.
     """
