@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from qnn.kernels.cpu import native
 from qnn.kernels.cpu.float_linear import quantized_linear, weight_linear
 from qnn.kernels.cuda import kernels_for
 from qnn.kernels.formats.base import FLOATS, Format
@@ -25,8 +24,8 @@ from qnn.kernels.reference.floats import (
 )
 from qnn.kernels.schemes import SCHEMES
 
-# Those that the library of C++ kernels brings too.
-_NATIVE = ("fp8_weight_linear", "nvfp4_weight_linear")
+# The formats of weights that the C++ kernels decode, in the layers with activations as they are.
+_NATIVE = ("float8_e4m3", "nvfp4")
 # Along the rows of a batch there is room for two groups' scales at least. One group would be an
 # axis of size 1, on which torch's tracing puts a guard: a batch of more than one group would be
 # compiled anew.
@@ -145,8 +144,6 @@ def declare_linear(name: str, dgrad: str, weight: Format, activation: Format | N
     cpu = weight_linear(weight)
     if activation is not None:
         cpu = quantized_linear(activation, _plain(dgrad))
-    elif name in _NATIVE:
-        cpu = native.preferred(name, cpu)
     Op(
         name,
         f"x: ... k, {weight.declared('w', 'n', 'k')}, bias?: n -> ... n",
@@ -156,6 +153,7 @@ def declare_linear(name: str, dgrad: str, weight: Format, activation: Format | N
         out=("x",),
         reference=linear_reference(activation, weight),
         kernels={"CPU": cpu, **kernels_for(name)},
+        native=activation is None and weight.key in _NATIVE,
         backward={"x": dgrad},
         positive=_scales(weight, "w"),
         products="... n k",
@@ -213,4 +211,3 @@ def _declare_all() -> None:
 
 
 _declare_all()
-native.replaces(*(OPS[name] for name in _NATIVE))
