@@ -266,6 +266,7 @@ def build_library(
         ]
     total = len(commands) + 1
     _run_all(compiler, commands, scratch, lambda done: progress(done, total))
+    make_local([path for path in objects if f"{path.stem}.cpp" in MACHINE_FLAGS], scratch)
     whole = scratch / LIBRARY
     link = [*compiler.command, *map(str, objects), "-o", str(whole), f"-L{lib}", *LINK]
     _run_all(compiler, {LIBRARY: link}, scratch, lambda done: progress(total, total))
@@ -287,6 +288,22 @@ def build_library(
     _replace(scratch / RECORD, target.with_name(RECORD))
     _replace(whole, target)
     return record
+
+
+def make_local(objects: list[Path], scratch: Path) -> None:
+    """Leave a tier's object no global name but the tier's. Of an inline function that several
+    objects have the linker keeps one copy, perhaps one with instructions that this CPU lacks. The
+    sources share none; this holds whatever a compiler makes of them. Where there is no program for
+    it, or it fails, the objects stay as they are.
+    """
+    program = shutil.which("objcopy") or shutil.which("llvm-objcopy")
+    for path in objects if program else []:
+        tier = f"_ZN3qnn{len(path.stem)}{path.stem}E"
+        # Out of its group, else a function would still be one for all objects.
+        options = [f"--keep-global-symbol={tier}", "--remove-section=.group"]
+        command = [str(program), *options, str(path)]
+        quiet = subprocess.DEVNULL
+        _Process(command, quiet, quiet, _environment(scratch)).wait(_TRIED)
 
 
 def _replace(new: Path, old: Path) -> None:

@@ -123,14 +123,13 @@ struct Blocked {
       count = count < end - unit ? count : end - unit;
       count = count < grid.pieces - piece ? count : grid.pieces - piece;
       b.columns.move_to(p, piece * kPiece, count * kPiece);
-      with_format(p.y_dtype, [&](auto format) { chunk<decltype(format)>(p, grid, b, row); });
+      chunk(p, grid, b, row);
       unit += count;
     }
   }
 
   // The columns of a chunk times all rows of the tile, to y. The sums of the groups at once stay in
   // the first-level cache from the first product to the epilogue, where one panel holds all of K.
-  template <class Format>
   static void chunk(const Linear& p, const Grid& grid, Buffers& b, int64_t row) {
     const int64_t panel_rows = T::kPanelRows[grid.at_once - 1],
                   columns = round_up(b.columns.count, panel_rows);
@@ -167,7 +166,10 @@ struct Blocked {
                     b.panels + c * kPanelStride<T>, acc + c * rows, rows,
                     g == 0 ? next + c * stride : nullptr, stride, shift});
         }
-        if (!more) finish<Format>(p, b, acc, g * kLanes, rows, row);
+        if (more) continue;
+        with_format(p.y_dtype, [&](auto format) {
+          finish<decltype(format)>(p, b, acc, g * kLanes, rows, row);
+        });
       }
     }
   }

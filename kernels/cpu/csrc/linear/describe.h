@@ -47,9 +47,9 @@ inline const char* why_not(const Linear& p) {
   if (p.m <= 0 || p.n <= 0 || p.k < 0) return "an empty result";
   if (p.y == nullptr || p.sw == nullptr) return "a missing operand";
   if (p.k > 0 && (p.x == nullptr || p.w == nullptr)) return "a missing operand";
-  if ((p.group_scale != nullptr) != (p.weight.grouped() && p.k > 0))
+  if (p.weight.grouped() ? p.k > 0 && p.group_scale == nullptr : p.group_scale != nullptr)
     return "scales of groups, or none, against the format";
-  if ((p.zero_points != nullptr) != (p.weight.zero_points && p.k > 0))
+  if (p.weight.zero_points ? p.k > 0 && p.zero_points == nullptr : p.zero_points != nullptr)
     return "zero points, or none, against the format";
   if (p.weight.decoder == Decoder::int4 && p.k % p.weight.group != 0)
     return "rows that are not whole groups";

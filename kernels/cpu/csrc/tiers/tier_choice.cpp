@@ -161,7 +161,8 @@ bool known_steps(const Tier& tier) {
     Recurrent p{};
     p.cell = kind % 2 == 0 ? Cell::lstm : Cell::gru;
     p.scheme = kind < 2 ? Scheme::dynamic : Scheme::fixed;
-    const int64_t gates = kind % 2 == 0 ? 4 : 3;
+    const CellParts& parts = parts_of(p.cell);
+    const int64_t gates = parts.gates;
     p.steps = 2, p.batch = kind < 2 ? 9 : 3, p.inputs = 70, p.hidden = p.outputs = 18;
     uint32_t state = 1;
     const auto next = [&] {
@@ -178,7 +179,7 @@ bool known_steps(const Tier& tier) {
     }
     const std::vector<float> sw(gates * p.hidden, 1e-4f);
     std::vector<float> table;
-    for (int part = 0; part < 17; ++part)
+    for (int64_t part = 0; part < parts.count; ++part)
       table.insert(table.end(), {1.0f / 64, part == 0 ? 128.0f : 0.0f, part == 0 ? 0.0f : -127.0f,
                                  part == 0 ? 255.0f : 127.0f});
     p.x = x.data(), p.h0 = h0.data(), p.c0 = c0.data();
