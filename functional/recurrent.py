@@ -12,32 +12,33 @@ from qnn.functional.invoke import invoke_quant
 from qnn.functional.linear import autocast
 from qnn.kernels import OPS
 from qnn.kernels.reference.recurrent import split_gradients, split_result
-from qnn.kernels.schemes import SCHEMES, schemes_of
+from qnn.kernels.schemes import SCHEMES, Scheme, schemes_of
 
 Tensors = tuple[torch.Tensor | None, ...]
+Parts = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
 class RecurrentWeights:
-    """The weights of one layer and direction, as an op takes them.
+    """The weights of one layer and direction.
 
     Attributes:
-        ih, hh: int8 `[G·H, I]` and `[G·H, P]`, for the G gates i, f, g, o of an LSTM (`[4H, …]`)
-            or r, z, n of a GRU.
-        ih_scale, hh_scale: float32, a scale a row, `[G·H, 1]`.
+        ih, hh: `[G·H, I]` and `[G·H, P]`, for the G gates i, f, g, o of an LSTM (`[4H, …]`) or
+            r, z, n of a GRU: the tensors that `quantize` returns, in a tuple; or the first alone.
+        ih_scale, hh_scale: then the second: of int8 a scale per output channel, `[G·H, 1]`.
         bias_ih, bias_hh: float, `[G·H]`, or None.
-        hr, hr_scale: the projection of an LSTM, int8 `[P, H]` and float32 `[P, 1]`, or None.
+        hr, hr_scale: the projection of an LSTM, `[P, H]`, likewise, or None.
         table: for `int8_static`: a row `(scale, zero_point, qmin, qmax)` for each part of the cell,
             in the order of `qnn.kernels.reference.recurrent.CELLS[...].parts`.
     """
 
-    ih: torch.Tensor
-    ih_scale: torch.Tensor
-    hh: torch.Tensor
-    hh_scale: torch.Tensor
+    ih: torch.Tensor | Parts
+    ih_scale: torch.Tensor | None = None
+    hh: torch.Tensor | Parts | None = None
+    hh_scale: torch.Tensor | None = None
     bias_ih: torch.Tensor | None = None
     bias_hh: torch.Tensor | None = None
-    hr: torch.Tensor | None = None
+    hr: torch.Tensor | Parts | None = None
     hr_scale: torch.Tensor | None = None
     table: torch.Tensor | None = None
 
@@ -83,24 +84,33 @@ class _Recurrent(torch.autograd.Function):
         return None, None, None, *(found.get(name) if wants else None for name, wants in asked)
 
 
-def _run(
+def recurrent(
     cell: str,
     x: torch.Tensor,
-    states: tuple[torch.Tensor, ...],
+    states: Parts,
     weights: RecurrentWeights,
+    *,
     scheme: str,
     lengths: torch.Tensor | None,
     reverse: bool,
-) -> tuple[torch.Tensor, ...]:
-    op = OPS[_op_name(cell, scheme, weights)]
-    x = autocast(x)
-    w = weights
-    table = () if w.table is None else (w.table,)
-    projection = (w.hr, w.hr_scale) if cell == "lstm" else ()
+) -> Parts:
+    """A layer of `"lstm"` or `"gru"`: what the function of that name returns."""
+    w, form = weights, _scheme_of(cell, scheme, weights)
+    op, x, projection = OPS[str(form.op(cell))], autocast(x), ()
+    if cell == "lstm":
+        nothing = (None,) * len(form.weight.parts)
+        projection = nothing if w.hr is None else _parts(form, w.hr, w.hr_scale)
     tensors: Tensors = (
-        x, *(state.to(x.dtype) for state in states), w.ih, w.ih_scale, w.hh, w.hh_scale, *table,
-        w.bias_ih, w.bias_hh, *projection, lengths,
-    )  # fmt: skip
+        x,
+        *(state.to(x.dtype) for state in states),
+        *_parts(form, w.ih, w.ih_scale),
+        *_parts(form, w.hh, w.hh_scale),
+        *(() if w.table is None else (w.table,)),
+        w.bias_ih,
+        w.bias_hh,
+        *projection,
+        lengths,
+    )
     direction = "reverse" if reverse else "forward"
     if not torch.compiler.is_compiling():
         op.require(*tensors, direction)  # a kernel in C++ words its errors otherwise
@@ -118,16 +128,26 @@ def _plain(op: str, direction: str, scheme: str, *tensors: torch.Tensor | None) 
     return _call(op, direction, scheme, tensors)
 
 
-def _op_name(cell: str, scheme: str, weights: RecurrentWeights) -> str:
+def _scheme_of(cell: str, scheme: str, weights: RecurrentWeights) -> Scheme:
     known = SCHEMES.get(scheme)
-    op = None if known is None else known.op(cell)
-    if known is None or op is None:
+    if known is None or known.op(cell) is None:
         able = ", ".join(map(repr, schemes_of(cell)))
         raise ValueError(f"qnn.functional.{cell}: scheme must be one of {able}, got {scheme!r}.")
     if (weights.table is not None) != known.static:
         verb = "has no" if weights.table is not None else "needs a"
         raise ValueError(f"qnn.functional.{cell}: scheme {scheme!r} {verb} table of parts.")
-    return op
+    return known
+
+
+def _parts(scheme: Scheme, weight: Any, scale: torch.Tensor | None) -> Tensors:
+    """The tensors that a weight is stored in, as the scheme's format has them."""
+    parts: Tensors = weight if isinstance(weight, tuple) else (weight, scale)
+    if len(parts) != len(scheme.weight.parts) or any(part is None for part in parts):
+        raise ValueError(
+            f"qnn.functional: scheme {scheme.name!r} stores a weight in {len(scheme.weight.parts)} "
+            f"tensors, got {sum(part is not None for part in parts)}."
+        )
+    return parts
 
 
 def lstm(
@@ -153,8 +173,8 @@ def lstm(
         x: float32, bfloat16, float16 or float64, `[T, B, I]`.
         hx: `(h [B, P], c [B, H])`, where P is H without a projection.
         weights: of this layer and direction.
-        scheme: `"int8"`, `"int8_static"` or `"int8_weight"`.
-        lengths: int64 `[B]`; behind a sequence's length its output is 0 and its states stay.
+        scheme: one that has a recurrent layer, such as `"int8"`, `"int8_static"`, `"int8_weight"`.
+        lengths: int64 `[B]`; after a sequence's length its output is 0 and its states stay.
         reverse: from the last step to the first.
 
     Returns:
@@ -164,7 +184,7 @@ def lstm(
         ValueError, TypeError: an argument of the wrong shape, dtype or device; a scheme without
             recurrent layers.
     """
-    y, h, c = _run("lstm", x, hx, weights, scheme, lengths, reverse)
+    y, h, c = recurrent("lstm", x, hx, weights, scheme=scheme, lengths=lengths, reverse=reverse)
     return y, h, c
 
 
@@ -187,5 +207,5 @@ def gru(
     Returns:
         `(y [T, B, H], h [B, H])` in the dtype of `x`.
     """
-    y, h = _run("gru", x, (hx,), weights, scheme, lengths, reverse)
+    y, h = recurrent("gru", x, (hx,), weights, scheme=scheme, lengths=lengths, reverse=reverse)
     return y, h
