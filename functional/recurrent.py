@@ -10,6 +10,7 @@ import torch
 
 from qnn.functional.invoke import invoke_quant
 from qnn.functional.linear import autocast
+from qnn.functional.quantize import stored_parts
 from qnn.kernels import OPS
 from qnn.kernels.reference.recurrent import split_gradients, split_result
 from qnn.kernels.schemes import SCHEMES, Scheme, schemes_of
@@ -96,15 +97,17 @@ def recurrent(
 ) -> Parts:
     """A layer of `"lstm"` or `"gru"`: what the function of that name returns."""
     w, form = weights, _scheme_of(cell, scheme, weights)
-    op, x, projection = OPS[str(form.op(cell))], autocast(x), ()
+    op, x = OPS[str(form.op(cell))], autocast(x)
+    projection: Tensors = ()
     if cell == "lstm":
-        nothing = (None,) * len(form.weight.parts)
-        projection = nothing if w.hr is None else _parts(form, w.hr, w.hr_scale)
+        projection = (None,) * len(form.weight.parts)
+        if w.hr is not None:
+            projection = stored_parts(scheme, w.hr, _scale=w.hr_scale)
     tensors: Tensors = (
         x,
         *(state.to(x.dtype) for state in states),
-        *_parts(form, w.ih, w.ih_scale),
-        *_parts(form, w.hh, w.hh_scale),
+        *stored_parts(scheme, w.ih, _scale=w.ih_scale),
+        *stored_parts(scheme, () if w.hh is None else w.hh, _scale=w.hh_scale),
         *(() if w.table is None else (w.table,)),
         w.bias_ih,
         w.bias_hh,
@@ -137,17 +140,6 @@ def _scheme_of(cell: str, scheme: str, weights: RecurrentWeights) -> Scheme:
         verb = "has no" if weights.table is not None else "needs a"
         raise ValueError(f"qnn.functional.{cell}: scheme {scheme!r} {verb} table of parts.")
     return known
-
-
-def _parts(scheme: Scheme, weight: Any, scale: torch.Tensor | None) -> Tensors:
-    """The tensors that a weight is stored in, as the scheme's format has them."""
-    parts: Tensors = weight if isinstance(weight, tuple) else (weight, scale)
-    if len(parts) != len(scheme.weight.parts) or any(part is None for part in parts):
-        raise ValueError(
-            f"qnn.functional: scheme {scheme.name!r} stores a weight in {len(scheme.weight.parts)} "
-            f"tensors, got {sum(part is not None for part in parts)}."
-        )
-    return parts
 
 
 def lstm(

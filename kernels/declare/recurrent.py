@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from qnn.kernels.cpu import native
 from qnn.kernels.formats.base import FLOATS, Format, Part
 from qnn.kernels.op import OPS, Op, size_of
 from qnn.kernels.reference.recurrent import (
@@ -27,7 +26,7 @@ from qnn.kernels.reference.recurrent import (
 )
 from qnn.kernels.schemes import SCHEMES, Scheme
 
-# Those that the library of C++ kernels has too.
+# The schemes whose layers the library of C++ kernels has.
 _NATIVE = ("int8", "int8_static", "int8_weight")
 _SAMPLE_SIZES: dict[str, int] = {"t": 5, "b": 3, "i": 19, "p": 21, "h": 21}
 
@@ -131,10 +130,11 @@ def _declare(
     """
     arguments, stored = _arguments(cell, scheme.weight, extra), _stored(cell, scheme.weight)
     names = [argument.rstrip("?") for argument in arguments]
-    scales = {n: each for n, each in stored.items() if each[1].suffix.endswith("_scale")}
-    is_layer, limit = backward is not None, scheme.max_in_features
-    in_library = is_layer and scheme.name in _NATIVE
-    op = Op(
+    scales = {n: each for n, each in stored.items() if each[1].is_scale}
+    columns = dict.fromkeys(product.columns for product in cell.products)
+    is_layer, limit, weight = backward is not None, scheme.max_in_features, scheme.weight
+    multiple = weight.columns_multiple_of if weight.whole_groups else 1
+    Op(
         name,
         f"{', '.join(f'{argument}: {axes}' for argument, axes in arguments.items())} -> {result}",
         doc=doc,
@@ -147,7 +147,7 @@ def _declare(
         },
         out=("x",),
         reference=reference,
-        kernels={"CPU": native.preferred(name, reference)} if in_library else {},
+        native=is_layer and scheme.name in _NATIVE,
         backward={
             n: backward for n in names if backward and n in ("x", "h0", "c0", "b_ih", "b_hh")
         },
@@ -159,15 +159,15 @@ def _declare(
         sample={
             **_SAMPLE_SIZES,
             **{n: _sample_scale(*e) for n, e in scales.items() if e[1].dtype == torch.float32},
+            **(dict.fromkeys(columns, multiple) if multiple > 1 else {}),
             "table": lambda sizes: _sample_table(cell),
             "lengths": lambda sizes: torch.arange(sizes["b"]) * 2 % (sizes["t"] + 1),
         },
         products=_products(cell, 1 if is_layer else 2),
-        limits={p.columns: limit for p in cell.products} if is_layer and limit else {},
+        limits=dict.fromkeys(columns, limit) if is_layer and limit else {},
+        multiples=dict.fromkeys(columns, multiple) if multiple > 1 else {},
         rowwise=False,
     )
-    if in_library:
-        native.replaces(op)
 
 
 def _doc(scheme: Scheme) -> str:

@@ -51,6 +51,10 @@ class Part:
         return f"{self.short.format(name)}: {' '.join(axes)}"
 
     @property
+    def is_scale(self) -> bool:
+        return self.suffix.endswith("_scale")
+
+    @property
     def is_grouped(self) -> bool:
         """Whether it has an element for each group of columns in each row: a scale of groups."""
         rows, *columns = self.axes.split()
@@ -95,6 +99,7 @@ class Format(ABC):
         block: rows and columns of a `group` or `block`.
         packing: values in one element of `storage`.
         stochastic: whether `quantize` rounds by chance, from a `seed`.
+        whole_groups: whether an op takes rows of whole groups alone; others end in zeros.
     """
 
     name: str
@@ -108,6 +113,7 @@ class Format(ABC):
     block: tuple[int, int] | None = None
     packing: int = 1
     stochastic: bool = False
+    whole_groups: bool = False
 
     @abstractmethod
     def quantize(self, x: torch.Tensor, seed: torch.Tensor | None = None) -> tuple[Any, ...]:
@@ -121,8 +127,9 @@ class Format(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(values, scale)` with float = values · scale.
 
-        `values` have at most 8 significant bits, so that products of two are exact in float32;
-        `scale` is `[..., 1]` or `[1]`, and None where the values have it in them already.
+        `scale` is `[..., 1]` or `[1]`, and None where the values have it in them already. `values`
+        of a format that activations may have are of at most 8 significant bits, so that products
+        of two are exact in float32.
         """
 
     def dequantize(

@@ -152,10 +152,8 @@ class Quantized(nn.Module):
 
     def _dequantized(self, weight: str) -> torch.Tensor:
         """The float weight, in `dtype`."""
-        q, scale, *rest = [self._part(name, part) for name, part in self._parts_of(weight)]
-        return F.dequantize(
-            q, scale, self.dtype, global_scale=rest[0] if rest else None, scheme=self.scheme
-        )
+        parts = [self._part(name, part) for name, part in self._parts_of(weight)]
+        return F.dequantize(parts, dtype=self.dtype, scheme=self.scheme)
 
     # What is asked of a layer by the name of a weight: its float form.
 
