@@ -13,7 +13,7 @@ from qnn.functional.linear import autocast
 from qnn.functional.quantize import stored_parts
 from qnn.kernels import OPS
 from qnn.kernels.reference.recurrent import split_gradients, split_result
-from qnn.kernels.schemes import SCHEMES, Scheme, schemes_of
+from qnn.kernels.schemes import SCHEMES, schemes_of
 
 Tensors = tuple[torch.Tensor | None, ...]
 Parts = tuple[torch.Tensor, ...]
@@ -85,35 +85,21 @@ class _Recurrent(torch.autograd.Function):
         return None, None, None, *(found.get(name) if wants else None for name, wants in asked)
 
 
-def recurrent(
+def recurrent_of(
     cell: str,
     x: torch.Tensor,
     states: Parts,
-    weights: RecurrentWeights,
-    *,
+    operands: Tensors,
     scheme: str,
-    lengths: torch.Tensor | None,
-    reverse: bool,
+    lengths: torch.Tensor | None = None,
+    reverse: bool = False,
 ) -> Parts:
-    """A layer of `"lstm"` or `"gru"`: what the function of that name returns."""
-    w, form = weights, _scheme_of(cell, scheme, weights)
-    op, x = OPS[str(form.op(cell))], autocast(x)
-    projection: Tensors = ()
-    if cell == "lstm":
-        projection = (None,) * len(form.weight.parts)
-        if w.hr is not None:
-            projection = stored_parts(scheme, w.hr, _scale=w.hr_scale)
-    tensors: Tensors = (
-        x,
-        *(state.to(x.dtype) for state in states),
-        *stored_parts(scheme, w.ih, _scale=w.ih_scale),
-        *stored_parts(scheme, () if w.hh is None else w.hh, _scale=w.hh_scale),
-        *(() if w.table is None else (w.table,)),
-        w.bias_ih,
-        w.bias_hh,
-        *projection,
-        lengths,
-    )
+    """`lstm` or `gru` over the operands of the scheme's op: the parts of both weights, the table of
+    a static scheme, both biases, and the parts of a projection where there is one.
+    """
+    op, x = OPS[str(SCHEMES[scheme].op(cell))], autocast(x)
+    tensors: Tensors = (x, *[state.to(x.dtype) for state in states], *operands)
+    tensors += (None,) * (len(op.inputs) - 2 - len(tensors)) + (lengths,)
     direction = "reverse" if reverse else "forward"
     if not torch.compiler.is_compiling():
         op.require(*tensors, direction)  # a kernel in C++ words its errors otherwise
@@ -131,15 +117,23 @@ def _plain(op: str, direction: str, scheme: str, *tensors: torch.Tensor | None) 
     return _call(op, direction, scheme, tensors)
 
 
-def _scheme_of(cell: str, scheme: str, weights: RecurrentWeights) -> Scheme:
-    known = SCHEMES.get(scheme)
+def _operands(cell: str, weights: RecurrentWeights, scheme: str) -> Tensors:
+    """What `recurrent_of` takes; a ValueError for weights of another scheme."""
+    known, w = SCHEMES.get(scheme), weights
     if known is None or known.op(cell) is None:
         able = ", ".join(map(repr, schemes_of(cell)))
         raise ValueError(f"qnn.functional.{cell}: scheme must be one of {able}, got {scheme!r}.")
-    if (weights.table is not None) != known.static:
-        verb = "has no" if weights.table is not None else "needs a"
+    if (w.table is not None) != known.static:
+        verb = "has no" if w.table is not None else "needs a"
         raise ValueError(f"qnn.functional.{cell}: scheme {scheme!r} {verb} table of parts.")
-    return known
+    return (
+        *stored_parts(scheme, w.ih, _scale=w.ih_scale),
+        *stored_parts(scheme, () if w.hh is None else w.hh, _scale=w.hh_scale),
+        *(() if w.table is None else (w.table,)),
+        w.bias_ih,
+        w.bias_hh,
+        *(() if w.hr is None else stored_parts(scheme, w.hr, _scale=w.hr_scale)),
+    )
 
 
 def lstm(
@@ -176,7 +170,8 @@ def lstm(
         ValueError, TypeError: an argument of the wrong shape, dtype or device; a scheme without
             recurrent layers.
     """
-    y, h, c = recurrent("lstm", x, hx, weights, scheme=scheme, lengths=lengths, reverse=reverse)
+    operands = _operands("lstm", weights, scheme)
+    y, h, c = recurrent_of("lstm", x, hx, operands, scheme, lengths, reverse)
     return y, h, c
 
 
@@ -199,5 +194,6 @@ def gru(
     Returns:
         `(y [T, B, H], h [B, H])` in the dtype of `x`.
     """
-    y, h = recurrent("gru", x, (hx,), weights, scheme=scheme, lengths=lengths, reverse=reverse)
+    operands = _operands("gru", weights, scheme)
+    y, h = recurrent_of("gru", x, (hx,), operands, scheme, lengths, reverse)
     return y, h

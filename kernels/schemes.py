@@ -172,6 +172,8 @@ SCHEMES: dict[str, Scheme] = {
     )
 }  # fmt: skip
 
+DEFAULT_SCHEME = "int8"
+
 
 def schemes_of(kind: str) -> list[str]:
     """The schemes that have a layer of a kind, `"linear"`, `"lstm"`, ….

@@ -101,14 +101,14 @@ def _rule(names: Sequence[str], projection: Sequence[str]) -> Callable[..., str 
     """What the notation cannot say of an LSTM, whose projection is stored in `projection`."""
     if not projection:
         return None
-    first = names.index(projection[0])
+    first, *others = (names.index(name) for name in projection)
 
-    def rule(_: Any, h0: torch.Tensor, c0: torch.Tensor, *others: Any) -> str | None:
-        missing = [each is None for each in others[first - 3 : first - 3 + len(projection)]]
-        if any(missing) and not all(missing):
-            return f"{' and '.join(projection)} belong together"
-        p, h = h0.shape[-1], c0.shape[-1]
-        if missing[0] and p != h:
+    def rule(*args: Any) -> str | None:
+        absent = args[first] is None
+        for at in others:
+            if (args[at] is None) is not absent:
+                return f"{' and '.join(projection)} belong together"
+        if absent and (p := args[1].shape[-1]) != (h := args[2].shape[-1]):
             return f"h0 must be as wide as c0, {h}, where there is no projection w_hr, got {p}"
         return None
 

@@ -33,8 +33,8 @@ INT8_ROWS_MAX_K = int32_max_k(QMAX + 1)  # rows from elsewhere may hold −128
 def round_to_grid(
     x: torch.Tensor,
     inverse: torch.Tensor,
-    low: torch.Tensor | float,
-    high: torch.Tensor | float,
+    low: Any,
+    high: Any,
     *,
     straight_through: bool = False,
 ) -> torch.Tensor:

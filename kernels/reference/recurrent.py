@@ -136,7 +136,7 @@ def in_order(cell: Cell, weight: Format, has_extra: bool, args: Sequence[Any]) -
     (x,), states, count = take(1), take(len(cell.states)), len(weight.parts)
     weights = {each.weight: take(count) for each in cell.products if not each.optional}
     extra = next(rest) if has_extra else None
-    biases = dict(zip(weights, take(len(weights)), strict=True))
+    biases: dict[str, Any] = dict(zip(weights, take(len(weights)), strict=True))
     weights |= {each.weight: take(count) for each in cell.products if each.optional}
     weights = {name: parts for name, parts in weights.items() if parts[0] is not None}
     return Given(x, states, weights, extra, biases, *rest)
@@ -453,12 +453,12 @@ def gradient_reference(cell: Cell, weight: Format) -> Reference:
         for t in order:
             new, kept[t] = forward(states, inputs[t], states[0] @ w_h.T, biases["hh"], w_r)
             states = pick(t, new, states)
-        dy, *dstates = split_result(dresult.to(compute), steps, batch, *widths)
-        of_steps: list[Any] = [None] * steps
+        dy, *last = split_result(dresult.to(compute), steps, batch, *widths)
+        dstates, of_steps = tuple(last), [(inputs, inputs)] * steps
         for t in reversed(order):
-            *dlinears, (past, *others) = back((dy[t] + dstates[0], *dstates[1:]), kept[t], w_r)
-            of_steps[t] = dlinears = pick(t, dlinears, (0, 0))
-            dh = dlinears[1] @ w_h
+            dx, dh, (past, *others) = back((dy[t] + dstates[0], *dstates[1:]), kept[t], w_r)
+            of_steps[t] = dx, dh = pick(t, (dx, dh), (0, 0))
+            dh = dh @ w_h
             dstates = pick(t, (dh if past is None else past + dh, *others), dstates)
         dinput, dhidden = (
             map(torch.stack, zip(*of_steps, strict=True)) if steps else (inputs, inputs)

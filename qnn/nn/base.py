@@ -38,10 +38,10 @@ class Quantized(nn.Module):
     """A layer that holds its weights quantised, as the parts of its scheme's format of weights.
 
     A subclass says which weights it has (`_weight_shapes`), what calibration finds for it
-    (`_calibration`), which backend serves it (`_backend`) and the call that makes it (`_who`). All
-    tensors are in `_parameters`: the parts under `weight`, `weight_scale`, …, and the biases, in
-    `dtype`. Code of qnn reads parts by their own names (`_part`, `_stored_of`), never through
-    `layer.weight`.
+    (`_calibration`), which backend serves it (`_backend`), the call that makes it (`_who`), and the
+    float layer in its place (`_float`). All tensors are in `_parameters`: the parts under `weight`,
+    `weight_scale`, …, and the biases, in `dtype`. Code of qnn reads parts by their own names
+    (`_held`, `_stored_of`), never through `layer.weight`.
 
     `_uncalibrated` is True while what calibration finds is missing; a call is an error then. It is
     a plain bool, so that a graph can decide by it.
@@ -64,6 +64,10 @@ class Quantized(nn.Module):
     def _backend(self) -> str:
         raise NotImplementedError
 
+    def _float(self, device: Any) -> nn.Module:
+        """A float layer of these sizes, in `dtype`."""
+        raise NotImplementedError
+
     @property
     def _who(self) -> str:
         """The call that makes the layer, for errors."""
@@ -74,6 +78,18 @@ class Quantized(nn.Module):
     @property
     def _scheme(self) -> Scheme:
         return get_scheme(self.scheme)
+
+    def _set_dtype(self, dtype: torch.dtype | None) -> None:
+        """The dtype of what is not quantised; a TypeError for one that is not float."""
+        self.dtype = dtype or torch.get_default_dtype()
+        if self.dtype not in FLOATS:
+            able = ", ".join(map(str, FLOATS))
+            raise TypeError(f"{self._who}: dtype must be one of {able}, got {self.dtype}.")
+
+    @property
+    def _device(self) -> torch.device:
+        first = next(iter(self._part_names.values()))[0]
+        return cast(torch.Tensor, self._parameters[first]).device
 
     def _parts_of(self, weight: str) -> list[tuple[str, Part]]:
         """The parts of a weight, each with the name of its parameter, the values first."""
@@ -98,15 +114,23 @@ class Quantized(nn.Module):
             held.data = codes
         return codes
 
+    def _held(self, weight: str) -> tuple[torch.Tensor, ...]:
+        """The tensors that a weight is stored in, as an op takes them."""
+        parameters: Any = self._parameters
+        held = tuple([parameters[name] for name in self._part_names[weight]])
+        for part in held:
+            if part.requires_grad or held[0].dtype is not self._storage:
+                return tuple(self._part(name, part) for name, part in self._parts_of(weight))
+        return held
+
     def _stored_of(self, weight: str) -> tuple[nn.Parameter, ...]:
         """The parameters that a weight is stored in, the values first."""
-        return tuple(
-            cast(nn.Parameter, self._parameters[name]) for name, _ in self._parts_of(weight)
-        )
+        parameters: Any = self._parameters
+        return tuple(parameters[name] for name in self._part_names[weight])
 
     def _put_back(self, weight: str, parts: Sequence[nn.Parameter]) -> None:
         """Refuse what has taken the parameters out of the layer, and undo it."""
-        names = [name for name, _ in self._parts_of(weight)]
+        names = self._part_names[weight]
         if all(name in self._parameters for name in names):
             return
         for name, part in zip(names, parts, strict=True):
@@ -120,12 +144,26 @@ class Quantized(nn.Module):
             "registered again or taken away; do so in float, and convert afterwards."
         )
 
-    def _empty_weights(self, device: Any) -> None:
-        """Make room for every weight, and for what calibration finds."""
-        for weight, shape in self._weight_shapes().items():
-            for name, part in self._parts_of(weight):
-                empty = torch.empty(part.shape(*shape), dtype=part.dtype, device=device)
-                self._parameters[name] = frozen(empty)
+    def _empty_weights(
+        self, device: Any, floats: Mapping[str, Sequence[int] | None] | None = None
+    ) -> None:
+        """Make room for every weight, and for what calibration finds; for the biases too, where
+        `floats` are the shapes of the float layer's parameters, in their order.
+        """
+        weights, self._storage = self._weight_shapes(), self._scheme.weight.storage
+        self._part_names = {name: [part for part, _ in self._parts_of(name)] for name in weights}
+        for name, shape in (weights if floats is None else floats).items():
+            if name in weights:
+                parts = [
+                    torch.empty(part.shape(*weights[name]), dtype=part.dtype, device=device)
+                    for part in self._scheme.weight.parts
+                ]
+                self._set_parts(name, parts)
+            else:
+                self._parameters[name] = None
+                if shape is not None:
+                    bias = torch.empty(shape, dtype=self.dtype, device=device)
+                    self._parameters[name] = nn.Parameter(bias)
         self._empty_calibration(device)
 
     def _empty_calibration(self, device: Any) -> None:
@@ -152,10 +190,47 @@ class Quantized(nn.Module):
 
     def _dequantized(self, weight: str) -> torch.Tensor:
         """The float weight, in `dtype`."""
-        parts = [self._part(name, part) for name, part in self._parts_of(weight)]
-        return F.dequantize(parts, dtype=self.dtype, scheme=self.scheme)
+        return F.dequantize(self._held(weight), dtype=self.dtype, scheme=self.scheme)
 
-    # What is asked of a layer by the name of a weight: its float form.
+    # -- from the float layer and back ------------------------------------------------------------
+
+    def _take(self, floats: Mapping[str, torch.Tensor | None]) -> None:
+        """Hold the parameters of a float layer in new ones, quantised where they are weights; not
+        calibrated.
+        """
+        for name, value in floats.items():
+            if value is None:
+                continue
+            if name in self._weight_shapes():
+                self._set_parts(name, quantize(value, self.scheme))
+            else:
+                bias = normal(value).clone()
+                self._parameters[name] = nn.Parameter(bias, requires_grad=value.requires_grad)
+        self._empty_calibration(self._device)
+
+    def reset_parameters(self) -> None:
+        """Draw the weights that the float layer would draw, and quantise them."""
+        if self._device.type == "meta":
+            return
+        for name, value in self._float(self._device).named_parameters():
+            if name in self._weight_shapes():
+                self._write(name, value)
+            else:
+                cast(nn.Parameter, self._parameters[name]).data = value.detach()
+
+    def dequantize(self) -> nn.Module:
+        """The float layer, with the weights that the stored ones stand for, in `dtype`."""
+        layer = self._float("meta")
+        for name, _ in list(layer.named_parameters()):
+            if name in self._weight_shapes():
+                values, trained = self._dequantized(name), True
+            else:
+                bias = cast(torch.Tensor, self._parameters[name])
+                values, trained = bias.detach().to(self.dtype, copy=True), bias.requires_grad
+            setattr(layer, name, nn.Parameter(values, requires_grad=trained))
+        return layer.train(self.training)
+
+    # -- what is asked of a layer by the name of a weight: its float form -------------------------
 
     def __getattr__(self, name: str) -> Any:
         # Reached for parameters and their like alone, and never by `forward`.
