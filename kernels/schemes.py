@@ -175,6 +175,10 @@ SCHEMES: dict[str, Scheme] = {
 DEFAULT_SCHEME = "int8"
 
 
+# What a prepared layer is converted to.
+STATIC = next(scheme.name for scheme in SCHEMES.values() if scheme.static)
+
+
 def schemes_of(kind: str) -> list[str]:
     """The schemes that have a layer of a kind, `"linear"`, `"lstm"`, ….
 

@@ -105,10 +105,10 @@ class TestLayers:
         """Under the format's own names, there and back; a float state is quantised."""
         layer, plain = pair(base, cell)
         form = get_scheme(layer.scheme).weight
-        want = {f"weight_{w}_l0{part.suffix}" for w in ("ih", "hh") for part in form.parts}
+        want = {f"weight_{w}_l0{part.suffix}" for w in ("ih", "hh") for part in form.on_disk}
         state = layer.state_dict()
         assert set(state) == want | {"bias_ih_l0", "bias_hh_l0"}
-        for part in form.parts:
+        for part in form.on_disk:
             held = state[f"weight_hh_l0{part.suffix}"]
             assert (held.dtype, tuple(held.shape)) == (part.dtype, part.shape(*layer.matrix))
         file = io.BytesIO()

@@ -8,7 +8,7 @@ any of them. Schemes, which combine formats into layers, are in `schemes.py`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -91,6 +91,7 @@ class Format(ABC):
     Attributes:
         name: the format's name, such as `"float8_e4m3"`; several granularities share one.
         key: the name of exactly this format, and what its ops begin with.
+        number: what a stored value is.
         storage: the dtype that values are stored in.
         qmin, qmax: the range of a stored value.
         granularity: what shares a scale.
@@ -104,6 +105,7 @@ class Format(ABC):
 
     name: str
     key: str
+    number: Literal["int", "float"]
     storage: torch.dtype
     qmin: float
     qmax: float
@@ -140,6 +142,25 @@ class Format(ABC):
         return values if scale is None else values * scale.to(compute)
 
     @property
+    def on_disk(self) -> tuple[Part, ...]:
+        """The tensors of a quantised value in a file; its parts, unless they have another form."""
+        return self.parts
+
+    def to_disk(
+        self, parts: Sequence[torch.Tensor], shape: tuple[int, int]
+    ) -> tuple[torch.Tensor, ...]:
+        """The tensors of `on_disk` for a value of this shape."""
+        return tuple(parts)
+
+    def from_disk(
+        self, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]
+    ) -> dict[str, torch.Tensor]:
+        """Those of the parts, by suffix, that tensors of a file are or hold; a ValueError for what
+        belongs to another shape.
+        """
+        return dict(tensors)
+
+    @property
     def bits(self) -> int:
         """Of a stored value, without its share of the scales."""
         return 8 * self.storage.itemsize // self.packing
@@ -154,9 +175,9 @@ class Format(ABC):
         """What the compressed-tensors convention calls the format."""
         result: dict[str, Any] = {
             "num_bits": self.bits,
-            "type": "float",
+            "type": self.number,
             "strategy": self.granularity,
-            "symmetric": True,
+            "symmetric": all(part.suffix != "_zero_point" for part in self.parts),
         }
         if self.granularity == "group" and self.block is not None:
             result["group_size"] = self.block[1]

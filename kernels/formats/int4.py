@@ -19,9 +19,8 @@ Source: Frantar et al., "GPTQ", 2022, for the grids; the layout is that of compr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -38,7 +37,8 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     missing = -codes.shape[-1] % _WORD
     codes = torch.nn.functional.pad(codes.to(torch.int32), (0, missing))
     words = codes.unflatten(-1, (codes.shape[-1] // _WORD, _WORD)) << _shifts(codes)
-    return words.sum(-1, dtype=torch.int32)  # no bit twice: a sum is an or
+    packed: torch.Tensor = words.sum(-1, dtype=torch.int32)  # no bit twice: a sum is an or
+    return packed
 
 
 def unpack(words: torch.Tensor) -> torch.Tensor:
@@ -88,8 +88,29 @@ class Int4(Format):
         return values * spread(scale, self.group, columns).to(compute), None
 
     @property
-    def compressed(self) -> dict[str, Any]:
-        return {**super().compressed, "type": "int", "symmetric": self.symmetric}
+    def on_disk(self) -> tuple[Part, ...]:
+        zeros = (Part("_zero_point", "", torch.int32, f"r/{_WORD} c/{self.group}"),)
+        shape = Part("_shape", "", torch.int64, "2")
+        return (*self.parts[:2], *(() if self.symmetric else zeros), shape)
+
+    def to_disk(
+        self, parts: Sequence[torch.Tensor], shape: tuple[int, int]
+    ) -> tuple[torch.Tensor, ...]:
+        words, scale, *zero = parts
+        packed = (pack(each.mT).mT.contiguous() for each in zero)
+        return (words, scale, *packed, torch.tensor(shape, device=words.device))
+
+    def from_disk(
+        self, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]
+    ) -> dict[str, torch.Tensor]:
+        parts = dict(tensors)
+        said = parts.pop("_shape", None)
+        if said is not None and not said.is_meta and tuple(said.tolist()) != shape:
+            raise ValueError(f"the file has a weight of {said.tolist()}, the layer {list(shape)}.")
+        zero = parts.get("_zero_point")
+        if zero is not None and zero.dtype == torch.int32:
+            parts["_zero_point"] = unpack(zero.mT).mT[: shape[0]].to(torch.int8).contiguous()
+        return parts
 
 
 def _over(span: torch.Tensor, steps: float) -> torch.Tensor:
@@ -109,6 +130,7 @@ def _int4(group: int, symmetric: bool) -> Int4:
     return Int4(
         "int4",
         key,
+        "int",
         torch.int32,
         -7 if symmetric else 0,
         7 if symmetric else 15,

@@ -82,14 +82,11 @@ class Int8(Format):
         q, scale = parts
         return q.to(compute), scale
 
-    @property
-    def compressed(self) -> dict[str, Any]:
-        return {**super().compressed, "type": "int"}
-
 
 INT8_CHANNEL = Int8(
     "int8",
     "int8",
+    "int",
     torch.int8,
     -QMAX,
     QMAX,
@@ -114,14 +111,11 @@ class Int8Static(Int8):
         q, scale, zero_point = parts
         return q.to(compute) - zero_point.to(compute), scale
 
-    @property
-    def compressed(self) -> dict[str, Any]:
-        return {**super().compressed, "symmetric": False}
-
 
 INT8_TENSOR = Int8Static(
     "int8",
     "int8_static",
+    "int",
     torch.int8,
     -QMAX - 1,
     QMAX,

@@ -14,7 +14,7 @@ from qnn.functional.float_recurrent import States
 from qnn.functional.recurrent import recurrent_of
 from qnn.kernels.backends import recurrent_backend
 from qnn.kernels.reference.recurrent import CELLS, Cell
-from qnn.kernels.schemes import DEFAULT_SCHEME, get_scheme, schemes_of
+from qnn.kernels.schemes import DEFAULT_SCHEME, STATIC, schemes_of
 from qnn.nn.base import Quantized
 from qnn.nn.recurrent.observed import Observed
 from qnn.nn.recurrent.states import OfCell
@@ -118,8 +118,7 @@ class QRecurrent(OfCell, Quantized):
                 infinite or NaN, or has too many bits for an integer product; the part is named.
         """
         tables = cls.tables_of(layer)
-        static = next(n for n in schemes_of(cls.mode.lower()) if get_scheme(n).static)
-        made = cls._of(layer, static, None)
+        made = cls._of(layer, STATIC, None)
         device = made._device
         made._set_calibration({f"table{end}": each.to(device) for end, each in tables.items()})
         note_on(made, layer.points.values())
