@@ -454,11 +454,12 @@ def gradient_reference(cell: Cell, weight: Format) -> Reference:
             new, kept[t] = forward(states, inputs[t], states[0] @ w_h.T, biases["hh"], w_r)
             states = pick(t, new, states)
         dy, *last = split_result(dresult.to(compute), steps, batch, *widths)
-        dstates, of_steps = tuple(last), [(inputs, inputs)] * steps
+        dstates: Tensors = tuple(last)
+        of_steps: list[Tensors] = [()] * steps
         for t in reversed(order):
             dx, dh, (past, *others) = back((dy[t] + dstates[0], *dstates[1:]), kept[t], w_r)
-            of_steps[t] = dx, dh = pick(t, (dx, dh), (0, 0))
-            dh = dh @ w_h
+            of_steps[t] = pick(t, (dx, dh), (0, 0))
+            dh = of_steps[t][1] @ w_h
             dstates = pick(t, (dh if past is None else past + dh, *others), dstates)
         dinput, dhidden = (
             map(torch.stack, zip(*of_steps, strict=True)) if steps else (inputs, inputs)

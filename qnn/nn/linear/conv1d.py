@@ -47,11 +47,11 @@ class QConv1D(QLinear):
             given = {**given, "weight": weight.t()}
         return super()._read_state(given)
 
-    def dequantize(self) -> nn.Module:
+    def dequantize(self) -> nn.Module:  # type: ignore[override]
         """A float `Conv1D` with the weight `(weight * weight_scale)ᵀ`."""
         from transformers.pytorch_utils import Conv1D
 
-        linear: Any = super().dequantize()
+        linear = super().dequantize()
         with torch.device("meta"):
             layer: Any = Conv1D(self.out_features, self.in_features)
         layer.weight = nn.Parameter(linear.weight.detach().t().contiguous())

@@ -166,6 +166,10 @@ class QLinear(Quantized, nn.Linear):
         layer._take(floats)
         return layer.train(linear.training)
 
+    def dequantize(self) -> nn.Linear:
+        """A float `nn.Linear` with the weight `weight * weight_scale`, in `dtype`."""
+        return cast(nn.Linear, super().dequantize())
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if type(input) is not torch.Tensor and (y := of_other_kind(self, input)) is not None:
             return cast(torch.Tensor, y)
