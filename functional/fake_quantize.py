@@ -6,6 +6,8 @@ from typing import TypeAlias
 
 import torch
 
+from qnn.kernels.formats.int8 import round_to_grid
+
 
 def fake_quantize(
     x: torch.Tensor,
@@ -71,9 +73,7 @@ def grid_of(
 def on_grid(x: torch.Tensor, grid: Grid) -> torch.Tensor:
     """`fake_quantize` of `x`, many times with one grid: the steps of a recurrent layer."""
     inverse, low, high, scale = grid
-    v = torch.clamp(x.to(scale.dtype) * inverse, low, high)
-    q = v.round()
-    if torch.is_grad_enabled():
-        # Minus an exact zero, not plus: the sign of a zero stays.
-        q = q.detach() - (v.detach() - v)
+    q = round_to_grid(
+        x.to(scale.dtype), inverse, low, high, straight_through=torch.is_grad_enabled()
+    )
     return (q * scale).to(x.dtype)

@@ -15,8 +15,8 @@ import torch
 from torch.nn import functional as F
 
 from qnn.functional.quantize import dequantize, quantize
+from qnn.kernels.reference.recurrent import CELLS
 
-GATES = {"LSTM": "ifgo", "GRU": "rzn"}
 States: TypeAlias = tuple[torch.Tensor, ...]
 Quantizer: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 MakeQuantizer: TypeAlias = Callable[[torch.Tensor], Quantizer | None]
@@ -169,7 +169,7 @@ def float_layer(
     Returns:
         y `[T, B, P]`, and the states behind the last step (of the reverse direction, the first).
     """
-    gates = GATES[cell]
+    gates = CELLS[cell.lower()].gates
     step = _lstm_step if cell == "LSTM" else _gru_step
     names = [f"_linear_{gate}" for gate in gates] if split_gates else ["_linear"]
     x = points.at_all("input", x)

@@ -12,6 +12,8 @@ from typing import TypeAlias
 import torch
 from torch.nn import functional as torch_F
 
+from qnn.kernels.formats.int8 import round_to_grid
+
 Ends: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -90,8 +92,7 @@ def _least_error(
         factor = torch.full_like(best, 2.0 ** (-step / 4))
         scale, point = grid_of(*candidate(factor))
         scale, point = scale[:, None], point[:, None].float()
-        # `fake_quantize`, in place: memory is what takes the time here.
-        q = (x * (1 / scale)).clamp_(qmin - point, qmax - point).round_()
+        q = round_to_grid(x, 1 / scale, qmin - point, qmax - point)
         error = q.mul_(scale).sub_(x).square_().mean(1)
         best = torch.where(error < least, factor, best)
         least = torch.minimum(error, least)

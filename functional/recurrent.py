@@ -10,34 +10,36 @@ import torch
 
 from qnn.functional.invoke import invoke_quant
 from qnn.functional.linear import autocast
+from qnn.functional.quantize import stored_parts
 from qnn.kernels import OPS
 from qnn.kernels.reference.recurrent import split_gradients, split_result
 from qnn.kernels.schemes import SCHEMES, schemes_of
 
 Tensors = tuple[torch.Tensor | None, ...]
+Parts = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
 class RecurrentWeights:
-    """The weights of one layer and direction, as an op takes them.
+    """The weights of one layer and direction.
 
     Attributes:
-        ih, hh: int8 `[G·H, I]` and `[G·H, P]`, for the G gates i, f, g, o of an LSTM (`[4H, …]`)
-            or r, z, n of a GRU.
-        ih_scale, hh_scale: float32, a scale a row, `[G·H, 1]`.
+        ih, hh: `[G·H, I]` and `[G·H, P]`, for the G gates i, f, g, o of an LSTM (`[4H, …]`) or
+            r, z, n of a GRU: the tensors that `quantize` returns, in a tuple; or the first alone.
+        ih_scale, hh_scale: then the second: of int8 a scale per output channel, `[G·H, 1]`.
         bias_ih, bias_hh: float, `[G·H]`, or None.
-        hr, hr_scale: the projection of an LSTM, int8 `[P, H]` and float32 `[P, 1]`, or None.
+        hr, hr_scale: the projection of an LSTM, `[P, H]`, likewise, or None.
         table: for `int8_static`: a row `(scale, zero_point, qmin, qmax)` for each part of the cell,
             in the order of `qnn.kernels.reference.recurrent.CELLS[...].parts`.
     """
 
-    ih: torch.Tensor
-    ih_scale: torch.Tensor
-    hh: torch.Tensor
-    hh_scale: torch.Tensor
+    ih: torch.Tensor | Parts
+    ih_scale: torch.Tensor | None = None
+    hh: torch.Tensor | Parts | None = None
+    hh_scale: torch.Tensor | None = None
     bias_ih: torch.Tensor | None = None
     bias_hh: torch.Tensor | None = None
-    hr: torch.Tensor | None = None
+    hr: torch.Tensor | Parts | None = None
     hr_scale: torch.Tensor | None = None
     table: torch.Tensor | None = None
 
@@ -83,24 +85,21 @@ class _Recurrent(torch.autograd.Function):
         return None, None, None, *(found.get(name) if wants else None for name, wants in asked)
 
 
-def _run(
+def recurrent_of(
     cell: str,
     x: torch.Tensor,
-    states: tuple[torch.Tensor, ...],
-    weights: RecurrentWeights,
+    states: Parts,
+    operands: Tensors,
     scheme: str,
-    lengths: torch.Tensor | None,
-    reverse: bool,
-) -> tuple[torch.Tensor, ...]:
-    op = OPS[_op_name(cell, scheme, weights)]
-    x = autocast(x)
-    w = weights
-    table = () if w.table is None else (w.table,)
-    projection = (w.hr, w.hr_scale) if cell == "lstm" else ()
-    tensors: Tensors = (
-        x, *(state.to(x.dtype) for state in states), w.ih, w.ih_scale, w.hh, w.hh_scale, *table,
-        w.bias_ih, w.bias_hh, *projection, lengths,
-    )  # fmt: skip
+    lengths: torch.Tensor | None = None,
+    reverse: bool = False,
+) -> Parts:
+    """`lstm` or `gru` over the operands of the scheme's op: the parts of both weights, the table of
+    a static scheme, both biases, and the parts of a projection where there is one.
+    """
+    op, x = OPS[str(SCHEMES[scheme].op(cell))], autocast(x)
+    tensors: Tensors = (x, *[state.to(x.dtype) for state in states], *operands)
+    tensors += (None,) * (len(op.inputs) - 2 - len(tensors)) + (lengths,)
     direction = "reverse" if reverse else "forward"
     if not torch.compiler.is_compiling():
         op.require(*tensors, direction)  # a kernel in C++ words its errors otherwise
@@ -118,16 +117,23 @@ def _plain(op: str, direction: str, scheme: str, *tensors: torch.Tensor | None) 
     return _call(op, direction, scheme, tensors)
 
 
-def _op_name(cell: str, scheme: str, weights: RecurrentWeights) -> str:
-    known = SCHEMES.get(scheme)
-    op = None if known is None else known.op(cell)
-    if known is None or op is None:
+def _operands(cell: str, weights: RecurrentWeights, scheme: str) -> Tensors:
+    """What `recurrent_of` takes; a ValueError for weights of another scheme."""
+    known, w = SCHEMES.get(scheme), weights
+    if known is None or known.op(cell) is None:
         able = ", ".join(map(repr, schemes_of(cell)))
         raise ValueError(f"qnn.functional.{cell}: scheme must be one of {able}, got {scheme!r}.")
-    if (weights.table is not None) != known.static:
-        verb = "has no" if weights.table is not None else "needs a"
+    if (w.table is not None) != known.static:
+        verb = "has no" if w.table is not None else "needs a"
         raise ValueError(f"qnn.functional.{cell}: scheme {scheme!r} {verb} table of parts.")
-    return op
+    return (
+        *stored_parts(scheme, w.ih, _scale=w.ih_scale),
+        *stored_parts(scheme, () if w.hh is None else w.hh, _scale=w.hh_scale),
+        *(() if w.table is None else (w.table,)),
+        w.bias_ih,
+        w.bias_hh,
+        *(() if w.hr is None else stored_parts(scheme, w.hr, _scale=w.hr_scale)),
+    )
 
 
 def lstm(
@@ -153,8 +159,8 @@ def lstm(
         x: float32, bfloat16, float16 or float64, `[T, B, I]`.
         hx: `(h [B, P], c [B, H])`, where P is H without a projection.
         weights: of this layer and direction.
-        scheme: `"int8"`, `"int8_static"` or `"int8_weight"`.
-        lengths: int64 `[B]`; behind a sequence's length its output is 0 and its states stay.
+        scheme: one that has a recurrent layer, such as `"int8"`, `"int8_static"`, `"int8_weight"`.
+        lengths: int64 `[B]`; after a sequence's length its output is 0 and its states stay.
         reverse: from the last step to the first.
 
     Returns:
@@ -164,7 +170,8 @@ def lstm(
         ValueError, TypeError: an argument of the wrong shape, dtype or device; a scheme without
             recurrent layers.
     """
-    y, h, c = _run("lstm", x, hx, weights, scheme, lengths, reverse)
+    operands = _operands("lstm", weights, scheme)
+    y, h, c = recurrent_of("lstm", x, hx, operands, scheme, lengths, reverse)
     return y, h, c
 
 
@@ -187,5 +194,6 @@ def gru(
     Returns:
         `(y [T, B, H], h [B, H])` in the dtype of `x`.
     """
-    y, h = _run("gru", x, (hx,), weights, scheme, lengths, reverse)
+    operands = _operands("gru", weights, scheme)
+    y, h = recurrent_of("gru", x, (hx,), operands, scheme, lengths, reverse)
     return y, h

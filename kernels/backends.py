@@ -11,6 +11,7 @@ from qnn.kernels.cpu.forking import return_threads
 from qnn.kernels.cuda.backends import has_kernel, state
 
 _META = "meta: no values yet"
+_NO_KERNEL = "there is no native kernel for it"
 _DECODED = "float32 GEMM on decoded blocks of the weight"
 
 
@@ -74,7 +75,8 @@ def recurrent_backend(name: str, device: torch.device) -> str:
     if device.type != "cpu":
         return f"{device.type}: reference, step by step, since there is no kernel for this device"
     tier = native_tier() if op.native else None
-    return f"cpu: {tier or f'reference, step by step; not native: {native.ready().reason}'}"
+    reason = native.ready().reason if op.native else _NO_KERNEL
+    return f"cpu: {tier or f'reference, step by step; not native: {reason}'}"
 
 
 def _on_cpu(scheme: Scheme, weights: int) -> str:
@@ -85,7 +87,7 @@ def _on_cpu(scheme: Scheme, weights: int) -> str:
         (product,) = OPS[gradient].backward.values()
         op, casts = OPS[product], "; activations cast in torch operations"
     if not op.native:
-        return f"{_DECODED}; not native: there is no native kernel for it{casts}"
+        return f"{_DECODED}; not native: {_NO_KERNEL}{casts}"
     if (tier := native_tier()) is not None:
         return tier + casts
     engine = _DECODED if scheme.activation is None or casts else int8_engine(weights)

@@ -172,6 +172,8 @@ SCHEMES: dict[str, Scheme] = {
     )
 }  # fmt: skip
 
+DEFAULT_SCHEME = "int8"
+
 
 # What a prepared layer is converted to.
 STATIC = next(scheme.name for scheme in SCHEMES.values() if scheme.static)

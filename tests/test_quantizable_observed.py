@@ -21,12 +21,11 @@ from qnn.calibration.fake_quantize import FakeQuantize, freeze_observers
 from qnn.calibration.parts import DEFAULT, EIGHT_BIT, FIXED, SIXTEEN_BIT, PartSpecs
 from qnn.calibration.spec import QuantSpec
 from qnn.functional import dequantize, quantize
+from qnn.kernels import OPS
 from qnn.kernels.reference.recurrent import (
     CELLS as OP_CELLS,
 )
 from qnn.kernels.reference.recurrent import (
-    gru_reference,
-    lstm_reference,
     round_to_part,
     split_result,
 )
@@ -355,16 +354,11 @@ class TestQat(unittest.TestCase):
         ]
         names = dict(made.named_parameters())
         integers = [t for w in ("ih", "hh") for t in quantize(names[f"weight_{w}_l0"])]
-        integers += [names["bias_ih_l0"], names["bias_hh_l0"]]
+        integers += [torch.stack(rows), names["bias_ih_l0"], names["bias_hh_l0"]]
         integers += [*quantize(names["weight_hr_l0"])] if options else []
-        op = lstm_reference if cell == "LSTM" else gru_reference
-        flat = op(
-            x,
-            *(state[0] for state in given),
-            *integers,
-            table=torch.stack(rows),
-            compute=torch.float64,
-        )
+        op = OPS[f"int8_static_{cell.lower()}"]
+        args = (x, *(state[0] for state in given), *integers)
+        flat = op.reference(*args, *op.tails[len(args)], compute=torch.float64)
         widths = [state.shape[-1] for state in given]
         for got, want in zip(
             [y, *(state[0] for state in tensors(last))],

@@ -1,63 +1,83 @@
-"""The recurrent ops, derived from the cells: for each scheme a layer in one direction, and the
-gradient that all of them share. `reference/recurrent.py` says what they compute.
+"""The recurrent ops, derived from the cells and the schemes: for each scheme a layer in one
+direction, and the gradient that the schemes of one weight format share. `reference/recurrent.py`
+says what they compute.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
-from qnn.kernels.declare.int8 import INT8, SCALE
-from qnn.kernels.formats.base import FLOATS
-from qnn.kernels.formats.int8 import int32_max_k
-from qnn.kernels.op import Op, size_of
+from qnn.kernels.formats.base import FLOATS, Format, Part
+from qnn.kernels.op import OPS, Op, size_of
 from qnn.kernels.reference.recurrent import (
     CELLS,
     DIRECTIONS,
     GRU,
-    LSTM,
     Cell,
-    gru_dgrad_reference,
-    gru_reference,
-    lstm_dgrad_reference,
-    lstm_reference,
+    Product,
+    Reference,
+    gradient_reference,
+    layer_reference,
     split_gradients,
 )
-from qnn.kernels.schemes import Scheme, get_scheme, schemes_of
+from qnn.kernels.schemes import SCHEMES, Scheme
 
-_RESULT = {"lstm": "t*b*p+b*p+b*h", "gru": "t*b*h+b*h"}
-_GRADIENTS = {"lstm": "t*b*i+b*p+b*h+h*4+h*4", "gru": "t*b*i+b*h+h*3+h*3"}
-_DOC = {
-    "int8": "rows of x and of the hidden state in int8, a scale each; exact int32 sums; gates in "
-    "float32",
-    "int8_static": "every part of the cell on the grid of its row (scale, zero_point, qmin, qmax) "
-    "of table; exact int32 sums",
-    "int8_weight": "weights in int8, activations as they are, in float32",
-}
+# The schemes whose layers the library of C++ kernels has.
+_NATIVE = ("int8", "int8_static", "int8_weight")
 _SAMPLE_SIZES: dict[str, int] = {"t": 5, "b": 3, "i": 19, "p": 21, "h": 21}
 
 
-def _arguments(cell: Cell, extra: str | None = None) -> list[str]:
-    """The arguments of a cell's ops; `extra` stands behind those that must be given."""
-    rows, lstm = f"h*{len(cell.gates)}", cell is LSTM
-    hidden = "p" if lstm else "h"
-    return [
-        *("x: t b i", f"h0: b {hidden}"),
-        *(["c0: b h"] if lstm else []),
-        *(f"w_ih: {rows} i", f"sw_ih: {rows} 1", f"w_hh: {rows} {hidden}", f"sw_hh: {rows} 1"),
-        *([extra] if extra else []),
-        *(f"b_ih?: {rows}", f"b_hh?: {rows}"),
-        *(["w_hr?: p h", "sw_hr?: p 1"] if lstm else []),
-        *("lengths?: b", "direction?: str"),
-    ]
+def _stored(cell: Cell, weight: Format) -> dict[str, tuple[Product, Part]]:
+    """What the weights of a cell are stored in, by the names of the arguments."""
+    first, *others = weight.parts
+    parts = (replace(first, short="{}"), *others)  # w_ih, and not w_ihq
+    return {
+        part.short.format(f"w_{product.weight}"): (product, part)
+        for product in cell.products
+        for part in parts
+    }
 
 
-def _sample_scale(rows: str) -> Callable[[Mapping[str, int]], torch.Tensor]:
-    """Scales of weights that leave the gates between their ends."""
-    return lambda sizes: torch.linspace(0.0005, 0.0015, size_of(rows, sizes))[:, None]
+def _arguments(cell: Cell, weight: Format, extra: str | None) -> dict[str, str]:
+    """The axes of each argument by its name; `extra` stands after those that must be given."""
+    weights: dict[bool, dict[str, str]] = {False: {}, True: {}}
+    for product, part in _stored(cell, weight).values():
+        declared = part.declared(f"w_{product.weight}", product.rows, product.columns)
+        name, _, axes = declared.partition(": ")
+        weights[product.optional][name + "?" * product.optional] = axes
+    return {
+        "x": "t b i",
+        **{f"{n[0]}0": f"b {width}" for n, width in zip(cell.states, cell.widths, strict=True)},
+        **weights[False],
+        **(dict([extra.split(": ")]) if extra else {}),
+        **{f"b_{each.weight}?": each.rows for each in cell.products if not each.optional},
+        **weights[True],
+        "lengths?": "b",
+        "direction?": "str",
+    }
+
+
+def _result(cell: Cell) -> str:
+    return "+".join([f"t*b*{cell.widths[0]}", *(f"b*{width}" for width in cell.widths)])
+
+
+def _gradients(cell: Cell) -> str:
+    states, rows = (f"b*{width}" for width in cell.widths), cell.products[0].rows
+    return "+".join(["t*b*i", *states, rows, rows])
+
+
+def _sample_scale(product: Product, part: Part) -> Callable[[Mapping[str, int]], torch.Tensor]:
+    """Scales of a weight that leave the gates between their ends."""
+
+    def sample(sizes: Mapping[str, int]) -> torch.Tensor:
+        shape = part.shape(size_of(product.rows, sizes), size_of(product.columns, sizes))
+        return torch.linspace(0.0005, 0.0015, torch.Size(shape).numel()).view(shape)
+
+    return sample
 
 
 def _sample_table(cell: Cell) -> torch.Tensor:
@@ -69,151 +89,121 @@ def _sample_table(cell: Cell) -> torch.Tensor:
     return torch.tensor(rows)
 
 
-def _samples(cell: Cell, rows: str) -> dict[str, int | Callable[[Mapping[str, int]], torch.Tensor]]:
-    return {
-        **_SAMPLE_SIZES,
-        "sw_ih": _sample_scale(rows),
-        "sw_hh": _sample_scale(rows),
-        "sw_hr": _sample_scale("p"),
-        "table": lambda sizes: _sample_table(cell),
-        "lengths": lambda sizes: torch.arange(sizes["b"]) * 2 % (sizes["t"] + 1),
-    }
-
-
 def _products(cell: Cell, times: int) -> dict[str, str]:
     """The products of each step, `times` over, by the optional weight that they are of."""
-    rows, hidden = f"h*{len(cell.gates)}", "p" if cell is LSTM else "h"
-    of_gates = f"t b {rows} i+t b {rows} {hidden}"
-    result = {"": "+".join([of_gates] * times)}
-    return result | ({"w_hr": "+".join(["t b p h"] * times)} if cell is LSTM else {})
+    result: dict[str, list[str]] = {"": []}
+    for name, _, rows, columns, optional in cell.products:
+        result.setdefault(f"w_{name}" if optional else "", []).append(f"t b {rows} {columns}")
+    return {name: "+".join(each * times) for name, each in result.items()}
+
+
+def _rule(names: Sequence[str], projection: Sequence[str]) -> Callable[..., str | None] | None:
+    """What the notation cannot say of an LSTM, whose projection is stored in `projection`."""
+    if not projection:
+        return None
+    first, *others = (names.index(name) for name in projection)
+
+    def rule(*args: Any) -> str | None:
+        absent = args[first] is None
+        for at in others:
+            if (args[at] is None) is not absent:
+                return f"{' and '.join(projection)} belong together"
+        if absent and (p := args[1].shape[-1]) != (h := args[2].shape[-1]):
+            return f"h0 must be as wide as c0, {h}, where there is no projection w_hr, got {p}"
+        return None
+
+    return rule
 
 
 def _declare(
     cell: Cell,
+    scheme: Scheme,
     name: str,
     doc: str,
-    reference: Callable[..., torch.Tensor],
+    reference: Reference,
     result: str,
-    extra: str | None = None,
-    backward: str | None = None,
-    native: bool = False,
-    limit: int | None = None,
-    times: int = 1,
-) -> Op:
-    """`limit`: the most columns of a weight; `times`: how often each weight is multiplied."""
-    arguments, rows = _arguments(cell, extra), f"h*{len(cell.gates)}"
-    names = [argument.partition(":")[0].rstrip("?") for argument in arguments]
-    dtypes: dict[str, Any] = {"x": FLOATS, "h0": "x", "lengths": (torch.int64,)}
-    dtypes |= {name: INT8 for name in names if name.startswith("w_")}
-    dtypes |= {name: SCALE for name in names if name.startswith("sw_") or name == "table"}
-    dtypes |= {name: FLOATS for name in names if name.startswith("b_")}
-    dtypes |= {name: "x" for name in names if name in ("c0", "dresult")}
-
-    differentiable = [n for n in names if n in ("x", "h0", "c0", "b_ih", "b_hh")]
-
-    def rule(*args: Any) -> str | None:
-        given = dict(zip(names, args, strict=False))
-        if cell is not LSTM:
-            return None
-        if (given["w_hr"] is None) != (given["sw_hr"] is None):
-            return "w_hr and sw_hr belong together"
-        p, h = given["h0"].shape[-1], given["c0"].shape[-1]
-        if given["w_hr"] is None and p != h:
-            return f"h0 must be as wide as c0, {h}, where there is no projection w_hr, got {p}"
-        return None
-
-    return Op(
+    extra: str | None,
+    backward: str | None,
+) -> None:
+    """A layer, whose gradient `backward` names, or such a gradient, which goes through the layer
+    again and then back.
+    """
+    arguments, stored = _arguments(cell, scheme.weight, extra), _stored(cell, scheme.weight)
+    names = [argument.rstrip("?") for argument in arguments]
+    scales = {n: each for n, each in stored.items() if each[1].is_scale}
+    columns = dict.fromkeys(product.columns for product in cell.products)
+    is_layer, limit, weight = backward is not None, scheme.max_in_features, scheme.weight
+    multiple = weight.columns_multiple_of if weight.whole_groups else 1
+    Op(
         name,
-        f"{', '.join(arguments)} -> {result}",
+        f"{', '.join(f'{argument}: {axes}' for argument, axes in arguments.items())} -> {result}",
         doc=doc,
-        dtypes=dtypes,
+        dtypes={
+            **dict.fromkeys(("h0", "c0", "dresult"), "x"),
+            **dict.fromkeys(("x", "b_ih", "b_hh"), FLOATS),
+            **{n: (part.dtype,) for n, (_, part) in stored.items()},
+            "table": (torch.float32,),
+            "lengths": (torch.int64,),
+        },
         out=("x",),
         reference=reference,
-        native=native,
-        backward=dict.fromkeys(differentiable, backward) if backward else {},
-        split=split_gradients if backward else None,
-        differentiable=backward is None,
-        positive=[name for name in names if name.startswith("sw_")],
+        native=is_layer and scheme.name in _NATIVE,
+        backward={
+            n: backward for n in names if backward and n in ("x", "h0", "c0", "b_ih", "b_hh")
+        },
+        split=split_gradients if is_layer else None,
+        differentiable=not is_layer,
+        positive=list(scales),
         choices={"direction": DIRECTIONS},
-        rule=rule,
-        sample=_samples(cell, rows),
-        products=_products(cell, times),
-        limits={} if limit is None else dict.fromkeys("ihp" if cell is LSTM else "ih", limit),
+        rule=_rule(names, [n for n, (product, _) in stored.items() if product.optional]),
+        sample={
+            **_SAMPLE_SIZES,
+            **{n: _sample_scale(*e) for n, e in scales.items() if e[1].dtype == torch.float32},
+            **(dict.fromkeys(columns, multiple) if multiple > 1 else {}),
+            "table": lambda sizes: _sample_table(cell),
+            "lengths": lambda sizes: torch.arange(sizes["b"]) * 2 % (sizes["t"] + 1),
+        },
+        products=_products(cell, 1 if is_layer else 2),
+        limits=dict.fromkeys(columns, limit) if is_layer and limit else {},
+        multiples=dict.fromkeys(columns, multiple) if multiple > 1 else {},
         rowwise=False,
     )
 
 
-def _require_bytes(cell: Cell, table: torch.Tensor, columns: Mapping[str, int]) -> None:
-    """Raise unless the parts that enter a product have 8 bits, and int32 holds a sum of so many
-    products.
-    """
-    for name, count in columns.items():
-        scale, zero_point, qmin, qmax = table[cell.parts.index(name)].tolist()
-        low, high = qmin - zero_point, qmax - zero_point
-        if not 0 < scale < math.inf:
-            raise ValueError(f"table must give the part {name} a positive scale.")
-        whole = low.is_integer() and high.is_integer()
-        if not (whole and low <= high <= low + 255 and abs(low) <= 1024):
-            raise ValueError(f"table must give the part {name} 8 bits.")
-        largest = max(1, int(max(abs(low), abs(high))))
-        if count > int32_max_k(largest):
-            raise ValueError(
-                f"table gives the part {name} codes of up to {largest}, of which an int32 sum of "
-                f"{count} can overflow, from {int32_max_k(largest) + 1} on; use the scheme "
-                "int8_weight."
-            )
-
-
-def _forward(
-    cell: Cell, scheme: Scheme, reference: Callable[..., torch.Tensor]
-) -> Callable[..., torch.Tensor]:
-    """A cell's reference as that of one scheme's op."""
-    at = [argument.partition(":")[0].rstrip("?") for argument in _arguments(cell, "table")].index(
-        "table"
+def _doc(scheme: Scheme) -> str:
+    if scheme.static:
+        return (
+            "every part of the cell on the grid of its row (scale, zero_point, qmin, qmax) of "
+            "table; exact int32 sums"
+        )
+    if scheme.activation is None:
+        return f"weights in {scheme.weight.key}, activations as they are, in float32"
+    return (
+        f"rows of x and of the hidden state in {scheme.activation.key}, a scale each; exact int32 "
+        "sums; gates in float32"
     )
 
-    def run(*args: Any, compute: torch.dtype = torch.float32) -> torch.Tensor:
-        table = None
-        if scheme.static:
-            table, args = args[at], (*args[:at], *args[at + 1 :])
-            columns = {"input": args[0].shape[-1], "hidden_state": args[1].shape[-1]}
-            if cell is LSTM and len(args) > 9 and args[9] is not None:
-                columns["projection_input"] = args[9].shape[-1]
-            _require_bytes(cell, table, columns)
-        return reference(
-            *args, table=table, quantized=scheme.activation is not None, compute=compute
+
+def declare(cell: Cell, scheme: Scheme) -> None:
+    """The op of a cell in a scheme that has one, and that of its gradient."""
+    name, weight = scheme.op(cell.name), scheme.weight
+    if name is None:
+        return
+    # As the linear op of the scheme: int8_linear_dgrad, int8_lstm_dgrad.
+    gradient = OPS[scheme.linear].backward["x"].replace("linear", cell.name)
+    table = f"table: {len(cell.parts)} 4" if scheme.static else None
+    layer = layer_reference(cell, weight, scheme.activation, static=scheme.static)
+    _declare(cell, scheme, name, _doc(scheme), layer, _result(cell), table, gradient)
+    if gradient not in OPS:
+        doc = (
+            "gradients of the float cell over the weights that the parts stand for: to x, the "
+            "states, b_ih and b_hh, one after the other"
         )
+        given = f"dresult: {_result(cell)}"
+        reference = gradient_reference(cell, weight)
+        _declare(cell, scheme, gradient, doc, reference, _gradients(cell), given, None)
 
-    return run
-
-
-_REFERENCES: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]] = {
-    "lstm": (lstm_reference, lstm_dgrad_reference),
-    "gru": (gru_reference, gru_dgrad_reference),
-}
 
 for _cell in CELLS.values():
-    _reference, _gradient_reference = _REFERENCES[_cell.name]
-    _gradient = f"int8_{_cell.name}_dgrad"
-    for _scheme in map(get_scheme, schemes_of(_cell.name)):
-        _declare(
-            _cell,
-            cast(str, _scheme.op(_cell.name)),
-            _DOC[_scheme.name],
-            _forward(_cell, _scheme, _reference),
-            _RESULT[_cell.name],
-            f"table: {len(_cell.parts)} 4" if _scheme.static else None,
-            _gradient,
-            native=True,
-            limit=_scheme.max_in_features,
-        )
-    _declare(
-        _cell,
-        _gradient,
-        "gradients of the float cell over w · sw: to x, the states, b_ih and b_hh, one behind the "
-        "other",
-        _gradient_reference,
-        _GRADIENTS[_cell.name],
-        f"dresult: {_RESULT[_cell.name]}",
-        times=2,  # the forward again, then back
-    )
+    for _scheme in SCHEMES.values():
+        declare(_cell, _scheme)

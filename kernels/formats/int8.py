@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -29,6 +30,28 @@ INT8_STATIC_MAX_K = int32_max_k(255)  # of q − zero_point
 INT8_ROWS_MAX_K = int32_max_k(QMAX + 1)  # rows from elsewhere may hold −128
 
 
+def round_to_grid(
+    x: torch.Tensor,
+    inverse: torch.Tensor,
+    low: Any,
+    high: Any,
+    *,
+    straight_through: bool = False,
+) -> torch.Tensor:
+    """The integers that `x` has on a grid, less its zero point: `round(clamp(x · inverse, low,
+    high))`, ties to even, for `inverse = 1/scale`, `low = qmin − zero_point` and `high = qmax −
+    zero_point`; as floats, and NaN stays NaN.
+
+    With `straight_through` the gradient is that of the identity for `round`; else it is zero.
+    """
+    v = x * inverse
+    if not straight_through:
+        return v.clamp_(low, high).round_()  # in its own memory, which is what takes the time
+    v = v.clamp(low, high)
+    # Minus an exact zero, not plus: the sign of a zero stays.
+    return v.detach().round() - (v.detach() - v)
+
+
 def row_scale(x: torch.Tensor) -> torch.Tensor:
     """The scale of each row: amax / 127, at least float32's smallest normal number; 1 for a zero
     row.
@@ -42,7 +65,7 @@ def row_scale(x: torch.Tensor) -> torch.Tensor:
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales of the rows of `x [..., K]`: int8 `[..., K]` and float32 `[..., 1]`."""
     scale = row_scale(x)
-    q = (x.float() * (1 / scale)).round().clamp(-QMAX, QMAX)
+    q = round_to_grid(x.float(), 1 / scale, -QMAX, QMAX)
     return torch.where(scale.isfinite(), q, 0).to(torch.int8), scale
 
 

@@ -6,7 +6,7 @@ import torch
 from einops import einsum, rearrange
 
 from qnn.kernels.epilogue import finish
-from qnn.kernels.formats.int8 import INT8_TENSOR, quantize_rows
+from qnn.kernels.formats.int8 import INT8_TENSOR, quantize_rows, round_to_grid
 
 quantize_reference = quantize_rows
 
@@ -103,8 +103,8 @@ def static_linear_reference(
     rows, zero_point = x.float(), zx.float()
     tiny = torch.finfo(torch.float32).tiny
     good = rows.isfinite().all(-1, keepdim=True) & (sx >= tiny) & sx.isfinite()
-    q = ((rows * (1 / sx)).round() + zero_point).clamp(INT8_TENSOR.qmin, INT8_TENSOR.qmax)
-    q = torch.where(good, q - zero_point, 0)
+    ends = INT8_TENSOR.qmin - zero_point, INT8_TENSOR.qmax - zero_point
+    q = torch.where(good, round_to_grid(rows, 1 / sx, *ends), 0).to(torch.int16)  # no −0
     scale = torch.where(good, sx, torch.nan)
     return rows_linear_reference(
         q, scale, w, sw, bias, residual, activation, x.dtype, compute=compute

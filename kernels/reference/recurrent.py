@@ -1,53 +1,79 @@
-"""The recurrent ops: an LSTM or a GRU, one layer in one direction, in the schemes `int8`,
-`int8_static` and `int8_weight`.
+"""The recurrent ops: an LSTM or a GRU, one layer in one direction.
 
-The references are the meaning of the ops. The integers are exact, and what stands between them is
-float32 arithmetic in a fixed order, without fused multiply-adds and with activations that are
-polynomials of our own; so every kernel of `int8` and `int8_static` gives the same bits. A gate's
-input is `(int32(xq · w_ihᵀ) · sw_ih) · sx + b_ih`, and the same of the hidden state.
+The references are the meaning of the ops. A weight is what its format decodes it to. Where
+activations are quantised, sums of products are exact, and what stands between them is float32
+arithmetic in a fixed order, without fused multiply-adds and with activations that are polynomials
+of our own; so every kernel of `int8` and `int8_static` gives the same bits. A gate's input is
+`(sum(xq · w_ihᵀ) · sw_ih) · sx + b_ih`, and the same of the hidden state.
 
-- `int8` quantises the rows of `x` and of the hidden state in each step, a row of the batch by
-  itself.
-- `int8_static` takes a table with a row `(scale, zero_point, qmin, qmax)` for each part of the cell
-  (`Cell.parts`), and rounds every part to its grid: `round(clamp(v · (1/scale), qmin − zero_point,
-  qmax − zero_point)) · scale`. A part whose scale is 0 stays as it is.
-- `int8_weight` takes activations as they are.
+- A scheme with dynamic activations (`int8`) quantises the rows of `x` and of the hidden state in
+  each step, a row of the batch by itself.
+- A static one (`int8_static`) takes a table with a row `(scale, zero_point, qmin, qmax)` for each
+  part of the cell (`Cell.parts`), and rounds every part to its grid: `round(clamp(v · (1/scale),
+  qmin − zero_point, qmax − zero_point)) · scale`. A part whose scale is 0 stays as it is.
+- One of weights alone (`int8_weight`) takes activations as they are.
 
 The hidden state is rounded to the dtype of `x` in each step, as it is in the result; the cell state
 stays in float32 until the last step. The result is one tensor, since a region has one: the outputs
 `[T, B, P]`, then the last hidden state `[B, P]`, then the last cell state `[B, H]`, flat and one
-behind the other (`split_result`).
+after the other (`split_result`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from einops import einsum
 
-from qnn.kernels.formats.int8 import quantize_rows
+from qnn.kernels.formats.base import Format
+from qnn.kernels.formats.int8 import int32_max_k, round_to_grid
 
 DIRECTIONS = ("forward", "reverse")
+Tensors = tuple[torch.Tensor, ...]
+Reference = Callable[..., torch.Tensor]
+
+
+class Product(NamedTuple):
+    """A product of a cell: `operand · weightᵀ`.
+
+    Attributes:
+        weight: `"ih"`, as in the names of the weight's tensors.
+        operand: the part of the cell that is multiplied; it has at most 8 bits in a table.
+        rows, columns: the weight's axes.
+        optional: whether a cell may do without it: a projection.
+    """
+
+    weight: str
+    operand: str
+    rows: str
+    columns: str
+    optional: bool = False
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A recurrent cell: what its parts are called, in the order of the rows of a table.
+    """A recurrent cell: its products, and what its parts are called, in the order of the rows of a
+    table.
 
     Attributes:
         name: as in the names of its ops.
         gates: torch's order; a weight has as many times H rows.
         states: of which the first is the output.
+        widths: their axes.
+        products: those of all gates first.
         activations: the part of each gate's activation, in the order of `gates`.
-        others: the parts behind these.
+        others: the parts after these.
     """
 
     name: str
     gates: str
     states: tuple[str, ...]
+    widths: tuple[str, ...]
+    products: tuple[Product, ...]
     activations: tuple[str, ...]
     others: tuple[str, ...] = ()
 
@@ -56,17 +82,65 @@ class Cell:
         linears = (f"{which}_linear_{gate}" for which in ("input", "hidden") for gate in self.gates)
         return ("input", *self.states, *linears, *self.activations, *self.others)
 
+    def operands(self, *, projection: bool = True) -> tuple[str, ...]:
+        """The parts that enter a product, with or without those of a projection."""
+        return tuple(each.operand for each in self.products if projection or not each.optional)
+
 
 LSTM = Cell(
     "lstm",
     "ifgo",
     ("hidden_state", "cell_state"),
+    ("p", "h"),
+    (
+        Product("ih", "input", "h*4", "i"),
+        Product("hh", "hidden_state", "h*4", "p"),
+        Product("hr", "projection_input", "p", "h", optional=True),
+    ),
     ("input_gate", "forget_gate", "cell_gate", "output_gate"),
     ("cell_tanh", "projection_input"),
 )
-GRU = Cell("gru", "rzn", ("hidden_state",), ("reset_gate", "update_gate", "new_gate"))
+GRU = Cell(
+    "gru",
+    "rzn",
+    ("hidden_state",),
+    ("h",),
+    (Product("ih", "input", "h*3", "i"), Product("hh", "hidden_state", "h*3", "h")),
+    ("reset_gate", "update_gate", "new_gate"),
+)
 CELLS = {cell.name: cell for cell in (LSTM, GRU)}
 LSTM_PARTS, GRU_PARTS = LSTM.parts, GRU.parts
+
+
+class Given(NamedTuple):
+    """The arguments of an op of a cell, put in order."""
+
+    x: torch.Tensor
+    states: Tensors
+    weights: dict[str, Tensors]
+    """The parts of each weight that is there, the values first."""
+    extra: Any
+    """The table of a static scheme, or the incoming gradient."""
+    biases: dict[str, torch.Tensor | None]
+    lengths: torch.Tensor | None
+    direction: str
+
+
+def in_order(cell: Cell, weight: Format, has_extra: bool, args: Sequence[Any]) -> Given:
+    """The arguments of an op of `cell` over weights in the format `weight`."""
+    rest = iter(args)
+
+    def take(count: int) -> Tensors:
+        return tuple(next(rest) for _ in range(count))
+
+    (x,), states, count = take(1), take(len(cell.states)), len(weight.parts)
+    weights = {each.weight: take(count) for each in cell.products if not each.optional}
+    extra = next(rest) if has_extra else None
+    biases: dict[str, Any] = dict(zip(weights, take(len(weights)), strict=True))
+    weights |= {each.weight: take(count) for each in cell.products if each.optional}
+    weights = {name: parts for name, parts in weights.items() if parts[0] is not None}
+    return Given(x, states, weights, extra, biases, *rest)
+
 
 # tanh(x) = x · P(x²) / Q(x²) on |x| ≤ 8, where it is 1 − 2e-7: fitted to the least relative error,
 # 1.8e-9; float32's roundings make 3.5e-7 of it. Every float32 was tried: none exceeds 1.
@@ -106,8 +180,8 @@ def round_to_part(v: torch.Tensor, row: torch.Tensor | None) -> torch.Tensor:
     if row is None:
         return v
     scale, zero_point, qmin, qmax = row.to(v.dtype).unbind(-1)
-    v_on_grid = (v * (1 / scale)).clamp(qmin - zero_point, qmax - zero_point).round() * scale
-    return torch.where(scale == 0, v, v_on_grid)
+    q = round_to_grid(v, 1 / scale, qmin - zero_point, qmax - zero_point)
+    return torch.where(scale == 0, v, q * scale)
 
 
 def _entering(state: torch.Tensor, row: torch.Tensor | None) -> torch.Tensor:
@@ -117,42 +191,45 @@ def _entering(state: torch.Tensor, row: torch.Tensor | None) -> torch.Tensor:
     return torch.where(state.isfinite(), round_to_part(state, row), torch.nan)
 
 
-def _quantized_rows(x: torch.Tensor, row: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Integers (less their zero point) and the scale of each row of `x`; NaN or inf is in the
-    scale.
+def _rows_on_grid(x: torch.Tensor, row: torch.Tensor) -> Tensors:
+    """The integers of `x` on the grid of a part, less its zero point, and the scale of each row of
+    `x`; NaN or inf is in the scale.
     """
-    if row is None:
-        return quantize_rows(x)
     scale, zero_point, qmin, qmax = row
-    q = (x.float() * (1 / scale)).clamp(qmin - zero_point, qmax - zero_point).round()
+    q = round_to_grid(x.float(), 1 / scale, qmin - zero_point, qmax - zero_point)
     finite = x.isfinite().all(-1, keepdim=True)
     return torch.where(finite, q, 0), torch.where(finite, scale, torch.nan)
 
 
 class _Linear:
-    """`y = x · (w · sw)ᵀ + bias` with `x` quantised by `row`, or dynamically, or not at all."""
+    """`y = x · wᵀ + bias`, with `x` on the grid of a part, or quantised in the format `activation`,
+    or as it is.
+    """
 
     def __init__(
         self,
-        w: torch.Tensor,
-        sw: torch.Tensor,
+        weight: Format,
+        parts: Tensors,
         bias: torch.Tensor | None,
-        quantized: bool,
+        activation: Format | None,
         compute: torch.dtype,
     ) -> None:
-        self.quantized, self.compute = quantized, compute
-        self.w = w.double() if quantized else w.to(compute)
-        self.sw = sw.squeeze(-1).to(compute)
+        self.activation, self.compute = activation, compute
+        # The sums of products of codes are exact: they stay below 2^53.
+        self.w, sw = weight.decode(parts, compute if activation is None else torch.float64)
+        self.sw = None if sw is None else sw.flatten()
         self.bias = None if bias is None else bias.to(compute)
 
     def __call__(self, x: torch.Tensor, row: torch.Tensor | None) -> torch.Tensor:
-        if self.quantized:
-            q, scale = _quantized_rows(x, row)
-            # Exact: the sums stay below 2^53.
-            acc = einsum(q.double(), self.w, "... k, n k -> ... n").to(self.compute)
-            y = acc * self.sw * scale.to(self.compute)
-        else:
-            y = einsum(x.to(self.compute), self.w, "... k, n k -> ... n") * self.sw
+        values, sx = x, None
+        if row is not None:
+            values, sx = _rows_on_grid(x, row)
+        elif self.activation is not None:
+            values, sx = self.activation.decode(self.activation.quantize(x), torch.float64)
+        w = self.w[:, : x.shape[-1]]  # a packed weight may have zeros after the last column
+        y = einsum(values.to(w.dtype), w, "... k, n k -> ... n").to(self.compute)
+        for scale in (self.sw, sx):
+            y = y if scale is None else y * scale.to(self.compute)
         return y if self.bias is None else y + self.bias
 
 
@@ -211,208 +288,187 @@ def _scan(
     return flat.to(x.dtype if compute == torch.float32 else compute)
 
 
-def lstm_reference(
-    x: torch.Tensor,
-    h0: torch.Tensor,
-    c0: torch.Tensor,
-    w_ih: torch.Tensor,
-    sw_ih: torch.Tensor,
-    w_hh: torch.Tensor,
-    sw_hh: torch.Tensor,
-    b_ih: torch.Tensor | None = None,
-    b_hh: torch.Tensor | None = None,
-    w_hr: torch.Tensor | None = None,
-    sw_hr: torch.Tensor | None = None,
-    lengths: torch.Tensor | None = None,
-    direction: str = "forward",
-    *,
-    table: torch.Tensor | None = None,
-    quantized: bool = True,
-    compute: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    parts = _Parts(LSTM, table)
-    of_input = _Linear(w_ih, sw_ih, b_ih, quantized, compute)
-    of_hidden = _Linear(w_hh, sw_hh, b_hh, quantized, compute)
-    projection = None
-    if w_hr is not None and sw_hr is not None:
-        projection = _Linear(w_hr, sw_hr, None, quantized, compute)
-
-    def gates(y: torch.Tensor, which: str) -> torch.Tensor:
-        return round_to_part(y.unflatten(-1, (4, -1)), parts.of_gates(LSTM, which))
-
-    def step(
-        of_x: torch.Tensor, h: torch.Tensor, c: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        i, f, g, o = (of_x + gates(of_hidden(h, parts["hidden_state"]), "hidden")).unbind(-2)
-        i = round_to_part(sigmoid(i), parts["input_gate"])
-        f = round_to_part(sigmoid(f), parts["forget_gate"])
-        g = round_to_part(tanh(g), parts["cell_gate"])
-        o = round_to_part(sigmoid(o), parts["output_gate"])
-        c = round_to_part(f * c + i * g, parts["cell_state"])
-        h = o * round_to_part(tanh(c), parts["cell_tanh"])
-        if projection is not None:
-            h = projection(h, parts["projection_input"])
-        return round_to_part(h, parts["hidden_state"]), c
-
-    states = (
-        _entering(h0.to(compute), parts["hidden_state"]),
-        _entering(c0.to(compute), parts["cell_state"]),
-    )
-    inputs = gates(of_input(x, parts["input"]), "input")
-    return _scan(x, states, step, inputs, lengths, direction, compute)
+def _lstm_step(
+    h: torch.Tensor, c: torch.Tensor, sums: Tensors, parts: _Parts, projection: _Linear | None
+) -> Tensors:
+    of_x, of_h = sums
+    i, f, g, o = (of_x + of_h).unbind(-2)
+    i = round_to_part(sigmoid(i), parts["input_gate"])
+    f = round_to_part(sigmoid(f), parts["forget_gate"])
+    g = round_to_part(tanh(g), parts["cell_gate"])
+    o = round_to_part(sigmoid(o), parts["output_gate"])
+    c = round_to_part(f * c + i * g, parts["cell_state"])
+    h = o * round_to_part(tanh(c), parts["cell_tanh"])
+    if projection is not None:
+        h = projection(h, parts["projection_input"])
+    return round_to_part(h, parts["hidden_state"]), c
 
 
-def gru_reference(
-    x: torch.Tensor,
-    h0: torch.Tensor,
-    w_ih: torch.Tensor,
-    sw_ih: torch.Tensor,
-    w_hh: torch.Tensor,
-    sw_hh: torch.Tensor,
-    b_ih: torch.Tensor | None = None,
-    b_hh: torch.Tensor | None = None,
-    lengths: torch.Tensor | None = None,
-    direction: str = "forward",
-    *,
-    table: torch.Tensor | None = None,
-    quantized: bool = True,
-    compute: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    parts = _Parts(GRU, table)
-    of_input = _Linear(w_ih, sw_ih, b_ih, quantized, compute)
-    of_hidden = _Linear(w_hh, sw_hh, b_hh, quantized, compute)
+def _gru_step(h: torch.Tensor, sums: Tensors, parts: _Parts, projection: None) -> Tensors:
+    (x_r, x_z, x_n), (h_r, h_z, h_n) = (each.unbind(-2) for each in sums)
+    r = round_to_part(sigmoid(x_r + h_r), parts["reset_gate"])
+    z = round_to_part(sigmoid(x_z + h_z), parts["update_gate"])
+    n = round_to_part(tanh(x_n + r * h_n), parts["new_gate"])
+    return (round_to_part((h - n) * z + n, parts["hidden_state"]),)
 
-    def gates(y: torch.Tensor, which: str) -> torch.Tensor:
-        return round_to_part(y.unflatten(-1, (3, -1)), parts.of_gates(GRU, which))
 
-    def step(of_x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor]:
-        of_h = gates(of_hidden(h, parts["hidden_state"]), "hidden")
-        (x_r, x_z, x_n), (h_r, h_z, h_n) = of_x.unbind(-2), of_h.unbind(-2)
-        r = round_to_part(sigmoid(x_r + h_r), parts["reset_gate"])
-        z = round_to_part(sigmoid(x_z + h_z), parts["update_gate"])
-        n = round_to_part(tanh(x_n + r * h_n), parts["new_gate"])
-        return (round_to_part((h - n) * z + n, parts["hidden_state"]),)
+def _require_bytes(cell: Cell, given: Given) -> None:
+    """Raise unless the table gives the parts that enter a product 8 bits, and int32 holds a sum of
+    so many products.
+    """
+    widths = (state.shape[-1] for state in given.states)
+    sizes = {"i": given.x.shape[-1], **dict(zip(cell.widths, widths, strict=True))}
+    for weight, name, _, columns, _ in cell.products:
+        if weight not in given.weights:
+            continue
+        count = sizes[columns]
+        scale, zero_point, qmin, qmax = given.extra[cell.parts.index(name)].tolist()
+        low, high = qmin - zero_point, qmax - zero_point
+        if not 0 < scale < math.inf:
+            raise ValueError(f"table must give the part {name} a positive scale.")
+        whole = low.is_integer() and high.is_integer()
+        if not (whole and low <= high <= low + 255 and abs(low) <= 1024):
+            raise ValueError(f"table must give the part {name} 8 bits.")
+        largest = max(1, int(max(abs(low), abs(high))))
+        if count > int32_max_k(largest):
+            raise ValueError(
+                f"table gives the part {name} codes of up to {largest}, of which an int32 sum of "
+                f"{count} can overflow, from {int32_max_k(largest) + 1} on; use the scheme "
+                "int8_weight."
+            )
 
-    states = (_entering(h0.to(compute), parts["hidden_state"]),)
-    inputs = gates(of_input(x, parts["input"]), "input")
-    return _scan(x, states, step, inputs, lengths, direction, compute)
+
+def layer_reference(
+    cell: Cell, weight: Format, activation: Format | None, *, static: bool
+) -> Reference:
+    """A layer over weights in the format `weight`, with activations in `activation`, if any."""
+    new_states: Any = _lstm_step if cell is LSTM else _gru_step
+
+    def reference(*args: Any, compute: torch.dtype = torch.float32) -> torch.Tensor:
+        given = in_order(cell, weight, static, args)
+        if static:
+            _require_bytes(cell, given)
+        parts = _Parts(cell, given.extra)
+        of = {
+            name: _Linear(weight, stored, given.biases.get(name), activation, compute)
+            for name, stored in given.weights.items()
+        }
+
+        def gates(which: str, v: torch.Tensor, name: str) -> torch.Tensor:
+            """The linear of all gates, `[..., gates, H]`."""
+            y = of[which](v, parts[name]).unflatten(-1, (len(cell.gates), -1))
+            return round_to_part(y, parts.of_gates(cell, name.partition("_")[0]))
+
+        def step(of_x: torch.Tensor, *states: torch.Tensor) -> Tensors:
+            of_h = gates("hh", states[0], "hidden_state")
+            made: Tensors = new_states(*states, (of_x, of_h), parts, of.get("hr"))
+            return made
+
+        states = tuple(
+            _entering(state.to(compute), parts[name])
+            for name, state in zip(cell.states, given.states, strict=True)
+        )
+        inputs = gates("ih", given.x, "input")
+        return _scan(given.x, states, step, inputs, given.lengths, given.direction, compute)
+
+    return reference
 
 
 # -- gradients: of the float cell over the dequantised weights, straight through every rounding
-
-
-def _dequantized(w: torch.Tensor, sw: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
-    return w.to(compute) * sw.to(compute)
 
 
 def _added(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def _order(steps: int, lengths: torch.Tensor | None, direction: str) -> list[tuple[int, Any]]:
-    """The steps as they are taken, each with which rows of the batch take it (None: all)."""
-    order = range(steps) if direction == "forward" else reversed(range(steps))
-    return [(t, None if lengths is None else (t < lengths)[:, None]) for t in order]
+def _lstm_forward(
+    states: Tensors, of_x: torch.Tensor, of_h: torch.Tensor, bias: Any, w_r: Any
+) -> tuple[Tensors, Tensors]:
+    """The states after a step, and what its gradient needs."""
+    c = states[1]
+    i, f, g, o = _added(of_x + of_h, bias).chunk(4, -1)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    new = f * c + i * g
+    h = o * new.tanh()
+    return (h if w_r is None else h @ w_r.T, new), (i, f, g, o, c, new.tanh())
 
 
-def _pick(there: torch.Tensor | None, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    return new if there is None else torch.where(there, new, old)
+def _lstm_back(dnew: Sequence[torch.Tensor], kept: Tensors, w_r: Any) -> tuple[Any, ...]:
+    """The gradients to the linears of the input and of the hidden state, and to the states that the
+    step began with; None where it is by the linear alone.
+    """
+    i, f, g, o, c, tc = kept
+    dout, dc = dnew
+    dout = dout if w_r is None else dout @ w_r
+    dc = dc + dout * o * (1 - tc * tc)
+    pieces = [
+        dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g), dout * tc * o * (1 - o),
+    ]  # fmt: skip
+    gates = torch.cat(pieces, -1)
+    return gates, gates, (None, dc * f)
 
 
-def _masked(there: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
-    return new if there is None else torch.where(there, new, 0)
+def _gru_forward(
+    states: Tensors, of_x: torch.Tensor, of_h: torch.Tensor, bias: Any, _: None
+) -> tuple[Tensors, Tensors]:
+    (h,) = states
+    (x_r, x_z, x_n), (h_r, h_z, h_n) = of_x.chunk(3, -1), _added(of_h, bias).chunk(3, -1)
+    r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
+    n = (x_n + r * h_n).tanh()
+    return ((h - n) * z + n,), (r, z, n, h_n, h)
 
 
-def lstm_dgrad_reference(
-    x: torch.Tensor,
-    h0: torch.Tensor,
-    c0: torch.Tensor,
-    w_ih: torch.Tensor,
-    sw_ih: torch.Tensor,
-    w_hh: torch.Tensor,
-    sw_hh: torch.Tensor,
-    dresult: torch.Tensor,
-    b_ih: torch.Tensor | None = None,
-    b_hh: torch.Tensor | None = None,
-    w_hr: torch.Tensor | None = None,
-    sw_hr: torch.Tensor | None = None,
-    lengths: torch.Tensor | None = None,
-    direction: str = "forward",
-    *,
-    compute: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    steps, batch = x.shape[:2]
-    w_x, w_h = _dequantized(w_ih, sw_ih, compute), _dequantized(w_hh, sw_hh, compute)
-    w_r = None
-    if w_hr is not None and sw_hr is not None:
-        w_r = _dequantized(w_hr, sw_hr, compute)
-    h, c = h0.to(compute), c0.to(compute)
-    inputs = _added(x.to(compute) @ w_x.T, b_ih)
-    order, saved = _order(steps, lengths, direction), []
-    for t, there in order:
-        i, f, g, o = _added(inputs[t] + h @ w_h.T, b_hh).chunk(4, -1)
-        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-        new = f * c + i * g
-        saved.append((i, f, g, o, c, new.tanh()))
-        out = o * new.tanh()
-        h = _pick(there, out if w_r is None else out @ w_r.T, h)
-        c = _pick(there, new, c)
-    dy, dh, dc = split_result(dresult.to(compute), steps, batch, h0.shape[1], c0.shape[1])
-    steps_back: list[Any] = [None] * steps
-    for (t, there), (i, f, g, o, c, tc) in zip(reversed(order), reversed(saved), strict=True):
-        dout = dy[t] + dh
-        dout = dout if w_r is None else dout @ w_r
-        dnew = dc + dout * o * (1 - tc * tc)
-        pieces = [
-            dnew * g * i * (1 - i), dnew * c * f * (1 - f), dnew * i * (1 - g * g),
-            dout * tc * o * (1 - o),
-        ]  # fmt: skip
-        steps_back[t] = dgates = _masked(there, torch.cat(pieces, -1))
-        dh, dc = _pick(there, dgates @ w_h, dh), _pick(there, dnew * f, dc)
-    dgates = torch.stack(steps_back) if steps else inputs
-    return _gradients(x, w_x, (dh, dc), dgates, dgates, compute)
+def _gru_back(dnew: Sequence[torch.Tensor], kept: Tensors, _: None) -> tuple[Any, ...]:
+    r, z, n, h_n, h = kept
+    (dh,) = dnew
+    dn = dh * (1 - z) * (1 - n * n)
+    dr, dz = dn * h_n * r * (1 - r), dh * (h - n) * z * (1 - z)
+    return torch.cat([dr, dz, dn], -1), torch.cat([dr, dz, dn * r], -1), (dh * z,)
 
 
-def gru_dgrad_reference(
-    x: torch.Tensor,
-    h0: torch.Tensor,
-    w_ih: torch.Tensor,
-    sw_ih: torch.Tensor,
-    w_hh: torch.Tensor,
-    sw_hh: torch.Tensor,
-    dresult: torch.Tensor,
-    b_ih: torch.Tensor | None = None,
-    b_hh: torch.Tensor | None = None,
-    lengths: torch.Tensor | None = None,
-    direction: str = "forward",
-    *,
-    compute: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    steps, batch = x.shape[:2]
-    w_x, w_h = _dequantized(w_ih, sw_ih, compute), _dequantized(w_hh, sw_hh, compute)
-    h = h0.to(compute)
-    inputs = _added(x.to(compute) @ w_x.T, b_ih)
-    order, saved = _order(steps, lengths, direction), []
-    for t, there in order:
-        of_h = _added(h @ w_h.T, b_hh)
-        (x_r, x_z, x_n), (h_r, h_z, h_n) = inputs[t].chunk(3, -1), of_h.chunk(3, -1)
-        r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
-        n = (x_n + r * h_n).tanh()
-        saved.append((r, z, n, h_n, h))
-        h = _pick(there, (h - n) * z + n, h)
-    dy, dh = split_result(dresult.to(compute), steps, batch, h0.shape[1])
-    of_input: list[Any] = [None] * steps
-    of_hidden: list[Any] = [None] * steps
-    for (t, there), (r, z, n, h_n, h) in zip(reversed(order), reversed(saved), strict=True):
-        dnew = dy[t] + dh
-        dn = dnew * (1 - z) * (1 - n * n)
-        dr, dz = dn * h_n * r * (1 - r), dnew * (h - n) * z * (1 - z)
-        of_input[t] = _masked(there, torch.cat([dr, dz, dn], -1))
-        of_hidden[t] = dhidden = _masked(there, torch.cat([dr, dz, dn * r], -1))
-        dh = _pick(there, dnew * z + dhidden @ w_h, dh)
-    dinput = torch.stack(of_input) if steps else inputs
-    dhidden = torch.stack(of_hidden) if steps else inputs
-    return _gradients(x, w_x, (dh,), dinput, dhidden, compute)
+def gradient_reference(cell: Cell, weight: Format) -> Reference:
+    """The gradients to `x`, the states and the biases, flat and one after the other."""
+    forward: Any = _lstm_forward if cell is LSTM else _gru_forward
+    back: Any = _lstm_back if cell is LSTM else _gru_back
+
+    def reference(*args: Any, compute: torch.dtype = torch.float32) -> torch.Tensor:
+        x, states, weights, dresult, biases, lengths, direction = in_order(cell, weight, True, args)
+        (steps, batch), widths = x.shape[:2], [state.shape[1] for state in states]
+        w = {name: weight.dequantize(parts, compute) for name, parts in weights.items()}
+        # A packed weight may have zeros after the last column.
+        w_x, w_h = w["ih"][:, : x.shape[2]], w["hh"][:, : widths[0]]
+        w_r = w["hr"][:, : widths[1]] if "hr" in w else None
+        inputs = _added(x.to(compute) @ w_x.T, biases["ih"])
+        states = tuple(state.to(compute) for state in states)
+
+        def pick(t: int, new: Sequence[torch.Tensor], old: Any) -> Tensors:
+            """`new` for the sequences that take step `t`."""
+            if lengths is None:
+                return tuple(new)
+            there = (t < lengths)[:, None]
+            return tuple(torch.where(there, a, b) for a, b in zip(new, old, strict=True))
+
+        order = list(range(steps) if direction == "forward" else reversed(range(steps)))
+        kept = {}
+        for t in order:
+            new, kept[t] = forward(states, inputs[t], states[0] @ w_h.T, biases["hh"], w_r)
+            states = pick(t, new, states)
+        dy, *last = split_result(dresult.to(compute), steps, batch, *widths)
+        dstates: Tensors = tuple(last)
+        of_steps: list[Tensors] = [()] * steps
+        for t in reversed(order):
+            dx, dh, (past, *others) = back((dy[t] + dstates[0], *dstates[1:]), kept[t], w_r)
+            of_steps[t] = pick(t, (dx, dh), (0, 0))
+            dh = of_steps[t][1] @ w_h
+            dstates = pick(t, (dh if past is None else past + dh, *others), dstates)
+        dinput, dhidden = (
+            map(torch.stack, zip(*of_steps, strict=True)) if steps else (inputs, inputs)
+        )
+        pieces = [dinput @ w_x, *dstates, dinput.sum((0, 1)), dhidden.sum((0, 1))]
+        flat = torch.cat([piece.flatten() for piece in pieces])
+        return flat.to(x.dtype if compute == torch.float32 else compute)
+
+    return reference
 
 
 def split_gradients(
@@ -430,16 +486,3 @@ def split_gradients(
                 found[name] = flat[at : at + count].view(tensor.shape).to(tensor.dtype)
             at += count
     return found
-
-
-def _gradients(
-    x: torch.Tensor,
-    w_x: torch.Tensor,
-    dstates: tuple[torch.Tensor, ...],
-    dinput: torch.Tensor,
-    dhidden: torch.Tensor,
-    compute: torch.dtype,
-) -> torch.Tensor:
-    pieces = [dinput @ w_x, *dstates, dinput.sum((0, 1)), dhidden.sum((0, 1))]
-    flat = torch.cat([piece.flatten() for piece in pieces])
-    return flat.to(x.dtype if compute == torch.float32 else compute)

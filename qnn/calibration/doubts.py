@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from qnn.calibration.fake_quantize import FakeQuantize
-from qnn.calibration.parts import BYTES
+from qnn.calibration.parts import OPERANDS
 
 # Where a converted layer keeps what is to be said of it. No state dict has it.
 NOTE = "_qnn_note"
@@ -54,7 +54,7 @@ def _doubts(point: FakeQuantize) -> Iterable[str]:
         return
     scale, zero_point = (value.item() for value in point.qparams())
     part = point.name.rpartition(".")[2]
-    operand = re.sub(r"_l\d+(_reverse)?$", "", part) in BYTES
+    operand = re.sub(r"_l\d+(_reverse)?$", "", part) in OPERANDS
     low, high = (value.item() for value in observer.seen())
     ends = (spec.qmin - zero_point) * scale, (spec.qmax - zero_point) * scale
     learned = spec.learnable and point.qat

@@ -16,11 +16,10 @@ from typing import Any, TypeAlias
 import torch
 
 from qnn.calibration.spec import QuantSpec
-from qnn.kernels.reference.recurrent import GRU_PARTS, LSTM_PARTS
+from qnn.kernels.reference.recurrent import CELLS
 
-PARTS = {"LSTM": LSTM_PARTS, "GRU": GRU_PARTS}
-# The operands of int8 products.
-BYTES = ("input", "hidden_state", "projection_input")
+# What enters a product of integers, in any cell.
+OPERANDS = dict.fromkeys(part for cell in CELLS.values() for part in cell.operands())
 
 Specs: TypeAlias = Mapping[str, QuantSpec | None]
 
@@ -57,7 +56,7 @@ SIXTEEN_BIT = PartSpecs(
         "cell_tanh": _TANH_16,
     }
 )
-DEFAULT = PartSpecs(dict.fromkeys(BYTES, _OBSERVED_8)) | SIXTEEN_BIT
+DEFAULT = PartSpecs(dict.fromkeys(OPERANDS, _OBSERVED_8)) | SIXTEEN_BIT
 EIGHT_BIT = PartSpecs(
     {
         "*_linear*": _OBSERVED_8,
@@ -91,7 +90,9 @@ def points_of(cell: str, *, split_gates: bool, projection: bool) -> dict[str, st
     >>> points_of("GRU", split_gates=False, projection=False)["input_linear_z"]
     'input_linear'
     """
-    parts = [part for part in PARTS[cell] if projection or part != "projection_input"]
+    known = CELLS[cell.lower()]
+    absent = set(known.operands()) - set(known.operands(projection=projection))
+    parts = [part for part in known.parts if part not in absent]
     if split_gates:
         return {part: part for part in parts}
     return {part: part.rpartition("_")[0] if "_linear_" in part else part for part in parts}
@@ -135,7 +136,7 @@ def check(parts: Specs, points: list[str], who: str, whose: str) -> None:
     if isinstance(parts, PartSpecs):
         known = [
             point
-            for cell in PARTS
+            for cell in CELLS
             for split in (False, True)
             for point in points_of(cell, split_gates=split, projection=True).values()
         ]
@@ -148,7 +149,7 @@ def check(parts: Specs, points: list[str], who: str, whose: str) -> None:
         if not any(fnmatchcase(point, pattern) for point in known):
             close = difflib.get_close_matches(pattern, known, n=3)
             hint = f" Close names: {', '.join(map(repr, close))}." if close else ""
-            if pattern in {*LSTM_PARTS, *GRU_PARTS} and "_linear_" in pattern:
+            if "_linear_" in pattern and any(pattern in cell.parts for cell in CELLS.values()):
                 hint = " A gate has a linear of its own only with split_gates=True."
             raise ValueError(
                 f"{who}: parts has the key {pattern!r}, which matches none of {whose} "
@@ -157,7 +158,7 @@ def check(parts: Specs, points: list[str], who: str, whose: str) -> None:
 
 
 def _check_spec(point: str, spec: QuantSpec | None, who: str) -> None:
-    if point in BYTES and (spec is None or spec.dtype not in (torch.uint8, torch.int8)):
+    if point in OPERANDS and (spec is None or spec.dtype not in (torch.uint8, torch.int8)):
         given = "None" if spec is None else str(spec.dtype)
         raise ValueError(
             f"{who}: {point!r} enters an int8 product, so its dtype must be torch.uint8 or "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -69,27 +70,32 @@ def check_input(layer: Any, input: torch.Tensor, weight: str) -> None:
     """Raise a TypeError or ValueError where a linear `layer` cannot take `input`; `weight` is the
     parameter that says where the layer is.
     """
-    if (
-        input.layout is torch.strided
-        and not input.is_nested
-        and input.dtype in FLOATS
-        and input.dim() > 0
-        and input.shape[-1] == layer.in_features
-        and input.device == layer._parameters[weight].device
-    ):
+    device, columns = layer._parameters[weight].device, layer.in_features
+    if can_take(input, device) and input.dim() > 0 and input.shape[-1] == columns:
         return
-    who, dtype, device = name_of(layer), input.dtype, layer._parameters[weight].device
+    who = name_of(layer)
+    require_input(who, input, device)
+    raise ValueError(
+        f"{who}: the input must be [..., {columns}], got {tuple(input.shape)}; its last axis must "
+        f"have in_features = {columns} elements."
+    )
+
+
+def can_take(input: torch.Tensor, device: torch.device) -> bool:
+    """Whether a layer on `device` can take an input of this layout, dtype and device."""
+    dense = input.layout is torch.strided and not input.is_nested
+    return dense and input.dtype in FLOATS and input.device == device
+
+
+def require_input(who: str, input: torch.Tensor, device: torch.device) -> None:
+    """Raise a TypeError or ValueError where `can_take` is False."""
     require_dense(who, input)
-    require_float(who, dtype)
+    require_float(who, input.dtype)
     if input.device != device:
         raise ValueError(
             f"{who}: the input is on {input.device}, the layer on {device}; move one of them with "
             ".to(device)."
         )
-    raise ValueError(
-        f"{who}: the input must be [..., {layer.in_features}], got {tuple(input.shape)}; its last "
-        f"axis must have in_features = {layer.in_features} elements."
-    )
 
 
 def require_dense(who: str, input: torch.Tensor) -> None:
@@ -137,6 +143,17 @@ def not_finite(tensor: torch.Tensor) -> torch.Tensor | None:
     if not bool(bad.any()):
         return None
     return bad.any(-1) if bad.dim() > 1 else bad
+
+
+def require_floats(who: str, given: Mapping[str, torch.Tensor | None]) -> None:
+    """Raise a TypeError or ValueError for a parameter of a float layer that cannot be held."""
+    for name, value in given.items():
+        if value is None:
+            continue
+        if value.dtype not in FLOATS:
+            raise TypeError(f"{who}: {name} must be float, got {value.dtype}.")
+        if (reason := why_not_finite(value)) is not None:
+            raise ValueError(f"{who}: {name} holds {reason}.")
 
 
 def why_not_finite(tensor: torch.Tensor) -> str | None:

@@ -11,19 +11,10 @@ from qnn.calibration.doubts import note_on
 from qnn.functional.linear import linear_of
 from qnn.kernels import get_scheme
 from qnn.kernels.backends import linear_backend
-from qnn.kernels.formats import FLOATS
 from qnn.kernels.schemes import STATIC
 from qnn.nn.base import Quantized
 from qnn.nn.linear.observed import ObservedLinear, grid
-from qnn.nn.values import (
-    Found,
-    check_input,
-    name_of,
-    normal,
-    of_other_kind,
-    quantize,
-    why_not_finite,
-)
+from qnn.nn.values import Found, check_input, of_other_kind, require_floats
 
 
 class QLinear(Quantized, nn.Linear):
@@ -86,24 +77,16 @@ class QLinear(Quantized, nn.Linear):
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
-        self.dtype = dtype or torch.get_default_dtype()
-        who = f"qnn.QLinear({in_features}, {out_features}, scheme={scheme!r})"
-        if self.dtype not in FLOATS:
-            raise TypeError(
-                f"{who}: dtype must be one of {', '.join(map(str, FLOATS))}; got {self.dtype}."
-            )
+        self._set_dtype(dtype)
         reason = get_scheme(scheme).why_not_linear(in_features, out_features)
         if reason is not None:
-            raise ValueError(f"{who}: {reason}.")
+            raise ValueError(f"{self._who}: {reason}.")
         # The bias first: what asks a model for its dtype takes that of the first float parameter,
         # which is not to be a scale or a code of float8.
-        self.register_parameter("bias", None)
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, dtype=self.dtype, device=device))
-        self._empty_weights(device)
+        floats = {"bias": (out_features,) if bias else None, **self._weight_shapes()}
+        self._empty_weights(device, floats)
         self._stored = tuple(name for name, _ in self._parts_of("weight"))
         self._operands = (*self._stored, *self._calibration())  # of the op, without x and bias
-        self._storage = self._scheme.weight.storage
         self.reset_parameters()
 
     def _weight_shapes(self) -> dict[str, tuple[int, int]]:
@@ -126,32 +109,13 @@ class QLinear(Quantized, nn.Linear):
         return linear_backend(self._scheme, self.stored[0])
 
     @property
-    def _who(self) -> str:
-        return name_of(self)
-
-    @property
     def stored(self) -> tuple[nn.Parameter, ...]:
         """The parameters that the weight is stored in, the values first."""
         return self._stored_of("weight")
 
-    def reset_parameters(self) -> None:
-        """Draw the weights that `nn.Linear` would draw, and quantise them."""
-        device = self.stored[0].device
-        if device.type == "meta":
-            return
-        fresh = nn.Linear(
-            self.in_features,
-            self.out_features,
-            self.bias is not None,
-            device=device,
-            dtype=self.dtype,
-        )
-        for parameter, part in zip(
-            self.stored, self._quantized("weight", fresh.weight), strict=True
-        ):
-            parameter.data = part
-        if self.bias is not None and fresh.bias is not None:
-            self.bias.data = fresh.bias.data
+    def _float(self, device: Any) -> nn.Linear:
+        bias = self.bias is not None
+        return nn.Linear(self.in_features, self.out_features, bias, device=device, dtype=self.dtype)
 
     @classmethod
     def from_float(cls, linear: nn.Linear, scheme: str = "int8") -> QLinear:
@@ -189,38 +153,22 @@ class QLinear(Quantized, nn.Linear):
 
     @classmethod
     def _around(cls, linear: nn.Linear, scheme: str) -> QLinear:
-        weight, bias = linear.weight, linear.bias
-        who = f"qnn.QLinear.from_float({linear!r})"
-        if weight.dtype not in FLOATS:
-            raise TypeError(f"{who}: the weight must be float, got {weight.dtype}.")
+        floats = {"bias": linear.bias, "weight": linear.weight}
+        require_floats(f"qnn.QLinear.from_float({linear!r})", floats)
         layer = cls(
             linear.in_features,
             linear.out_features,
             False,
             device="meta",
-            dtype=weight.dtype,
+            dtype=linear.weight.dtype,
             scheme=scheme,
         )
-        for name, value in (("weight", weight), ("bias", bias)):
-            if value is not None and (reason := why_not_finite(value)) is not None:
-                raise ValueError(f"{who}: the {name} holds {reason}.")
-        layer._set_parts("weight", quantize(weight, scheme))
-        layer._empty_calibration(weight.device)
-        if bias is not None:
-            layer.bias = nn.Parameter(normal(bias), requires_grad=bias.requires_grad)
+        layer._take(floats)
         return layer.train(linear.training)
 
     def dequantize(self) -> nn.Linear:
         """A float `nn.Linear` with the weight `weight * weight_scale`, in `dtype`."""
-        has_bias = self.bias is not None
-        linear = nn.Linear(
-            self.in_features, self.out_features, has_bias, device="meta", dtype=self.dtype
-        )
-        linear.weight = nn.Parameter(self._dequantized("weight"))
-        if self.bias is not None:
-            bias = self.bias.detach().to(self.dtype, copy=True)
-            linear.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
-        return linear.train(self.training)
+        return cast(nn.Linear, super().dequantize())
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if type(input) is not torch.Tensor and (y := of_other_kind(self, input)) is not None:

@@ -8,17 +8,16 @@ import torch
 from torch.nn.modules.rnn import RNNCellBase
 
 from qnn.functional.float_recurrent import States
+from qnn.nn.recurrent.states import OfCell
 from qnn.nn.values import of_other_kind
 
 NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-class Cells(RNNCellBase):
+class Cells(OfCell, RNNCellBase):
     """A cell that takes what `nn.LSTMCell` or `nn.GRUCell` takes; a subclass has `_run` for a batch
     `[B, I]`.
     """
-
-    mode: str
 
     def _run(self, x: torch.Tensor, states: States, given: bool) -> States:
         """The states after the step; `given`: not the zeros of no hx."""
@@ -38,29 +37,26 @@ class Cells(RNNCellBase):
         x = input if batched else input.unsqueeze(0)
         if hx is None:
             # Tensors of their own: a region takes none twice.
-            count = 1 if self.mode == "GRU" else 2
-            states: States = tuple(x.new_zeros(x.shape[0], self.hidden_size) for _ in range(count))
+            states: States = tuple(
+                x.new_zeros(x.shape[0], self.hidden_size) for _ in self._cell.states
+            )
         else:
             states = self._given(hx)
             states = states if batched else tuple(state.unsqueeze(0) for state in states)
         last = self._run(x, states, hx is not None)
         last = last if batched else tuple(state.squeeze(0) for state in last)
-        return last[0] if self.mode == "GRU" else last
+        return self._returned(last)
 
     def _given(self, hx: Any) -> States:
         """States from outside; the errors have torch's words."""
-        if self.mode == "GRU":
-            if hx.dim() not in (1, 2):
-                raise ValueError(
-                    f"GRUCell: Expected hidden to be 1D or 2D, got {hx.dim()}D instead"
-                )
-            return (hx,)
-        for index, state in enumerate(hx):
+        states = self._states(hx)
+        for index, state in enumerate(states):
             if state.dim() not in (1, 2):
+                name = "hidden" if len(states) == 1 else f"hx[{index}]"
                 raise ValueError(
-                    f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead"
+                    f"{self.mode}Cell: Expected {name} to be 1D or 2D, got {state.dim()}D instead"
                 )
-        return hx[0], hx[1]
+        return states
 
     def _check(self, x: torch.Tensor, states: States) -> None:
         """What torch's kernel checks, in its words."""

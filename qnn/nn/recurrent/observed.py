@@ -38,15 +38,16 @@ class Observed(nn.Module):
         """Insert the observation points, or new ones in the place of those that were there.
 
         The parts that a layer has are `parts()`'s keys. Each is quantised as `qnn.parts.DEFAULT`
-        says: operands of int8 products to 8 bits, the others to 16, with fixed scales for the gates
-        and observed ones for the rest.
+        says: operands of integer products to 8 bits, the others to 16, with fixed scales for the
+        gates and observed ones for the rest.
 
         Without `qat` the layer's outputs and gradients stay what they were, to the bit: each call
         runs as before, and where that is torch's fused kernel, the same steps once more in a loop,
         without gradients or dropout, for the observers alone.
 
-        With `qat` every call runs the loop, with int8 weights and with each part fake-quantised by
-        what its observer knew before the call; in training mode the observers then see all steps.
+        With `qat` every call runs the loop, with quantised weights and with each part
+        fake-quantised by what its observer knew before the call; in training mode the observers
+        then see all steps.
 
         Args:
             parts: specs by part name with wildcards, over the defaults: the last key that matches a

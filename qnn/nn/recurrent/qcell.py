@@ -1,4 +1,4 @@
-"""`QLSTMCell` and `QGRUCell`: drop-in `nn.LSTMCell` and `nn.GRUCell` over int8 weights."""
+"""`QLSTMCell` and `QGRUCell`: drop-in `nn.LSTMCell` and `nn.GRUCell` over quantised weights."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from qnn.functional.float_recurrent import States
+from qnn.kernels.schemes import DEFAULT_SCHEME
 from qnn.nn.recurrent.cells import Cells
 from qnn.nn.recurrent.quantizable_cell import QuantizableGRUCell, QuantizableLSTMCell
 from qnn.nn.recurrent.quantized import QRecurrent
@@ -24,7 +25,7 @@ class QCell(QRecurrent, Cells):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        scheme: str = "int8",
+        scheme: str = DEFAULT_SCHEME,
         split_gates: bool = False,
     ) -> None:
         template = self.float_class(input_size, hidden_size, bias, device="meta", dtype=dtype)
@@ -40,21 +41,21 @@ class QCell(QRecurrent, Cells):
 
 
 class QLSTMCell(QCell, nn.LSTMCell):
-    """`nn.LSTMCell`, one step of an LSTM, over int8 weights, with the arithmetic of `scheme`.
+    """`nn.LSTMCell`, one step of an LSTM, over quantised weights, with the arithmetic of `scheme`.
 
     Schemes, parts and rounding are those of `QLSTM`; a loop over the steps computes what `QLSTM`
     computes of the sequence, to the bit in float32. Its state dict has `nn.LSTMCell`'s names:
-    `weight_ih` and `weight_hh` int8, each with a `…_scale`, float32 `[4H, 1]`; the biases in
-    `dtype`; and for `int8_static` `table`, as `QLSTM`'s `table_l0`. `load_state_dict` also takes
-    `nn.LSTMCell`'s own state.
+    `weight_ih` and `weight_hh`, each in the tensors that `QLinear` stores a `weight` in; the biases
+    in `dtype`; and for a static scheme `table`, as `QLSTM`'s `table_l0`. `load_state_dict` also
+    takes `nn.LSTMCell`'s own state.
 
     Where a model has all steps of a sequence at once, `QLSTM` computes them in one call.
 
     Args:
         input_size, hidden_size, bias, device, dtype: as in `nn.LSTMCell`; `dtype` is that of the
             biases.
-        scheme: `"int8"`, `"int8_static"` or `"int8_weight"`. A cell of `int8_static` that is built
-            and not converted has to load a state before its first call.
+        scheme: one that has a recurrent layer; an error lists them. A cell of a static scheme that
+            is built and not converted has to load a state before its first call.
         split_gates: kept for `dequantize` and round trips; no scheme forms a tensor of width 4H.
 
     Shape:
@@ -76,11 +77,11 @@ class QLSTMCell(QCell, nn.LSTMCell):
 
 
 class QGRUCell(QCell, nn.GRUCell):
-    """`nn.GRUCell`, one step of a GRU, over int8 weights, with the arithmetic of `scheme`.
+    """`nn.GRUCell`, one step of a GRU, over quantised weights, with the arithmetic of `scheme`.
 
     All else is as in `QLSTMCell`, with one state h and 3H for 4H.
 
-    >>> QGRUCell(8, 16, scheme="int8_weight")(torch.randn(8)).shape
+    >>> QGRUCell(8, 16)(torch.randn(8)).shape
     torch.Size([16])
     """
 

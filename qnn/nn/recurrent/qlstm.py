@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as torch_F
 
 from qnn.functional.float_recurrent import States
+from qnn.kernels.schemes import DEFAULT_SCHEME
 from qnn.nn.recurrent.quantizable import QuantizableGRU, QuantizableLSTM
 from qnn.nn.recurrent.quantized import QRecurrent
 from qnn.nn.recurrent.sequences import Sequences
@@ -91,23 +92,24 @@ class QSequences(QRecurrent, Sequences):
 
 
 class QLSTM(QSequences):
-    """`nn.LSTM` over int8 weights, with the arithmetic of `scheme`.
+    """`nn.LSTM` over quantised weights, with the arithmetic of `scheme`.
 
-    - `int8`: the rows of the input and of the hidden state are quantised in each step;
-    - `int8_static`: every part of the cell has a fixed grid, which calibration has found;
-    - `int8_weight`: activations stay as they are.
+    - A scheme with dynamic activations quantises the rows of the input and of the hidden state in
+      each step;
+    - in a static one every part of the cell has a fixed grid, which calibration has found;
+    - in one of weights alone activations stay as they are.
 
-    Its state dict has `nn.LSTM`'s names: `weight_ih_l0` and the others int8, each with a
-    `…_scale`, float32 `[rows, 1]`; the biases in `dtype`; and for `int8_static` `table_l0`, float32
-    `[17, 4]`, a row `(scale, zero_point, qmin, qmax)` for each part of the cell, in the order of
-    `qnn.kernels.reference.recurrent.LSTM.parts`. `load_state_dict` also takes `nn.LSTM`'s own
-    state.
+    Its state dict has `nn.LSTM`'s names: `weight_ih_l0` and the others, each in the tensors that
+    `QLinear` stores a `weight` in; the biases in `dtype`; and for a static scheme `table_l0`,
+    float32 `[17, 4]`, a row `(scale, zero_point, qmin, qmax)` for each part of the cell, in the
+    order of `qnn.kernels.reference.recurrent.LSTM.parts`. `load_state_dict` also takes `nn.LSTM`'s
+    own state.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
             device, dtype: as in `nn.LSTM`; `dtype` is that of the biases.
-        scheme: `"int8"`, `"int8_static"` or `"int8_weight"`. A layer of `int8_static` that is built
-            and not converted has to load a state before its first call.
+        scheme: one that has a recurrent layer; an error lists them. A layer of a static scheme that
+            is built and not converted has to load a state before its first call.
         split_gates: kept for `dequantize` and round trips; no scheme forms a tensor of width 4H.
 
     Shape:
@@ -147,7 +149,7 @@ class QLSTM(QSequences):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        scheme: str = "int8",
+        scheme: str = DEFAULT_SCHEME,
         split_gates: bool = False,
     ) -> None:
         template = nn.LSTM(
@@ -158,12 +160,12 @@ class QLSTM(QSequences):
 
 
 class QGRU(QSequences):
-    """`nn.GRU` over int8 weights, with the arithmetic of `scheme`.
+    """`nn.GRU` over quantised weights, with the arithmetic of `scheme`.
 
     All is as in `QLSTM`, with one state: hx and h_n are `[L·D, B, H]`, there is no projection, and
     `table_l0` is `[11, 4]`, in the order of `qnn.kernels.reference.recurrent.GRU.parts`.
 
-    >>> gru = QGRU(64, 128, bidirectional=True, scheme="int8_weight")
+    >>> gru = QGRU(64, 128, bidirectional=True)
     >>> y, h = gru(torch.randn(10, 3, 64))
     >>> y.shape, h.shape
     (torch.Size([10, 3, 256]), torch.Size([2, 3, 128]))
@@ -187,7 +189,7 @@ class QGRU(QSequences):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        scheme: str = "int8",
+        scheme: str = DEFAULT_SCHEME,
         split_gates: bool = False,
     ) -> None:
         template = nn.GRU(

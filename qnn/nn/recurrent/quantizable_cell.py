@@ -78,9 +78,8 @@ class QuantizableCell(Cells, Observed):
         return last
 
     def _fused(self, x: torch.Tensor, states: States) -> States:
-        given = states[0] if self.mode == "GRU" else states
-        result = self.fused(x, given, *(getattr(self, name) for name in NAMES))
-        return (result,) if self.mode == "GRU" else result
+        parameters = (getattr(self, name) for name in NAMES)
+        return self._states(self.fused(x, self._returned(states), *parameters))
 
     def _step(self, x: torch.Tensor, states: States, given: bool) -> States:
         """The step in single operations; what it shows is observed behind it."""

@@ -9,23 +9,22 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import nn
 
-from qnn import functional as F
 from qnn.calibration.doubts import note_on
-from qnn.functional import RecurrentWeights
 from qnn.functional.float_recurrent import States
+from qnn.functional.recurrent import recurrent_of
 from qnn.kernels.backends import recurrent_backend
-from qnn.kernels.formats import FLOATS
-from qnn.kernels.reference.recurrent import CELLS
-from qnn.kernels.schemes import STATIC, schemes_of
+from qnn.kernels.reference.recurrent import CELLS, Cell
+from qnn.kernels.schemes import DEFAULT_SCHEME, STATIC, schemes_of
 from qnn.nn.base import Quantized
 from qnn.nn.recurrent.observed import Observed
-from qnn.nn.values import Found, frozen, normal, quantize, require_float, why_not_finite
+from qnn.nn.recurrent.states import OfCell
+from qnn.nn.values import Found, can_take, require_floats, require_input
 
 LayerT = TypeVar("LayerT", bound="QRecurrent")
 
 
-class QRecurrent(Quantized):
-    """The weights of one or more recurrent layers in int8, and the arithmetic of `scheme`.
+class QRecurrent(OfCell, Quantized):
+    """The weights of one or more recurrent layers, and the arithmetic of `scheme`.
 
     Attributes:
         float_class, observed_class: what it is made of.
@@ -35,7 +34,6 @@ class QRecurrent(Quantized):
     float_class: ClassVar[type[nn.Module]]
     observed_class: ClassVar[type[Observed]]
     arguments: ClassVar[tuple[str, ...]]
-    mode: str
     _suffixes: Callable[[], list[str]]
     """What the names of each layer's and direction's parameters end with, in torch's order."""
 
@@ -45,33 +43,17 @@ class QRecurrent(Quantized):
         for name in self.arguments:
             setattr(self, name, getattr(template, name))
         self.scheme, self.split_gates = scheme, split_gates
-        self.dtype = next(template.parameters()).dtype
-        if scheme not in schemes_of(self._cell):
-            able = ", ".join(map(repr, schemes_of(self._cell)))
+        if scheme not in schemes_of(self._cell.name):
+            able = ", ".join(map(repr, schemes_of(self._cell.name)))
             raise ValueError(f"{self._who}: scheme must be one of {able}, got {scheme!r}.")
-        if self.dtype not in FLOATS:
-            able = ", ".join(map(str, FLOATS))
-            raise TypeError(f"{self._who}: dtype must be one of {able}, got {self.dtype}.")
-        self._shapes: dict[str, tuple[int, int]] = {}
-        for name, parameter in template._parameters.items():
-            if parameter is None:  # as a cell has its biases
-                self._parameters[name] = None
-            elif parameter.dim() == 1:
-                bias = torch.empty(parameter.shape, dtype=self.dtype, device=device)
-                self._parameters[name] = nn.Parameter(bias)
-            else:
-                self._shapes[name] = rows, columns = parameter.shape[0], parameter.shape[1]
-                limit = self._scheme.max_in_features
-                if limit is not None and columns > limit:
-                    raise ValueError(
-                        f"{self._who}: {name} has {columns} columns; beyond {limit} the "
-                        "int32 sum of a row can overflow. Use scheme='int8_weight'."
-                    )
-                for part_name, part in self._parts_of(name):
-                    shape = part.shape(rows, columns)
-                    empty = torch.empty(shape, dtype=part.dtype, device=device)
-                    self._parameters[part_name] = frozen(empty)
-        self._empty_calibration(device)
+        self._set_dtype(next(template.parameters()).dtype)
+        floats = {n: None if p is None else tuple(p.shape) for n, p in template._parameters.items()}
+        self._shapes = {n: (s[0], s[1]) for n, s in floats.items() if s is not None and len(s) == 2}
+        for name, (rows, columns) in self._shapes.items():
+            if (reason := self._scheme.why_not_linear(columns, rows)) is not None:
+                raise ValueError(f"{self._who}: {name}: {reason}.")
+        self._others = ("table",) * self._scheme.static + ("bias_ih", "bias_hh")
+        self._empty_weights(device, floats)
         self.reset_parameters()
 
     # -- what the base asks for -------------------------------------------------------------------
@@ -82,17 +64,11 @@ class QRecurrent(Quantized):
     def _calibration(self) -> dict[str, Found]:
         if not self._scheme.static:
             return {}
-        rows = len(CELLS[self._cell].parts)
+        rows = len(self._cell.parts)
         return {f"table{suffix}": Found(torch.float32, (rows, 4)) for suffix in self._suffixes()}
 
     def _backend(self) -> str:
-        device = next(self.parameters()).device
-        return recurrent_backend(cast(str, self._scheme.op(self._cell)), device)
-
-    @property
-    def _cell(self) -> str:
-        """What a scheme knows the layer's op by."""
-        return self.mode.lower()
+        return recurrent_backend(cast(str, self._scheme.op(self._cell.name)), self._device)
 
     @property
     def _who(self) -> str:
@@ -103,26 +79,7 @@ class QRecurrent(Quantized):
         """The shape of the first layer's recurrent weight."""
         return next(s for name, s in self._shapes.items() if name.startswith("weight_hh"))
 
-    @property
-    def _device(self) -> torch.device:
-        (name, *_) = self._shapes
-        return cast(torch.Tensor, self._parameters[name]).device
-
     # -- from float layers and back ---------------------------------------------------------------
-
-    def reset_parameters(self) -> None:
-        """Draw the weights that the float layer would draw, and quantise them."""
-        if self._device.type != "meta":
-            self._take(dict(self._float(self._device).named_parameters()))
-
-    def _take(self, floats: Mapping[str, torch.Tensor]) -> None:
-        """The values of a float layer's parameters, quantised where they are weights."""
-        for name, value in floats.items():
-            if name in self._shapes:
-                self._set_parts(name, quantize(value, self.scheme))
-            else:
-                made = nn.Parameter(normal(value).clone(), requires_grad=value.requires_grad)
-                self._parameters[name] = made
 
     def _float(self, device: Any) -> nn.Module:
         arguments = {name: getattr(self, name) for name in self.arguments}
@@ -132,7 +89,7 @@ class QRecurrent(Quantized):
     def from_float(
         cls: type[LayerT],
         layer: nn.Module,
-        scheme: str = "int8",
+        scheme: str = DEFAULT_SCHEME,
         *,
         split_gates: bool | None = None,
     ) -> LayerT:
@@ -141,7 +98,7 @@ class QRecurrent(Quantized):
         Args:
             layer: torch's layer or the quantisable one: for a `QLSTM` an `nn.LSTM` or a
                 `QuantizableLSTM`.
-            scheme: as of the layer; one of `"int8_static"` is not calibrated: see `from_observed`.
+            scheme: as of the layer; one of a static scheme is not calibrated: see `from_observed`.
             split_gates: as the layer has it, if None.
 
         Raises:
@@ -152,13 +109,13 @@ class QRecurrent(Quantized):
 
     @classmethod
     def from_observed(cls: type[LayerT], layer: Any) -> LayerT:
-        """The `int8_static` twin of a quantisable layer that was observed: for a `QLSTM` of a
+        """The static twin of a quantisable layer that was observed: for a `QLSTM` of a
         `QuantizableLSTM`.
 
         Raises:
             TypeError: `layer` is of another class.
             ValueError: it was not observed, a part has seen nothing, or a part's range is empty,
-                infinite or NaN, or has too many bits for the int8 product; the part is named.
+                infinite or NaN, or has too many bits for an integer product; the part is named.
         """
         tables = cls.tables_of(layer)
         made = cls._of(layer, STATIC, None)
@@ -188,7 +145,7 @@ class QRecurrent(Quantized):
                     f"{who}: the layer has no observation points; call layer.observe(), or "
                     "qnn.prepare on the model, and calibrate it."
                 )
-            tables[suffix] = _table(CELLS[layer.mode.lower()].parts, points, who)
+            tables[suffix] = _table(CELLS[cls.mode.lower()], points, who)
         return tables
 
     @classmethod
@@ -202,29 +159,14 @@ class QRecurrent(Quantized):
         arguments = {name: getattr(layer, name) for name in cls.arguments}
         template = cls.float_class(**arguments, device="meta")
         floats = {name: getattr(layer, name) for name, _ in template.named_parameters()}
-        who = f"qnn.{cls.__name__}.from_float({layer!r})"
-        for name, value in floats.items():
-            if value.dtype not in FLOATS:
-                raise TypeError(f"{who}: {name} must be float, got {value.dtype}.")
-            if (reason := why_not_finite(value)) is not None:
-                raise ValueError(f"{who}: {name} holds {reason}.")
+        require_floats(f"qnn.{cls.__name__}.from_float({layer!r})", floats)
         if split_gates is None:
             split_gates = bool(getattr(layer, "split_gates", False))
         made = cls.__new__(cls)
         dtype = next(iter(floats.values())).dtype
         QRecurrent.__init__(made, template.to(dtype), scheme, split_gates, "meta")
         made._take(floats)
-        made._empty_calibration(made._device)
         return made.train(layer.training)
-
-    def dequantize(self) -> nn.Module:
-        """The float layer, as `nn.LSTM` for a `QLSTM`, with the weights `weight * weight_scale`."""
-        layer = self._float("meta").to_empty(device=self._device)
-        with torch.no_grad():
-            for name, parameter in layer.named_parameters():
-                mine = self._dequantized(name) if name in self._shapes else self._parameters[name]
-                parameter.copy_(cast(torch.Tensor, mine))
-        return layer.train(self.training)
 
     # -- state ------------------------------------------------------------------------------------
 
@@ -244,8 +186,9 @@ class QRecurrent(Quantized):
     def _read_found(self, name: str, found: Found, given: Mapping[str, Any]) -> torch.Tensor:
         table = super()._read_found(name, found, given)
         if not table.is_meta:
-            for part, row in zip(CELLS[self._cell].parts, table.tolist(), strict=True):
-                if reason := _why_not_row(part, row, bool(getattr(self, "proj_size", 0))):
+            operands = self._cell.operands(projection=bool(getattr(self, "proj_size", 0)))
+            for part, row in zip(self._cell.parts, table.tolist(), strict=True):
+                if reason := _why_not_row(row, part in operands):
                     raise ValueError(f"{name}: the part {part} {reason}.")
         return table
 
@@ -255,14 +198,9 @@ class QRecurrent(Quantized):
     # -- forward ----------------------------------------------------------------------------------
 
     def _check_dtype_and_device(self, input: torch.Tensor) -> None:
-        if input.dtype not in FLOATS:
-            require_float(self._who, input.dtype)
         device = self._device
-        if input.device != device:
-            raise ValueError(
-                f"{self._who}: the input is on {input.device}, the layer on {device}; move one of "
-                "them with .to(device)."
-            )
+        if not can_take(input, device):
+            require_input(self._who, input, device)
         if self._uncalibrated:
             self._refuse_uncalibrated()
 
@@ -279,26 +217,15 @@ class QRecurrent(Quantized):
         self, x: torch.Tensor, states: States, suffix: str, lengths: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
         """One layer in one direction: `x [T, B, I]` and the states to `y` and the last states."""
-        parameters: Any = self._parameters
-        ih, hh, hr = (f"weight_{which}{suffix}" for which in ("ih", "hh", "hr"))
-        weights = RecurrentWeights(
-            parameters[ih],
-            parameters[f"{ih}_scale"],
-            parameters[hh],
-            parameters[f"{hh}_scale"],
-            parameters.get(f"bias_ih{suffix}"),
-            parameters.get(f"bias_hh{suffix}"),
-            parameters.get(hr),
-            parameters.get(f"{hr}_scale"),
-            parameters.get(f"table{suffix}"),
+        held, hr = self._parameters.get, f"weight_hr{suffix}"
+        operands = (
+            *self._held(f"weight_ih{suffix}"),
+            *self._held(f"weight_hh{suffix}"),
+            *[held(f"{name}{suffix}") for name in self._others],
+            *(self._held(hr) if hr in self._shapes else ()),
         )
         reverse = suffix.endswith("_reverse")
-        if self.mode == "GRU":
-            return F.gru(
-                x, states[0], weights, scheme=self.scheme, lengths=lengths, reverse=reverse
-            )
-        h, c = states
-        return F.lstm(x, (h, c), weights, scheme=self.scheme, lengths=lengths, reverse=reverse)
+        return recurrent_of(self._cell.name, x, states, operands, self.scheme, lengths, reverse)
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
@@ -306,13 +233,13 @@ class QRecurrent(Quantized):
         return f"{text}, scheme={self.scheme!r}"
 
 
-def _table(names: tuple[str, ...], points: Mapping[str, Any], who: str) -> torch.Tensor:
+def _table(cell: Cell, points: Mapping[str, Any], who: str) -> torch.Tensor:
     """The rows of a cell's parts; zeros for a part that stays as it is."""
     rows = []
-    for name in names:
+    for name in cell.parts:
         point = points.get(name)
         if point is None:
-            if name in ("input", "hidden_state"):
+            if name in cell.operands(projection=False):
                 raise ValueError(f"{who}: part {name!r} must be quantised: it enters a product.")
             rows.append(torch.zeros(4))
             continue
@@ -320,22 +247,18 @@ def _table(names: tuple[str, ...], points: Mapping[str, Any], who: str) -> torch
             row = point.row().cpu()
         except ValueError as error:
             raise ValueError(f"{who}: part {name!r}: {error}") from None
-        if name in _OPERANDS and float(row[3] - row[2]) > 255:
+        if name in cell.operands() and float(row[3] - row[2]) > 255:
             raise ValueError(
-                f"{who}: part {name!r} enters an int8 product and has at most 8 bits, got "
+                f"{who}: part {name!r} enters an integer product and has at most 8 bits, got "
                 f"{int(row[2])} … {int(row[3])}."
             )
         rows.append(row)
     return torch.stack(rows)
 
 
-_OPERANDS = ("input", "hidden_state", "projection_input")
-
-
-def _why_not_row(part: str, row: list[float], projected: bool) -> str | None:
+def _why_not_row(row: list[float], operand: bool) -> str | None:
     """Why a row `(scale, zero_point, qmin, qmax)` of a table is no grid of its part, or None."""
     scale, point, low, high = row
-    operand = part in _OPERANDS and (projected or part != "projection_input")
     if scale == 0 and not operand:
         return None  # it stays as it is
     if not 0 < scale < math.inf:
@@ -345,5 +268,5 @@ def _why_not_row(part: str, row: list[float], projected: bool) -> str | None:
     if low > high:
         return f"must have qmin ≤ qmax, got {low:g} and {high:g}"
     if operand and (high - low > 255 or abs(low - point) > 1024):
-        return f"enters an int8 product and has at most 8 bits, got {low:g} … {high:g}"
+        return f"enters an integer product and has at most 8 bits, got {low:g} … {high:g}"
     return None

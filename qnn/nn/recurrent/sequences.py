@@ -10,10 +10,11 @@ from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from qnn.functional.float_recurrent import States
+from qnn.nn.recurrent.states import OfCell
 from qnn.nn.values import of_other_kind
 
 
-class Sequences(RNNBase):
+class Sequences(OfCell, RNNBase):
     """A recurrent layer that takes what `nn.LSTM` or `nn.GRU` takes, and has what they have; a
     subclass has `_run` for sequences `[T, B, I]`.
 
@@ -61,7 +62,7 @@ class Sequences(RNNBase):
         if hx is None:
             states = self._zeros(data, int(batch_sizes[0]))
         else:
-            states = (hx,) if self.mode == "GRU" else (hx[0], hx[1])
+            states = self._states(hx)
             if order is not None:
                 states = tuple(state.index_select(1, order) for state in states)
         self._check(data, states, batch_sizes)
@@ -80,42 +81,31 @@ class Sequences(RNNBase):
 
     def _zeros(self, x: torch.Tensor, batch: int) -> States:
         rows = self.num_layers * (2 if self.bidirectional else 1)
-        h = x.new_zeros(rows, batch, self.proj_size or self.hidden_size)
-        return (h,) if self.mode == "GRU" else (h, x.new_zeros(rows, batch, self.hidden_size))
+        widths = {"p": self.proj_size or self.hidden_size, "h": self.hidden_size}
+        return tuple(x.new_zeros(rows, batch, widths[each]) for each in self._cell.widths)
 
     def _given(self, hx: Any, batched: bool) -> States:
         """States from outside, with a batch; the errors have torch's words."""
         want, kind = (3, "batched") if batched else (2, "unbatched")
-        if self.mode == "GRU":
-            if hx.dim() != want:
-                raise RuntimeError(
-                    f"For {kind} {want}-D input, hx should also be {want}-D but got "
-                    f"{hx.dim()}-D tensor"
-                )
-            states: States = (hx,)
-        else:
-            h, c = hx
-            if h.dim() != want or c.dim() != want:
-                raise RuntimeError(
-                    f"For {kind} {want}-D input, hx and cx should also be {want}-D but got "
-                    f"({h.dim()}-D, {c.dim()}-D) tensors"
-                )
-            states = (h, c)
+        states = self._states(hx)
+        if any(state.dim() != want for state in states):
+            got = ", ".join(f"{state.dim()}-D" for state in states)
+            names, got = ("hx", got) if len(states) == 1 else ("hx and cx", f"({got})")
+            raise RuntimeError(
+                f"For {kind} {want}-D input, {names} should also be {want}-D but got {got} tensor"
+                + "s" * (len(states) > 1)
+            )
         return states if batched else tuple(state.unsqueeze(1) for state in states)
 
     def _check(self, x: torch.Tensor, states: States, batch_sizes: torch.Tensor | None) -> None:
         """Raise unless the layer can take `x` and the states."""
         self.check_input(x, batch_sizes)
-        size = self.get_expected_hidden_size(x, batch_sizes)
-        if self.mode == "GRU":
-            self.check_hidden_size(states[0], size)
-            return
-        self.check_hidden_size(states[0], size, "Expected hidden[0] size {}, got {}")
-        size = nn.LSTM.get_expected_cell_size(cast(Any, self), x, batch_sizes)
-        self.check_hidden_size(states[1], size, "Expected hidden[1] size {}, got {}")
-
-    def _returned(self, states: States) -> Any:
-        return states[0] if self.mode == "GRU" else states
+        for index, state in enumerate(states):
+            size = self.get_expected_hidden_size(x, batch_sizes)
+            if index:
+                size = nn.LSTM.get_expected_cell_size(cast(Any, self), x, batch_sizes)
+            which = f"hidden[{index}]" if len(states) > 1 else "hidden"
+            self.check_hidden_size(state, size, f"Expected {which} size {{}}, got {{}}")
 
     def _checked(self, lengths: Any, x: torch.Tensor) -> torch.Tensor:
         """Lengths as an op takes them, int64, of whole numbers in any form."""
@@ -123,7 +113,7 @@ class Sequences(RNNBase):
         given = lengths if isinstance(lengths, torch.Tensor) else None
         if isinstance(lengths, list | tuple) and all(type(each) is int for each in lengths):
             given = torch.tensor(lengths, dtype=torch.int64)
-        if given is None or given.dtype not in _WHOLE or tuple(given.shape) != (batch,):
+        if given is None or not _is_whole(given.dtype) or tuple(given.shape) != (batch,):
             got = type(lengths).__name__
             if isinstance(lengths, list | tuple):
                 got = f"{lengths!r}"
@@ -133,13 +123,14 @@ class Sequences(RNNBase):
                 f"{self._who}: lengths must be {batch} whole numbers, one for each sequence of the "
                 f"batch, as a tensor of integers or a list; got {got}."
             )
+        given = given.to(x.device, torch.int64)
         # A graph cannot raise on values: there a length beyond T counts as T, and one below 0 as 0.
         if not torch.compiler.is_compiling() and bool(((given < 0) | (given > limit)).any()):
             raise ValueError(
                 f"{self._who}: lengths must lie in 0 … {limit}, the number of steps; got "
                 f"{int(given.min())} … {int(given.max())}."
             )
-        return given.to(x.device, torch.int64)
+        return given
 
     def _suffixes(self) -> list[str]:
         """What the names of each layer's and direction's parameters end with, in torch's order."""
@@ -151,4 +142,5 @@ class Sequences(RNNBase):
         return f"qnn.{type(self).__name__}({self.extra_repr()})"
 
 
-_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+def _is_whole(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
