@@ -11,14 +11,14 @@ TORCH ?= 2.11.0
 OTHER := .venv-torch-$(TORCH)
 PINS := tests/versions/torch-$(TORCH).txt
 # What the drivers of the kernels, the benchmarks and the examples test is not torch's.
-NOT_TORCH := $(foreach t,kernels_cpp examples bench_fp8 bench_lstm float_formats,--ignore tests/test_$(t).py)
+NOT_TORCH := $(foreach t,kernels_cpp examples harness bench_fp8 bench_lstm float_formats,--ignore tests/test_$(t).py)
 # Three minutes: where versions differ is in tracing, autograd, export and sharding.
 QUICK := tests/test_training.py tests/test_fusion.py tests/test_invoke_quant.py tests/test_qlinear.py \
 	tests/test_neighbours.py tests/test_spec.py \
 	-k 'one_node or codes_are_those or test_autocast or every_subset or rows_are or test_saved or \
 	test_export or fsdp2 or second_derivatives or test_samples or test_opcheck or test_vmap or test_compile or torch_func'
 
-.PHONY: help demo test test-long test-torch lint docs examples bench clean
+.PHONY: help demo test test-long test-all test-torch lint docs examples bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -35,6 +35,10 @@ test: $(VENV)/.examples $(VENV)/.dev ## the whole test suite
 test-long: $(VENV)/.examples $(VENV)/.dev ## thousands of random calls of each C++ kernel
 	@echo "test-long: the C++ kernels on thousands of random calls (some minutes on 2 cores)"
 	$(BIN)/python -m pytest -q -n 2 tests -m long
+
+test-all: $(VENV)/.examples $(VENV)/.dev ## test and test-long, in one run
+	@echo "test-all: the whole suite and thousands of random calls of the C++ kernels"
+	$(BIN)/python -m pytest -q -n 2 tests -m ''
 
 test-torch: $(OTHER)/.ready ## the suite against another torch: TORCH=2.11.0 or 2.12.1; PART=quick for 3 minutes
 	@echo "test-torch: torch $(TORCH), $(if $(PART),a part,all that asks anything of torch)"

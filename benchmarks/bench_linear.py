@@ -22,8 +22,7 @@ for 34.4 G operations: the time is that of computing.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from statistics import median
@@ -36,22 +35,35 @@ from qnn.kernels.cpu import native
 
 from harness import (
     DTYPES,
-    Effort,
+    Case,
+    Grid,
     Measurement,
-    OtherLoad,
     Run,
-    Unavailable,
     Variant,
+    all_rows,
     argument_parser,
-    interleave,
-    measure,
+    measure_grid,
+    only_where,
+    over,
     progress,
     select,
 )
 from linear_parts import eager_overhead, gemm, one_row, scaling
 from peaks import CACHE_BYTES, Peaks, last_level_cache, measure_peaks, memory_bytes
-from report import QUIET, case_table, number, save, speedup, speedups_chart, table
+from report import (
+    Aim,
+    Pick,
+    case_table,
+    number,
+    save,
+    size_table,
+    speedups_chart,
+    table,
+    times,
+    without_time,
+)
 from roofline import Point, intensity, roofline_chart
+from timing import Effort, OtherLoad, interleave
 from variants import BASELINE, VARIANTS, Task, qnn_eager
 
 
@@ -88,10 +100,9 @@ QUICK_ROWS, QUICK_LAYERS = (1, 128), (LAYERS[0], LAYERS[3])
 
 # The share of the bare GEMM's speed that the whole layer is to reach from so many rows on.
 GOAL_ROWS, GOAL, GOAL_AMX = 128, 0.9, 1.3
+OURS, BARE = Pick("qnn int8", "eager"), Pick("oneDNN int8", "GEMM only")
 
 CLIFF_ROWS, CLIFF_SIZES = (1, 8, 32, 128, 1024), (64, 768, 4096)
-
-Grid = dict[str, dict[str, list[Measurement]]]
 
 
 # -- variants ------------------------------------------------------------------------------------
@@ -124,20 +135,6 @@ def bare_gemm(task: Task, dtype: torch.dtype) -> Run:
     return Run(gemm(layer, x), output=lambda y: y * sx + bias)
 
 
-_LEFT_OUT = "left out in this size, to keep the run short; --everywhere adds it"
-
-
-def _in_sizes(variant: Variant[Task], sizes: Sequence[tuple[int, int]]) -> Variant[Task]:
-    """The variant, where a layer has one of these sizes (K, N)."""
-
-    def build(task: Task, dtype: torch.dtype) -> Run:
-        if (task.model.in_features, task.model.out_features) not in sizes:
-            raise Unavailable(_LEFT_OUT)
-        return variant.build(task, dtype)
-
-    return replace(variant, build=build)
-
-
 def _tier(name: str, task: Task, dtype: torch.dtype) -> Run:
     layer, x = _converted(task.model, dtype), task.input_in(dtype)
     operands = (x, *layer.stored, layer.bias, None)
@@ -164,6 +161,10 @@ def _variants_of(precision: str) -> list[Variant[Task]]:
     ]
 
 
+def _has_size(task: Task, sizes: Sequence[tuple[int, int]]) -> bool:
+    return (task.model.in_features, task.model.out_features) in sizes
+
+
 def variants_for(precision: str, everywhere: bool) -> list[Variant[Task]]:
     """Float, qnn, qnn's other tiers, the peers, and the bare GEMM last."""
     known = _variants_of(precision)
@@ -173,50 +174,23 @@ def variants_for(precision: str, everywhere: bool) -> list[Variant[Task]]:
         Variant("qnn int8", precision, f"tier {name}", partial(_tier, name)) for name in tiers()[1:]
     ]
     if not everywhere:
-        peers = [_in_sizes(v, PEER_SIZES) for v in peers]
-        others = [_in_sizes(v, TIER_SIZES) for v in others]
+        peers = [only_where(v, partial(_has_size, sizes=PEER_SIZES)) for v in peers]
+        others = [only_where(v, partial(_has_size, sizes=TIER_SIZES)) for v in others]
     return [*ours, *others, *peers, Variant("oneDNN int8", precision, "GEMM only", bare_gemm)]
 
 
 # -- measuring -----------------------------------------------------------------------------------
 
 
-def measure_all(
-    layers: Sequence[Layer],
-    rows: Sequence[int],
-    variants: list[Variant[Task]],
-    effort: Effort,
-    verbose: bool,
-) -> Grid:
-    """`{"BERT-base, 768->3072": {"M=1": measurements}}`; each table is printed as soon as it is
-    there.
-    """
-    grid: Grid = {}
+def linear_cases(layers: Sequence[Layer], rows: Sequence[int]) -> Iterator[Case[Task]]:
+    """The cases of a layer share it, and what peers derive from it."""
     for layer in layers:
         module, calibration = make_layer(layer)
-        column = grid.setdefault(str(layer), {})
         for m in rows:
             task = Task(module, torch.randn(m, layer.k), calibration)
             with torch.no_grad():
                 reference = module(task.input)
-            case = f"{layer}, M={m}"
-            column[f"M={m}"] = measure(
-                case,
-                variants,
-                task,
-                reference=reference,
-                baseline=BASELINE,
-                operations=2 * m * layer.n * layer.k,
-                effort=effort,
-                verbose=verbose,
-            )
-            print(f"\n{case}\n{case_table(column[f'M={m}'], BASELINE)}", flush=True)
-    return grid
-
-
-def _find(rows: Sequence[Measurement], family: str, mode: str) -> Measurement | None:
-    """The row of an int8 variant, if it was timed."""
-    return next((r for r in rows if (r.family, r.mode) == (family, mode) and r.median_ms), None)
+            yield Case(str(layer), f"M={m}", task, reference, 2 * m * layer.n * layer.k)
 
 
 def points_of(layers: Sequence[Layer], grid: Grid, dtype: torch.dtype) -> list[Point]:
@@ -236,69 +210,29 @@ def points_of(layers: Sequence[Layer], grid: Grid, dtype: torch.dtype) -> list[P
 # -- tables --------------------------------------------------------------------------------------
 
 
-def size_table(cases: dict[str, list[Measurement]]) -> str:
-    """A row a variant, a column a number of rows M: median ms and speed-up; the lowest SQNR."""
-    body, absent = [], []
-    for measurements in zip(*cases.values(), strict=True):
-        if all(row.status == "unavailable" for row in measurements):
-            absent.append(measurements[0].variant)
-            continue
-        cells = [
-            ("-" if row.status == "unavailable" else row.status)
-            if row.median_ms is None
-            else f"{number(row.median_ms)} ({speedup(row)})"
-            for row in measurements
-        ]
-        noise = [row.sqnr_db for row in measurements if row.sqnr_db is not None]
-        body.append((measurements[0].variant, *cells, f"{min(noise):.1f}" if noise else "-"))
-    text = table(("median ms (speed-up)", *cases, "SQNR dB"), body)
-    return (
-        f"{text}\n\nNot measured in this size (`--everywhere` adds them): {', '.join(absent)}."
-        if absent
-        else text
-    )
-
-
-def without_time(rows: list[Measurement]) -> str:
-    """Every variant that was tried and has no time, why, and in how many cases."""
-    absent = [row for row in rows if row.median_ms is None and row.note != _LEFT_OUT]
-    counts = Counter((row.variant, row.remark) for row in absent)
-    listed = [
-        f"- {variant}: {remark} (cases: {count})" for (variant, remark), count in counts.items()
-    ]
-    return "\n".join(["## Without a time", "", *(listed or ["None."])])
-
-
 def against_gemm(grid: Grid) -> str:
     """How many times as fast as the bare GEMM the whole layer is, and whether that is the goal."""
-    body, reached, loads = [], [], []
+    body, aimed, ratios = [], [], []
     for name, cases in grid.items():
-        cells = []
-        for case, rows in cases.items():
-            ours, bare = _find(rows, "qnn int8", "eager"), _find(rows, "oneDNN int8", "GEMM only")
-            if ours is None or bare is None:
-                cells.append("-")
-                continue
-            ratio = (bare.median_ms or 0.0) / (ours.median_ms or 1.0)
-            cells.append(f"{ratio:.2f}x")
-            if int(case.removeprefix("M=")) >= GOAL_ROWS:
-                reached.append(ratio)
-                loads.append(ours.other_load or 0.0)
-        body.append((name, *cells))
+        found = [over(BARE.best(rows), OURS.best(rows)) for rows in cases.values()]
+        body.append((name, *map(times, found)))
+        for case, rows, ratio in zip(cases, cases.values(), found, strict=True):
+            if ratio is not None and int(case.removeprefix("M=")) >= GOAL_ROWS:
+                aimed.append(rows[0].case)
+                ratios.append(ratio)
     parts = [
         "## The whole layer against the bare GEMM",
         "The GEMM's time by the layer's: how many times as fast as oneDNN's integer product alone "
         "the layer is, which also quantises the rows and applies scales and bias.",
         table(("GEMM time / layer time", *next(iter(grid.values()))), body),
     ]
-    if reached:
-        amx = tiers()[0] == "amx"
-        goal, where = (GOAL_AMX, "with") if amx else (GOAL, "without")
-        verdict = "reached" if min(reached) >= goal else "**not reached**"
-        verdict = verdict if max(loads) <= QUIET else "not judged, on a machine that was not quiet"
+    if ratios:
+        goal, where = (GOAL_AMX, "with") if tiers()[0] == "amx" else (GOAL, "without")
+        aim = Aim("whole layer", OURS, BARE, goal, aimed)
+        lowest, verdict = aim.judged(all_rows(grid))
         parts.append(
-            f"From {GOAL_ROWS} rows on: {min(reached):.2f}x at least, {median(reached):.2f}x in "
-            f"the middle. The goal {where} AMX, {goal}x, is {verdict}."
+            f"From {GOAL_ROWS} rows on: {lowest} at least, {times(median(ratios))} in the middle. "
+            f"The aim {where} AMX, {goal}x: {verdict}."
         )
     return "\n\n".join(parts)
 
@@ -309,7 +243,7 @@ def shares_of_peak(grid: Grid, peaks: Peaks) -> str:
     peak = peaks.int8.get(tier)
     body = []
     for name, cases in grid.items():
-        found = [_find(rows, "qnn int8", "eager") for rows in cases.values()]
+        found = [OURS.best(rows) for rows in cases.values()]
         cells = [
             "-"
             if row is None or row.tops is None
@@ -367,10 +301,10 @@ def cliff(dtype: torch.dtype, effort: Effort) -> int:
         layer, calibration = make_layer(Layer("", k, n))
         task = Task(layer, torch.randn(m, k), calibration)
         calls = {"layer": qnn_eager(task, dtype).call, "gemm": bare_gemm(task, dtype).call}
-        times = {name: median(samples) for name, samples in interleave(calls, effort).items()}
-        ratio = times["layer"] / (3 * times["gemm"] + 30e-6)
+        taken = {name: median(s.wall) for name, s in interleave(calls, effort).items()}
+        ratio = taken["layer"] / (3 * taken["gemm"] + 30e-6)
         worst = max(worst, ratio)
-        micros = [number(times[name] * 1e6) for name in ("layer", "gemm")]
+        micros = [number(taken[name] * 1e6) for name in ("layer", "gemm")]
         body.append(
             (str(k), str(n), str(m), *micros, f"{ratio:.2f}", "**yes**" if ratio > 1 else "")
         )
@@ -418,12 +352,19 @@ def main() -> None:
         single, single_table = one_row(near, far, memory, dtype, peaks, longer)
         threads, threads_table = scaling(threaded, 512, dtype, longer)
     variants = select(variants_for(precision, options.everywhere), options.only, BASELINE)
-    grid = measure_all(layers, rows, variants, effort, options.verbose)
+    grid = measure_grid(
+        linear_cases(layers, rows),
+        variants,
+        baseline=BASELINE,
+        effort=effort,
+        show=case_table,
+        verbose=options.verbose,
+    )
 
     suffix = "" if precision == "bf16" else f"_{options.dtype}"
     name, roofline = f"bench_linear{suffix}", f"roofline{suffix}"
     title = f"One linear layer, {options.dtype}"
-    measured = [row for column in grid.values() for case in column.values() for row in case]
+    measured = all_rows(grid)
     points = points_of(layers, grid, dtype)
     roofs = replace(
         peaks, read={size: peaks.read[size] for size in (CACHE_BYTES, memory) if size in peaks.read}

@@ -16,29 +16,28 @@ in int8, 1 MB, and four times that in float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from harness import (
-    Effort,
+    Case,
+    Grid,
     Measurement,
-    Run,
-    Unavailable,
-    Variant,
+    all_rows,
     argument_parser,
-    measure,
+    measure_grid,
+    only_where,
     progress,
     select,
 )
-from lstm_memory import at_rest, make_task, split_gates
-from lstm_variants import BASELINE, VARIANTS
-from report import QUIET, case_table, number, save, speedup, speedups_chart, table
-from variants import Task
-
-Grid = dict[str, dict[str, list[Measurement]]]
+from lstm_memory import layer_at_rest, recurrent_task, split_gates
+from lstm_variants import VARIANTS
+from report import Aim, Pick, aims_table, case_table, save, size_table, speedups_chart, without_time
+from timing import Effort
+from variants import BASELINE, Task
 
 
 @dataclass(frozen=True)
@@ -71,134 +70,47 @@ LAYERS = (
 QUICK = (Layers(nn.LSTM, 16, 32, 1, (1, 2)), Layers(nn.GRU, 16, 32, 1, (2,)))
 # Compiling takes longer than all of the timing: once a size.
 COMPILED_AT = 16
-_LEFT_OUT = "left out in this case, to keep the run short; --everywhere adds it"
 
 
-# -- measuring -----------------------------------------------------------------------------------
+def _compiled_in(task: Task) -> bool:
+    return task.input.shape[1] == COMPILED_AT and task.model.num_layers == 1
 
 
-def _in_cases(variant: Variant[Task], everywhere: bool, quick: bool) -> Variant[Task]:
-    if variant.mode != "compiled" or everywhere:
-        return variant
-
-    def build(task: Task, dtype: torch.dtype) -> Run:
-        if quick or task.input.shape[1] != COMPILED_AT or task.model.num_layers != 1:
-            raise Unavailable(_LEFT_OUT)
-        return variant.build(task, dtype)
-
-    return replace(variant, build=build)
-
-
-def measure_all(
-    sizes: Sequence[Layers],
-    steps: int,
-    variants: list[Variant[Task]],
-    effort: Effort,
-    verbose: bool,
-) -> Grid:
-    """`{"LSTM, 256->512, 1 layer": {"B=1": measurements}}`; each table is printed when it is there.
-
-    The tasks of a size share the layer and what peers derive from it.
-    """
-    grid: Grid = {}
+def recurrent_cases(sizes: Sequence[Layers], steps: int) -> Iterator[Case[Task]]:
+    """The cases of a size share the layer, and what peers derive from it."""
     for size in sizes:
-        task = make_task(size.inputs, size.hidden, size.count, steps, size.kind)
-        column = grid.setdefault(str(size), {})
+        task = recurrent_task(size.inputs, size.hidden, size.count, steps, size.kind)
         for batch in size.batches:
             task = replace(task, input=torch.randn(steps, batch, size.inputs))
             with torch.no_grad():
                 reference = task.model(task.input)[0]
-            case = f"{size}, B={batch}"
-            column[f"B={batch}"] = measure(
-                case,
-                variants,
-                task,
-                reference=reference,
-                baseline=BASELINE,
-                operations=size.operations(steps, batch),
-                effort=effort,
-                verbose=verbose,
-            )
-            print(f"\n{case}\n{case_table(column[f'B={batch}'], BASELINE)}", flush=True)
-    return grid
+            yield Case(str(size), f"B={batch}", task, reference, size.operations(steps, batch))
 
 
-# -- tables --------------------------------------------------------------------------------------
-
-
-def size_table(cases: dict[str, list[Measurement]]) -> str:
-    """A row a variant, a column a batch: median ms and speed-up; the lowest SQNR; the remark."""
-    body = []
-    for rows in zip(*cases.values(), strict=True):
-        if all(row.status == "unavailable" for row in rows):
-            continue
-        cells = [
-            ("-" if row.status == "unavailable" else row.status)
-            if row.median_ms is None
-            else f"{number(row.median_ms)} ({speedup(row)})"
-            for row in rows
-        ]
-        noise = [row.sqnr_db for row in rows if row.sqnr_db is not None]
-        remark = "; ".join(dict.fromkeys(r.remark for r in rows if r.median_ms is not None))
-        body.append((rows[0].variant, *cells, f"{min(noise):.1f}" if noise else "-", remark))
-    head = ("median ms (speed-up)", *cases, "SQNR dB", "remark")
-    return table(head, body, left=(0, len(head) - 1))
-
-
-def without_time(rows: list[Measurement]) -> str:
-    """Every variant that was tried and has no time, and why."""
-    absent = [row for row in rows if row.median_ms is None and row.note != _LEFT_OUT]
-    listed = [f"- {row.variant}, {row.case}: {row.remark}" for row in absent]
-    return "\n".join(["## Without a time", "", *(listed or ["None."])])
-
-
-# Whose time is divided by whose, and what is aimed at with AMX and without; the best of a family.
+# Where, how fast what is, and what is aimed at with AMX and without; the best of a family.
 _AIMS = (
-    ("LSTM, 256->512, 1 layer", "B=16", ("float", "fp32"), (5.0, 2.5)),
-    ("LSTM, 256->512, 1 layer", "B=16", ("float", "bf16"), (1.4, 1.3)),
-    ("LSTM, 256->512, 1 layer", "B=16", ("torch.ao int8", "fp32"), (2.2, 2.2)),
-    ("LSTM, 256->512, 1 layer", "B=1", ("float", "fp32"), (2.0, 2.0)),
-    ("LSTM, 256->512, 1 layer", "B=1", ("torch.ao int8", "fp32"), (1.0, 1.0)),
-    ("GRU, 256->512, 1 layer", "B=16", ("float", "fp32"), (4.0, 2.0)),
+    ("LSTM, 256->512, 1 layer, B=16", "float", "fp32", (5.0, 2.5)),
+    ("LSTM, 256->512, 1 layer, B=16", "float", "bf16", (1.4, 1.3)),
+    ("LSTM, 256->512, 1 layer, B=16", "torch.ao int8", "fp32", (2.2, 2.2)),
+    ("LSTM, 256->512, 1 layer, B=1", "float", "fp32", (2.0, 2.0)),
+    ("LSTM, 256->512, 1 layer, B=1", "torch.ao int8", "fp32", (1.0, 1.0)),
+    ("GRU, 256->512, 1 layer, B=16", "float", "fp32", (4.0, 2.0)),
 )
-_OURS = ("qnn int8", "qnn int8_static")
 
 
-def _best(rows: Sequence[Measurement], family: str, precision: str) -> Measurement | None:
-    timed = [
-        row
-        for row in rows
-        if (row.family, row.precision) == (family, precision) and row.median_ms is not None
+def aims(amx: bool) -> list[Aim]:
+    """Of qnn in eager mode, against the same precision."""
+    return [
+        Aim(
+            case,
+            Pick(ours, "eager", precision),
+            Pick(family, precision=precision, but="compiled"),
+            goals[0] if amx else goals[1],
+            (case,),
+        )
+        for case, family, precision, goals in _AIMS
+        for ours in ("qnn int8", "qnn int8_static")
     ]
-    return min(timed, key=lambda row: row.median_ms or 0.0, default=None)
-
-
-def ratios(grid: Grid, amx: bool) -> str:
-    """How many times as fast as float and as torch.ao qnn is in eager mode, both in one precision,
-    and whether that is what is aimed at.
-    """
-    body = []
-    for size, batch, (family, precision), aims in _AIMS:
-        rows = grid.get(size, {}).get(batch, [])
-        theirs = _best([row for row in rows if row.mode != "compiled"], family, precision)
-        if theirs is None or theirs.median_ms is None:
-            continue
-        cells, found = [], []
-        for name in _OURS:
-            ours = _best([row for row in rows if row.mode == "eager"], name, precision)
-            ratio = None if ours is None else theirs.median_ms / (ours.median_ms or 1.0)
-            found.append(ratio)
-            cells.append("-" if ratio is None else f"{ratio:.2f}x")
-        aim = aims[0] if amx else aims[1]
-        loud = (theirs.other_load or 0.0) > QUIET
-        reached = [each for each in found if each is not None]
-        verdict = "reached" if reached and min(reached) >= aim else "**not reached**"
-        verdict = "not judged, on a machine that was not quiet" if loud else verdict
-        body.append((f"{size}, {batch}", theirs.variant, *cells, f"{aim:g}x", verdict))
-    if not body:
-        return ""
-    head = ("times as fast", "as", *(f"`{name.split()[1]}`" for name in _OURS), "aim", "verdict")
-    return f"## Times as fast\n\n{table(head, body, left=(0, 1, 5))}"
 
 
 def shown(grid: Grid) -> Grid:
@@ -220,21 +132,30 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     quick = options.quick
     effort = Effort(rounds=3, seconds=0.2, turn=0) if quick else Effort(rounds=12, seconds=6)
-    variants = [_in_cases(v, options.everywhere, quick) for v in VARIANTS]
+    variants = [
+        v if v.mode != "compiled" or options.everywhere else only_where(v, _compiled_in)
+        for v in VARIANTS
+    ]
     sizes, steps = (QUICK, 4) if quick else (LAYERS, STEPS)
-    grid = measure_all(
-        sizes, steps, select(variants, options.only, BASELINE), effort, options.verbose
+    grid = measure_grid(
+        recurrent_cases(sizes, steps),
+        select(variants, options.only, BASELINE),
+        baseline=BASELINE,
+        effort=effort,
+        show=case_table,
+        verbose=options.verbose,
     )
-    measured = [row for cases in grid.values() for rows in cases.values() for row in rows]
+    measured = all_rows(grid)
 
     title = f"LSTM and GRU layers, {steps} steps"
     parts = [
-        *(f"## {size}\n\n{size_table(cases)}" for size, cases in grid.items()),
-        ratios(grid, torch.cpu._is_amx_tile_supported()),
+        *(f"## {size}\n\n{size_table(cases, remarks=True)}" for size, cases in grid.items()),
     ]
+    if not quick:
+        parts.append(f"## Aims\n\n{aims_table(aims(torch.cpu._is_amx_tile_supported()), measured)}")
     more: list[Measurement] = []
     if not options.no_processes:
-        for heading, part in (("Memory at rest", at_rest), ("split_gates", split_gates)):
+        for heading, part in (("Memory at rest", layer_at_rest), ("split_gates", split_gates)):
             progress(heading)
             rows, text = part(quick)
             more += rows
@@ -246,7 +167,7 @@ def main() -> None:
         "bench_lstm",
         title,
         [*measured, *more],
-        [part for part in parts if part],
+        parts,
         {"bench_lstm": lambda machine: speedups_chart(shown(grid), title, BASELINE, machine)},
     )
 

@@ -14,39 +14,32 @@ from __future__ import annotations
 import torch
 
 from bert import FULL, QUICK, make_task, operations
-from fresh_process import at_rest, starts
-from harness import Effort, Measurement, argument_parser, measure, select
-from report import case_table, save, table, times_chart
+from harness import Case, Measurement, argument_parser, measure, over, select
+from model_memory import model_at_rest, starts
+from report import Pick, case_table, save, table, times, times_chart
+from timing import Effort
 from variants import BASELINE, VARIANTS
 
-# Whose speed is divided by whose: (family, mode, precision), or the better precision for "".
-_QNN, _OPENVINO = "qnn int8", ("OpenVINO int8", "NNCF", "")
+# Whose speed is divided by whose; without a precision, the better one's.
+_QNN, _OPENVINO, _TORCHAO = "qnn int8", Pick("OpenVINO int8", "NNCF"), "torchao int8"
 _PAIRS = (
-    ((_QNN, "compiled", "bf16"), _OPENVINO),
-    ((_QNN, "compiled", "bf16"), ("torchao int8", "compiled+frozen", "")),
-    ((_QNN, "compiled", "fp32"), ("torchao int8", "compiled+frozen", "fp32")),
-    ((_QNN, "eager", "bf16"), _OPENVINO),
-    ((_QNN, "eager", "fp32"), _OPENVINO),
-    ((_QNN, "eager", "fp32"), ("torch.ao int8", "eager", "fp32")),
+    (Pick(_QNN, "compiled", "bf16"), _OPENVINO),
+    (Pick(_QNN, "compiled", "bf16"), Pick(_TORCHAO, "compiled+frozen")),
+    (Pick(_QNN, "compiled", "fp32"), Pick(_TORCHAO, "compiled+frozen", "fp32")),
+    (Pick(_QNN, "eager", "bf16"), _OPENVINO),
+    (Pick(_QNN, "eager", "fp32"), _OPENVINO),
+    (Pick(_QNN, "eager", "fp32"), Pick("torch.ao int8", "eager", "fp32")),
 )
 
 
 def ratios(rows: list[Measurement]) -> str:
     """How many times as fast as its nearest peers qnn is: their time by its time."""
-
-    def best(family: str, mode: str, precision: str) -> Measurement | None:
-        timed = [
-            r for r in rows if (r.family, r.mode) == (family, mode) and r.median_ms is not None
-        ]
-        timed = [r for r in timed if r.precision == precision or not precision]
-        return min(timed, key=lambda row: row.median_ms or 0.0, default=None)
-
-    body = []
-    for ours, theirs in ((best(*our), best(*their)) for our, their in _PAIRS):
-        if ours is None or theirs is None or not ours.median_ms or not theirs.median_ms:
-            continue
-        what = f"{ours.variant} over {theirs.variant}"
-        body.append((what, f"{theirs.median_ms / ours.median_ms:.2f}x"))
+    found = [(our.best(rows), their.best(rows)) for our, their in _PAIRS]
+    body = [
+        (f"{ours.variant} over {theirs.variant}", times(over(theirs, ours)))
+        for ours, theirs in found
+        if ours is not None and theirs is not None
+    ]
     if not body:
         return "No two variants to compare were measured."
     return table(("times as fast", "measured"), body)
@@ -65,19 +58,16 @@ def main() -> None:
     with torch.no_grad():
         reference = task.model(task.input)[0]
     rows = measure(
-        str(size),
+        Case("", str(size), task, reference, operations(task.model, size)),
         select(VARIANTS, options.only, BASELINE),
-        task,
-        reference=reference,
         baseline=BASELINE,
-        operations=operations(task.model, size),
         effort=effort,
         verbose=options.verbose,
     )
     parts = [case_table(rows, BASELINE), ratios(rows)]
     more: list[Measurement] = []
     if not options.no_processes:
-        for title, part in (("Memory at rest", at_rest), ("Start", starts)):
+        for title, part in (("Memory at rest", model_at_rest), ("Start", starts)):
             measured, text = part(str(size), options.quick)
             more += measured
             parts.append(f"## {title}\n\n{text}")

@@ -1,15 +1,16 @@
-"""What the benchmarks share: fair timing and the check of the outputs.
+"""What the benchmarks share: cases, variants, the check of their outputs, and their rows.
 
-A script picks variants (`variants.py`), hands each case to `measure`, and the rows that come back
-to `report.py`:
+A script declares cases and variants, hands them to `measure`, and the rows that come back to
+`report.py`:
 
 - all variants of a case are set up, checked, and timed in turns within one process, so that a
   machine whose speed drifts slows all of them alike; what counts is the median and its ratio to a
   baseline;
-- a variant whose output has an SQNR of less than 20 dB against float32 has failed: it gets no time;
+- a variant with an output whose SQNR against float32 is under the case's floor has failed: it gets
+  no time;
 - a peer that is not installed, or that cannot run a case, keeps its row and says why;
 - every library gets the same number of threads;
-- what other processes took of the machine meanwhile stands in every row.
+- what other processes took of the CPU meanwhile stands in every row.
 """
 
 from __future__ import annotations
@@ -17,21 +18,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import gc
-import importlib.metadata
+import importlib
 import io
 import logging
+import math
 import os
-import platform
-import random
 import re
 import shlex
-import statistics
 import sys
 import time
+import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -40,11 +39,13 @@ import torch
 
 import qnn
 
+from machine import Machine as Machine
+from timing import CPU, Effort, OtherLoad, Samples, clock_mhz, interleave, peak_megabytes
+
 TaskT = TypeVar("TaskT")
 
 MIN_SQNR = 20.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_PACKAGES = ("torch", "qnn", "torchao", "onnxruntime", "openvino", "nncf", "transformers")
 
 
 # -- variants ----------------------------------------------------------------------------------
@@ -54,20 +55,33 @@ class Unavailable(Exception):  # noqa: N818, it is an answer and no error
     """A variant cannot run here, and why. Its row stays in every table."""
 
 
+def needs(module: str) -> Any:
+    """An optional module, or `Unavailable` where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise Unavailable(f"not installed ({error.name})") from error
+
+
 def first_tensor(output: Any) -> torch.Tensor:
     """The first output of a model, whichever library ran it."""
-    if not isinstance(output, torch.Tensor) and not hasattr(output, "__array__"):
-        output = output[0]
+    while not isinstance(output, torch.Tensor) and not hasattr(output, "__array__"):
+        output = next(iter(output.values())) if hasattr(output, "values") else output[0]
     return torch.as_tensor(output)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A variant that is ready: `call()` is timed, and `output` of its result is checked."""
+    """A variant that is ready: `call()` is timed, and `output` of its result is checked.
+
+    `output` gives what the case has a reference for: a tensor, or several. A call may do the task
+    `repeats` times; all times are of one.
+    """
 
     call: Callable[[], object]
     note: str = ""
-    output: Callable[[Any], torch.Tensor] = first_tensor
+    output: Callable[[Any], torch.Tensor | Sequence[torch.Tensor]] = first_tensor
+    repeats: int = 1
 
 
 @dataclass(frozen=True)
@@ -84,171 +98,105 @@ class Variant(Generic[TaskT]):
         return f"{self.family} {self.precision} {self.mode}"
 
 
-# -- the machine -------------------------------------------------------------------------------
+VariantT = TypeVar("VariantT", bound="Variant[Any]")
 
 
-def _cpuinfo() -> dict[str, str]:
-    """What Linux says of the first CPU; empty elsewhere."""
-    path = Path("/proc/cpuinfo")
-    first = path.read_text().split("\n\n")[0] if path.exists() else ""
-    pairs = (line.partition(":") for line in first.splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}
+def named(variants: Iterable[VariantT], name: str) -> VariantT:
+    return next(v for v in variants if v.name == name)
 
 
-def counted(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+def select(variants: Sequence[VariantT], only: str, baseline: str) -> list[VariantT]:
+    """The variants whose name matches the regular expression `only`, and always the baseline."""
+    return [v for v in variants if v.name == _in_mode(baseline, v) or re.search(only, v.name)]
 
 
-def _version(package: str) -> str:
+def _in_mode(baseline: str, variant: Variant[Any]) -> str:
+    return baseline.format(mode=variant.mode)
+
+
+LEFT_OUT = "left out in this case, to keep the run short; --everywhere adds it"
+
+
+def only_where(variant: Variant[TaskT], wanted: Callable[[TaskT], bool]) -> Variant[TaskT]:
+    """The variant, for the tasks that are `wanted`."""
+
+    def build(task: TaskT, dtype: torch.dtype) -> Run:
+        if not wanted(task):
+            raise Unavailable(LEFT_OUT)
+        return variant.build(task, dtype)
+
+    return dataclasses.replace(variant, build=build)
+
+
+@contextlib.contextmanager
+def inductor_settings(**changes: Any) -> Iterator[None]:
+    """With `changes` inside and nothing changed afterwards: torchao and qnn set some for good, and
+    torchao the precision of float32 products.
+    """
+    from torch._inductor import config
+
+    before, precision = config.get_config_copy(), torch.get_float32_matmul_precision()
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        with config.patch(changes):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        now = config.get_config_copy()
+        config.load_config({key: value for key, value in before.items() if now[key] != value})
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Where and with what a row was measured."""
+def compiled(function: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
+    """`torch.compile` of a function of its own: Dynamo keeps compiled code with the code object
+    that it is of, and tries what was compiled for other variants first.
+    """
 
-    cpu: str
-    cores: int
-    threads: int
-    amx: bool
-    vnni: bool
-    date: str
-    python: str
-    versions: Mapping[str, str]
+    def forward(*args: Any) -> Any:
+        return function(*args)
 
-    @classmethod
-    def here(cls) -> Machine:
-        info = _cpuinfo()
-        return cls(
-            cpu=info.get("model name", platform.processor() or platform.machine()),
-            cores=os.cpu_count() or 1,
-            threads=torch.get_num_threads(),
-            amx=torch.cpu._is_amx_tile_supported(),
-            vnni=not {"avx512_vnni", "avx_vnni"}.isdisjoint(info.get("flags", "").split()),
-            date=datetime.date.today().isoformat(),
-            python=platform.python_version(),
-            versions={name: _version(name) for name in _PACKAGES},
-        )
+    own = types.FunctionType(
+        forward.__code__.replace(), forward.__globals__, closure=forward.__closure__
+    )
+    return torch.compile(own, fullgraph=True, dynamic=False, backend=backend)  # type: ignore[return-value]
 
-    def columns(self) -> dict[str, Any]:
-        """The cells that every CSV row ends with."""
-        fields = dataclasses.asdict(self)
-        versions = fields.pop("versions")
-        return {**fields, **versions}
 
-    def missing(self) -> str:
-        """The peers that are not installed, in a sentence; empty if all are."""
-        names = [name for name, version in self.versions.items() if version == "not installed"]
-        return f"Not installed, and so not measured: {', '.join(names)}." if names else ""
+# -- cases -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Case(Generic[TaskT]):
+    """What all variants do.
+
+    Args:
+        section, name: the heading of its table, and its own name there.
+        reference: the float32 output, or all outputs.
+        operations: multiplications and additions, for `tops`.
+        floor: by a variant's family, the lowest SQNR in dB that its outputs may have.
+        training: gradients are computed.
+    """
+
+    section: str
+    name: str
+    task: TaskT
+    reference: torch.Tensor | Sequence[torch.Tensor]
+    operations: float
+    floor: Callable[[str], float] = lambda _: MIN_SQNR
+    training: bool = False
+    device: torch.device = CPU
 
     def __str__(self) -> str:
-        features = ["AMX" if self.amx else "no AMX", "VNNI" if self.vnni else "no VNNI"]
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        where = f"{self.cpu}, {counted(self.cores, 'core')}, {counted(self.threads, 'thread')}"
-        return f"{where}, {', '.join(features)}; Python {self.python}, {versions}; {self.date}"
+        return ", ".join(filter(None, (self.section, self.name)))
 
 
-# -- timing ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Effort:
-    """Three to `rounds` rounds, none begun after `seconds`, with turns of `turn` seconds each."""
-
-    rounds: int = 15
-    seconds: float = 60.0
-    turn: float = 0.02
-
-
-_MIN_ROUNDS = 3
-_MAX_BURST = 50
-# OpenMP's idle threads spin on after a call, and hold a core that the next variant needs.
-_PAUSE = 0.002
-
-
-def _timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def interleave(calls: Mapping[str, Callable[[], object]], effort: Effort) -> dict[str, list[float]]:
-    """Seconds of single calls, in rounds that give each variant one turn, in a shuffled order.
-
-    A turn is a pause, one or two calls that wake the threads and fill the caches with the variant's
-    own weight, and then a burst of timed calls, the more the shorter they are.
-    """
-    shortest = {name: min(_timed(call) for _ in range(3)) for name, call in calls.items()}
-    bursts = {
-        name: max(1, min(_MAX_BURST, int(effort.turn / seconds)))
-        for name, seconds in shortest.items()
-    }
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    shuffle, order = random.Random(0).shuffle, list(calls)
-    end = time.perf_counter() + effort.seconds
-    for done in range(effort.rounds):
-        if done >= _MIN_ROUNDS and time.perf_counter() > end:
-            break
-        shuffle(order)
-        for name in order:
-            call, burst = calls[name], bursts[name]
-            time.sleep(_PAUSE)
-            for _ in range(min(burst, 2)):
-                call()
-            samples[name] += [_timed(call) for _ in range(burst)]
-    return samples
-
-
-def _cpu_seconds() -> tuple[float, float] | None:
-    """Core seconds spent so far by anyone, and by this process with the children that it has
-    waited for; None where there is no /proc.
-    """
-    path = Path("/proc/stat")
-    if not path.exists():
-        return None
-    user, nice, system, _idle, _iowait, irq, softirq, steal = map(
-        int, path.read_text().split()[1:9]
-    )
-    anyone = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-    own = os.times()
-    return anyone, own.user + own.system + own.children_user + own.children_system
-
-
-class OtherLoad:
-    """Cores that other processes keep busy, on average since this object was made."""
-
-    def __init__(self) -> None:
-        self._wall, self._spent = time.perf_counter(), _cpu_seconds()
-
-    def cores(self) -> float | None:
-        wall, spent = time.perf_counter() - self._wall, _cpu_seconds()
-        if spent is None or self._spent is None:
-            return None
-        anyone, own = (now - then for now, then in zip(spent, self._spent, strict=True))
-        return max(0.0, anyone - own) / wall
-
-
-def fastest(candidates: Mapping[str, Callable[[], object]]) -> tuple[str, str]:
-    """The fastest candidate's name, and a note with the time of each."""
-    times = interleave(candidates, Effort(rounds=5, seconds=3.0))
-    medians = {name: statistics.median(samples) for name, samples in times.items()}
-    best = min(medians, key=lambda name: medians[name])
-    listed = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in medians.items())
-    return best, f"{best}, the best of {listed}" if len(medians) > 1 else best
-
-
-# -- measuring ---------------------------------------------------------------------------------
+# -- rows --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Measurement:
     """One variant in one case. Where `status` is not "ok" there is no time, and `note` says why.
 
-    `tops` and `gb_s` are 10^12 operations and 10^9 bytes read, each a second. `other_load` is how
-    many cores other processes kept busy while the case was timed.
+    `tops` and `gb_s` are 10^12 operations and 10^9 bytes read, each a second. `sqnr_db` is the
+    lowest of all outputs. `other_load` is how many cores other processes kept busy while the case
+    was timed.
     """
 
     case: str
@@ -275,11 +223,50 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    run: Run | None
-    status: str
-    note: str
-    sqnr_db: float | None = None
+class GpuMeasurement(Measurement):
+    """`median_ms` is of the wall time, `megabytes` what a call adds at its peak."""
+
+    device_ms: float | None = None
+    host_ms: float | None = None
+    sm_mhz: int | None = None
+
+
+RowT = TypeVar("RowT", bound=Measurement)
+
+
+def row_of(case: str, variant: Variant[Any], status: str, note: str) -> Measurement:
+    """A row without times."""
+    v = variant
+    return Measurement(case, v.name, v.family, v.precision, v.mode, status, note)
+
+
+def timed(
+    row: Measurement, samples: Samples, *, operations: float = 0.0, read: float = 0.0, per: int = 1
+) -> Measurement:
+    """The row with its times; a call does `operations`, and reads `read` bytes, `per` times."""
+    median, on_device, host = (samples.median(kind) for kind in ("wall", "device", "host"))
+    assert median is not None
+    seconds = median / per
+    row = dataclasses.replace(
+        row,
+        median_ms=seconds * 1e3,
+        min_ms=min(samples.wall) / per * 1e3,
+        tops=operations / seconds / 1e12 if operations else None,
+        gb_s=read / seconds / 1e9 if read else None,
+        samples=len(samples.wall),
+    )
+    if on_device is None or host is None:
+        return row
+    return GpuMeasurement(**vars(row), device_ms=on_device / per * 1e3, host_ms=host / per * 1e3)
+
+
+def over(theirs: Measurement | None, ours: Measurement | None, kind: str = "median_ms") -> Any:
+    """How many times as fast as `theirs` `ours` is: a float, or None where one has no time."""
+    times = [getattr(row, kind, None) for row in (theirs, ours)]
+    return None if None in times else times[0] / times[1]
+
+
+# -- measuring ---------------------------------------------------------------------------------
 
 
 def _settings() -> dict[str, Any]:
@@ -326,77 +313,109 @@ def _quiet(verbose: bool) -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _prepare(
-    variant: Variant[TaskT], task: TaskT, reference: torch.Tensor, verbose: bool
-) -> _Prepared:
-    """Build a variant and check its output. Whatever goes wrong in a peer is a result."""
+def prepared(
+    case: Case[TaskT], variant: Variant[TaskT], verbose: bool = False
+) -> tuple[Run | None, Measurement]:
+    """A variant that is ready, and its row without times. Whatever goes wrong in it is a result."""
+    row = row_of(str(case), variant, "ok", "")
     try:
         with _quiet(verbose):
-            run = variant.build(task, DTYPES[variant.precision])
-            sqnr = qnn.sqnr(reference, run.output(run.call()))
+            run = variant.build(case.task, DTYPES[variant.precision])
+            got = run.output(run.call())
+            pairs = zip(_several(case.reference), _several(got), strict=True)
+            levels = [qnn.sqnr(reference, value) for reference, value in pairs]
     except Unavailable as error:
-        return _Prepared(None, "unavailable", str(error))
+        return None, dataclasses.replace(row, status="unavailable", note=str(error))
     except Exception as error:
         first_line = str(error).strip().partition("\n")[0][:160]
-        return _Prepared(None, "failed", f"{type(error).__name__}: {first_line}".rstrip(": "))
-    if not sqnr >= MIN_SQNR:  # NaN fails too
-        return _Prepared(None, "failed", f"SQNR {sqnr:.1f} dB, under {MIN_SQNR:.0f}", sqnr)
-    return _Prepared(run, "ok", run.note, sqnr)
+        note = f"{type(error).__name__}: {first_line}".rstrip(": ")
+        return None, dataclasses.replace(row, status="failed", note=note)
+    # Python's min passes over a NaN that is not the first.
+    sqnr, floor = math.nan if any(map(math.isnan, levels)) else min(levels), case.floor(row.family)
+    row = dataclasses.replace(row, note=run.note, sqnr_db=sqnr)
+    if not sqnr >= floor:
+        note = f"SQNR {sqnr:.1f} dB, under {floor:.0f}"
+        return None, dataclasses.replace(row, status="failed", note=note)
+    return run, dataclasses.replace(row, megabytes=peak_megabytes(run.call, case.device))
 
 
-@torch.no_grad()
+def _several(output: torch.Tensor | Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    return [output] if isinstance(output, torch.Tensor) else output
+
+
 def measure(
-    case: str,
+    case: Case[TaskT],
     variants: Sequence[Variant[TaskT]],
-    task: TaskT,
     *,
-    reference: torch.Tensor,
     baseline: str,
-    operations: float,
     effort: Effort,
     verbose: bool = False,
 ) -> list[Measurement]:
     """A row for each variant: set up and checked one after the other, then timed in turns.
 
-    Args:
-        reference: the float32 output.
-        baseline: the variant whose time is divided by the others' for `speedup`.
-        operations: multiplications and additions of a call, for `tops`.
+    `baseline` is the variant whose time is divided by the others' for `speedup`; with `{mode}` in
+    its name it is one for each mode.
     """
-    prepared: dict[str, _Prepared] = {}
-    for variant in variants:
-        progress(f"{case}: {variant.name}")
-        with _no_traces(variant.name):
-            prepared[variant.name] = _prepare(variant, task, reference, verbose)
-    progress(f"{case}: timing")
-    calls = {name: p.run.call for name, p in prepared.items() if p.run is not None}
-    load = OtherLoad()
-    samples = interleave(calls, effort)
-    other_load = load.cores()
-    medians = {name: statistics.median(times) for name, times in samples.items()}
-
-    rows = []
-    for v in variants:
-        p = prepared[v.name]
-        row = Measurement(
-            case, v.name, v.family, v.precision, v.mode, p.status, p.note, sqnr_db=p.sqnr_db
+    runs: dict[str, Run] = {}
+    rows: dict[str, Measurement] = {}
+    with torch.set_grad_enabled(case.training):
+        for variant in variants:
+            progress(f"{case}: {variant.name}")
+            with _no_traces(variant.name):
+                run, rows[variant.name] = prepared(case, variant, verbose)
+            if run is not None:
+                runs[variant.name] = run
+        progress(f"{case}: timing")
+        load = OtherLoad()
+        calls = {name: run.call for name, run in runs.items()}
+        samples = interleave(calls, effort, case.device)
+    other_load = load.cores() if case.device.type == "cpu" else None
+    clock = clock_mhz(case.device)
+    for name, taken in samples.items():
+        rows[name] = dataclasses.replace(
+            timed(rows[name], taken, operations=case.operations, per=runs[name].repeats),
+            other_load=other_load,
+            **({} if clock is None else {"sm_mhz": clock}),
         )
-        if v.name in medians:
-            median = medians[v.name]
-            row = dataclasses.replace(
-                row,
-                median_ms=median * 1e3,
-                min_ms=min(samples[v.name]) * 1e3,
-                speedup=medians[baseline] / median if baseline in medians else None,
-                tops=operations / median / 1e12,
-                samples=len(samples[v.name]),
-                other_load=other_load,
-            )
-        rows.append(row)
-    del prepared, calls
+    del runs, calls
     torch._dynamo.reset()  # between cases: no compiled variant outlives its case
     gc.collect()
-    return rows
+    if case.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return [
+        dataclasses.replace(
+            rows[v.name], speedup=over(rows.get(_in_mode(baseline, v)), rows[v.name])
+        )
+        for v in variants
+    ]
+
+
+Grid = dict[str, dict[str, list[Measurement]]]
+
+
+def measure_grid(
+    cases: Iterable[Case[TaskT]],
+    variants: Sequence[Variant[TaskT]],
+    *,
+    baseline: str,
+    effort: Effort,
+    show: Callable[[list[Measurement], str], str],
+    verbose: bool = False,
+) -> Grid:
+    """`{"BERT-base, 768->3072": {"M=1": rows}}`; what `show` makes of each case's is printed."""
+    grid: Grid = {}
+    for case in cases:
+        rows = measure(case, variants, baseline=baseline, effort=effort, verbose=verbose)
+        grid.setdefault(case.section, {})[case.name] = rows
+        print(f"\n{case}\n{show(rows, baseline)}", flush=True)
+    return grid
+
+
+def all_rows(grid: Grid) -> list[Measurement]:
+    return [row for column in grid.values() for rows in column.values() for row in rows]
+
+
+# -- the command line --------------------------------------------------------------------------
 
 
 _START = time.perf_counter()
@@ -410,9 +429,6 @@ def command_line() -> str:
 
 def progress(message: str) -> None:
     print(f"[{time.perf_counter() - _START:5.0f} s] {message}", file=sys.stderr, flush=True)
-
-
-# -- the command line --------------------------------------------------------------------------
 
 
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
@@ -432,8 +448,3 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--verbose", action="store_true", help="with the libraries' own messages")
     return parser
-
-
-def select(variants: Sequence[Variant[TaskT]], only: str, baseline: str) -> list[Variant[TaskT]]:
-    """The variants whose name matches the regular expression `only`, and always the baseline."""
-    return [v for v in variants if v.name == baseline or re.search(only, v.name)]

@@ -10,20 +10,20 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from statistics import median
 
 import torch
 from torch import nn
 
 import qnn
 
-from harness import Effort, Measurement, OtherLoad, counted, interleave, progress
+from harness import Measurement, Run, Variant, progress, row_of, timed
+from machine import counted
 from peaks import Peaks
-from report import number, table
+from report import Part, number, table
+from timing import Effort, OtherLoad, interleave
 
-Part = tuple[list[Measurement], str]
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _QNN, _GEMM, _FLOAT = ("qnn int8", "eager"), ("oneDNN int8", "GEMM only"), ("float", "eager")
 
@@ -52,7 +52,7 @@ def gemm(layer: qnn.QLinear, x: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 
 @dataclass(frozen=True)
-class _Timed:
+class _Call:
     """One call to time, and the row that it will be."""
 
     case: str
@@ -62,25 +62,21 @@ class _Timed:
     operations: float
     bytes_read: float = 0.0
 
+    @property
+    def variant(self) -> Variant[None]:
+        family, mode = self.family
+        return Variant(family, self.precision, mode, lambda *_: Run(self.call))
 
-def _timed(calls: Mapping[str, _Timed], effort: Effort) -> dict[str, Measurement]:
-    """All in turns."""
+
+def _in_turns(calls: Mapping[str, _Call], effort: Effort) -> dict[str, Measurement]:
     load = OtherLoad()
     samples = interleave({name: each.call for name, each in calls.items()}, effort)
     other_load = load.cores()
     rows = {}
     for name, each in calls.items():
-        family, mode = each.family
-        seconds = median(samples[name])
-        rows[name] = Measurement(
-            each.case, f"{family} {each.precision} {mode}", family, each.precision, mode, "ok", "",
-            median_ms=seconds * 1e3,
-            min_ms=min(samples[name]) * 1e3,
-            tops=each.operations / seconds / 1e12,
-            gb_s=each.bytes_read / seconds / 1e9 if each.bytes_read else None,
-            samples=len(samples[name]),
-            other_load=other_load,
-        )  # fmt: skip
+        row = row_of(each.case, each.variant, "ok", "")
+        row = timed(row, samples[name], operations=each.operations, read=each.bytes_read)
+        rows[name] = replace(row, other_load=other_load)
     return rows
 
 
@@ -112,7 +108,7 @@ def one_row(
     weight again and again; `far_sizes` take turns of so many copies that `far` bytes lie between
     two uses of one. The limit is a plain loop that reads as many bytes over and over.
     """
-    calls: dict[str, _Timed] = {}
+    calls: dict[str, _Call] = {}
     cases = [(k, n, 1, n * k) for k, n in sizes]
     cases += [(k, n, math.ceil(far / (n * k)), far) for k, n in far_sizes]
     for k, n, copies, _ in cases:
@@ -126,9 +122,9 @@ def one_row(
         precision = _PRECISIONS[dtype]
         ours = _in_turn([partial(each, x) for each in layers])
         theirs = _in_turn([gemm(each, x) for each in layers])
-        calls[f"qnn {k} {n} {copies}"] = _Timed(case, _QNN, precision, ours, *work)
-        calls[f"gemm {k} {n} {copies}"] = _Timed(case, _GEMM, precision, theirs, *work)
-    rows = _timed(calls, effort)
+        calls[f"qnn {k} {n} {copies}"] = _Call(case, _QNN, precision, ours, *work)
+        calls[f"gemm {k} {n} {copies}"] = _Call(case, _GEMM, precision, theirs, *work)
+    rows = _in_turns(calls, effort)
     body = []
     for k, n, copies, spread in cases:
         ours, theirs = (rows[f"{name} {k} {n} {copies}"] for name in ("qnn", "gemm"))
@@ -161,7 +157,7 @@ def scaling(sizes: Sequence[tuple[int, int]], m: int, dtype: torch.dtype, effort
     threads = torch.get_num_threads()
     if threads == 1:
         return [], "Not measured: there is one thread only."
-    calls: dict[str, _Timed] = {}
+    calls: dict[str, _Call] = {}
     names = {"qnn": _QNN, "GEMM only": _GEMM, "nn.Linear": _FLOAT}
     for k, n in sizes:
         progress(f"threads: K={k}, N={n}")
@@ -170,11 +166,11 @@ def scaling(sizes: Sequence[tuple[int, int]], m: int, dtype: torch.dtype, effort
         runs = {"qnn": partial(layer, x), "GEMM only": gemm(layer, x), "nn.Linear": plain}
         for (name, run), count in itertools.product(runs.items(), (1, threads)):
             case = f"K={k}, N={n}, M={m}, {counted(count, 'thread')}"
-            calls[f"{name} {k} {n} {count}"] = _Timed(
+            calls[f"{name} {k} {n} {count}"] = _Call(
                 case, names[name], _PRECISIONS[dtype], _with_threads(count, run), 2 * m * n * k
             )
     try:
-        rows = _timed(calls, effort)
+        rows = _in_turns(calls, effort)
     finally:
         torch.set_num_threads(threads)
     body = []
@@ -193,15 +189,15 @@ def scaling(sizes: Sequence[tuple[int, int]], m: int, dtype: torch.dtype, effort
 
 def eager_overhead(size: int, effort: Effort) -> Part:
     """One row through a layer of `size` x `size`, which computes next to nothing."""
-    calls: dict[str, _Timed] = {}
+    calls: dict[str, _Call] = {}
     work = 2 * size * size
     for dtype, precision in _PRECISIONS.items():
         case = f"K={size}, N={size}, M=1, eager overhead"
         x, plain = torch.randn(1, size).to(dtype), nn.Linear(size, size).to(dtype)
         layer = int8_layer(size, size, dtype)
-        calls[f"nn.Linear {precision}"] = _Timed(case, _FLOAT, precision, partial(plain, x), work)
-        calls[f"qnn {precision}"] = _Timed(case, _QNN, precision, partial(layer, x), work)
-    rows = _timed(calls, effort)
+        calls[f"nn.Linear {precision}"] = _Call(case, _FLOAT, precision, partial(plain, x), work)
+        calls[f"qnn {precision}"] = _Call(case, _QNN, precision, partial(layer, x), work)
+    rows = _in_turns(calls, effort)
     body = []
     for precision in _PRECISIONS.values():
         plain, ours = (_ms(rows[f"{name} {precision}"]) * 1e3 for name in ("nn.Linear", "qnn"))

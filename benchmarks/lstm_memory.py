@@ -8,14 +8,9 @@ each print one line of JSON; bench_lstm.py calls them, and reads the tables from
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +19,11 @@ from torch import nn
 
 import qnn
 
-from fresh_process import Part, resident_bytes
-from harness import DTYPES, Measurement, progress
+from fresh_process import ask, child_parser, reply, resident_bytes
+from harness import DTYPES, Measurement, named, row_of
 from lstm_variants import VARIANTS
-from report import number, table
+from report import Part, number, table
+from timing import seconds
 from variants import Task
 
 # Of two layers of this size float32 takes 59 MB: enough beside what a library itself takes.
@@ -50,22 +46,24 @@ _WHAT = ("forward", "step")
 # -- in the fresh process ------------------------------------------------------------------------
 
 
-def make_task(inputs: int, hidden: int, layers: int, steps: int = 10, kind: type = nn.LSTM) -> Task:
+def recurrent_task(
+    inputs: int, hidden: int, layers: int, steps: int = 10, kind: type = nn.LSTM
+) -> Task:
     torch.manual_seed(0)
     layer = kind(inputs, hidden, layers).eval()
     calibration = tuple(torch.randn(steps, 4, inputs) for _ in range(4))
     return Task(layer, torch.randn(steps, 1, inputs), calibration)
 
 
-def _at_rest(name: str, quick: bool) -> dict[str, Any]:
+def _grown(name: str, quick: bool) -> dict[str, Any]:
     """What the process grows by, beyond the float layer, for one more that has been called.
 
     The first one, which stays, takes what every process takes once: code, threads, buffers.
     """
-    variant = next(v for v in VARIANTS if v.name == name)
+    variant = named(VARIANTS, name)
     dtype = DTYPES[variant.precision]
     size = AT_REST_QUICK if quick else AT_REST
-    first, task = variant.build(make_task(*size), dtype), make_task(*size)
+    first, task = variant.build(recurrent_task(*size), dtype), recurrent_task(*size)
     first.call()
     _forget()
     float32 = sum(parameter.nbytes for parameter in task.model.parameters())
@@ -83,7 +81,7 @@ def _forget() -> None:
     """Drop what building keeps between the cases of a benchmark."""
     import lstm_variants
 
-    for cached in ("_quantized", "_onnx", "_openvino"):
+    for cached in ("_quantized_lstm", "_onnx_lstm", "_openvino_lstm"):
         getattr(lstm_variants, cached).cache_clear()
     gc.collect()
 
@@ -127,48 +125,28 @@ def _split(name: str, what: str, split_gates: bool, quick: bool) -> dict[str, An
     _peak(reset=True)
     call(x)
     peak = _peak()
-    times = [_seconds(call, x) for _ in range(2 if quick else 7)]
+    times = [seconds(lambda: call(x)) for _ in range(2 if quick else 7)]
     grown = None if before is None or peak is None else max(0, peak - before)
     return {"peak": grown, "seconds": statistics.median(times)}
-
-
-def _seconds(call: Callable[[torch.Tensor], None], x: torch.Tensor) -> float:
-    began = time.perf_counter()
-    call(x)
-    return time.perf_counter() - began
 
 
 # -- in the benchmark ----------------------------------------------------------------------------
 
 
-def _ask(*arguments: str, quick: bool) -> dict[str, Any]:
-    """The answer of a fresh process; `{"error": …}` if it fails."""
-    progress(f"a fresh process: {', '.join(arguments)}")
-    command = [sys.executable, __file__, *arguments, *(["--quick"] if quick else [])]
-    command += ["--threads", str(torch.get_num_threads())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        return {"error": lines[-1][:160]}
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
-
-
-def at_rest(quick: bool) -> Part:
+def layer_at_rest(quick: bool) -> Part:
     """Bytes of one more layer that has been called, over those of float32's parameters."""
     inputs, hidden, layers = AT_REST_QUICK if quick else AT_REST
     case = f"LSTM, I={inputs}, H={hidden}, layers={layers}, resident at rest"
     body, rows = [], []
     for name in _AT_REST:
-        variant = next(v for v in VARIANTS if v.name == name)
-        answer = _ask("at-rest", name, quick=quick)
+        variant = named(VARIANTS, name)
+        answer = ask(__file__, "at-rest", name, quick=quick)
         grown = answer.get("resident")
         if grown is None:
             body.append((name, f"failed: {answer.get('error', 'no /proc')}", "-"))
             continue
         body.append((name, number(grown / 1e6), f"{grown / answer['float32']:.2f}x"))
-        fields = (case, name, variant.family, variant.precision, variant.mode, "ok", "")
-        rows.append(Measurement(*fields, megabytes=grown / 1e6))
+        rows.append(replace(row_of(case, variant, "ok", ""), megabytes=grown / 1e6))
     head = ("one more takes", "MB", "of float32's parameters")
     return rows, f"{case}.\n\n{table(head, body)}"
 
@@ -181,7 +159,8 @@ def split_gates(quick: bool) -> Part:
     for layer in _LAYERS:
         for what in _WHAT:
             found = [
-                _ask("split", layer, what, *flag, quick=quick) for flag in ((), ("--split-gates",))
+                ask(__file__, "split", layer, what, *flag, quick=quick)
+                for flag in ((), ("--split-gates",))
             ]
             label = "forward" if what == "forward" else "training step"
             error = next((each["error"] for each in found if "error" in each), None)
@@ -207,21 +186,18 @@ def split_gates(quick: bool) -> Part:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = child_parser(__doc__)
     parser.add_argument("what", choices=("at-rest", "split"))
     parser.add_argument("name", choices=(*_AT_REST, *_LAYERS))
     parser.add_argument("call", choices=_WHAT, nargs="?", default="forward")
     parser.add_argument("--split-gates", action="store_true")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if options.what == "at-rest":
-        with torch.no_grad():
-            answer = _at_rest(options.name, options.quick)
-    else:
-        answer = _split(options.name, options.call, options.split_gates, options.quick)
-    print(json.dumps(answer))
+    name, quick = options.name, options.quick
+    work = {
+        "at-rest": lambda: torch.no_grad()(_grown)(name, quick),
+        "split": lambda: _split(name, options.call, options.split_gates, quick),
+    }
+    reply(options, work[options.what])
 
 
 if __name__ == "__main__":

@@ -21,28 +21,23 @@ from torch._dynamo import config as dynamo
 
 import qnn
 
-from harness import Run, Unavailable, Variant, first_tensor
-from variants import Task, compiled_run, inductor_settings, needs, quantized_engine, scratch
-
-BASELINE = "float fp32 eager"
-
-
-def _output(result: Any) -> torch.Tensor:
-    return first_tensor(result).float()
-
-
-def _run(call: Any, note: str = "") -> Run:
-    return Run(call, note, _output)
-
+from harness import Run, Unavailable, Variant, first_tensor, inductor_settings, needs
+from variants import (
+    Task,
+    compiled_run,
+    float_eager,
+    onnx_session,
+    openvino_call,
+    openvino_compiled,
+    quantised_onnx,
+    quantized_engine,
+    scratch,
+)
 
 # -- float ---------------------------------------------------------------------------------------
 
 
-def float_eager(task: Task, dtype: torch.dtype) -> Run:
-    return _run(partial(task.model_in(dtype), task.input_in(dtype)))
-
-
-def float_compiled(task: Task, dtype: torch.dtype) -> Run:
+def lstm_float_compiled(task: Task, dtype: torch.dtype) -> Run:
     """Dynamo refuses recurrent layers of torch unless it is told otherwise."""
     if isinstance(task.model, nn.GRU):
         raise Unavailable("Inductor unrolls every step of a GRU, and compiles for minutes")
@@ -53,14 +48,14 @@ def float_compiled(task: Task, dtype: torch.dtype) -> Run:
         with dynamo.patch(allow_rnn=True):  # a guard of what was compiled
             return run.call()
 
-    return _run(call, "with torch._dynamo.config.allow_rnn")
+    return Run(call, "with torch._dynamo.config.allow_rnn")
 
 
 # -- qnn -----------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=8)
-def _quantized(
+def _quantized_lstm(
     model: nn.Module, calibration: tuple[torch.Tensor, ...], scheme: str, sixteen: bool
 ) -> nn.Module:
     if scheme != "int8_static":
@@ -70,7 +65,7 @@ def _quantized(
 
 
 def qnn_layer(task: Task, dtype: torch.dtype, scheme: str, sixteen: bool = False) -> nn.Module:
-    layer = _quantized(task.model, task.calibration, scheme, sixteen)
+    layer = _quantized_lstm(task.model, task.calibration, scheme, sixteen)
     return copy.deepcopy(layer).to(dtype)
 
 
@@ -80,25 +75,25 @@ def qnn_backend(layer: nn.Module) -> str:
     return (row.backend or "").split(";")[0].removeprefix("cpu: ").split(",")[0].split(":")[0]
 
 
-def qnn_eager(
+def qnn_lstm_eager(
     task: Task, dtype: torch.dtype, *, scheme: str = "int8", sixteen: bool = False
 ) -> Run:
     layer, x = qnn_layer(task, dtype, scheme, sixteen), task.input_in(dtype)
     layer(x)  # builds the kernels where that is due
-    return _run(partial(layer, x), qnn_backend(layer))
+    return Run(partial(layer, x), qnn_backend(layer))
 
 
-def qnn_compiled(task: Task, dtype: torch.dtype, *, scheme: str = "int8") -> Run:
+def qnn_lstm_compiled(task: Task, dtype: torch.dtype, *, scheme: str = "int8") -> Run:
     layer = qnn_layer(task, dtype, scheme)
     with inductor_settings():
         run = compiled_run(layer, task.input_in(dtype))
-    return _run(run.call, qnn_backend(layer))
+    return Run(run.call, qnn_backend(layer))
 
 
 # -- torch.ao ------------------------------------------------------------------------------------
 
 
-def torch_ao(task: Task, dtype: torch.dtype, *, engine: str) -> Run:
+def torch_ao_lstm(task: Task, dtype: torch.dtype, *, engine: str) -> Run:
     """Dynamic quantisation, with the kernels of one engine."""
     if engine not in torch.backends.quantized.supported_engines:
         raise Unavailable("this build of torch has no such engine")
@@ -111,7 +106,7 @@ def torch_ao(task: Task, dtype: torch.dtype, *, engine: str) -> Run:
         with quantized_engine(engine):
             return layer(x)
 
-    return _run(call)
+    return Run(call)
 
 
 # -- ONNX Runtime --------------------------------------------------------------------------------
@@ -130,17 +125,15 @@ class _Outputs(nn.Module):
 
 
 @functools.lru_cache(maxsize=2)
-def _onnx(model: nn.Module, example: torch.Tensor) -> tuple[Path, Path]:
+def _onnx_lstm(model: nn.Module, example: torch.Tensor) -> tuple[Path, Path]:
     """The layer in ONNX, and the same dynamically quantised, for a batch of any size.
 
     By the older exporter: the newer one takes a minute for a recurrent layer, and cuts its weights
     into constants that ONNX Runtime then does not quantise.
     """
-    quantization = needs("onnxruntime.quantization")
+    needs("onnxruntime")
     needs("onnx")
-    preparation = needs("onnxruntime.quantization.shape_inference")
-    folder = Path(tempfile.mkdtemp(dir=scratch()))
-    exported, prepared, quantised = (folder / f"{name}.onnx" for name in ("float", "pre", "int8"))
+    exported = Path(tempfile.mkdtemp(dir=scratch())) / "float.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -152,23 +145,15 @@ def _onnx(model: nn.Module, example: torch.Tensor) -> tuple[Path, Path]:
             output_names=["y"],
             dynamic_axes={"x": {1: "batch"}, "y": {1: "batch"}},
         )
-    preparation.quant_pre_process(exported, prepared)
-    quantization.quantize_dynamic(
-        prepared, quantised, per_channel=True, weight_type=quantization.QuantType.QInt8
-    )
-    return exported, quantised
+    return exported, quantised_onnx(exported)
 
 
-def onnxruntime(task: Task, dtype: torch.dtype, *, quantised: bool) -> Run:
-    ort = needs("onnxruntime")
+def onnxruntime_lstm(task: Task, dtype: torch.dtype, *, quantised: bool) -> Run:
+    needs("onnxruntime")
     if quantised and isinstance(task.model, nn.GRU):
         raise Unavailable("it has no quantised GRU")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # as in variants.py
-    path = _onnx(task.model, task.calibration[0])[quantised]
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return _run(partial(session.run, None, {"x": task.input_in(dtype).numpy()}))
+    path = _onnx_lstm(task.model, task.calibration[0])[quantised]
+    return Run(onnx_session(path, task.input_in(dtype)))
 
 
 # -- OpenVINO ------------------------------------------------------------------------------------
@@ -179,7 +164,7 @@ def _batch_first(x: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=4)
-def _openvino(
+def _openvino_lstm(
     model: nn.Module, calibration: tuple[torch.Tensor, ...], quantised: bool
 ) -> tuple[Any, int]:
     """The layer in OpenVINO, quantised by NNCF or not, and how many tensors NNCF quantises.
@@ -204,24 +189,18 @@ def _openvino(
     return converted, kinds.count("FakeQuantize")
 
 
-def openvino(task: Task, dtype: torch.dtype, *, quantised: bool) -> Run:
-    """`dtype` is its precision hint: what it computes in where it does not compute in int8."""
-    core = needs("openvino").Core()
-    model, points = _openvino(task.model, task.calibration, quantised)
+def openvino_lstm(task: Task, dtype: torch.dtype, *, quantised: bool) -> Run:
+    needs("openvino")
+    model, points = _openvino_lstm(task.model, task.calibration, quantised)
     if quantised and not points:
         raise Unavailable("NNCF leaves this layer in float")
     x = _batch_first(task.input)
     model = model.clone()
     model.reshape(list(x.shape))
-    settings = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": "f32" if dtype == torch.float32 else "bf16",
-    }
-    compiled = core.compile_model(model, "CPU", settings)
-    infer = compiled.create_infer_request().infer
-    call = partial(infer, [x.numpy()], share_inputs=True, share_outputs=True)
-    return Run(call, _kernel(compiled), lambda result: _output(result).transpose(0, 1))
+    ready = openvino_compiled(model, dtype)
+    return Run(
+        openvino_call(ready, x), _kernel(ready), lambda result: first_tensor(result).transpose(0, 1)
+    )
 
 
 def _kernel(compiled: Any) -> str:
@@ -237,11 +216,11 @@ _KERNELS = ("RNNSeq", "RNNCell", "TensorIterator")
 
 VARIANTS: tuple[Variant[Task], ...] = (
     Variant("float", "fp32", "eager", float_eager),
-    Variant("float", "fp32", "compiled", float_compiled),
+    Variant("float", "fp32", "compiled", lstm_float_compiled),
     Variant("float", "bf16", "eager", float_eager),
-    Variant("float", "bf16", "compiled", float_compiled),
+    Variant("float", "bf16", "compiled", lstm_float_compiled),
     *(
-        Variant(f"qnn {scheme}", precision, "eager", partial(qnn_eager, scheme=scheme))
+        Variant(f"qnn {scheme}", precision, "eager", partial(qnn_lstm_eager, scheme=scheme))
         for scheme in ("int8", "int8_static", "int8_weight")
         for precision in ("fp32", "bf16")
     ),
@@ -249,18 +228,20 @@ VARIANTS: tuple[Variant[Task], ...] = (
         "qnn int8_static",
         "fp32",
         "16-bit parts",
-        partial(qnn_eager, scheme="int8_static", sixteen=True),
+        partial(qnn_lstm_eager, scheme="int8_static", sixteen=True),
     ),
-    Variant("qnn int8", "fp32", "compiled", qnn_compiled),
-    Variant("qnn int8_static", "fp32", "compiled", partial(qnn_compiled, scheme="int8_static")),
+    Variant("qnn int8", "fp32", "compiled", qnn_lstm_compiled),
+    Variant(
+        "qnn int8_static", "fp32", "compiled", partial(qnn_lstm_compiled, scheme="int8_static")
+    ),
     *(
-        Variant("torch.ao int8", "fp32", engine, partial(torch_ao, engine=engine))
+        Variant("torch.ao int8", "fp32", engine, partial(torch_ao_lstm, engine=engine))
         for engine in ("x86", "fbgemm", "onednn", "qnnpack")
     ),
-    Variant("ONNX Runtime", "fp32", "float", partial(onnxruntime, quantised=False)),
-    Variant("ONNX Runtime int8", "fp32", "dynamic", partial(onnxruntime, quantised=True)),
-    Variant("OpenVINO", "fp32", "float", partial(openvino, quantised=False)),
-    Variant("OpenVINO", "bf16", "float", partial(openvino, quantised=False)),
-    Variant("OpenVINO int8", "fp32", "NNCF", partial(openvino, quantised=True)),
-    Variant("OpenVINO int8", "bf16", "NNCF", partial(openvino, quantised=True)),
+    Variant("ONNX Runtime", "fp32", "float", partial(onnxruntime_lstm, quantised=False)),
+    Variant("ONNX Runtime int8", "fp32", "dynamic", partial(onnxruntime_lstm, quantised=True)),
+    Variant("OpenVINO", "fp32", "float", partial(openvino_lstm, quantised=False)),
+    Variant("OpenVINO", "bf16", "float", partial(openvino_lstm, quantised=False)),
+    Variant("OpenVINO int8", "fp32", "NNCF", partial(openvino_lstm, quantised=True)),
+    Variant("OpenVINO int8", "bf16", "NNCF", partial(openvino_lstm, quantised=True)),
 )

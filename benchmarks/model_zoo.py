@@ -32,7 +32,8 @@ from torch import nn
 
 import qnn
 
-from report import table
+from harness import first_tensor
+from report import table, write_csv
 from stock_models import MODELS, build
 
 SCHEMES = ("int8", "fp8", "nvfp4_weight", "int4_weight")
@@ -47,17 +48,10 @@ INCLUDE = {"falcon": ("FalconLinear",), "pyg": ("Linear",)}
 Call = Callable[[nn.Module], Any]
 
 
-def first(output: Any) -> torch.Tensor:
-    """The first tensor of an output."""
-    while not isinstance(output, torch.Tensor):
-        output = next(iter(output.values())) if hasattr(output, "values") else output[0]
-    return output
-
-
 def caller(inputs: Any) -> Call:
     def call(model: nn.Module) -> torch.Tensor:
         torch.manual_seed(0)
-        return first(model(**inputs) if isinstance(inputs, dict) else model(*inputs))
+        return first_tensor(model(**inputs) if isinstance(inputs, dict) else model(*inputs))
 
     return call
 
@@ -295,10 +289,7 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
             order = list(MODELS)
             rows.sort(key=lambda r: (order.index(r["model"]), SCHEMES.index(r["scheme"])))
-            with path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
+            write_csv(path, rows)
     (options.out / "model_zoo.md").write_text(page(rows, backend, versions()))
 
 

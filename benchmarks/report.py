@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import Machine, Measurement, command_line, counted
+from harness import LEFT_OUT, Measurement, command_line, over
+from machine import Machine, counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,12 +65,8 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
 
 
-def speedup(row: Measurement) -> str:
-    return "-" if row.speedup is None else f"{row.speedup:.2f}x"
-
-
-def decibels(row: Measurement) -> str:
-    return "-" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"
+def times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
 
 
 def case_table(rows: Sequence[Measurement], baseline: str) -> str:
@@ -79,14 +77,120 @@ def case_table(rows: Sequence[Measurement], baseline: str) -> str:
             row.variant,
             number(row.median_ms),
             number(row.min_ms),
-            "baseline" if row.variant == baseline else speedup(row),
+            "baseline" if row.variant == baseline else times(row.speedup),
             number(row.tops, 2),
-            decibels(row),
+            "-" if row.sqnr_db is None else f"{row.sqnr_db:.1f}",
             row.remark,
         )
         for row in rows
     ]
     return table(head, body, left=(0, 6))
+
+
+def size_table(cases: Mapping[str, Sequence[Measurement]], *, remarks: bool = False) -> str:
+    """A row a variant, a column a case: median ms and speed-up; the lowest SQNR; the remarks."""
+    body, left_out = [], []
+    for rows in zip(*cases.values(), strict=True):
+        if all(row.status == "unavailable" for row in rows):
+            left_out += [rows[0].variant] if rows[0].note == LEFT_OUT else []
+            continue
+        cells = [
+            ("-" if row.status == "unavailable" else row.status)
+            if row.median_ms is None
+            else f"{number(row.median_ms)} ({times(row.speedup)})"
+            for row in rows
+        ]
+        noise = [row.sqnr_db for row in rows if row.sqnr_db is not None]
+        found = dict.fromkeys(row.remark for row in rows if row.median_ms is not None)
+        more = ["; ".join(found)] if remarks else []
+        body.append((rows[0].variant, *cells, f"{min(noise):.1f}" if noise else "-", *more))
+    head = ("median ms (speed-up)", *cases, "SQNR dB", *(["remark"] if remarks else []))
+    text = table(head, body, left=(0, len(head) - 1) if remarks else (0,))
+    if not left_out:
+        return text
+    return f"{text}\n\nNot measured in this size (`--everywhere` adds them): {', '.join(left_out)}."
+
+
+def without_time(rows: Sequence[Measurement]) -> str:
+    """Every variant that was tried and has no time, why, and in how many cases."""
+    absent = [row for row in rows if row.median_ms is None and row.note != LEFT_OUT]
+    counts = Counter((row.variant, row.remark) for row in absent)
+    listed = [f"- {name}: {remark} (cases: {count})" for (name, remark), count in counts.items()]
+    return "\n".join(["## Without a time", "", *(listed or ["None."])])
+
+
+# -- ratios and aims -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pick:
+    """Rows of a family, in a mode and a precision; where these are "", in any but `but`."""
+
+    family: str
+    mode: str = ""
+    precision: str = ""
+    but: str = ""
+
+    def of(self, rows: Iterable[Measurement]) -> list[Measurement]:
+        return [
+            row
+            for row in rows
+            if row.family == self.family
+            and row.mode in (self.mode or row.mode,)
+            and row.precision in (self.precision or row.precision,)
+            and row.mode != self.but
+        ]
+
+    def best(self, rows: Iterable[Measurement]) -> Measurement | None:
+        """The fastest that was timed."""
+        timed = [row for row in self.of(rows) if row.median_ms is not None]
+        return min(timed, key=lambda row: row.median_ms or 0.0, default=None)
+
+
+@dataclass(frozen=True)
+class Aim:
+    """`ours` is to be at least `goal` times as fast as `theirs`, in each of `cases`."""
+
+    what: str
+    ours: Pick
+    theirs: Pick
+    goal: float
+    cases: Sequence[str]
+
+    def judged(self, rows: Sequence[Measurement]) -> tuple[str, str]:
+        """The lowest ratio and the verdict; why there is none where a case has no time."""
+        ratios, loads = [], []
+        for case in self.cases:
+            of_case = [row for row in rows if row.case == case]
+            tried = self.ours.of(of_case)
+            if not tried:
+                continue
+            theirs, ours = self.theirs.best(of_case), self.ours.best(of_case)
+            if theirs is None or ours is None:
+                lacking = [*tried, *self.theirs.of(of_case)]
+                why = next((r.remark for r in lacking if r.median_ms is None), "nothing to compare")
+                return "-", f"not judged: {case}: {why}"
+            ratios.append(over(theirs, ours))
+            loads.append(ours.other_load or 0.0)
+        if not ratios:
+            return "-", "not measured"
+        verdict = "met" if min(ratios) >= self.goal else "**missed**"
+        if max(loads) > QUIET:
+            verdict = "not judged, on a machine that was not quiet"
+        if len(ratios) < len(self.cases):
+            missing = len(self.cases) - len(ratios)
+            verdict += f", {missing} of {len(self.cases)} cases not measured"
+        return times(min(ratios)), verdict
+
+
+def aims_table(aims: Iterable[Aim], rows: Sequence[Measurement]) -> str:
+    body = []
+    for aim in aims:
+        theirs = " ".join(filter(None, (aim.theirs.family, aim.theirs.precision)))
+        ours = " ".join(filter(None, (aim.ours.family, aim.ours.mode)))
+        body.append((aim.what, ours, theirs, f"{aim.goal:g}x", *aim.judged(rows)))
+    head = ("times as fast", "what", "as", "aim", "lowest", "verdict")
+    return table(head, body, left=(0, 1, 2, 5))
 
 
 def quietness(rows: Sequence[Measurement]) -> str:
@@ -99,6 +203,9 @@ def quietness(rows: Sequence[Measurement]) -> str:
     if not noisy:
         return found
     return f"{found} **Not a quiet machine in {noisy} of {len(loads)} cases: do not quote them.**"
+
+
+Part = tuple[list[Measurement], str]  # rows for the CSV file, and text for the page
 
 
 # -- files ---------------------------------------------------------------------------------------
@@ -117,15 +224,8 @@ def save(
     The chart called `name` is shown at the top, the others wherever `parts` show them.
     """
     machine = Machine.here()
-    out.mkdir(parents=True, exist_ok=True)
-    _write_csv(out / f"{name}.csv", rows, machine)
-    head = [
-        f"# {title}",
-        f"`{command_line()}`; every figure is in [{name}.csv]({name}.csv).",
-        f"{machine}. {quietness(rows)} {machine.missing()}".strip(),
-        f"![{title}]({name}.png)",
-    ]
-    (out / f"{name}.md").write_text("\n\n".join([*head, *parts]) + "\n")
+    about = f"{machine}. {quietness(rows)} {machine.missing()}".strip()
+    write(out, name, title, rows, [about, f"![{title}]({name}.png)", *parts])
     print(f"\n{machine}\n{quietness(rows)}\nwritten: {out / name}.csv, {out / name}.md")
     for stem, chart in charts.items():
         try:
@@ -135,19 +235,30 @@ def save(
             print(f"not written: {out / stem}.png, since {error.name} is not installed")
 
 
-def _write_csv(path: Path, rows: Sequence[Measurement], machine: Machine) -> None:
-    """A row a measurement, each with the machine, the threads and the versions."""
-    records = [
-        {
-            key: f"{value:.6g}" if isinstance(value, float) else value
-            for key, value in {**asdict(row), **machine.columns()}.items()
-        }
-        for row in rows
-    ]
+def write(
+    out: Path,
+    name: str,
+    title: str,
+    rows: Sequence[Measurement],
+    parts: Sequence[str],
+    where: Mapping[str, Any] | None = None,
+) -> None:
+    """The CSV file, with the machine and `where` in each row, and the page."""
+    out.mkdir(parents=True, exist_ok=True)
+    more = {**(where or {}), **Machine.here().columns()}
+    write_csv(out / f"{name}.csv", [{**asdict(row), **more} for row in rows])
+    head = [f"# {title}", f"`{command_line()}`; every figure is in [{name}.csv]({name}.csv)."]
+    (out / f"{name}.md").write_text("\n\n".join([*head, *parts]) + "\n")
+
+
+def write_csv(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Floats with six digits."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(records[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(records)
+        for record in records:
+            cells = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in record.items()}
+            writer.writerow(cells)
 
 
 # -- charts --------------------------------------------------------------------------------------
@@ -167,7 +278,7 @@ def _bar_text(row: Measurement) -> str:
     if row.median_ms is None:
         return row.remark[:60]
     sqnr = "" if row.sqnr_db is None or math.isinf(row.sqnr_db) else f", {row.sqnr_db:.0f} dB"
-    return f"{number(row.median_ms)} ms, {speedup(row)}{sqnr}"
+    return f"{number(row.median_ms)} ms, {times(row.speedup)}{sqnr}"
 
 
 def times_chart(rows: Sequence[Measurement], title: str, machine: Machine) -> Figure:

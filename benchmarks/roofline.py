@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from harness import Machine, counted
+from machine import Machine, counted
 from peaks import CACHE_BYTES, Peaks
 
 if TYPE_CHECKING:

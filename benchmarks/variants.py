@@ -10,9 +10,8 @@ import atexit
 import contextlib
 import copy
 import functools
-import importlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,8 @@ from torch import nn
 
 import qnn
 
-from harness import Run, Unavailable, Variant, fastest
+from harness import Run, Variant, compiled, inductor_settings, needs
+from timing import fastest
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,39 +46,11 @@ class Task:
         return self.input.to(dtype) if self.input.is_floating_point() else self.input
 
 
-def needs(module: str) -> Any:
-    """An optional module, or `Unavailable` where it is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise Unavailable(f"not installed ({error.name})") from error
-
-
-@contextlib.contextmanager
-def inductor_settings(**changes: Any) -> Iterator[None]:
-    """With `changes` inside and nothing changed afterwards: torchao and qnn set some for good."""
-    from torch._inductor import config
-
-    before = config.get_config_copy()
-    try:
-        with config.patch(changes):
-            yield
-    finally:
-        now = config.get_config_copy()
-        config.load_config({key: value for key, value in before.items() if now[key] != value})
-
-
 def compiled_run(model: nn.Module, x: torch.Tensor, note: str = "") -> Run:
-    """`torch.compile` and the first call, under the settings of this moment.
-
-    Dynamo keeps compiled code with the function that it is of. All variants share `forward`, so
-    without isolation one could run what was compiled for another.
-    """
-    compiled = torch.compile(  # type: ignore[call-overload]  # its overloads are not up to date
-        model, fullgraph=True, dynamic=False, isolate_recompiles=True
-    )
-    compiled(x)
-    return Run(partial(compiled, x), note)
+    """`torch.compile` and the first call, under the settings of this moment."""
+    call = partial(compiled(model), x)
+    call()
+    return Run(call, note)
 
 
 # -- float and qnn -----------------------------------------------------------------------------
@@ -187,11 +159,9 @@ def scratch() -> Path:
 @functools.cache
 def _onnx_int8(model: nn.Module, example: torch.Tensor) -> Path:
     """The model in ONNX, dynamically quantised, with a batch of any size."""
-    quantization = needs("onnxruntime.quantization")
+    needs("onnxruntime")
     needs("onnxscript")
-    preparation = needs("onnxruntime.quantization.shape_inference")
-    folder = Path(tempfile.mkdtemp(dir=scratch()))
-    exported, prepared, quantised = (folder / f"{name}.onnx" for name in ("float", "pre", "int8"))
+    exported = Path(tempfile.mkdtemp(dir=scratch())) / "float.onnx"
     torch.onnx.export(
         copy.deepcopy(model),
         (example,),
@@ -201,6 +171,26 @@ def _onnx_int8(model: nn.Module, example: torch.Tensor) -> Path:
         external_data=False,
         verbose=False,
     )
+    return quantised_onnx(exported)
+
+
+def onnx_session(path: Path, x: torch.Tensor) -> Callable[[], object]:
+    """A call of the file's model with `x`."""
+    ort = needs("onnxruntime")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Its idle threads would spin on after its turn, and a layer of 0.9 ms in torch then took 5 to
+    # 16 ms (2 cores). ONNX Runtime itself is not slower for it: within a call it still spins.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return partial(session.run, None, {session.get_inputs()[0].name: x.numpy()})
+
+
+def quantised_onnx(exported: Path) -> Path:
+    """The file's model, dynamically quantised."""
+    quantization = needs("onnxruntime.quantization")
+    preparation = needs("onnxruntime.quantization.shape_inference")
+    prepared, quantised = (exported.with_name(f"{name}.onnx") for name in ("pre", "int8"))
     preparation.quant_pre_process(exported, prepared)
     quantization.quantize_dynamic(
         prepared, quantised, per_channel=True, weight_type=quantization.QuantType.QInt8
@@ -209,16 +199,7 @@ def _onnx_int8(model: nn.Module, example: torch.Tensor) -> Path:
 
 
 def onnxruntime(task: Task, dtype: torch.dtype) -> Run:
-    ort = needs("onnxruntime")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    # Its idle threads would spin on after its turn, and a layer of 0.9 ms in torch then took 5 to
-    # 16 ms (2 cores). ONNX Runtime itself is not slower for it: within a call it still spins.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    path = _onnx_int8(task.model, task.calibration[0])
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: task.input_in(dtype).numpy()}
-    return Run(partial(session.run, None, feed))
+    return Run(onnx_session(_onnx_int8(task.model, task.calibration[0]), task.input_in(dtype)))
 
 
 # -- OpenVINO ----------------------------------------------------------------------------------
@@ -238,23 +219,30 @@ def _openvino_int8(
     )
 
 
-def openvino(task: Task, dtype: torch.dtype) -> Run:
-    """In float32 or, where the CPU is good at it, bfloat16 between the int8 layers: its precision
-    hint. Input and output stay float32.
+def openvino_compiled(model: Any, dtype: torch.dtype) -> Any:
+    """The model on the CPU. `dtype` is its precision hint: what it computes in where it does not
+    compute in int8, and where the CPU is good at it. Input and output stay float32.
     """
-    core = needs("openvino").Core()
-    model = _openvino_int8(task.model, task.calibration, task.transformer).clone()
-    model.reshape(list(task.input.shape))
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "INFERENCE_PRECISION_HINT": "f32" if dtype == torch.float32 else "bf16",
     }
-    compiled = core.compile_model(model, "CPU", settings)
-    chosen = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-    infer = compiled.create_infer_request().infer
-    call = partial(infer, [task.input.numpy()], share_inputs=True, share_outputs=True)
-    return Run(call, f"precision: {chosen}")
+    return needs("openvino").Core().compile_model(model, "CPU", settings)
+
+
+def openvino_call(model: Any, x: torch.Tensor) -> Callable[[], object]:
+    infer = model.create_infer_request().infer
+    return partial(infer, [x.numpy()], share_inputs=True, share_outputs=True)
+
+
+def openvino(task: Task, dtype: torch.dtype) -> Run:
+    needs("openvino")
+    model = _openvino_int8(task.model, task.calibration, task.transformer).clone()
+    model.reshape(list(task.input.shape))
+    ready = openvino_compiled(model, dtype)
+    chosen = ready.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    return Run(openvino_call(ready, task.input), f"precision: {chosen}")
 
 
 BASELINE = "float fp32 eager"

@@ -22,6 +22,8 @@ import qnn
 from qnn.kernels import OPS
 from qnn.kernels.cpu import int8_linear as cpu
 
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
 # Odd sizes (M, K, N), where blocks, tails and padding end in different places.
 SIZES = (
     (1, 1, 1),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # Before torch is imported, and for child processes too: processes that share the tests (pytest -n)
@@ -23,6 +24,7 @@ from hypothesis import HealthCheck, settings
 from qnn.kernels.cpu import native
 
 from . import tiers
+from .common import BENCHMARKS
 
 # Random cases: the same ones each time, nothing written to disk. Their number is a test's own.
 settings.register_profile(
@@ -54,6 +56,13 @@ def _clean_start() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:  # which takes seconds to import
         torch._dynamo.reset()
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Imports a script of benchmarks/ by its name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
 
 
 @pytest.fixture

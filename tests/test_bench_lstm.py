@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
-
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-CASE = "LSTM, 256->512, 1 layer"
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("bench_lstm")
+def bench(benchmark: Callable[[str], Any]) -> Any:
+    return benchmark("bench_lstm")
 
 
 def _tiny(bench: Any, kind: type[nn.Module], variants: list[Any]) -> list[Any]:
-    size = bench.Layers(kind, 8, 12, 1, (2,))
+    (case,) = bench.recurrent_cases([bench.Layers(kind, 8, 12, 1, (2,))], 3)
     effort = bench.Effort(rounds=3, seconds=0.01, turn=0)
-    ((_, cases),) = bench.measure_all([size], 3, variants, effort, False).items()
-    rows: list[Any] = cases["B=2"]
+    grid = bench.measure_grid(
+        [case], variants, baseline=bench.BASELINE, effort=effort, show=bench.case_table
+    )
+    rows: list[Any] = grid[str(bench.Layers(kind, 8, 12, 1, (2,)))]["B=2"]
     return rows
 
 
@@ -40,44 +35,33 @@ def test_every_variant_of_torch_and_qnn_is_checked_and_timed(
     assert {"float", "qnn int8", "qnn int8_static", "qnn int8_weight"} <= timed
 
 
-def test_a_wrong_output_gets_no_time(bench: Any) -> None:
-    right = next(v for v in bench.VARIANTS if v.name == bench.BASELINE)
-
-    def build(task: Any, dtype: torch.dtype) -> Any:
-        run = right.build(task, dtype)
-        return replace(run, output=lambda result: run.output(result).flip(0))
-
-    wrong = replace(right, family="qnn int8", build=build)
-    row = _tiny(bench, nn.LSTM, [right, wrong])[1]
-    assert (row.status, row.median_ms, row.speedup) == ("failed", None, None)
-    assert "SQNR" in bench.size_table({"B=2": [row]}) + bench.without_time([row])
-
-
 def test_operations_are_those_of_the_products(bench: Any) -> None:
     assert bench.Layers(nn.LSTM, 3, 5, 1, ()).operations(7, 2) == 2 * 7 * 2 * 20 * (3 + 5)
     assert bench.Layers(nn.GRU, 3, 5, 2, ()).operations(7, 2) == 2 * 7 * 2 * 15 * (8 + 10)
 
 
-@pytest.mark.parametrize(
-    ("load", "verdict"), [(0.0, "**not reached**"), (1.0, "not judged"), (None, "**not reached**")]
-)
-def test_aims_are_judged_by_the_slower_scheme_and_on_a_quiet_machine(
-    bench: Any, load: float | None, verdict: str
-) -> None:
-    def row(family: str, milliseconds: float, mode: str = "eager") -> Any:
-        name = f"{family} fp32 {mode}"
-        timed = bench.Measurement(CASE, name, family, "fp32", mode, "ok", "")
-        return replace(timed, median_ms=milliseconds, other_load=load)
+@pytest.mark.parametrize("amx", [False, True])
+def test_every_aim_names_a_case_that_is_measured(bench: Any, amx: bool) -> None:
+    cases = {f"{size}, B={batch}" for size in bench.LAYERS for batch in size.batches}
+    aims = bench.aims(amx)
+    assert {case for aim in aims for case in aim.cases} <= cases
+    measured = {(v.family, v.precision) for v in bench.VARIANTS if v.mode != "compiled"}
+    for aim in aims:
+        assert (aim.theirs.family, aim.theirs.precision) in measured
+        assert (aim.ours.family, aim.ours.precision) in measured
+    of_float = [aim for aim in aims if aim.theirs.family == "float"]
+    assert all(aim.goal > 1 for aim in of_float)
 
-    rows = [
-        row("float", 10.0),
-        row("float", 1.0, "compiled"),
-        row("qnn int8", 1.0),
-        row("qnn int8_static", 5.0),
-    ]
-    text = " ".join(bench.ratios({CASE: {"B=16": rows}}, amx=False).split())
-    assert "| 10.00x | 2.00x | 2.5x" in text
-    assert verdict in text
+
+def test_an_aim_leaves_out_what_is_compiled(bench: Any) -> None:
+    aim = bench.aims(amx=False)[0]
+
+    def row(family: str, milliseconds: float, mode: str = "eager") -> Any:
+        fields = (aim.cases[0], f"{family} {mode}", family, "fp32", mode, "ok", "")
+        return bench.Measurement(*fields, median_ms=milliseconds)
+
+    rows = [row("float", 10.0), row("float", 1.0, "compiled"), row("qnn int8", 2.0)]
+    assert aim.judged(rows) == ("5.00x", "met")
 
 
 def test_quantised_peers_run_where_they_are_installed(bench: Any) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 import sys
-import unittest
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from parameterized import parameterized
 from torch import nn
@@ -33,7 +33,7 @@ class Scaled(nn.Module):
         return self.norm(self.dropout(self.point(x * factor)))
 
 
-class TestCalibrate(unittest.TestCase):
+class TestCalibrate:
     @parameterized.expand(
         [
             ("tensors", [torch.ones(2, 3), torch.full((1, 3), 2.54)]),
@@ -45,8 +45,8 @@ class TestCalibrate(unittest.TestCase):
     def test_batches(self, _: str, batches: list[Any]) -> None:
         for given in (batches, iter(batches)):
             model = Scaled()
-            self.assertIs(qnn.calibrate(model, given), model)
-            self.assertAlmostEqual(model.point.qparams()[0].item(), 0.02, 6)
+            assert qnn.calibrate(model, given) is model
+            assert model.point.qparams()[0].item() == pytest.approx(0.02, abs=0.5e-6)
 
     def test_a_namedtuple_is_one_argument(self) -> None:
         class Packed(Scaled):
@@ -57,10 +57,10 @@ class TestCalibrate(unittest.TestCase):
         for given in (batch, (batch, 1.0), {"x": batch}):
             model = Packed()
             qnn.calibrate(model, [given])
-            self.assertAlmostEqual(model.point.qparams()[0].item(), 0.01, 6)
-        with self.assertRaisesRegex(TypeError, r"a PackedSequence, one batch; pass \[batch\]"):
+            assert model.point.qparams()[0].item() == pytest.approx(0.01, abs=0.5e-6)
+        with pytest.raises(TypeError, match=r"a PackedSequence, one batch; pass \[batch\]"):
             qnn.calibrate(Packed(), batch)
-        self.assertIsInstance(batch, PackedSequence)
+        assert isinstance(batch, PackedSequence)
 
     @parameterized.expand([(False,), (True,)])
     def test_modes(self, qat: bool) -> None:
@@ -68,25 +68,25 @@ class TestCalibrate(unittest.TestCase):
         model = Scaled(qat)
         model.norm.eval()
         qnn.calibrate(model, [torch.ones(2, 3)])
-        self.assertEqual(model.calls, [(False, False)])
+        assert model.calls == [(False, False)]
         modes = [module.training for module in (model, model.point, model.dropout, model.norm)]
-        self.assertEqual(modes, [True, True, True, False])
-        self.assertEqual(model.norm.num_batches_tracked.item(), 0)
-        self.assertAlmostEqual(model.point.qparams()[0].item(), 1 / 127, 8)
+        assert modes == [True, True, True, False]
+        assert model.norm.num_batches_tracked.item() == 0
+        assert model.point.qparams()[0].item() == pytest.approx(1 / 127, abs=0.5e-8)
 
     def test_modes_are_restored_after_an_error(self) -> None:
         model = Scaled()
-        with self.assertRaises(RuntimeError):
+        with pytest.raises(RuntimeError):
             qnn.calibrate(model, [torch.ones(2, 3), torch.ones(2, 4)])
-        self.assertTrue(model.training)
-        self.assertTrue(model.point.training)
+        assert model.training
+        assert model.point.training
 
     def test_batches_come_one_at_a_time(self) -> None:
         model = Scaled()
 
         def batches() -> Iterator[torch.Tensor]:
             for i in range(3):
-                self.assertEqual(len(model.calls), i)
+                assert len(model.calls) == i
                 yield torch.ones(2, 3)
 
         qnn.calibrate(model, batches())
@@ -101,23 +101,23 @@ class TestCalibrate(unittest.TestCase):
                 mock.patch.object(stream, "isatty", lambda terminal=terminal: terminal),
             ):
                 qnn.calibrate(Scaled(), [torch.ones(2, 3)] * 2, progress=progress)
-            self.assertEqual("qnn.calibrate: batch 2/2" in stream.getvalue(), shown)
-            self.assertEqual(bool(stream.getvalue()), shown)
+            assert ("qnn.calibrate: batch 2/2" in stream.getvalue()) == shown
+            assert bool(stream.getvalue()) == shown
 
     def test_errors(self) -> None:
         one = [torch.ones(2, 3)]
-        with self.assertRaisesRegex(ValueError, r"no observation points; qnn.prepare\(model\)"):
+        with pytest.raises(ValueError, match=r"no observation points; qnn.prepare\(model\)"):
             qnn.calibrate(nn.Linear(3, 3), one)
         for empty in ([], iter([])):
-            with self.assertRaisesRegex(ValueError, "no batches"):
+            with pytest.raises(ValueError, match="no batches"):
                 qnn.calibrate(Scaled(), empty)
-        with self.assertRaisesRegex(ValueError, "all 1 observation points are frozen or fixed"):
+        with pytest.raises(ValueError, match="all 1 observation points are frozen or fixed"):
             qnn.calibrate(qnn.freeze_observers(Scaled()), one)
-        with self.assertRaisesRegex(TypeError, r"batches is a Tensor, one batch; pass \[batch\]"):
+        with pytest.raises(TypeError, match=r"batches is a Tensor, one batch; pass \[batch\]"):
             qnn.calibrate(Scaled(), one[0])
-        with self.assertRaisesRegex(TypeError, "batches is a dict"):
+        with pytest.raises(TypeError, match="batches is a dict"):
             qnn.calibrate(Scaled(), {"x": one[0]})
-        with self.assertRaisesRegex(TypeError, "takes an nn.Module, got str"):
+        with pytest.raises(TypeError, match=r"takes an nn.Module, got str"):
             qnn.calibrate("model", one)  # type: ignore[type-var]
-        with self.assertRaisesRegex(ValueError, "progress must be True, False or 'always'"):
+        with pytest.raises(ValueError, match="progress must be True, False or 'always'"):
             qnn.calibrate(Scaled(), one, progress="never")

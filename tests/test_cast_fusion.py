@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import unittest
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from parameterized import parameterized
 from torch._inductor.utils import run_and_get_code
@@ -24,12 +24,12 @@ def compiled_code(function: Any, *args: Any) -> tuple[Any, str]:
     return result, "\n".join(codes)
 
 
-class TestCastFusion(unittest.TestCase):
+class TestCastFusion:
     def test_on_a_gpu_alone(self) -> None:
-        self.assertEqual(cast_fusion.DEVICES, {"cuda"})
+        assert {"cuda"} == cast_fusion.DEVICES
         (op, _) = next(iter(cast_fusion.CASTS.items()))
         _, code = compiled_code(op, torch.randn(5, 64))
-        self.assertIn(f"torch.ops.qnn.{op._schema.name.removeprefix('qnn::')}", code)
+        assert f"torch.ops.qnn.{op._schema.name.removeprefix('qnn::')}" in code
 
     @parameterized.expand([(op._schema.name.removeprefix("qnn::"),) for op in cast_fusion.CASTS])
     @ON_CPU
@@ -38,10 +38,10 @@ class TestCastFusion(unittest.TestCase):
         x = torch.randn(37, 70)
         x[3], x[5, 7], x[6, 1] = 0, torch.nan, x[6, 1] * 1e20
         parts, code = compiled_code(lambda x: op(x), x)
-        self.assertNotIn(f"torch.ops.qnn.{name}", code)
+        assert f"torch.ops.qnn.{name}" not in code
         for got, want in zip(parts, op(x), strict=True):
-            self.assertTrue(same_bits(got, want))
-            self.assertEqual(got.stride(), want.stride())
+            assert same_bits(got, want)
+            assert got.stride() == want.stride()
 
     @parameterized.expand([("fp8",), ("fp8_tensor",)])
     @ON_CPU
@@ -56,7 +56,7 @@ class TestCastFusion(unittest.TestCase):
                 got = gradients(call, *given)
             *same, dbias = zip(got, gradients(step, *given), strict=True)
             for mine, eager in same:
-                self.assertTrue(torch.equal(mine, eager))
+                assert torch.equal(mine, eager)
             torch.testing.assert_close(*dbias)  # a float sum, in another order
 
     @ON_CPU
@@ -69,11 +69,11 @@ class TestCastFusion(unittest.TestCase):
 
         want = produced(x)[0].float()
         moved = (compiled_code(produced, x)[0][0].float() != want).float().mean().item()
-        self.assertGreater(moved, 0)
-        self.assertLess(moved, 0.1)
+        assert moved > 0
+        assert moved < 0.1
         if torch.__version__ < "2.13":
-            self.skipTest("Inductor's switch does nothing for a CPU before torch 2.13")
+            pytest.skip("Inductor's switch does nothing for a CPU before torch 2.13")
         torch._dynamo.reset()
         with torch._inductor.config.patch(emulate_precision_casts=True):
             kept = compiled_code(produced, x)[0][0].float()
-        self.assertTrue(torch.equal(kept, want))
+        assert torch.equal(kept, want)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-import unittest
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -25,18 +24,18 @@ class Reused(nn.Module):
         return OrderedDict(a=self.twice(self.twice(y)), b=[y, torch.ones(1, dtype=torch.int64)])
 
 
-class TestSqnr(unittest.TestCase):
+class TestSqnr:
     def test_values(self) -> None:
         x = torch.tensor([3.0, 4.0])
-        self.assertEqual(qnn.sqnr(x, x), math.inf)
-        self.assertAlmostEqual(qnn.sqnr(x, x + torch.tensor([0.5, 0.0])), 20.0)
-        self.assertTrue(math.isnan(qnn.sqnr(x, x * math.nan)))
-        with self.assertRaisesRegex(ValueError, "differ in shape"):
+        assert qnn.sqnr(x, x) == math.inf
+        assert qnn.sqnr(x, x + torch.tensor([0.5, 0.0])) == pytest.approx(20.0, abs=0.5e-7)
+        assert math.isnan(qnn.sqnr(x, x * math.nan))
+        with pytest.raises(ValueError, match="differ in shape"):
             qnn.sqnr(x, x[:1])
 
 
-class TestCompare(unittest.TestCase):
-    def setUp(self) -> None:
+class TestCompare:
+    def setup_method(self) -> None:
         self.model = Reused()
         self.model.twice.weight.data[0, 0] = 9.0  # an outlier costs its row precision
         self.twin = qnn.convert(self.model)
@@ -48,36 +47,38 @@ class TestCompare(unittest.TestCase):
         twin = qnn.convert(model)
         twin.forward = lambda x: twin["head"](twin["rnn"](input=x)[0])  # type: ignore[method-assign]
         table = qnn.compare(model, twin, torch.randn(3, 5, 8))
-        self.assertEqual({row.name for row in table.rows}, {"rnn", "head", "(output)"})
+        assert {row.name for row in table.rows} == {"rnn", "head", "(output)"}
         rnn = next(row for row in table.rows if row.name == "rnn")
-        self.assertEqual((rnn.scheme, rnn.sqnr), ("int8", rnn.alone))
-        self.assertGreater(rnn.sqnr, 30)
-        with self.assertRaisesRegex(ValueError, "has no recurrent layer 'rnn'"):
+        assert (rnn.scheme, rnn.sqnr) == ("int8", rnn.alone)
+        assert rnn.sqnr > 30
+        with pytest.raises(ValueError, match="has no recurrent layer 'rnn'"):
             qnn.compare(nn.ModuleDict({"head": nn.Linear(16, 4)}), twin, torch.randn(3, 5, 8))
 
     def test_rows_are_sorted_worst_first(self) -> None:
         table = qnn.compare(self.model, self.twin, self.x)
         values = [row.sqnr for row in table.rows]
-        self.assertEqual(values, sorted(values))
-        self.assertEqual({row.name for row in table.rows}, {"once", "twice", "(output)"})
+        assert values == sorted(values)
+        assert {row.name for row in table.rows} == {"once", "twice", "(output)"}
         once = next(row for row in table.rows if row.name == "once")
-        self.assertAlmostEqual(once.sqnr, qnn.sqnr(self.model.once(self.x), self.twin.once(self.x)))
-        self.assertEqual(once.sqnr, once.alone)
-        self.assertGreater(table.output, 25)
-        self.assertIn("once", str(table))
-        self.assertEqual(len(table.to_dict()["rows"]), 3)
+        assert once.sqnr == pytest.approx(
+            qnn.sqnr(self.model.once(self.x), self.twin.once(self.x)), abs=0.5e-7
+        )
+        assert once.sqnr == once.alone
+        assert table.output > 25
+        assert "once" in str(table)
+        assert len(table.to_dict()["rows"]) == 3
 
     def test_kinds_of_input_and_no_hook_stays(self) -> None:
         want = qnn.compare(self.model, self.twin, self.x).output
-        self.assertEqual(qnn.compare(self.model, self.twin, (self.x,)).output, want)
-        self.assertEqual(qnn.compare(self.model, self.twin, {"x": self.x}).output, want)
+        assert qnn.compare(self.model, self.twin, (self.x,)).output == want
+        assert qnn.compare(self.model, self.twin, {"x": self.x}).output == want
         for module in (*self.model.modules(), *self.twin.modules()):
-            self.assertFalse(module._forward_hooks)
+            assert not module._forward_hooks
 
     def test_nan_comes_first(self) -> None:
         self.twin.once.bias.data[0] = math.nan
         table = qnn.compare(self.model, self.twin, self.x)
-        self.assertTrue(math.isnan(table.rows[0].sqnr))
+        assert math.isnan(table.rows[0].sqnr)
 
     def test_never_called(self) -> None:
         class Direct(nn.Module):
@@ -93,10 +94,10 @@ class TestCompare(unittest.TestCase):
         for twin in (qnn.convert(model), qnn.convert(model, "fp8", training=True)):
             twin.a.bias.data[0] = math.nan  # worse than any SQNR, but it was called
             table = qnn.compare(model, twin, torch.randn(3, 8))
-            self.assertEqual(table.rows[0].name, "b")
-            self.assertTrue(math.isnan(table.rows[0].sqnr))
-            self.assertIn("never called: its weight may be read directly", str(table))
-            self.assertEqual([row.note is None for row in table.rows], [False, True, True])
+            assert table.rows[0].name == "b"
+            assert math.isnan(table.rows[0].sqnr)
+            assert "never called: its weight may be read directly" in str(table)
+            assert [row.note is None for row in table.rows] == [False, True, True]
             json.dumps(table.to_dict())
 
     def test_training_models_and_modes(self) -> None:
@@ -107,20 +108,20 @@ class TestCompare(unittest.TestCase):
             twin[2].eval()
             modes = [m.training for m in (*model.modules(), *twin.modules())]
             table = qnn.compare(model, twin, x)
-            self.assertEqual({row.name for row in table.rows}, {"0", "3", "(output)"})
-            self.assertGreater(table.output, 20)  # without dropout
-            self.assertEqual([m.training for m in (*model.modules(), *twin.modules())], modes)
-            self.assertEqual(int(twin[1].num_batches_tracked), 0)
+            assert {row.name for row in table.rows} == {"0", "3", "(output)"}
+            assert table.output > 20  # without dropout
+            assert [m.training for m in (*model.modules(), *twin.modules())] == modes
+            assert int(twin[1].num_batches_tracked) == 0
 
     def test_a_layer_without_values_is_named(self) -> None:
         model = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(4))
-        with self.assertRaisesRegex(ValueError, "'1' .LazyLinear. has no values before its first"):
+        with pytest.raises(ValueError, match=r"'1' .LazyLinear. has no values before its first"):
             qnn.compare(model, qnn.convert(model, exclude="1"), torch.randn(2, 8))
 
     def test_bad_models(self) -> None:
-        with self.assertRaisesRegex(ValueError, "the second model has no quantised layer"):
+        with pytest.raises(ValueError, match="the second model has no quantised layer"):
             qnn.compare(self.model, self.model, self.x)
-        with self.assertRaisesRegex(ValueError, "the float model has no linear layer 'once'"):
+        with pytest.raises(ValueError, match="the float model has no linear layer 'once'"):
             qnn.compare(nn.Linear(2, 2), self.twin, self.x)
 
     def test_other_call_counts_are_refused(self) -> None:
@@ -130,11 +131,11 @@ class TestCompare(unittest.TestCase):
 
         once = Once()
         for a, b, which in ((self.model, once, "float"), (once, self.model, "quantised")):
-            with self.assertRaisesRegex(ValueError, f"more often in the {which} "):
+            with pytest.raises(ValueError, match=f"more often in the {which} "):
                 qnn.compare(a, qnn.convert(b), self.x)
 
     def test_plot(self) -> None:
         pytest.importorskip("matplotlib", reason="needs the extra 'examples'")
         with tempfile.TemporaryDirectory() as folder:
             path = qnn.compare(self.model, self.twin, self.x).plot(Path(folder) / "c.png")
-            self.assertGreater(path.stat().st_size, 5000)
+            assert path.stat().st_size > 5000

@@ -6,9 +6,9 @@ import copy
 import importlib.util
 import io
 import pickle
-import unittest
 from typing import Any
 
+import pytest
 import torch
 from parameterized import parameterized
 from torch import nn
@@ -37,7 +37,7 @@ class Other(nn.Linear):
         return 2 * super().forward(input)
 
 
-class TestSubclasses(unittest.TestCase):
+class TestSubclasses:
     def model(self) -> nn.Module:
         torch.manual_seed(0)
         model = nn.ModuleDict(
@@ -70,19 +70,19 @@ class TestSubclasses(unittest.TestCase):
             verbs, (QLinear, QLinear, qnn.Linear, qnn.ObservedLinear), strict=True
         ):
             out = verb(self.model())
-            self.assertIs(type(out["block"]["same"]), kind if taken else Same)
-            self.assertIs(type(out["plain"]), kind)
-            self.assertIs(type(out["block"]["other"]), Other)
+            assert type(out["block"]["same"]) is (kind if taken else Same)
+            assert type(out["plain"]) is kind
+            assert type(out["block"]["other"]) is Other
 
     def test_reasons(self) -> None:
         model = self.model()
         model["attention"] = nn.MultiheadAttention(8, 2)
         out = qnn.convert(model, include=[Other, "attention.*", "plain", "block"])
         words = {row.name: str(row.reason) for row in qnn.summary(out).rows}
-        self.assertIn("Same is a subclass of nn.Linear that computes what", words["block.same"])
-        self.assertIn("name it in include", words["block.same"])
-        self.assertIn("Other is a subclass of nn.Linear with a forward", words["block.other"])
-        self.assertIn("nn.MultiheadAttention reads", words["attention.out_proj"])
+        assert "Same is a subclass of nn.Linear that computes what" in words["block.same"]
+        assert "name it in include" in words["block.same"]
+        assert "Other is a subclass of nn.Linear with a forward" in words["block.other"]
+        assert "nn.MultiheadAttention reads" in words["attention.out_proj"]
 
     def test_values(self) -> None:
         model, x = self.model()["block"]["same"], torch.randn(3, 32)
@@ -90,7 +90,7 @@ class TestSubclasses(unittest.TestCase):
         plain.load_state_dict(model.state_dict())
         for scheme in WITHOUT_DATA:
             got = qnn.convert(model, scheme, include=Same)(x)
-            self.assertTrue(same_bits(got, qnn.convert(plain, scheme)(x)))
+            assert same_bits(got, qnn.convert(plain, scheme)(x))
 
 
 def conv1d(nx: int = 64, nf: int = 64) -> Any:
@@ -112,32 +112,32 @@ def twin(conv: Any) -> nn.Linear:
     return linear
 
 
-@unittest.skipUnless(TRANSFORMERS, "transformers is not installed")
-class TestConv1D(unittest.TestCase):
+@pytest.mark.skipif(not TRANSFORMERS, reason="transformers is not installed")
+class TestConv1D:
     @parameterized.expand([(scheme, nf) for scheme in WITHOUT_DATA for nf in (64, 48)])
     def test_it_is_the_linear_layer(self, scheme: str, nf: int) -> None:
         conv, x = conv1d(128, nf), torch.randn(2, 5, 128)
         layer, want = qnn.convert(conv, scheme), qnn.convert(twin(conv), scheme)
-        self.assertIsInstance(layer, QLinear)
-        self.assertTrue(same_bits(layer(x), want(x)))
+        assert isinstance(layer, QLinear)
+        assert same_bits(layer(x), want(x))
         state = want.state_dict()
-        self.assertEqual(list(layer.state_dict()), list(state))
-        self.assertTrue(all(same_bits(t, state[n]) for n, t in layer.state_dict().items()))
+        assert list(layer.state_dict()) == list(state)
+        assert all(same_bits(t, state[n]) for n, t in layer.state_dict().items())
         again = qnn.convert(conv1d(128, nf), scheme)
         again.load_state_dict(layer.state_dict())
-        self.assertTrue(same_bits(again(x), want(x)))
+        assert same_bits(again(x), want(x))
         again = qnn.convert(conv1d(128, nf), scheme)
         again.load_state_dict(conv.state_dict())  # a float checkpoint, transposed
-        self.assertTrue(same_bits(again(x), want(x)))
+        assert same_bits(again(x), want(x))
         back = layer.dequantize()
-        self.assertIs(type(back), type(conv))
+        assert type(back) is type(conv)
         torch.testing.assert_close(back(x), want.dequantize()(x))
         file = io.BytesIO()
         torch.save(copy.deepcopy(layer), file)
         file.seek(0)
         copied = torch.load(file, weights_only=False)
-        self.assertTrue(same_bits(copied(x), want(x)))
-        with self.assertRaisesRegex(RuntimeError, r"weight must be \[128, .*as Conv1D has it"):
+        assert same_bits(copied(x), want(x))
+        with pytest.raises(RuntimeError, match=r"weight must be \[128, .*as Conv1D has it"):
             layer.load_state_dict({**conv.state_dict(), "weight": torch.ones(7, 64)})
 
     @parameterized.expand(TRAINED)
@@ -145,8 +145,8 @@ class TestConv1D(unittest.TestCase):
         conv = conv1d(nf=32)
         linear = twin(conv)
         layer, want = (qnn.convert(m, scheme, training=True) for m in (conv, linear))
-        self.assertIsInstance(layer, type(conv))
-        self.assertIs(layer.weight, conv.weight)
+        assert isinstance(layer, type(conv))
+        assert layer.weight is conv.weight
         grads = []
         for each in (layer, want):
             torch.manual_seed(3)  # nvfp4 draws
@@ -156,14 +156,14 @@ class TestConv1D(unittest.TestCase):
             grads.append((y, x.grad, each.weight.grad, each.bias.grad))
         (y, dx, dw, db), (want_y, want_dx, want_dw, want_db) = grads
         for got, expected in ((y, want_y), (dx, want_dx), (dw.t(), want_dw), (db, want_db)):
-            self.assertTrue(same_bits(got.contiguous(), expected))
+            assert same_bits(got.contiguous(), expected)
         row = qnn.summary(layer).rows[0]
-        self.assertEqual((row.scheme, row.shape), (scheme, (32, 64)))
-        self.assertEqual(list(layer.state_dict()), list(conv.state_dict()))
+        assert (row.scheme, row.shape) == (scheme, (32, 64))
+        assert list(layer.state_dict()) == list(conv.state_dict())
         deployed = qnn.convert(layer.eval(), scheme)
-        self.assertTrue(same_bits(deployed(x), qnn.convert(want.eval(), scheme)(x)))
+        assert same_bits(deployed(x), qnn.convert(want.eval(), scheme)(x))
         back = qnn.convert(copy.deepcopy(layer), {"*": None}, training=True)
-        self.assertIs(type(back), type(conv))
+        assert type(back) is type(conv)
         pickle.loads(pickle.dumps(layer))
 
     @parameterized.expand([(False,), (True,)])
@@ -173,18 +173,18 @@ class TestConv1D(unittest.TestCase):
         for model in (conv, twin(conv)):
             prepared = qnn.prepare(nn.Sequential(model), qat=qat)
             if not qat:
-                self.assertTrue(same_bits(prepared(x), model(x)))
+                assert same_bits(prepared(x), model(x))
             qnn.calibrate(prepared, [x], progress=False)
             converted = qnn.convert(prepared.eval())
-            self.assertGreater(qnn.sqnr(prepared(x), converted(x)), 30 + 70 * qat)
+            assert qnn.sqnr(prepared(x), converted(x)) > 30 + 70 * qat
             results.append(converted(x))
-        self.assertTrue(same_bits(*results))
+        assert same_bits(*results)
         model = nn.Sequential(conv)
         weight = conv.weight
         prepared = qnn.prepare(model, qat=True, inplace=True)
-        self.assertIs(prepared[0].weight, weight)
+        assert prepared[0].weight is weight
         prepared.train()(x).sum().backward()
-        self.assertEqual(weight.grad.shape, (64, 32))
+        assert weight.grad.shape == (64, 32)
 
     def test_ties(self) -> None:
         convs = nn.ModuleDict({name: conv1d() for name in "abcd"})
@@ -196,34 +196,34 @@ class TestConv1D(unittest.TestCase):
         for inplace in (False, True):
             model = copy.deepcopy(convs)
             out = qnn.convert(model, inplace=inplace)
-            self.assertIs(out["a"].stored[0], out["b"].stored[0])
-            self.assertIs(out["c"].weight, out["linear"].weight)
+            assert out["a"].stored[0] is out["b"].stored[0]
+            assert out["c"].weight is out["linear"].weight
             words = {row.name: str(row.reason) for row in qnn.summary(out).rows}
             for name in ("c", "linear", "d"):
-                self.assertIn("its weight is tied to", words[name])
+                assert "its weight is tied to" in words[name]
             for name in convs:
                 if name != "embedding":
-                    self.assertGreater(qnn.sqnr(convs[name](x), out[name](x)), 25, name)
+                    assert qnn.sqnr(convs[name](x), out[name](x)) > 25, name
 
     def test_a_model(self) -> None:
         model = nn.Sequential(conv1d(), nn.GELU(), conv1d(nf=48)).eval()
         small = qnn.convert(model)
-        self.assertEqual(type(small[0]).__name__, "QConv1D")
+        assert type(small[0]).__name__ == "QConv1D"
         table = qnn.compare(model, small, torch.randn(5, 64))
-        self.assertEqual(len(table.rows), 3)
-        self.assertGreater(table.output, 30)
+        assert len(table.rows) == 3
+        assert table.output > 30
         row = qnn.summary(small).rows[1]
-        self.assertEqual((row.shape, row.bytes_before), ((48, 64), 4 * (48 * 64 + 48)))
+        assert (row.shape, row.bytes_before) == ((48, 64), 4 * (48 * 64 + 48))
         words = str(qnn.summary(qnn.convert(model, exclude="2")).rows[1].reason)
-        self.assertEqual(words, "matches the exclude pattern '2'")
+        assert words == "matches the exclude pattern '2'"
 
     def test_plain_transformers_refuses_its_file(self) -> None:
         # It would read the codes of a square layer into a Conv1D, as floats and transposed.
         model = qnn.convert(nn.ModuleDict({"conv": conv1d(), "linear": nn.Linear(64, 64)}))
         groups = quantization_config(model)["config_groups"].values()
         formats = {group["targets"][0]: group["format"] for group in groups}
-        self.assertEqual(formats["conv"], "qnn.QConv1D; use qnn.load_pretrained")
-        self.assertEqual(formats["linear"], "int-quantized")
+        assert formats["conv"] == "qnn.QConv1D; use qnn.load_pretrained"
+        assert formats["linear"] == "int-quantized"
 
     def test_adapters_learn_of_the_other_layout(self) -> None:
         class Adapter(nn.Module):  # as peft's around a Conv1D
@@ -234,6 +234,6 @@ class TestConv1D(unittest.TestCase):
         for inplace in (False, True):
             model = nn.ModuleDict({"a": Adapter(conv1d()), "b": Adapter(conv1d())})
             out = qnn.convert(model, include="a", inplace=inplace)
-            self.assertEqual([out[name].fan_in_fan_out for name in "ab"], [False, True])
+            assert [out[name].fan_in_fan_out for name in "ab"] == [False, True]
             trained = qnn.convert(copy.deepcopy(model), "fp8", training=True, include="b")
-            self.assertTrue(trained["b"].fan_in_fan_out)
+            assert trained["b"].fan_in_fan_out

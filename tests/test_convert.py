@@ -3,11 +3,12 @@ from __future__ import annotations
 import copy
 import io
 import itertools
-import unittest
+import re
 import warnings
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from parameterized import parameterized
 from torch import nn
@@ -39,7 +40,7 @@ def converted(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, QLinear)]
 
 
-class TestSelection(unittest.TestCase):
+class TestSelection:
     @parameterized.expand(
         [
             ({}, ["0.up", "0.down", "1.up", "1.down", "2"]),
@@ -59,25 +60,25 @@ class TestSelection(unittest.TestCase):
     )
     def test_patterns(self, kwargs: dict[str, Any], want: list[str] | None) -> None:
         if want is None:
-            with self.assertRaisesRegex(
-                ValueError, "exclude pattern 'nothing\\*' matches no module"
-            ):
+            with pytest.raises(ValueError, match="exclude pattern 'nothing\\*' matches no module"):
                 qnn.convert(net(), **kwargs)
             return
-        self.assertEqual(converted(qnn.convert(net(), **kwargs)), want)
+        assert converted(qnn.convert(net(), **kwargs)) == want
 
     def test_a_map_of_schemes_takes_the_last_match(self) -> None:
         model = qnn.convert(net(), {"*": "int8", Block: "int8_weight", "1": None, "1.up": "int8"})
         schemes = {n: m.scheme for n, m in model.named_modules() if isinstance(m, QLinear)}
-        self.assertEqual(
-            schemes,
-            {"0.up": "int8_weight", "0.down": "int8_weight", "1.up": "int8", "2": "int8"},
-        )
+        assert schemes == {
+            "0.up": "int8_weight",
+            "0.down": "int8_weight",
+            "1.up": "int8",
+            "2": "int8",
+        }
         reasons = {row.name: row.reason for row in qnn.summary(model).rows}
-        self.assertEqual(reasons["1.down"], "the scheme map says None")
+        assert reasons["1.down"] == "the scheme map says None"
         model = qnn.convert(net(), {"0": "int8"})
-        self.assertEqual(converted(model), ["0.up", "0.down"])
-        self.assertIn("no pattern", str(qnn.summary(model).rows[-1].reason))
+        assert converted(model) == ["0.up", "0.down"]
+        assert "no pattern" in str(qnn.summary(model).rows[-1].reason)
 
     @parameterized.expand(
         [
@@ -110,14 +111,14 @@ class TestSelection(unittest.TestCase):
         for inplace in (False, True):
             model = net()
             before = str(model)
-            with self.assertRaisesRegex(kind, message):
+            with pytest.raises(kind, match=message):
                 qnn.convert(model, *args, inplace=inplace, **kwargs)
-            self.assertEqual(str(model), before)
+            assert str(model) == before
 
     def test_nothing_to_convert(self) -> None:
-        with self.assertRaisesRegex(
+        with pytest.raises(
             ValueError,
-            r"has no nn.Linear, nn.LSTM or nn.GRU, only "
+            match=r"has no nn.Linear, nn.LSTM or nn.GRU, only "
             r"torch.nn.modules.conv.Conv2d \(2, 3.0 kB\), torch.nn.modules.conv.Conv1d \(1, 8 B\), "
             r"torch.nn.modules.activation.ReLU \(2\)",
         ):
@@ -126,73 +127,73 @@ class TestSelection(unittest.TestCase):
                     nn.Conv1d(1, 1, 1), *(nn.Conv2d(1, 38, 3) for _ in "ab"), nn.ReLU(), nn.ReLU()
                 )
             )
-        with self.assertRaisesRegex(TypeError, "takes an nn.Module, got int"):
+        with pytest.raises(TypeError, match=r"takes an nn.Module, got int"):
             qnn.convert(3)  # type: ignore[type-var]
-        with self.assertRaisesRegex(ValueError, "converted already .5 QLinear, scheme 'int8'"):
+        with pytest.raises(ValueError, match=r"converted already .5 QLinear, scheme 'int8'"):
             qnn.convert(qnn.convert(net()))
-        with self.assertRaisesRegex(ValueError, "converted already"):
+        with pytest.raises(ValueError, match="converted already"):
             qnn.convert(QLinear(4, 4))
 
     def test_in_steps(self) -> None:
         model = qnn.convert(qnn.convert(net(), include="0"), "int8_weight", include="1")
-        self.assertEqual(converted(model), ["0.up", "0.down", "1.up", "1.down"])
+        assert converted(model) == ["0.up", "0.down", "1.up", "1.down"]
 
 
-class TestResult(unittest.TestCase):
+class TestResult:
     def test_a_copy_leaves_the_original_untouched(self) -> None:
         model = net()
         state = copy.deepcopy(model.state_dict())
         twin = qnn.convert(model)
-        self.assertEqual(converted(model), [])
+        assert converted(model) == []
         twin[0].up.bias.data.zero_()
         for name, tensor in model.state_dict().items():
-            self.assertTrue(torch.equal(tensor, state[name]))
-        self.assertFalse({id(p) for p in model.parameters()} & {id(p) for p in twin.parameters()})
+            assert torch.equal(tensor, state[name])
+        assert not {id(p) for p in model.parameters()} & {id(p) for p in twin.parameters()}
 
     def test_in_place(self) -> None:
         model, x = net(), torch.randn(3, 16)
         want = qnn.convert(model)(x)
         norm = model[0].act
-        self.assertIs(qnn.convert(model, inplace=True), model)
-        self.assertTrue(torch.equal(model(x), want))
-        self.assertIs(model[0].act, norm)
-        self.assertIsInstance(qnn.convert(nn.Linear(3, 4), inplace=True), QLinear)
-        self.assertIsInstance(qnn.convert(nn.Linear(3, 4)), QLinear)
+        assert qnn.convert(model, inplace=True) is model
+        assert torch.equal(model(x), want)
+        assert model[0].act is norm
+        assert isinstance(qnn.convert(nn.Linear(3, 4), inplace=True), QLinear)
+        assert isinstance(qnn.convert(nn.Linear(3, 4)), QLinear)
 
     def test_shared_modules_stay_shared(self) -> None:
         for inplace in (False, True):
             shared = Block()
             model = nn.Sequential(shared, shared, nn.Sequential(shared.up))
             out = qnn.convert(model, inplace=inplace)
-            self.assertIs(out[0], out[1])
-            self.assertIs(out[0].up, out[2][0])
-            self.assertIsInstance(out[0].up, QLinear)
+            assert out[0] is out[1]
+            assert out[0].up is out[2][0]
+            assert isinstance(out[0].up, QLinear)
 
     def test_tied_weights_stay_tied(self) -> None:
         for inplace in (False, True):
             model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
             model[1].weight = model[0].weight
             out = qnn.convert(model, inplace=inplace)
-            self.assertIs(out[0].stored[0], out[1].stored[0])
-            self.assertIs(out[0].weight_scale, out[1].weight_scale)
-            self.assertIsNot(out[0].stored[0], out[2].stored[0])
-            self.assertIsNot(out[0].bias, out[1].bias)
+            assert out[0].stored[0] is out[1].stored[0]
+            assert out[0].weight_scale is out[1].weight_scale
+            assert out[0].stored[0] is not out[2].stored[0]
+            assert out[0].bias is not out[1].bias
             half = copy.deepcopy(out).half()
-            self.assertIs(half[0].weight_scale, half[1].weight_scale)
-            self.assertEqual(half[0].weight_scale.dtype, torch.float32)
+            assert half[0].weight_scale is half[1].weight_scale
+            assert half[0].weight_scale.dtype == torch.float32
 
     def test_a_weight_tied_to_a_float_user_is_left_alone(self) -> None:
         model = nn.ModuleDict({"emb": nn.Embedding(10, 8), "proj": nn.Linear(8, 8)})
         model["head"] = nn.Linear(8, 10, bias=False)
         model["head"].weight = model["emb"].weight
         out = qnn.convert(model)
-        self.assertEqual(converted(out), ["proj"])
-        self.assertIs(out["head"].weight, out["emb"].weight)
+        assert converted(out) == ["proj"]
+        assert out["head"].weight is out["emb"].weight
         reasons = {row.name: row.reason for row in qnn.summary(out).rows}
-        self.assertIn("tied to 'emb' (Embedding), which stays in float", str(reasons["head"]))
+        assert "tied to 'emb' (Embedding), which stays in float" in str(reasons["head"])
         model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
         model[1].weight = model[0].weight
-        with self.assertRaisesRegex(ValueError, "share one weight but would get"):
+        with pytest.raises(ValueError, match="share one weight but would get"):
             qnn.convert(model, {"0": "int8", "1": "int8_weight"})
 
     def test_hooks_mode_attributes_and_requires_grad(self) -> None:
@@ -210,35 +211,34 @@ class TestResult(unittest.TestCase):
             out = qnn.convert(model, inplace=inplace)
             out(torch.randn(2, 16, requires_grad=True)).sum().backward()
             out.state_dict()
-            self.assertEqual(calls, ["pre", "forward", "backward", "state"])
-            self.assertEqual(out[2].tag, ["kept"])
-            self.assertEqual(
-                [m.training for m in (out[0].up, out[1].up, out[2])], [False, True, False]
-            )
-            self.assertFalse(out[2].bias.requires_grad)
-            self.assertTrue(out[0].up.bias.requires_grad)
+            assert calls == ["pre", "forward", "backward", "state"]
+            assert out[2].tag == ["kept"]
+            assert [m.training for m in (out[0].up, out[1].up, out[2])] == [False, True, False]
+            assert not out[2].bias.requires_grad
+            assert out[0].up.bias.requires_grad
             calls.clear()
             if inplace:
                 handle.remove()
                 out(torch.randn(2, 16))
-                self.assertNotIn("forward", calls)
+                assert "forward" not in calls
 
     def test_untouched_parameters_keep_requires_grad(self) -> None:
         model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Conv1d(1, 1, 1))
         model[1].weight.requires_grad_(False)
         out = qnn.convert(model)
-        self.assertFalse(out[1].weight.requires_grad)
-        self.assertTrue(out[1].bias.requires_grad and out[2].weight.requires_grad)
+        assert not out[1].weight.requires_grad
+        assert out[1].bias.requires_grad
+        assert out[2].weight.requires_grad
 
     def test_meta_device(self) -> None:
         with torch.device("meta"):
             model = net()
         out = qnn.convert(model)
-        self.assertTrue(all(p.is_meta for p in out.parameters()))
+        assert all(p.is_meta for p in out.parameters())
         real = net()
         out.load_state_dict(real.state_dict(), assign=True)  # a float checkpoint
         x = torch.randn(3, 16)
-        self.assertTrue(torch.equal(out(x), qnn.convert(real)(x)))
+        assert torch.equal(out(x), qnn.convert(real)(x))
 
     def test_a_float_state_loads_into_a_converted_model(self) -> None:
         other = net()
@@ -248,7 +248,7 @@ class TestResult(unittest.TestCase):
         out = qnn.convert(net())
         out.load_state_dict(other.state_dict())
         x = torch.randn(3, 16)
-        self.assertTrue(torch.equal(out(x), qnn.convert(other)(x)))
+        assert torch.equal(out(x), qnn.convert(other)(x))
 
     def test_state_round_trip(self) -> None:
         out, x = qnn.convert(net()), torch.randn(3, 16)
@@ -257,7 +257,7 @@ class TestResult(unittest.TestCase):
         file.seek(0)
         fresh = qnn.convert(net().apply(lambda m: m))
         fresh.load_state_dict(torch.load(file, weights_only=True))
-        self.assertTrue(torch.equal(fresh(x), out(x)))
+        assert torch.equal(fresh(x), out(x))
 
     @parameterized.expand([(True, 1.15), (False, 1.55)])
     def test_peak_memory(self, inplace: bool, most: float) -> None:
@@ -282,14 +282,14 @@ class TestResult(unittest.TestCase):
             print((peak() - start) / size)
             """
         )
-        self.assertLessEqual(float(out), most)
+        assert float(out) <= most
 
 
 class Tagged(nn.Linear):
     pass
 
 
-class TestUnsupported(unittest.TestCase):
+class TestUnsupported:
     def cases(self) -> dict[str, tuple[nn.Module, str]]:
         nan, parametrized, normed, pruned, empty = (nn.Linear(4, 4) for _ in range(5))
         nan.weight.data[1, 2] = float("nan")
@@ -312,24 +312,23 @@ class TestUnsupported(unittest.TestCase):
         cases = self.cases()
         model = nn.ModuleDict({"good": nn.Linear(4, 4)} | {k: m for k, (m, _) in cases.items()})
         before = list(model.children())
-        with self.assertRaises(ValueError) as caught:
+        with pytest.raises(ValueError, match=r"6 layer\(s\) cannot be converted") as caught:
             qnn.convert(model, inplace=True)
         for name, (_, reason) in cases.items():
-            self.assertRegex(str(caught.exception), f"  {name}: .*{reason}")
-        self.assertIn("6 layer(s) cannot be converted", str(caught.exception))
-        self.assertEqual(list(model.children()), before)
+            assert re.search(f"  {name}: .*{reason}", str(caught.value))
+        assert list(model.children()) == before
 
     def test_skip_keeps_and_reports(self) -> None:
         for name, (layer, reason) in self.cases().items():
             model = nn.ModuleDict({"good": nn.Linear(4, 4), name: layer})
             kind = type(layer)
             out = qnn.convert(model, on_unsupported="skip", inplace=True)
-            self.assertIsInstance(out["good"], QLinear)
-            self.assertIs(type(out[name]), kind)
+            assert isinstance(out["good"], QLinear)
+            assert type(out[name]) is kind
             text = str(qnn.summary(out))
-            self.assertIn(reason, text)
+            assert reason in text
             if parametrize.is_parametrized(layer):
-                self.assertEqual(out[name](torch.randn(2, 4)).shape, (2, 4))
+                assert out[name](torch.randn(2, 4)).shape == (2, 4)
 
     def test_a_tensor_subclass_is_refused(self) -> None:
         need_sharded_integers()
@@ -360,20 +359,20 @@ class TestUnsupported(unittest.TestCase):
     def test_subclasses_are_left_alone(self) -> None:
         model = nn.Sequential(Tagged(4, 4), nn.Linear(4, 4), nn.MultiheadAttention(4, 2))
         out = qnn.convert(model)
-        self.assertEqual(converted(out), ["1"])
+        assert converted(out) == ["1"]
         reasons = {row.name: str(row.reason) for row in qnn.summary(out).rows}
-        self.assertIn("Tagged is a subclass of nn.Linear", reasons["0"])
-        self.assertIn("fused parameter", reasons["2"])
-        self.assertIn("NonDynamicallyQuantizableLinear", reasons["2.out_proj"])
+        assert "Tagged is a subclass of nn.Linear" in reasons["0"]
+        assert "fused parameter" in reasons["2"]
+        assert "NonDynamicallyQuantizableLinear" in reasons["2.out_proj"]
 
     def test_a_layer_without_sizes(self) -> None:
         model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4))
         for verb in (qnn.convert, qnn.prepare):
-            with self.assertRaisesRegex(ValueError, "1: it is not initialised.*one batch first"):
+            with pytest.raises(ValueError, match=r"1: it is not initialised.*one batch first"):
                 verb(model)
             model = verb(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4)), exclude="1")
-            self.assertIn("one batch first", str(qnn.summary(model)))
-        with self.assertRaisesRegex(ValueError, "1 took no input yet .* run one batch first"):
+            assert "one batch first" in str(qnn.summary(model))
+        with pytest.raises(ValueError, match=r"1 took no input yet .* run one batch first"):
             qnn.convert(nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d()))
 
     def test_little_is_said(self) -> None:
@@ -381,12 +380,13 @@ class TestUnsupported(unittest.TestCase):
             return nn.Sequential(nn.Embedding(100, 64), nn.Linear(64, 1), nn.Linear(1, 1))
 
         for convert in (qnn.convert, lambda m: qnn.convert(m, inplace=True)):
-            with self.assertWarnsRegex(
+            with pytest.warns(
                 UserWarning,
-                r"1\.0% of the parameters' bytes .*torch.nn.modules.sparse.Embedding \(25.6 kB\)",
+                match=r"1\.0% of the parameters' bytes .*torch.nn.modules.sparse.Embedding"
+                r" \(25.6 kB\)",
             ) as caught:
                 convert(model())
-            self.assertEqual(caught.filename, __file__)
+            assert {warning.filename for warning in caught} == {__file__}
         with warnings.catch_warnings():  # what patterns leave is left on purpose
             warnings.simplefilter("error")
             qnn.convert(model(), include="1")
@@ -395,13 +395,14 @@ class TestUnsupported(unittest.TestCase):
 
     def test_many_reasons_are_cut(self) -> None:
         model = nn.Sequential(*(Tagged(4, 4) for _ in range(30)), nn.Conv1d(4, 4, 1))
-        with self.assertRaisesRegex(
-            ValueError, r"(?s)  and 10 more.*no layer that qnn knows: torch.nn.modules.conv.Conv1d"
+        with pytest.raises(
+            ValueError,
+            match=r"(?s)  and 10 more.*no layer that qnn knows: torch.nn.modules.conv.Conv1d",
         ):
             qnn.convert(model)
 
 
-class TestTraining(unittest.TestCase):
+class TestTraining:
     """Into training, to another scheme, back, and on to deployment."""
 
     def model(self) -> nn.Module:
@@ -420,18 +421,18 @@ class TestTraining(unittest.TestCase):
         model = self.model()
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         twin = qnn.convert(model, "fp8", training=True)
-        self.assertIsNot(twin, model)
-        self.assertIs(type(model["first"]), nn.Linear)
-        self.assertEqual(self.identities(twin), self.identities(model))
+        assert twin is not model
+        assert type(model["first"]) is nn.Linear
+        assert self.identities(twin) == self.identities(model)
         before = twin["norm"].weight.detach().clone()
         x = twin["norm"](twin["embedding"](torch.randint(32, (8,))))
         twin["head"](twin["second"](twin["first"](x))).square().mean().backward()
         optimizer.step()
-        self.assertFalse(torch.equal(before, twin["norm"].weight))
-        self.assertEqual(int(model["norm"].num_batches_tracked), 1)
+        assert not torch.equal(before, twin["norm"].weight)
+        assert int(model["norm"].num_batches_tracked) == 1
         # Without training it is a copy as ever.
-        self.assertFalse(
-            set(self.identities(qnn.convert(model)).values()) & set(self.identities(model).values())
+        assert not set(self.identities(qnn.convert(model)).values()) & set(
+            self.identities(model).values()
         )
 
     @parameterized.expand([(False,), (True,)])
@@ -450,26 +451,26 @@ class TestTraining(unittest.TestCase):
         ):
             model = qnn.convert(model, scheme, training=True, inplace=inplace)
             layers = [model[name] for name in ("first", "second", "head")]
-            self.assertEqual([getattr(layer, "scheme", None) for layer in layers], schemes)
+            assert [getattr(layer, "scheme", None) for layer in layers] == schemes
             for layer, held in zip(layers, schemes, strict=True):
-                self.assertIs(type(layer), nn.Linear if held is None else qnn.Linear)
-            self.assertEqual(self.identities(model), want)
+                assert type(layer) is (nn.Linear if held is None else qnn.Linear)
+            assert self.identities(model) == want
             model["first"](torch.randn(2, 64))
-            self.assertEqual(calls.pop(), 1)
+            assert calls.pop() == 1
         reasons = {row.name: row.reason for row in qnn.summary(model).rows}
-        self.assertIsNone(reasons["first"])
+        assert reasons["first"] is None
 
     @parameterized.expand([(False,), (True,)])
     def test_deployment_ends_training(self, inplace: bool) -> None:
         model = qnn.convert(self.model(), "fp8", training=True, inplace=inplace)
         out = qnn.convert(model.eval(), {"*": "fp8", "second": None}, inplace=inplace)
         kinds = [type(out[name]) for name in ("first", "second", "head")]
-        self.assertEqual(kinds, [QLinear, nn.Linear, nn.Linear])
-        self.assertIs(out["head"].weight, out["embedding"].weight)
+        assert kinds == [QLinear, nn.Linear, nn.Linear]
+        assert out["head"].weight is out["embedding"].weight
         reasons = {row.name: str(row.reason) for row in qnn.summary(out).rows}
-        self.assertIn("tied to 'embedding' (Embedding), which stays in float", reasons["head"])
-        self.assertEqual(reasons["second"], "the scheme map says None")
-        with self.assertRaisesRegex(ValueError, "converted already .*layer.dequantize.. gives"):
+        assert "tied to 'embedding' (Embedding), which stays in float" in reasons["head"]
+        assert reasons["second"] == "the scheme map says None"
+        with pytest.raises(ValueError, match=r"converted already .*layer.dequantize.. gives"):
             qnn.convert(nn.Sequential(out["first"]), {"*": None})
 
     def test_subclasses_of_the_training_layer(self) -> None:
@@ -483,12 +484,12 @@ class TestTraining(unittest.TestCase):
         model = nn.Sequential(Inherits(32, 32), Doubles(32, 32), qnn.Linear(32, 32))
         for options in ({}, {"training": True}):
             out = qnn.convert(model, "mxfp8", **options)
-            self.assertEqual([type(m) for m in out[:2]], [Inherits, Doubles])
-            self.assertEqual(out[2].scheme, "mxfp8")
+            assert [type(m) for m in out[:2]] == [Inherits, Doubles]
+            assert out[2].scheme == "mxfp8"
         back = qnn.convert(model, {"*": None}, training=True)
-        self.assertEqual([type(m) for m in back], [Inherits, Doubles, nn.Linear])
+        assert [type(m) for m in back] == [Inherits, Doubles, nn.Linear]
         out = qnn.convert(model, "fp8", include=[Inherits, Doubles, "2"])
-        self.assertEqual([type(m) for m in out], [QLinear, Doubles, QLinear])
+        assert [type(m) for m in out] == [QLinear, Doubles, QLinear]
 
     @parameterized.expand(
         [
@@ -513,9 +514,9 @@ class TestTraining(unittest.TestCase):
             (y * torch.linspace(-1, 1, 32)).sum().backward()
             grads.append([y, x.grad, *(p.grad for p in changed.parameters())])
         for want, got in zip(*grads, strict=True):
-            self.assertGreater(qnn.sqnr(want, got), 15)
+            assert qnn.sqnr(want, got) > 15
         for scheme, options in (("fp8", {}), ({"*": None}, {"training": True})):
-            with self.assertRaisesRegex(ValueError, "parametrized|holds more than weights"):
+            with pytest.raises(ValueError, match=r"parametrized|holds more than weights"):
                 qnn.convert(nn.Sequential(layer), scheme, **options)
 
     def test_weights_that_are_views(self) -> None:
@@ -526,8 +527,8 @@ class TestTraining(unittest.TestCase):
             del layer._parameters[name]
             object.__setattr__(layer, name, part)
         layer(torch.randn(5, 64)).sum().backward()
-        self.assertTrue((flat.grad != 0).all())
-        with self.assertRaisesRegex(ValueError, "x must be .*got .5, 63"):
+        assert (flat.grad != 0).all()
+        with pytest.raises(ValueError, match=r"x must be .*got .5, 63"):
             layer(torch.randn(5, 63))
 
 
@@ -536,7 +537,7 @@ class Terminal(io.StringIO):
         return True
 
 
-class TestProgress(unittest.TestCase):
+class TestProgress:
     def run_with(self, progress: Any, seconds: float, terminal: bool = False) -> str:
         clock = itertools.count(step=seconds)
         text = Terminal() if terminal else io.StringIO()
@@ -551,18 +552,18 @@ class TestProgress(unittest.TestCase):
     def test_a_line(self) -> None:
         always = self.run_with("always", 0.001)
         for verb in ("convert", "prepare"):
-            self.assertRegex(always, f"\rqnn.{verb}: layer 5/5, [0-9.]+ s\n")
+            assert re.search(f"\rqnn.{verb}: layer 5/5, [0-9.]+ s\n", always)
         for quiet in (False, True):  # stderr is no terminal here
-            self.assertEqual(self.run_with(quiet, 10), "")
-        self.assertEqual(self.run_with(True, 0.001, terminal=True), "")  # it took no time
-        self.assertIn("\rqnn.convert: layer 1/5", self.run_with(True, 3, terminal=True))
-        self.assertEqual(self.run_with(False, 3, terminal=True), "")
+            assert self.run_with(quiet, 10) == ""
+        assert self.run_with(True, 0.001, terminal=True) == ""  # it took no time
+        assert "\rqnn.convert: layer 1/5" in self.run_with(True, 3, terminal=True)
+        assert self.run_with(False, 3, terminal=True) == ""
         for verb in (qnn.convert, qnn.prepare):
-            with self.assertRaisesRegex(ValueError, "progress must be True, False or 'always'"):
+            with pytest.raises(ValueError, match="progress must be True, False or 'always'"):
                 verb(net(), progress="yes")
 
 
-class TestTransformerEncoder(unittest.TestCase):
+class TestTransformerEncoder:
     """torch's fused path reads the raw weights of the linears; converted, it must not run."""
 
     def test_all_grad_modes_with_and_without_padding(self) -> None:
@@ -570,15 +571,15 @@ class TestTransformerEncoder(unittest.TestCase):
             nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2, enable_nested_tensor=True
         ).eval()
         out = qnn.convert(model)
-        self.assertEqual(len(converted(out)), 4)
+        assert len(converted(out)) == 4
         x = torch.randn(2, 6, 32)
         padding = torch.zeros(2, 6, dtype=torch.bool)
         padding[1, 4:] = True
         for grad in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
             with grad:
-                self.assertGreater(qnn.sqnr(model(x), out(x)), 30)
+                assert qnn.sqnr(model(x), out(x)) > 30
                 got = out(x, src_key_padding_mask=padding)[1, :4]
                 want = model(x, src_key_padding_mask=padding)[1, :4]
-                self.assertGreater(qnn.sqnr(want, got), 30)
-        self.assertIs(type(model.layers[0].linear1), nn.Linear)
-        self.assertTrue(model.layers[0].activation_relu_or_gelu)
+                assert qnn.sqnr(want, got) > 30
+        assert type(model.layers[0].linear1) is nn.Linear
+        assert model.layers[0].activation_relu_or_gelu

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 import traceback
-import unittest
 import unittest.mock
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -301,7 +300,7 @@ def gathered_in_bfloat16(rank: int, scheme: str) -> None:
         assert whole(parameter.grad).norm() > 0, name
 
 
-class TestFSDP2(unittest.TestCase):
+class TestFSDP2:
     @parameterized.expand(itertools.product(TRAINING, OPTIMISERS))
     def test_trains(self, scheme: str, optimiser: str) -> None:
         both_ranks(fully_sharded, scheme, optimiser)
@@ -338,7 +337,7 @@ def replicated(rank: int, scheme: str, optimiser: str, compiled: bool) -> None:
     assert not compiled or graphs.frame_count > 2, graphs.frame_count
 
 
-class TestDDP(unittest.TestCase):
+class TestDDP:
     @parameterized.expand(itertools.product(TRAINING, OPTIMISERS))
     def test_trains(self, scheme: str, optimiser: str) -> None:
         both_ranks(replicated, scheme, optimiser, False)
@@ -536,7 +535,7 @@ def tensor_parallel_of_size_one(rank: int, scheme: str) -> None:
     check_training(rank, layers, scheme, "adamw")
 
 
-class TestTensorParallel(unittest.TestCase):
+class TestTensorParallel:
     @parameterized.expand(itertools.product(TRAINING, ["plain", "dtensor", "sequence", "fsdp"]))
     def test_block(self, scheme: str, kind: str) -> None:
         both_ranks(tensor_parallel, scheme, kind)
@@ -579,7 +578,7 @@ def saved(rank: int, kind: str, folder: str) -> None:
     dcp.save(get_model_state_dict(layers), checkpoint_id=folder)
 
 
-class TestCheckpoint(unittest.TestCase):
+class TestCheckpoint:
     @parameterized.expand(["fsdp", "tensor_parallel"])
     def test_loads_in_one_process(self, kind: str) -> None:
         import torch.distributed.checkpoint as dcp
@@ -596,7 +595,7 @@ class TestCheckpoint(unittest.TestCase):
                 dcp.load(state, checkpoint_id=folder, no_dist=True)
                 fresh.load_state_dict(state)
                 for a, b in zip(fresh.parameters(), model("fp8").parameters(), strict=True):
-                    self.assertTrue(torch.equal(a, b))
+                    assert torch.equal(a, b)
 
 
 # Sharded inference ----------------------------------------------------------------------------
@@ -634,7 +633,7 @@ def sharded_inference(rank: int, scheme: str) -> None:
         assert rows or mine.numel() == 0, name
 
 
-class TestInference(unittest.TestCase):
+class TestInference:
     @parameterized.expand(qnn.SCHEMES)
     def test_fsdp2(self, scheme: str) -> None:
         layer = qnn.QLinear(128, 32, scheme=scheme)
@@ -816,7 +815,7 @@ def continued(rank: int) -> None:
     alike(model)
 
 
-class TestCalibration(unittest.TestCase):
+class TestCalibration:
     @parameterized.expand(
         [
             (observer, counts, wrapped)

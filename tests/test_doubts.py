@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-import unittest
+import re
 import warnings
 from typing import Any
 
@@ -75,7 +75,7 @@ def said(model: Any) -> tuple[nn.Module, str | None]:
     return converted, note
 
 
-class TestDoubts(unittest.TestCase):
+class TestDoubts:
     @parameterized.expand([(kind, qat) for kind in KINDS for qat in (False, True)])
     def test_an_input_that_falls_to_zero(self, kind: str, qat: bool) -> None:
         model = prepared(kind, heavy(), qat=qat, parts={"input": QuantSpec(torch.uint8)})
@@ -83,16 +83,16 @@ class TestDoubts(unittest.TestCase):
         (step,) = (point.qparams()[0] for n, point in points(model).items() if n in names)
         share = (heavy() < step / 2).float().mean().item()
         _, note = said(model)
-        self.assertIn("of the nonzero values of 'input", str(note))
+        assert "of the nonzero values of 'input" in str(note)
         percent = float(str(note).partition("%")[0].split()[-1])
-        self.assertLess(abs(percent - 100 * share), 2)
-        self.assertIn("qnn.convert(model, 'int8', include=", str(note))
-        self.assertIn("'int8_weight'", str(note))
+        assert abs(percent - 100 * share) < 2
+        assert "qnn.convert(model, 'int8', include=" in str(note)
+        assert "'int8_weight'" in str(note)
 
     @parameterized.expand(KINDS)
     def test_nothing_is_said_of_usual_data(self, kind: str) -> None:
         for x in (usual(), usual().relu(), usual() * 1e-6 + 1e-6, torch.zeros(3, 4, 12)):
-            self.assertIsNone(said(prepared(kind, x))[1])
+            assert said(prepared(kind, x))[1] is None
 
     @parameterized.expand(
         [
@@ -113,9 +113,9 @@ class TestDoubts(unittest.TestCase):
         model = qnn.prepare(One(kind).eval(), parts={"input": spec})
         model(usual())
         _, note = said(model)
-        self.assertEqual(note is not None, cut, note)
+        assert (note is not None) == cut, note
         if cut:
-            self.assertRegex(str(note), r"the range -\d.* of 'input.*' is cut to -\d")
+            assert re.search(r"the range -\d.* of 'input.*' is cut to -\d", str(note))
 
     @parameterized.expand(["mse", "histogram"])
     def test_an_outlier_that_was_clipped(self, observer: str) -> None:
@@ -124,8 +124,8 @@ class TestDoubts(unittest.TestCase):
         spec = QuantSpec(torch.int8, observer=observer, qmin=-7, qmax=7)
         model = prepared("LSTM", x, parts={"*_linear": spec})
         note = str(said(model)[1])
-        self.assertRegex(
-            note, f"_linear_l0' is cut to .*observer='{observer}'.*16 bits and no limit"
+        assert re.search(
+            f"_linear_l0' is cut to .*observer='{observer}'.*16 bits and no limit", note
         )
 
     def test_a_counter(self) -> None:
@@ -135,13 +135,13 @@ class TestDoubts(unittest.TestCase):
         seq = torch.tensor([[1.0, 0.0]] * 40 + [[0.0, 1.0]] * 60).unsqueeze(1)
         want = model(seq)[0]
         wide, note = said(qnn.calibrate(qnn.prepare(model), [seq]))
-        self.assertIsNone(note)
-        self.assertGreater(qnn.sqnr(wide(seq)[0], want), 40)
+        assert note is None
+        assert qnn.sqnr(wide(seq)[0], want) > 40
         eight = qnn.calibrate(qnn.prepare(model, parts=qnn.parts.EIGHT_BIT), [seq])
         narrow, note = said(eight)
-        self.assertLess(qnn.sqnr(narrow(seq)[0], want), 10)
-        self.assertRegex(str(note), r"-20.* of 'cell_state_l0' is cut to -15.* 16.* .limit=16.; ")
-        self.assertIn("16 bits and no limit, the default", str(note))
+        assert qnn.sqnr(narrow(seq)[0], want) < 10
+        assert re.search(r"-20.* of 'cell_state_l0' is cut to -15.* 16.* .limit=16.; ", str(note))
+        assert "16 bits and no limit, the default" in str(note)
 
     @parameterized.expand(["linear", "GRU"])
     def test_what_is_known_survives(self, kind: str) -> None:
@@ -151,20 +151,20 @@ class TestDoubts(unittest.TestCase):
         resumed = qnn.prepare(One(kind), parts={"input": spec})
         resumed.load_state_dict(model.state_dict())
         note = said(model)[1]
-        self.assertIn("is cut", str(note))
-        self.assertIn("fall to zero", str(note))
+        assert "is cut" in str(note)
+        assert "fall to zero" in str(note)
         converted, again = said(resumed)
-        self.assertEqual(again, note)
+        assert again == note
         for twin in (copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):
-            self.assertIn(str(note), str(qnn.summary(twin)))
-        self.assertFalse([key for key in converted.state_dict() if "note" in key])
+            assert str(note) in str(qnn.summary(twin))
+        assert not [key for key in converted.state_dict() if "note" in key]
 
     def test_old_states_say_nothing(self) -> None:
         model = prepared("linear", heavy(), parts={"input": QuantSpec(torch.uint8)})
         state = {k: v for k, v in model.state_dict().items() if not k.endswith("magnitudes")}
         fresh = qnn.prepare(One("linear"), parts={"input": QuantSpec(torch.uint8)})
         fresh.load_state_dict(state)
-        self.assertIsNone(said(fresh)[1])
+        assert said(fresh)[1] is None
 
 
 def points(model: nn.Module) -> dict[str, qnn.FakeQuantize]:
@@ -182,7 +182,7 @@ def counter() -> nn.LSTM:
     return layer
 
 
-class TestAccuracy(unittest.TestCase):
+class TestAccuracy:
     """The default beside 8 bits for all parts, on data that is not normal."""
 
     @parameterized.expand(
@@ -212,4 +212,4 @@ class TestAccuracy(unittest.TestCase):
                     warnings.simplefilter("ignore", CalibrationWarning)
                     static = qnn.convert(qnn.calibrate(qnn.prepare(layer, parts=preset), [x]))
                 found.append(qnn.sqnr(static(x)[0], want))
-        self.assertGreater(found[0], found[1])
+        assert found[0] > found[1]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-import unittest
 from typing import Any
 
+import pytest
 import torch
 from parameterized import parameterized
 from torch.nn import functional as F
@@ -44,9 +44,9 @@ def call(op: str, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return getattr(torch.ops.qnn, op)(x, *args, **kwargs)
 
 
-class TestEpilogue(unittest.TestCase):
+class TestEpilogue:
     def test_every_activation_is_tested(self) -> None:
-        self.assertEqual(set(UNFUSED), set(ACTIVATIONS))
+        assert set(UNFUSED) == set(ACTIVATIONS)
 
     @parameterized.expand(itertools.product(OPS, UNFUSED, DTYPES))
     def test_equals_the_separate_calls(self, op: str, activation: str, dtype: torch.dtype) -> None:
@@ -59,9 +59,9 @@ class TestEpilogue(unittest.TestCase):
                 got = call(op, x, w, sw, given_bias, given, activation)
                 want = UNFUSED[activation](call(op, x, w, sw, given_bias))
                 want = want if given is None else want + given
-                self.assertEqual(got.dtype, dtype)
-                self.assertTrue(same(got, want, activation), lead)
-                self.assertTrue(torch.equal(residual, kept))
+                assert got.dtype == dtype
+                assert same(got, want, activation), lead
+                assert torch.equal(residual, kept)
 
     @parameterized.expand(itertools.product(UNFUSED, DTYPES))
     def test_kernels_in_python_equal_the_separate_calls(
@@ -77,7 +77,7 @@ class TestEpilogue(unittest.TestCase):
             (functools.partial(cpu.rows_linear, dtype=dtype), (q, scale, *rest)),
         ):
             got = kernel(*args, residual=residual, activation=activation)
-            self.assertTrue(torch.equal(got, UNFUSED[activation](kernel(*args)) + residual))
+            assert torch.equal(got, UNFUSED[activation](kernel(*args)) + residual)
 
     @parameterized.expand([(dtype,) for dtype in DTYPES])
     def test_quantised_rows_equal_the_layer(self, dtype: torch.dtype) -> None:
@@ -86,14 +86,14 @@ class TestEpilogue(unittest.TestCase):
             x, bias = torch.randn(m, k).to(dtype), torch.randn(n)
             x[1] = 0
             got = call("int8_rows_linear", x, w, sw, bias)
-            self.assertTrue(torch.equal(got, torch.ops.qnn.int8_linear(x, w, sw, bias)))
-            self.assertTrue(torch.equal(got, int8.linear_reference(x, w, sw, bias)))
+            assert torch.equal(got, torch.ops.qnn.int8_linear(x, w, sw, bias))
+            assert torch.equal(got, int8.linear_reference(x, w, sw, bias))
 
     @parameterized.expand(itertools.product(OPS, UNFUSED))
     def test_no_columns(self, op: str, activation: str) -> None:
         w, sw, bias = torch.empty(9, 0, dtype=torch.int8), torch.ones(9, 1), torch.randn(9)
         got = call(op, torch.empty(3, 0), w, sw, bias, torch.ones(3, 9), activation)
-        self.assertTrue(same(got, UNFUSED[activation](bias.expand(3, 9)) + 1, activation))
+        assert same(got, UNFUSED[activation](bias.expand(3, 9)) + 1, activation)
 
     @parameterized.expand(UNFUSED)
     def test_non_finite_rows_of_quantised_input(self, activation: str) -> None:
@@ -104,8 +104,8 @@ class TestEpilogue(unittest.TestCase):
             dirty = x.clone()
             dirty[2, 7] = bad
             y = call("int8_rows_linear", dirty, w, sw, None, None, activation)
-            self.assertFalse(bool(y[2].isfinite().any()))
-            self.assertTrue(torch.equal(y[[0, 1, 3]], clean[[0, 1, 3]]))
+            assert not bool(y[2].isfinite().any())
+            assert torch.equal(y[[0, 1, 3]], clean[[0, 1, 3]])
 
     def test_quantised_rows_and_scales_of_any_stride(self) -> None:
         w, sw = weights(9, 8)
@@ -113,7 +113,7 @@ class TestEpilogue(unittest.TestCase):
         scale = torch.rand(3, 2, 1).transpose(0, 1)
         got = torch.ops.qnn.int8_rows_linear(q, scale, w, sw)
         want = torch.ops.qnn.int8_rows_linear(q.contiguous(), scale.contiguous(), w, sw)
-        self.assertTrue(torch.equal(got, want))
+        assert torch.equal(got, want)
 
     @parameterized.expand(OPS)
     def test_errors(self, op: str) -> None:
@@ -140,10 +140,10 @@ class TestEpilogue(unittest.TestCase):
         }.items():
             given = {"residual": None, "activation": "none", **first, **named, **wrong}
             args = [given[arg.name] for arg in REGISTRY[op].inputs]
-            with self.assertRaisesRegex((TypeError, ValueError), message):
+            with pytest.raises((TypeError, ValueError), match=message):
                 REGISTRY[op].check(*args)
             # A kernel in C++ has words of its own.
-            with self.assertRaisesRegex(
-                (TypeError, ValueError), rf"qnn::{op}.*: {next(iter(wrong))} "
+            with pytest.raises(
+                (TypeError, ValueError), match=rf"qnn::{op}.*: {next(iter(wrong))} "
             ):
                 REGISTRY[op].overload(*args)

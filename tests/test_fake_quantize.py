@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import unittest
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,7 @@ def oracle(x: np.ndarray, scale: np.ndarray, point: np.ndarray, qmin: int, qmax:
         return np.asarray(np.rint(v) * scale)
 
 
-class TestFunction(unittest.TestCase):
+class TestFunction:
     @settings(max_examples=200)
     @given(
         bits=st.sampled_from([(0, 255), (-128, 127), (-127, 127), (0, 65535), (-3, 4)]),
@@ -66,11 +65,11 @@ class TestFunction(unittest.TestCase):
             channel_axis=None if channels is None else 1,
         )  # fmt: skip
         want = torch.from_numpy(oracle(x, scale, point, qmin, qmax))
-        self.assertTrue(torch.equal(got.isnan(), torch.from_numpy(x).isnan()))
-        self.assertTrue(torch.equal(got.nan_to_num(9), want.nan_to_num(9)))
+        assert torch.equal(got.isnan(), torch.from_numpy(x).isnan())
+        assert torch.equal(got.nan_to_num(9), want.nan_to_num(9))
         # Where an end of the range is zero, either zero may come out.
         signed = torch.from_numpy((point > qmin) & (point < qmax)).expand(got.shape) & ~got.isnan()
-        self.assertTrue(same_bits(got[signed], want[signed]))
+        assert same_bits(got[signed], want[signed])
 
     @parameterized.expand([(dtype,) for dtype in DTYPES])
     def test_dtypes(self, dtype: torch.dtype) -> None:
@@ -78,16 +77,16 @@ class TestFunction(unittest.TestCase):
         x = torch.randn(40, 3, dtype=torch.float64).to(dtype)
         scale, point = torch.tensor([0.013]), torch.tensor([7], dtype=torch.int32)
         got = F.fake_quantize(x, scale, point, -100, 100)
-        self.assertEqual(got.dtype, dtype)
+        assert got.dtype == dtype
         wide = x.to(torch.float64 if dtype == torch.float64 else torch.float32)
         q = (wide * (1 / scale.to(wide.dtype))).round().clamp(-107, 93)
-        self.assertTrue(torch.equal(got, (q * scale.to(wide.dtype)).to(dtype)))
+        assert torch.equal(got, (q * scale.to(wide.dtype)).to(dtype))
 
     def test_values_of_the_integers(self) -> None:
         x = torch.linspace(-3, 3, 1001)
         q = torch.clamp((x / 0.03125).round() + 5, -20, 90)
         got = F.fake_quantize(x, torch.tensor([0.03125]), 5, -20, 90)
-        self.assertTrue(torch.equal(got, (q - 5) * 0.03125))
+        assert torch.equal(got, (q - 5) * 0.03125)
 
     @parameterized.expand([(None,), (0,), (-1,)])
     def test_gradients(self, axis: int | None) -> None:
@@ -104,7 +103,7 @@ class TestFunction(unittest.TestCase):
         v = (x / scale.view(shape)).detach()
         low, high = -40 - point.view(shape), 30 - point.view(shape)
         inside = (v >= low) & (v <= high)
-        self.assertTrue(0.05 < inside.double().mean() < 0.95)
+        assert 0.05 < inside.double().mean() < 0.95
         torch.testing.assert_close(x.grad, dy * inside, rtol=1e-15, atol=0)
         step = torch.where(inside, v.round() - v, torch.where(v < low, low, high))
         want = dy * step
@@ -120,19 +119,19 @@ class TestFunction(unittest.TestCase):
             x[0], x[1, 0], x[2, 0] = torch.tensor([0.01, -0.001, 0.25]), torch.nan, -torch.inf
             got = compiled(x, scale, point, -128, 127, channel_axis=1)
             want = F.fake_quantize(x, scale, point, -128, 127, channel_axis=1)
-            self.assertTrue(same_bits(got.nan_to_num(9), want.nan_to_num(9)))
-            self.assertTrue(want[0].signbit().any())  # of a zero too
+            assert same_bits(got.nan_to_num(9), want.nan_to_num(9))
+            assert want[0].signbit().any()  # of a zero too
 
 
-class TestSpec(unittest.TestCase):
+class TestSpec:
     def test_limit(self) -> None:
         spec = QuantSpec(limit=16.0)
         ends = torch.tensor([-300.0, -3.0, torch.nan, -torch.inf])
         scale, _ = spec.qparams(ends, torch.tensor([94.0, 1.0, 1.0, 1.0]))
-        self.assertEqual(scale[:2].tolist(), (torch.tensor([32.0, 4.0]) / 255).tolist())
-        self.assertTrue(scale[2:].isnan().all())
+        assert scale[:2].tolist() == (torch.tensor([32.0, 4.0]) / 255).tolist()
+        assert scale[2:].isnan().all()
         for bad in (0, -1.0, torch.inf, "16"):
-            with self.assertRaisesRegex(ValueError, "limit must be a positive number"):
+            with pytest.raises(ValueError, match="limit must be a positive number"):
                 QuantSpec(limit=bad)  # type: ignore[arg-type]
 
     @parameterized.expand(
@@ -145,7 +144,7 @@ class TestSpec(unittest.TestCase):
         ]
     )
     def test_repr_makes_it_again(self, spec: QuantSpec) -> None:
-        self.assertEqual(eval(repr(spec)), spec)  # noqa: S307  # it is ours
+        assert eval(repr(spec)) == spec  # noqa: S307  # it is ours
 
     @parameterized.expand(
         [
@@ -161,8 +160,8 @@ class TestSpec(unittest.TestCase):
     )
     def test_range(self, kwargs: dict[str, Any], qmin: int, qmax: int) -> None:
         spec = QuantSpec(**kwargs)
-        self.assertEqual((spec.qmin, spec.qmax), (qmin, qmax))
-        self.assertEqual(eval(repr(spec), {"QuantSpec": QuantSpec, "torch": torch}), spec)  # noqa: S307
+        assert (spec.qmin, spec.qmax) == (qmin, qmax)
+        assert eval(repr(spec), {"QuantSpec": QuantSpec, "torch": torch}) == spec  # noqa: S307
         hash(spec)
 
     @parameterized.expand(
@@ -197,7 +196,7 @@ class TestSpec(unittest.TestCase):
         ]
     )
     def test_errors(self, kwargs: dict[str, Any], kind: type[Exception], message: str) -> None:
-        with self.assertRaisesRegex(kind, f"qnn.QuantSpec: .*{message}"):
+        with pytest.raises(kind, match=f"qnn.QuantSpec: .*{message}"):
             QuantSpec(**kwargs)
 
     @parameterized.expand([(s, d) for s in (False, True) for d in (torch.uint8, torch.int16)])
@@ -206,59 +205,59 @@ class TestSpec(unittest.TestCase):
         low = torch.tensor([-1.0, 0.5, -7.0, 0.0, -1e-45, -3e38, torch.nan, -torch.inf])
         high = torch.tensor([3.0, 4.0, -2.0, 0.0, 1e-45, 3e38, 1.0, 1.0])
         scale, point = spec.qparams(low, high)
-        self.assertEqual((scale.dtype, point.dtype), (torch.float32, torch.int32))
+        assert (scale.dtype, point.dtype) == (torch.float32, torch.int32)
         lo, hi = low[:5].double().clamp(max=0), high[:5].double().clamp(min=0)
         steps = spec.qmax - spec.qmin
         want = torch.maximum(-lo, hi) / (steps // 2) if symmetric else (hi - lo) / steps
         want = want.clamp_min(torch.finfo(torch.float32).tiny)
         want[3] = 1
         torch.testing.assert_close(scale[:5].double(), want, rtol=1e-7, atol=0)
-        self.assertTrue(bool(scale[6:].isnan().all()))
-        self.assertEqual(scale[5].isnan(), not symmetric)  # 6e38 has no float32
+        assert bool(scale[6:].isnan().all())
+        assert scale[5].isnan() == (not symmetric)  # 6e38 has no float32
         if symmetric:
-            self.assertEqual(set(point.tolist()), {spec.middle})
+            assert set(point.tolist()) == {spec.middle}
         else:
-            self.assertEqual(point[1].item(), spec.qmin)
-            self.assertEqual(point[2].item(), spec.qmax)
-            self.assertEqual(point[0].item(), round(spec.qmin + steps / 4))
+            assert point[1].item() == spec.qmin
+            assert point[2].item() == spec.qmax
+            assert point[0].item() == round(spec.qmin + steps / 4)
         # Zero is on the grid, and the range is covered to half a step.
         ends = ((torch.tensor([spec.qmin, spec.qmax]) - point[:3, None]) * scale[:3, None]).double()
-        self.assertTrue(bool((ends[:, 0] <= lo[:3] + scale[:3] * 0.501).all()))
-        self.assertTrue(bool((ends[:, 1] >= hi[:3] - scale[:3] * 0.501).all()))
+        assert bool((ends[:, 0] <= lo[:3] + scale[:3] * 0.501).all())
+        assert bool((ends[:, 1] >= hi[:3] - scale[:3] * 0.501).all())
 
 
-class TestPoint(unittest.TestCase):
+class TestPoint:
     def test_only_observing_returns_the_input_itself(self) -> None:
         point = FakeQuantize(INT8, name="input")
         for mode in (True, False):
             x = torch.randn(4, 5) * (1 if mode else 3)
-            self.assertIs(point.train(mode)(x), x)
-            self.assertIs(point.quantize(x), x)
-            self.assertEqual(point.qparams()[0].item(), (x.abs().max() / 127).item())
+            assert point.train(mode)(x) is x
+            assert point.quantize(x) is x
+            assert point.qparams()[0].item() == (x.abs().max() / 127).item()
 
     def test_training(self) -> None:
         """In training it records and quantises, in evaluation it only quantises."""
         point = FakeQuantize(INT8, qat=True)
         x = torch.randn(30, 5)
         scale = x.abs().max().view(1) / 127
-        self.assertTrue(torch.equal(point(x), F.fake_quantize(x, scale, 0, -127, 127)))
+        assert torch.equal(point(x), F.fake_quantize(x, scale, 0, -127, 127))
         before = copy.deepcopy(point.state_dict())
         wide = 10 * x
         got = point.eval()(wide)
-        self.assertTrue(torch.equal(got, F.fake_quantize(wide, scale, 0, -127, 127)))
+        assert torch.equal(got, F.fake_quantize(wide, scale, 0, -127, 127))
         for name, value in point.state_dict().items():
-            self.assertTrue(torch.equal(value, before[name]), name)
-        self.assertEqual(point.train()(wide).abs().max(), wide.abs().max())
+            assert torch.equal(value, before[name]), name
+        assert point.train()(wide).abs().max() == wide.abs().max()
 
     def test_before_anything_was_seen(self) -> None:
         for axis in (None, -1):
             point = FakeQuantize(QuantSpec(channel_axis=axis), qat=True, channels=axis and 5).eval()
             x = torch.randn(3, 5, requires_grad=True)
             y = point(x)
-            self.assertTrue(torch.equal(y, x))
+            assert torch.equal(y, x)
             y.sum().backward()
-            self.assertTrue(torch.equal(x.grad, torch.ones(3, 5)))
-            with self.assertRaisesRegex(ValueError, "nothing was observed"):
+            assert torch.equal(x.grad, torch.ones(3, 5))
+            with pytest.raises(ValueError, match="nothing was observed"):
                 point.qparams()
 
     def test_quantises_with_what_was_known_before(self) -> None:
@@ -268,32 +267,30 @@ class TestPoint(unittest.TestCase):
         steps = [point.quantize(torch.tensor([value])) for value in (0.504, 5.0)]
         point.observe(torch.cat(steps) * 2)
         torch.testing.assert_close(torch.cat(steps), torch.tensor([0.5, 1.27]))
-        self.assertAlmostEqual(point.qparams()[0].item(), 2.54 / 127, 6)
+        assert point.qparams()[0].item() == pytest.approx(2.54 / 127, abs=0.5e-6)
 
     def test_fixed(self) -> None:
         point = FakeQuantize(QuantSpec(scale=2**-16, zero_point=3), name="gate", qat=True)
         x = torch.rand(50)
         want = F.fake_quantize(x, torch.tensor([2**-16]), 3, 0, 255)
-        self.assertTrue(torch.equal(point(x), want))
-        self.assertEqual(point.row().tolist(), [2**-16, 3, 0, 255])
-        self.assertFalse(point.observing)
+        assert torch.equal(point(x), want)
+        assert point.row().tolist() == [2**-16, 3, 0, 255]
+        assert not point.observing
         spec = QuantSpec(torch.int8, scale=(0.5, 0.25), zero_point=(1, 2), channel_axis=1)
         rows = FakeQuantize(spec, qat=True)(torch.tensor([[0.3, 0.3], [99.0, 99.0]]))
-        self.assertEqual(rows.tolist(), [[0.5, 0.25], [63.0, 31.25]])
+        assert rows.tolist() == [[0.5, 0.25], [63.0, 31.25]]
 
     def test_row(self) -> None:
         point = FakeQuantize(QuantSpec(torch.int16), name="cell_state")
-        with self.assertRaisesRegex(ValueError, "'cell_state': nothing was observed"):
+        with pytest.raises(ValueError, match="'cell_state': nothing was observed"):
             point.row()
         point(torch.tensor([-1.0, 3.0]))
         scale, zero_point = point.qparams()
-        self.assertEqual(
-            point.row().tolist(), [scale.item(), float(zero_point.item()), -32768.0, 32767.0]
-        )
-        self.assertEqual(point.row().dtype, torch.float32)
+        assert point.row().tolist() == [scale.item(), float(zero_point.item()), -32768.0, 32767.0]
+        assert point.row().dtype == torch.float32
         rows = FakeQuantize(QuantSpec(channel_axis=0))
         rows(torch.randn(3, 4))
-        with self.assertRaisesRegex(ValueError, "3 scales"):
+        with pytest.raises(ValueError, match="3 scales"):
             rows.row()
 
     @parameterized.expand([("nan", torch.nan), ("inf", torch.inf), ("-inf", -torch.inf)])
@@ -303,26 +300,26 @@ class TestPoint(unittest.TestCase):
             point = FakeQuantize(INT8, name="new_gate", qat=qat)
             point(torch.tensor([1.0, bad]))
             y = point(torch.ones(2))
-            with self.assertRaisesRegex(ValueError, "'new_gate': the range is .* observed"):
+            with pytest.raises(ValueError, match=r"'new_gate': the range is .* observed"):
                 point.qparams()
-            self.assertEqual(bool(y.isnan().all()), qat)
+            assert bool(y.isnan().all()) == qat
 
     def test_frozen(self) -> None:
         model = nn.Sequential(FakeQuantize(INT8), nn.ReLU(), FakeQuantize(INT8, qat=True))
         model(torch.randn(9))
-        self.assertIs(qnn.freeze_observers(model), model)
+        assert qnn.freeze_observers(model) is model
         before = copy.deepcopy(model.state_dict())
         model(100 * torch.randn(9))
         for name, value in model.state_dict().items():
-            self.assertTrue(torch.equal(value, before[name]), name)
-        self.assertIn("frozen", repr(model))
-        self.assertIs(qnn.unfreeze_observers(model), model)
-        self.assertNotIn("frozen", repr(model))
+            assert torch.equal(value, before[name]), name
+        assert "frozen" in repr(model)
+        assert qnn.unfreeze_observers(model) is model
+        assert "frozen" not in repr(model)
         model(torch.full((1,), 500.0))
-        self.assertGreater(model[0].qparams()[0].item(), 3.9)
-        self.assertGreater(model[2].qparams()[0].item(), before["2.scale"].item())
+        assert model[0].qparams()[0].item() > 3.9
+        assert model[2].qparams()[0].item() > before["2.scale"].item()
         for function in (qnn.freeze_observers, qnn.unfreeze_observers):
-            with self.assertRaisesRegex(ValueError, "no observation points"):
+            with pytest.raises(ValueError, match="no observation points"):
                 function(nn.ReLU())
 
     @parameterized.expand(
@@ -345,16 +342,16 @@ class TestPoint(unittest.TestCase):
                 qnn.freeze_observers(resumed)
                 resumed.load_state_dict(state, assign=assign)
                 resumed(torch.full((9,), 50.0))
-                self.assertEqual(resumed.qparams()[0].item() < 1 / 250, frozen)
+                assert (resumed.qparams()[0].item() < 1 / 250) == frozen
             old = FakeQuantize(spec, qat=qat)
             old.freeze(frozen)
             old.load_state_dict(before)
-            self.assertEqual(old.observing, not frozen)
+            assert old.observing == (not frozen)
             torch.testing.assert_close(old.qparams(), point.qparams())
         fixed = FakeQuantize(QuantSpec(scale=0.5), qat=qat)
         qnn.unfreeze_observers(fixed)
-        self.assertFalse(fixed.observing)
-        self.assertNotIn("frozen", fixed.state_dict())
+        assert not fixed.observing
+        assert "frozen" not in fixed.state_dict()
 
     @parameterized.expand([(axis, qat) for axis in (None, 1) for qat in (False, True)])
     def test_state(self, axis: int | None, qat: bool) -> None:
@@ -377,60 +374,60 @@ class TestPoint(unittest.TestCase):
         ]
         scale, zero_point = point.qparams()
         for twin in twins:
-            self.assertTrue(torch.equal(twin.qparams()[0], scale))
-            self.assertTrue(torch.equal(twin.qparams()[1], zero_point))
-            self.assertTrue(torch.equal(twin.eval().quantize(x), point.quantize(x)))
+            assert torch.equal(twin.qparams()[0], scale)
+            assert torch.equal(twin.qparams()[1], zero_point)
+            assert torch.equal(twin.eval().quantize(x), point.quantize(x))
             for name, value in twin.state_dict().items():
-                self.assertEqual(value.dtype, point.state_dict()[name].dtype, name)
+                assert value.dtype == point.state_dict()[name].dtype, name
 
     def test_meta(self) -> None:
         with torch.device("meta"):
             point = FakeQuantize(QuantSpec(), qat=True)
-            self.assertTrue(point(torch.randn(3)).is_meta)
+            assert point(torch.randn(3)).is_meta
         real = FakeQuantize(QuantSpec(), qat=True)
         real(torch.randn(30))
         point.to_empty(device="cpu").load_state_dict(real.state_dict())
-        self.assertTrue(torch.equal(point.qparams()[0], real.qparams()[0]))
+        assert torch.equal(point.qparams()[0], real.qparams()[0])
 
     def test_merge_and_reset(self) -> None:
         one, two, both = (FakeQuantize(INT8, qat=True) for _ in range(3))
         a, b = torch.randn(9), 4 * torch.randn(9)
         one(a), two(b), both(a), both(b)
         one.merge(two)
-        self.assertTrue(torch.equal(one.eval()(b), both.eval()(b)))
+        assert torch.equal(one.eval()(b), both.eval()(b))
         one.reset()
-        self.assertTrue(torch.equal(one(b), b))
-        with self.assertRaisesRegex(ValueError, "must be a MinMaxObserver of"):
+        assert torch.equal(one(b), b)
+        with pytest.raises(ValueError, match="must be a MinMaxObserver of"):
             one.merge(FakeQuantize(QuantSpec(), qat=True))
-        with self.assertRaisesRegex(ValueError, "one of the two is fixed"):
+        with pytest.raises(ValueError, match="one of the two is fixed"):
             one.merge(FakeQuantize(QuantSpec(scale=1.0)))
 
     def test_refuses(self) -> None:
-        with self.assertRaisesRegex(TypeError, "takes a QuantSpec, got dtype"):
+        with pytest.raises(TypeError, match="takes a QuantSpec, got dtype"):
             FakeQuantize(torch.uint8)  # type: ignore[arg-type]
-        with self.assertRaisesRegex(
-            TypeError, "must be a subclass of qnn.calibration.observers.Observer"
+        with pytest.raises(
+            TypeError, match=r"must be a subclass of qnn.calibration.observers.Observer"
         ):
             FakeQuantize(QuantSpec(observer=int))
         point = FakeQuantize(QuantSpec(channel_axis=1), name="w", qat=True)
         point(torch.randn(2, 3))
-        with self.assertRaisesRegex(ValueError, "'w': the tensor has 4 channels, but 3 before"):
+        with pytest.raises(ValueError, match="'w': the tensor has 4 channels, but 3 before"):
             point(torch.randn(2, 4))
-        with self.assertRaisesRegex(ValueError, r"channel_axis is 1, but the tensor is \[3\]"):
+        with pytest.raises(ValueError, match=r"channel_axis is 1, but the tensor is \[3\]"):
             point(torch.randn(3))
 
 
-class TestLearnedScale(unittest.TestCase):
+class TestLearnedScale:
     SPEC = QuantSpec(torch.int8, symmetric=True, learnable=True)
 
     def test_begins_with_what_was_seen_first_and_stays(self) -> None:
         point = FakeQuantize(self.SPEC, qat=True)
-        self.assertEqual([name for name, _ in point.named_parameters()], ["scale"])
+        assert [name for name, _ in point.named_parameters()] == ["scale"]
         point(torch.tensor([1.27]))
-        self.assertAlmostEqual(point.scale.item(), 0.01, 7)
+        assert point.scale.item() == pytest.approx(0.01, abs=0.5e-7)
         point(torch.tensor([127.0]))
-        self.assertAlmostEqual(point.scale.item(), 0.01, 7)
-        self.assertAlmostEqual(point.qparams()[0].item(), 0.01, 7)
+        assert point.scale.item() == pytest.approx(0.01, abs=0.5e-7)
+        assert point.qparams()[0].item() == pytest.approx(0.01, abs=0.5e-7)
 
     def test_gradient_factor(self) -> None:
         """1 / sqrt(values · qmax), where the values share the scale."""
@@ -458,18 +455,18 @@ class TestLearnedScale(unittest.TestCase):
             optimizer.zero_grad()
             (point(x) - x).square().mean().backward()
             optimizer.step()
-        self.assertLess((point(x) - x).square().mean().item(), 0.5 * first)
+        assert (point(x) - x).square().mean().item() < 0.5 * first
 
     def test_from_a_given_scale(self) -> None:
         spec = QuantSpec(torch.int8, symmetric=True, learnable=True, scale=0.5)
         point = FakeQuantize(spec, qat=True)
         y = point(torch.tensor([0.6]))
-        self.assertEqual(y.item(), 0.5)
+        assert y.item() == 0.5
         y.sum().backward()
-        self.assertIsNotNone(point.scale.grad)
+        assert point.scale.grad is not None
 
     def test_channels_are_needed(self) -> None:
-        with self.assertRaisesRegex(ValueError, "'w': a learnable scale .* needs channels="):
+        with pytest.raises(ValueError, match=r"'w': a learnable scale .* needs channels="):
             FakeQuantize(QuantSpec(learnable=True, channel_axis=0), name="w", qat=True)
 
 

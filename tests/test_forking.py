@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import unittest
+
+import pytest
 
 from .common import child
 
@@ -79,11 +80,7 @@ runs("convert after a forward pass", qnn.convert(model))
 """
 
 
-@unittest.skipUnless(hasattr(os, "fork"), "there is no fork here")
-class TestFork(unittest.TestCase):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+class TestFork:
     def test_the_child_runs(self) -> None:
-        self.assertEqual(child(SETUP + CASES, OMP_NUM_THREADS="3"), "")
-
-
-if __name__ == "__main__":
-    unittest.main()
+        assert child(SETUP + CASES, OMP_NUM_THREADS="3") == ""

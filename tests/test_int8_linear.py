@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import unittest
 from pathlib import Path
 
 import pytest
@@ -26,14 +25,14 @@ def name_case(function, number, param) -> str:  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-class TestLinear(unittest.TestCase):
+class TestLinear:
     @parameterized.expand(itertools.product(USABLE, SIZES), name_func=name_case)
     def test_float32_equals_reference(self, engine: str, size: tuple[int, int, int]) -> None:
         m, k, n = size
         w, sw = weights(n, k)
         x, bias = torch.randn(m, k), torch.randn(n)
         got = cpu.linear(x, w, sw, bias, engine=ENGINES[engine])
-        self.assertTrue(torch.equal(got, int8.linear_reference(x, w, sw, bias)))
+        assert torch.equal(got, int8.linear_reference(x, w, sw, bias))
 
     @parameterized.expand(itertools.product(USABLE, SIZES), name_func=name_case)
     def test_integers(self, engine: str, size: tuple[int, int, int]) -> None:
@@ -44,7 +43,7 @@ class TestLinear(unittest.TestCase):
         xq[:, 0] = 127
         y = cpu.linear(xq.float(), w, torch.ones(n, 1), None, engine=ENGINES[engine])
         want = xq.long() @ w.long().T
-        self.assertTrue(torch.equal(y, want.to(torch.float32)))
+        assert torch.equal(y, want.to(torch.float32))
 
     @parameterized.expand(itertools.product(DTYPES, SIZES), name_func=name_case)
     def test_dtypes(self, dtype: torch.dtype, size: tuple[int, int, int]) -> None:
@@ -52,17 +51,17 @@ class TestLinear(unittest.TestCase):
         w, sw = weights(n, k)
         x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
         got = torch.ops.qnn.int8_linear(x, w, sw, bias)
-        self.assertEqual(got.dtype, dtype)
-        self.assertTrue(torch.equal(got, int8.linear_reference(x, w, sw, bias)))
+        assert got.dtype == dtype
+        assert torch.equal(got, int8.linear_reference(x, w, sw, bias))
 
     def test_blocked_rows_equal_unblocked(self) -> None:
         x = torch.randn(700, 1000)  # more than one quantisation block
         q, scale = cpu.quantize_rows(x)
         for rows in (slice(0, 1), slice(523, 530), slice(699, 700)):
             q1, scale1 = cpu.quantize_rows(x[rows])
-            self.assertTrue(torch.equal(q[rows], q1))
-            self.assertTrue(torch.equal(scale[rows], scale1))
-        self.assertTrue(torch.equal(q, int8.quantize_reference(x)[0]))
+            assert torch.equal(q[rows], q1)
+            assert torch.equal(scale[rows], scale1)
+        assert torch.equal(q, int8.quantize_reference(x)[0])
 
     def test_longest_row(self) -> None:
         k = 132_104
@@ -80,24 +79,18 @@ class TestLinear(unittest.TestCase):
         op = torch.ops.qnn.int8_linear
         x = torch.randn(4, 3, 8)
         want = op(x.reshape(12, 8), w, sw, None)
-        self.assertTrue(torch.equal(op(x, w, sw, None), want.view(4, 3, 9)))
-        self.assertTrue(torch.equal(op(x[0, 0], w, sw, None), want[0]))
+        assert torch.equal(op(x, w, sw, None), want.view(4, 3, 9))
+        assert torch.equal(op(x[0, 0], w, sw, None), want[0])
         strided = torch.randn(8, 12).T
-        self.assertTrue(
-            torch.equal(op(strided, w, sw, None), op(strided.contiguous(), w, sw, None))
-        )
+        assert torch.equal(op(strided, w, sw, None), op(strided.contiguous(), w, sw, None))
         expanded = x[:1, :1].expand(4, 3, 8)
-        self.assertTrue(
-            torch.equal(op(expanded, w, sw, None), want[:1].expand(12, 9).view(4, 3, 9))
-        )
+        assert torch.equal(op(expanded, w, sw, None), want[:1].expand(12, 9).view(4, 3, 9))
         transposed = torch.randint(-127, 127, (8, 9), dtype=torch.int8).T
-        self.assertTrue(
-            torch.equal(op(x, transposed, sw, None), op(x, transposed.contiguous(), sw, None))
-        )
-        self.assertEqual(op(torch.empty(0, 8), w, sw, None).shape, (0, 9))
-        self.assertEqual(op(torch.empty(2, 0, 8), w, sw, torch.ones(9)).shape, (2, 0, 9))
+        assert torch.equal(op(x, transposed, sw, None), op(x, transposed.contiguous(), sw, None))
+        assert op(torch.empty(0, 8), w, sw, None).shape == (0, 9)
+        assert op(torch.empty(2, 0, 8), w, sw, torch.ones(9)).shape == (2, 0, 9)
         no_k = op(torch.empty(3, 0), torch.empty(9, 0, dtype=torch.int8), sw, torch.arange(9.0))
-        self.assertTrue(torch.equal(no_k, torch.arange(9.0).expand(3, 9)))
+        assert torch.equal(no_k, torch.arange(9.0).expand(3, 9))
 
     def test_scales_and_bias_of_any_stride(self) -> None:
         for k, n in ((64, 64), (600, 300)):  # both engines
@@ -111,14 +104,13 @@ class TestLinear(unittest.TestCase):
             }
             for name, sw in scales.items():
                 for bias in (None, torch.randn(n, 2)[:, 0], torch.ones(1).expand(n)):
-                    with self.subTest(name, n=n):
-                        got = torch.ops.qnn.int8_linear(x, w, sw, bias)
-                        self.assertTrue(torch.equal(got, int8.linear_reference(x, w, sw, bias)))
-                        got = torch.ops.qnn.int8_weight_linear(x, w, sw, bias)
-                        want = int8.weight_linear_reference(x, w, sw, bias, compute=torch.float64)
-                        sizes = x.abs() @ (w * sw).abs().T + (0 if bias is None else bias.abs())
-                        over = (got - want).abs() / sum_bound(sizes, k + 2)
-                        self.assertLessEqual(over.max().item(), 1)
+                    got = torch.ops.qnn.int8_linear(x, w, sw, bias)
+                    assert torch.equal(got, int8.linear_reference(x, w, sw, bias)), (name, n)
+                    got = torch.ops.qnn.int8_weight_linear(x, w, sw, bias)
+                    want = int8.weight_linear_reference(x, w, sw, bias, compute=torch.float64)
+                    sizes = x.abs() @ (w * sw).abs().T + (0 if bias is None else bias.abs())
+                    over = (got - want).abs() / sum_bound(sizes, k + 2)
+                    assert over.max().item() <= 1, (name, n)
 
     @parameterized.expand(itertools.product(("int8_linear", "int8_weight_linear"), DTYPES))
     def test_non_finite_rows_stay_apart(self, op: str, dtype: torch.dtype) -> None:
@@ -129,29 +121,27 @@ class TestLinear(unittest.TestCase):
             dirty = x.clone()
             dirty[2, 7] = bad
             y = getattr(torch.ops.qnn, op)(dirty, w, sw, torch.ones(33))
-            self.assertFalse(bool(y[2].isfinite().any()))
+            assert not bool(y[2].isfinite().any())
             keep = torch.tensor([0, 1, 3, 4])
-            self.assertTrue(torch.equal(y[keep], clean[keep]))
+            assert torch.equal(y[keep], clean[keep])
 
     def test_zero_huge_and_tiny_rows(self) -> None:
         w, sw = weights(33, 64)
         x = torch.randn(6, 64)
         x[0], x[1], x[2], x[3], x[4] = 0, x[1] * 1e20, x[2] * 1e-20, x[3] * 1e-38, x[4] * 1e-44
         y = torch.ops.qnn.int8_linear(x, w, sw, None)
-        self.assertTrue(torch.equal(y, int8.linear_reference(x, w, sw)))
-        self.assertTrue(bool((y[0] == 0).all()))
-        self.assertTrue(bool(y.isfinite().all()))
+        assert torch.equal(y, int8.linear_reference(x, w, sw))
+        assert bool((y[0] == 0).all())
+        assert bool(y.isfinite().all())
         with_bias = torch.ops.qnn.int8_linear(x[:1], w, sw, torch.arange(33.0))
-        self.assertTrue(torch.equal(with_bias[0], torch.arange(33.0)))
+        assert torch.equal(with_bias[0], torch.arange(33.0))
 
     def test_a_row_does_not_depend_on_its_batch(self) -> None:
         w, sw = weights(96, 64)
         x = torch.randn(300, 64)
         whole = torch.ops.qnn.int8_linear(x, w, sw, None)
         for rows in (1, 8, 9, 128, 129):
-            self.assertTrue(
-                torch.equal(torch.ops.qnn.int8_linear(x[:rows], w, sw, None), whole[:rows])
-            )
+            assert torch.equal(torch.ops.qnn.int8_linear(x[:rows], w, sw, None), whole[:rows])
 
     @parameterized.expand([("int8_linear",), ("int8_weight_linear",), ("int8_linear_dgrad",)])
     def test_the_surroundings_change_nothing(self, name: str) -> None:
@@ -163,12 +153,12 @@ class TestLinear(unittest.TestCase):
             args = args if name.endswith("dgrad") else (torch.randn(m, k), w, sw, torch.randn(n))
             want = op(*args)
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                self.assertTrue(torch.equal(op(*args), want))
+                assert torch.equal(op(*args), want)
             with torch.device("meta"):
-                self.assertTrue(torch.equal(op(*args), want))
+                assert torch.equal(op(*args), want)
             try:
                 torch.set_default_dtype(torch.bfloat16)
-                self.assertTrue(torch.equal(op(*args), want))
+                assert torch.equal(op(*args), want)
             finally:
                 torch.set_default_dtype(torch.float32)
 
@@ -197,20 +187,20 @@ class TestLinear(unittest.TestCase):
             for precision in ("high", "medium"):
                 torch.set_float32_matmul_precision(precision)
                 y = cpu.linear(x, w, torch.ones(64, 1), None, engine=ENGINES["exact"])
-                self.assertTrue(torch.equal(y, want), precision)
+                assert torch.equal(y, want), precision
         finally:
             torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-class TestQuantize(unittest.TestCase):
+class TestQuantize:
     def test_ties_go_to_even(self) -> None:
         halves = torch.arange(-126.5, 127.5, 1.0)
         x = torch.cat([torch.tensor([127.0]), halves])[None]
         q, scale = torch.ops.qnn.int8_quantize(x)
-        self.assertEqual(scale.item(), 1.0)
+        assert scale.item() == 1.0
         even = [round(v) for v in halves.tolist()]  # Python rounds ties to even
-        self.assertEqual(q[0, 1:].tolist(), even)
+        assert q[0, 1:].tolist() == even
 
     @parameterized.expand([(dtype,) for dtype in DTYPES], name_func=name_case)
     def test_equals_reference(self, dtype: torch.dtype) -> None:
@@ -219,18 +209,18 @@ class TestQuantize(unittest.TestCase):
         x[4, 5], x[6, 7] = float("nan"), float("inf")
         q, scale = torch.ops.qnn.int8_quantize(x)
         want_q, want_scale = int8.quantize_reference(x)
-        self.assertTrue(torch.equal(q, want_q))
+        assert torch.equal(q, want_q)
         torch.testing.assert_close(scale, want_scale, rtol=0, atol=0, equal_nan=True)
-        self.assertEqual(scale[3].item(), 1.0)
-        self.assertTrue(bool((q[4] == 0).all() and (q[6] == 0).all()))
-        self.assertFalse(bool(torch.ops.qnn.int8_dequantize(q, scale, dtype)[6].isfinite().any()))
+        assert scale[3].item() == 1.0
+        assert bool((q[4] == 0).all() and (q[6] == 0).all())
+        assert not bool(torch.ops.qnn.int8_dequantize(q, scale, dtype)[6].isfinite().any())
 
     def test_every_code_survives_a_round_trip(self) -> None:
         codes = torch.arange(-127, 128, dtype=torch.int8)[None]
         for scale in (torch.tensor([[2.0**-9]]), torch.rand(1, 1), torch.tensor([[3e-38]])):
             x = torch.ops.qnn.int8_dequantize(codes, scale, torch.float32)
             q, _ = torch.ops.qnn.int8_quantize(x)
-            self.assertTrue(torch.equal(q, codes))
+            assert torch.equal(q, codes)
 
 
 # Those that call an engine; the other tests run native code, which no setting of oneDNN reaches.
@@ -238,7 +228,7 @@ ENGINE_CASES = "float32_equals or test_integers or blocked_rows or longest_row o
 PICK = ENGINE_CASES if native.ensure().loaded else "TestLinear or TestQuantize"
 
 
-class TestInstructionSets(unittest.TestCase):
+class TestInstructionSets:
     """What an engine computes again, in processes whose oneDNN is held to older instructions."""
 
     @parameterized.expand([("AVX2",), ("AVX512_CORE",), ("AVX2_VNNI",), ("AVX512_CORE_VNNI",)])
@@ -255,7 +245,7 @@ class TestInstructionSets(unittest.TestCase):
             .replace("PICK", repr(PICK))
             .replace("LEVEL", repr(isa))
         )
-        self.assertIn("'exact': True", out)
+        assert "'exact': True" in out
 
     def test_without_vnni_onednn_is_found_out(self) -> None:
         out = forked(
@@ -266,6 +256,6 @@ class TestInstructionSets(unittest.TestCase):
             print(self_test("onednn"), best_engine(1000, torch.empty(1000, 1000)).name)
             """
         )
-        self.assertIn("usable=False", out)
-        self.assertIn("wrong integers in the known-answer test", out)
-        self.assertTrue(out.strip().endswith("exact"))
+        assert "usable=False" in out
+        assert "wrong integers in the known-answer test" in out
+        assert out.strip().endswith("exact")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import tempfile
-import unittest
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
+import pytest
 import torch
 from parameterized import parameterized
 from torch import nn
@@ -76,44 +77,44 @@ class Model(nn.Module):
         return y
 
 
-class TestRegistered(unittest.TestCase):
-    kind: ClassVar[qnn.Kind]
-
-    def setUp(self) -> None:
+class TestRegistered:
+    @pytest.fixture(autouse=True)
+    def _registered(self) -> Iterator[None]:
         kind = qnn.register_kind(EmbeddingKind())
-        self.addCleanup(unregister_kind, kind)
         self.model, self.tokens = Model().eval(), torch.randint(30, (4, 7))
+        yield
+        unregister_kind(kind)
 
     def test_convert_summary_compare(self) -> None:
         converted = qnn.convert(self.model, "int8_weight")
-        self.assertIsInstance(converted.table, QEmbedding)
-        self.assertIsInstance(self.model.table, nn.Embedding)
+        assert isinstance(converted.table, QEmbedding)
+        assert isinstance(self.model.table, nn.Embedding)
         table, _ = qnn.summary(converted).rows
         row = table.layer, table.scheme, table.shape
-        self.assertEqual(row, ("QEmbedding", "int8_weight", (30, 16)))
-        self.assertEqual((table.bytes_before, table.bytes_after), (30 * 16 * 4, 30 * (16 + 4)))
-        self.assertEqual(table.backend, "rows decoded in torch operations")
+        assert row == ("QEmbedding", "int8_weight", (30, 16))
+        assert (table.bytes_before, table.bytes_after) == (30 * 16 * 4, 30 * (16 + 4))
+        assert table.backend == "rows decoded in torch operations"
         comparison = qnn.compare(self.model, converted, self.tokens)
-        self.assertEqual({row.name for row in comparison.rows}, {"table", "head", "(output)"})
-        self.assertTrue(all(row.sqnr > 35 for row in comparison.rows if not math.isnan(row.sqnr)))
-        self.assertIn("rows decoded", repr(converted))
+        assert {row.name for row in comparison.rows} == {"table", "head", "(output)"}
+        assert all(row.sqnr > 35 for row in comparison.rows if not math.isnan(row.sqnr))
+        assert "rows decoded" in repr(converted)
 
     def test_what_a_scheme_has_not(self) -> None:
         converted = qnn.convert(self.model, "fp8")
-        self.assertIsInstance(converted.table, nn.Embedding)
+        assert isinstance(converted.table, nn.Embedding)
         reason = next(r.reason for r in qnn.summary(converted).rows if r.name == "table")
-        self.assertEqual(reason, "scheme 'fp8' has no embedding")
+        assert reason == "scheme 'fp8' has no embedding"
         trained = qnn.convert(self.model, "fp8", training=True)
         reason = next(r.reason for r in qnn.summary(trained).rows if r.name == "table")
-        self.assertEqual(reason, "there is no embedding layer that trains in low precision")
+        assert reason == "there is no embedding layer that trains in low precision"
 
     def test_prepare_leaves_it(self) -> None:
         prepared = qnn.calibrate(qnn.prepare(self.model), [self.tokens], progress=False)
         converted = qnn.convert(prepared)
-        self.assertIsInstance(converted.table, nn.Embedding)
-        self.assertIsInstance(converted.head, qnn.QLinear)
+        assert isinstance(converted.table, nn.Embedding)
+        assert isinstance(converted.head, qnn.QLinear)
         reason = next(r.reason for r in qnn.summary(prepared).rows if r.name == "table")
-        self.assertEqual(reason, "there is no observed embedding layer")
+        assert reason == "there is no observed embedding layer"
 
     def test_save_and_load(self) -> None:
         converted = qnn.convert(self.model, "int8_weight")
@@ -123,56 +124,56 @@ class TestRegistered(unittest.TestCase):
             torch.manual_seed(1)
             other = qnn.convert(Model().eval(), "int8_weight")
             other.load_state_dict(torch.load(path, weights_only=True))
-        self.assertTrue(same_bits(other(self.tokens), converted(self.tokens)))
+        assert same_bits(other(self.tokens), converted(self.tokens))
         torch.manual_seed(1)
         again = qnn.convert(Model().eval(), "int8_weight")
         again.load_state_dict(self.model.state_dict())  # quantised on the way in
-        self.assertTrue(same_bits(again(self.tokens), converted(self.tokens)))
-        with self.assertRaisesRegex(RuntimeError, "the state has no weight_scale"):
-            state = converted.state_dict()
-            del state["table.weight_scale"]
+        assert same_bits(again(self.tokens), converted(self.tokens))
+        state = converted.state_dict()
+        del state["table.weight_scale"]
+        with pytest.raises(RuntimeError, match="the state has no weight_scale"):
             again.load_state_dict(state, strict=False)
 
     def test_described_as_what_others_do_not_know(self) -> None:
         described = quantization_config(qnn.convert(self.model, "int8_weight"))
         kinds = {tuple(g["targets"]): g["format"] for g in described["config_groups"].values()}
-        self.assertIn("QEmbedding", kinds[("table",)])
-        self.assertNotIn("QEmbedding", kinds[("head",)])
+        assert "QEmbedding" in kinds[("table",)]
+        assert "QEmbedding" not in kinds[("head",)]
 
     def test_tied_layers_stay_float(self) -> None:
         model = nn.ModuleDict({"a": nn.Embedding(16, 16), "b": nn.Linear(16, 16, bias=False)})
         model["b"].weight = model["a"].weight
-        with self.assertRaisesRegex(ValueError, "its weight is tied to 'b'"):
+        with pytest.raises(ValueError, match="its weight is tied to 'b'"):
             qnn.convert(model, "int8_weight")
 
     def test_the_weight_view(self) -> None:
         layer = qnn.convert(self.model, "int8_weight").table
-        self.assertEqual((layer.weight.dtype, layer.weight.shape), (torch.float32, (30, 16)))
+        assert (layer.weight.dtype, layer.weight.shape) == (torch.float32, (30, 16))
         layer.weight = torch.zeros(30, 16)
-        self.assertFalse(layer(self.tokens).any())
+        assert not layer(self.tokens).any()
 
     def test_compiled(self) -> None:
         converted = qnn.convert(self.model, "int8_weight")
         compiled = torch.compile(converted, fullgraph=True, backend="aot_eager")
-        self.assertTrue(torch.equal(compiled(self.tokens), converted(self.tokens)))
+        assert torch.equal(compiled(self.tokens), converted(self.tokens))
 
     def test_errors_name_it(self) -> None:
-        with self.assertRaisesRegex(ValueError, r"no nn.Linear, nn.LSTM, nn.GRU or nn.Embedding"):
+        with pytest.raises(ValueError, match=r"no nn.Linear, nn.LSTM, nn.GRU or nn.Embedding"):
             qnn.convert(nn.Sequential(nn.ReLU()))
 
 
-class TestRegistry(unittest.TestCase):
+class TestRegistry:
     def test_refused(self) -> None:
-        with self.assertRaisesRegex(TypeError, "takes a qnn.Kind, got type"):
+        with pytest.raises(TypeError, match=r"takes a qnn.Kind, got type"):
             qnn.register_kind(EmbeddingKind)  # type: ignore[arg-type]
         for known in known_kinds():
-            with self.assertRaisesRegex(ValueError, f"there is a kind '{known.name}' already"):
+            with pytest.raises(ValueError, match=f"there is a kind '{known.name}' already"):
                 qnn.register_kind(known)
 
     @parameterized.expand([(kind.name, kind) for kind in known_kinds()])
     def test_known(self, _: str, kind: qnn.Kind) -> None:
-        self.assertTrue(kind.quantized)
-        self.assertTrue(all(issubclass(each, qnn.Quantized) for each in kind.quantized))
+        assert kind.quantized
+        assert all(issubclass(each, qnn.Quantized) for each in kind.quantized)
 
     def test_verbs_name_no_layer(self) -> None:
         """They ask the kind: only torch's own classes that need another treatment are named."""
@@ -181,6 +182,6 @@ class TestRegistry(unittest.TestCase):
             text = path.read_text()
             for name in ("QLinear", "QLSTM", "QRecurrent", "ObservedLinear", "is_recurrent"):
                 asked = [line for line in text.splitlines() if "isinstance(" in line]
-                self.assertEqual([line for line in asked if name in line], [], path.name)
-            self.assertNotIn("from qnn.nn.linear", text, path.name)
-            self.assertNotIn("from qnn.nn.recurrent", text, path.name)
+                assert [line for line in asked if name in line] == [], path.name
+            assert "from qnn.nn.linear" not in text, path.name
+            assert "from qnn.nn.recurrent" not in text, path.name

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-
 
 @pytest.fixture
-def zoo(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("model_zoo")
+def zoo(benchmark: Callable[[str], Any]) -> Any:
+    return benchmark("model_zoo")
 
 
 class Raises(nn.Linear):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import unittest
 
 import pytest
 import torch
@@ -53,7 +52,7 @@ def batches(count: int = 4) -> list[torch.Tensor]:
     return [torch.randn(3, 7 + i, 5) * 4.0**i - i for i in range(count)]
 
 
-class TestEvery(unittest.TestCase):
+class TestEvery:
     @parameterized.expand(GRID)
     def test_observing_leaves_no_trace(self, name: str, axis: int | None) -> None:
         """The input, its gradient and its version are as without an observer."""
@@ -61,12 +60,12 @@ class TestEvery(unittest.TestCase):
         x = torch.randn(3, 4, 5, requires_grad=True)
         before = x.detach().clone()
         y = watcher(x)
-        self.assertIs(y, x)
-        self.assertEqual(x._version, 0)
-        self.assertTrue(torch.equal(x, before))
+        assert y is x
+        assert x._version == 0
+        assert torch.equal(x, before)
         y.square().sum().backward()
-        self.assertTrue(torch.equal(x.grad, 2 * before))
-        self.assertFalse(any(value.requires_grad for value in watcher.state_dict().values()))
+        assert torch.equal(x.grad, 2 * before)
+        assert not any(value.requires_grad for value in watcher.state_dict().values())
 
     @parameterized.expand(GRID)
     def test_empty_tensors_change_nothing(self, name: str, axis: int | None) -> None:
@@ -76,16 +75,16 @@ class TestEvery(unittest.TestCase):
         for shape in ((0, 4, 5), (3, 0, 5), (0,)):
             watcher(torch.empty(shape))
         for key, value in watcher.state_dict().items():
-            self.assertTrue(torch.equal(value, before[key]), key)
+            assert torch.equal(value, before[key]), key
 
     @parameterized.expand(GRID)
     def test_nothing_observed_is_an_error(self, name: str, axis: int | None) -> None:
         watcher = observer(name, axis)
         message = "'cell_state': nothing was observed; run qnn.calibrate"
-        with self.assertRaisesRegex(ValueError, message):
+        with pytest.raises(ValueError, match=message):
             watcher.qparams()
         watcher(torch.empty(0, 4, 5))
-        with self.assertRaisesRegex(ValueError, message):
+        with pytest.raises(ValueError, match=message):
             watcher.qparams()
 
     @parameterized.expand(itertools.product(NAMES, AXES, (torch.nan, torch.inf, -torch.inf)))
@@ -100,7 +99,7 @@ class TestEvery(unittest.TestCase):
                     x[2, 1, 3] = bad
                 watcher(x)
             channel = "" if axis is None else f" of channel {2 if axis == 0 else 3}"
-            with self.assertRaisesRegex(ValueError, f"'cell_state': the range{channel} is"):
+            with pytest.raises(ValueError, match=f"'cell_state': the range{channel} is"):
                 watcher.qparams()
             watcher.reset()
             watcher(torch.ones(3, 4, 5))
@@ -109,11 +108,11 @@ class TestEvery(unittest.TestCase):
     def test_a_range_beyond_float32_is_an_error(self) -> None:
         watcher = observer("minmax")
         watcher(torch.tensor([-3e38, 3e38]))
-        with self.assertRaisesRegex(ValueError, "'cell_state': the range is -3e"):
+        with pytest.raises(ValueError, match="'cell_state': the range is -3e"):
             watcher.qparams()
         watcher.reset()
         watcher(torch.tensor([1e300], dtype=torch.float64))
-        with self.assertRaisesRegex(ValueError, "infinite values"):
+        with pytest.raises(ValueError, match="infinite values"):
             watcher.qparams()
 
     @parameterized.expand(itertools.product(NAMES, (0.0, 1e-45, 1e-30, 3e38)))
@@ -122,11 +121,14 @@ class TestEvery(unittest.TestCase):
         watcher = observer(name)
         watcher(torch.full((9,), value))
         scale, zero_point = watcher.qparams()
-        self.assertTrue(bool(scale.isfinite()) and scale.item() > 0)
+        assert bool(scale.isfinite())
+        assert scale.item() > 0
         got = F.fake_quantize(torch.full((1,), value), scale, zero_point, 0, 255)
-        self.assertAlmostEqual(got.item() / (value or 1), value / (value or 1) * (value > 1e-44))
+        assert got.item() / (value or 1) == pytest.approx(
+            value / (value or 1) * (value > 1e-44), abs=0.5e-7
+        )
         if value == 0:
-            self.assertEqual(scale.item(), 1)
+            assert scale.item() == 1
 
     @parameterized.expand(itertools.product(NAMES, DTYPES))
     def test_dtypes(self, name: str, dtype: torch.dtype) -> None:
@@ -178,7 +180,7 @@ class TestEvery(unittest.TestCase):
         low, high = (t.clone() for t in one.low_high())
         n, m = int(one.count), int(two.count)
         one.merge(two)
-        self.assertEqual(int(one.count), int(both.count))
+        assert int(one.count) == int(both.count)
         if name == "moving_average":
             for got, mine, theirs in zip(one.low_high(), (low, high), two.low_high(), strict=True):
                 torch.testing.assert_close(got, (n * mine + m * theirs) / (n + m))
@@ -188,10 +190,10 @@ class TestEvery(unittest.TestCase):
         before = state(one)
         one.merge(nothing)
         for key, value in one.state_dict().items():
-            self.assertTrue(torch.equal(value, before[key]), key)
+            assert torch.equal(value, before[key]), key
         nothing.merge(one)
         assert_same_state(nothing, one)
-        with self.assertRaisesRegex(ValueError, "'cell_state'.merge: the other must be a"):
+        with pytest.raises(ValueError, match=r"'cell_state'.merge: the other must be a"):
             one.merge(observer(name, axis, qmax=100))
 
     @parameterized.expand(GRID)
@@ -206,7 +208,7 @@ class TestEvery(unittest.TestCase):
         assert_same_state(watcher, fresh)
 
 
-class TestMinMax(unittest.TestCase):
+class TestMinMax:
     @parameterized.expand([(axis,) for axis in AXES])
     def test_range(self, axis: int | None) -> None:
         watcher = observer("minmax", axis)
@@ -215,11 +217,11 @@ class TestMinMax(unittest.TestCase):
             watcher(x)
         every = torch.cat([rows(x, axis) for x in given], 1)
         low, high = watcher.low_high()
-        self.assertTrue(torch.equal(low, every.amin(1)))
-        self.assertTrue(torch.equal(high, every.amax(1)))
+        assert torch.equal(low, every.amin(1))
+        assert torch.equal(high, every.amax(1))
 
 
-class TestMovingAverage(unittest.TestCase):
+class TestMovingAverage:
     @parameterized.expand([(axis,) for axis in AXES])
     def test_range(self, axis: int | None) -> None:
         """The first batch whole, then a hundredth of each."""
@@ -254,7 +256,7 @@ def distributions() -> dict[str, torch.Tensor]:
     }
 
 
-class TestPercentile(unittest.TestCase):
+class TestPercentile:
     @parameterized.expand(
         itertools.product(distributions(), (60.0, 99.0, 99.9, 100), (False, True), (1e-20, 1, 1e20))
     )
@@ -275,34 +277,34 @@ class TestPercentile(unittest.TestCase):
             for got, (at, values) in zip((high, -low), ends, strict=not symmetric):
                 near = torch.tensor([at - place, at + place]).clamp(0, 1)
                 least, most = values.double().quantile(near.double()).tolist()
-                self.assertGreaterEqual(got, least - abs(least) / 16 - 1e-6)
-                self.assertLessEqual(got, most + abs(most) / 16 + 1e-6)
+                assert got >= least - abs(least) / 16 - 1e-6
+                assert got <= most + abs(most) / 16 + 1e-6
             if symmetric:
-                self.assertEqual(low, -high)
+                assert low == -high
             if percentile == 100:
-                self.assertEqual(watcher.low_high()[1], (ends[0][1] * size).max())
-        self.assertEqual(int(watcher.bins.sum()), 4000)
+                assert watcher.low_high()[1] == (ends[0][1] * size).max()
+        assert int(watcher.bins.sum()) == 4000
 
     def test_default_and_refused(self) -> None:
         x = torch.cat([torch.rand(99_990), torch.full((10,), 50.0)])
         watcher = observer("percentile")
         watcher(x)
-        self.assertLess(watcher.low_high()[1].item(), 51)
+        assert watcher.low_high()[1].item() < 51
         watcher(torch.rand(200_000))
-        self.assertLess(watcher.low_high()[1].item(), 1.1)
-        self.assertEqual(watcher.seen()[1].item(), 50)
+        assert watcher.low_high()[1].item() < 1.1
+        assert watcher.seen()[1].item() == 50
         for wrong in (50, 101, "99", float("nan")):
-            with self.assertRaisesRegex(ValueError, "percentile must be above 50 and up to 100"):
+            with pytest.raises(ValueError, match="percentile must be above 50 and up to 100"):
                 QuantSpec(observer="percentile", percentile=wrong)
-        with self.assertRaisesRegex(ValueError, "percentile belongs to observer='percentile'"):
+        with pytest.raises(ValueError, match="percentile belongs to observer='percentile'"):
             QuantSpec(percentile=99.0)
-        self.assertEqual(
-            repr(QuantSpec(observer="percentile", percentile=99.0)),
-            "QuantSpec(torch.uint8, observer='percentile', percentile=99.0)",
+        assert (
+            repr(QuantSpec(observer="percentile", percentile=99.0))
+            == "QuantSpec(torch.uint8, observer='percentile', percentile=99.0)"
         )
 
 
-class TestErrs(unittest.TestCase):
+class TestErrs:
     """The observers that look for the range which errs least."""
 
     @parameterized.expand(
@@ -328,11 +330,11 @@ class TestErrs(unittest.TestCase):
             best = min(error(x, -end * f, end * f, spec) for f in fine)
         else:
             best = min(error(x, least * f, most * g, spec) for f in fine[::3] for g in fine[::3])
-        self.assertLessEqual(got, 1.15 * best)
+        assert got <= 1.15 * best
         plain = error(x, least, most, spec)
-        self.assertLessEqual(got, 1.001 * plain)
+        assert got <= 1.001 * plain
         if bits == 4 and name == "one outlier":
-            self.assertLess(got, 0.4 * plain)
+            assert got < 0.4 * plain
 
     def test_wide_integers_are_not_clipped(self) -> None:
         for name, symmetric in itertools.product(("histogram", "mse"), (False, True)):
@@ -342,11 +344,11 @@ class TestErrs(unittest.TestCase):
             low, high = (t.item() for t in watcher.low_high())
             end = float(x.abs().max())
             least, most = (-end, end) if symmetric else (float(x.min()), float(x.max()))
-            self.assertAlmostEqual(low / least, 1, 5)
-            self.assertAlmostEqual(high / most, 1, 5)
+            assert low / least == pytest.approx(1, abs=0.5e-5)
+            assert high / most == pytest.approx(1, abs=0.5e-5)
 
 
-class TestHistogram(unittest.TestCase):
+class TestHistogram:
     def test_counts(self) -> None:
         """Those of a histogram made at once on the last grid, in any order of the batches."""
         given = [torch.randn(3000) * 10.0**i for i in (-3, 0, 2, -1)] + [torch.zeros(9)]
@@ -359,16 +361,17 @@ class TestHistogram(unittest.TestCase):
             watcher = observer("histogram")
             for x in order:
                 watcher(x)
-            self.assertEqual(2.0 ** watcher.exponent.item(), exponent)
-            self.assertTrue(torch.equal(watcher.histogram[0].double(), want))
+            assert 2.0 ** watcher.exponent.item() == exponent
+            assert torch.equal(watcher.histogram[0].double(), want)
 
     def test_extremes(self) -> None:
         watcher = observer("histogram")
         for value in (0.0, 1e-45, 1e-38, 1e-20, 1.0, 3.4e38):
             watcher(torch.tensor([value, -value / 2]))
-        self.assertEqual(int(watcher.histogram.sum()), 9)  # 1e-45 / 2 is 0
+        assert int(watcher.histogram.sum()) == 9  # 1e-45 / 2 is 0
         low, high = watcher.low_high()
-        self.assertTrue(bool(low.isfinite()) and bool(high.isfinite()))
+        assert bool(low.isfinite())
+        assert bool(high.isfinite())
 
 
 @pytest.mark.parametrize(

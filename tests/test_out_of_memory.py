@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import unittest
 from typing import Any
 
+import pytest
 import torch
 from parameterized import parameterized
 
@@ -49,28 +49,28 @@ LINEAR = (
 )
 
 
-class TestOutOfMemory(unittest.TestCase):
-    def setUp(self) -> None:
+class TestOutOfMemory:
+    def setup_method(self) -> None:
         if not native.ensure().loaded:
-            self.skipTest("torch's own operators have words of their own")
+            pytest.skip("torch's own operators have words of their own")
 
     def wanted(self, call: Any) -> int:
-        with self.assertRaises(RuntimeError) as caught:
+        with pytest.raises(RuntimeError) as caught:
             call()
-        found = re.match(WORDS, str(caught.exception))
-        assert found is not None, caught.exception
+        found = re.match(WORDS, str(caught.value))
+        assert found is not None, caught.value
         return int(found[1])
 
     @parameterized.expand(LINEAR)
     def test_a_copy(self, name: str) -> None:
-        self.assertEqual(self.wanted(lambda: _linear(name, one.expand(HUGE, 1))), 4 * HUGE)
+        assert self.wanted(lambda: _linear(name, one.expand(HUGE, 1))) == 4 * HUGE
 
     @parameterized.expand(LINEAR)
     def test_a_result(self, name: str) -> None:
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             x = torch.empty(HUGE, 0, dtype=dtype)
             bytes_ = HUGE * torch.empty(0, dtype=dtype).element_size()
-            self.assertEqual(self.wanted(lambda x=x: _linear(name, x)), bytes_)
+            assert self.wanted(lambda x=x: _linear(name, x)) == bytes_
 
     def test_codes(self) -> None:
         rows = torch.empty(HUGE, 0, dtype=torch.int8)
@@ -79,8 +79,8 @@ class TestOutOfMemory(unittest.TestCase):
                 rows, one.expand(HUGE, 1), int8[:, :0], one, None, None, "none", torch.float32
             )
         )
-        self.assertEqual(wanted, 4 * HUGE)
-        self.assertEqual(self.wanted(lambda: F.quantize(torch.empty(HUGE, 0), "int8")), 4 * HUGE)
+        assert wanted == 4 * HUGE
+        assert self.wanted(lambda: F.quantize(torch.empty(HUGE, 0), "int8")) == 4 * HUGE
 
     @parameterized.expand(["int8", "int8_weight"])
     def test_recurrent(self, scheme: str) -> None:
@@ -91,7 +91,7 @@ class TestOutOfMemory(unittest.TestCase):
         wanted = self.wanted(
             lambda: op(x, state, state, *weights, torch.ones(4, 1), *[None] * 5, "forward")
         )
-        self.assertEqual(wanted, 4 * (HUGE + 2))
+        assert wanted == 4 * (HUGE + 2)
 
     def test_what_a_thread_needs(self) -> None:
         """Of two threads, where the address space is all used."""
@@ -123,8 +123,4 @@ class TestOutOfMemory(unittest.TestCase):
             OMP_NUM_THREADS="2",
         )
         for line, op in zip(said.splitlines(), ("int8_linear", "int8_lstm"), strict=True):
-            self.assertRegex(line, rf"^qnn::{op}.* allocate \d+ bytes for the memory of a thread")
-
-
-if __name__ == "__main__":
-    unittest.main()
+            assert re.search(rf"^qnn::{op}.* allocate \d+ bytes for the memory of a thread", line)

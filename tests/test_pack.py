@@ -11,8 +11,9 @@ import io
 import pickle
 import tempfile
 import threading
-import unittest
+from collections.abc import Iterator
 
+import pytest
 import torch
 from torch import nn
 
@@ -31,21 +32,21 @@ def expected(layer: qnn.QLinear, x: torch.Tensor) -> torch.Tensor:
     return linear_reference(x, layer.stored[0], layer.weight_scale, layer.bias)
 
 
-class TestWeight(unittest.TestCase):
+class TestWeight:
     """Through the kernels that the machine has; where a compiler is, our own."""
 
     kernels = staticmethod(contextlib.nullcontext)
 
-    def setUp(self) -> None:
-        context = self.kernels()
-        context.__enter__()
-        self.addCleanup(context.__exit__, None, None, None)
-        self.layer = qnn.QLinear(K, N).eval().requires_grad_(False)
-        self.x = torch.randn(9, K)
+    @pytest.fixture(autouse=True)
+    def _layer(self) -> Iterator[None]:
+        with self.kernels():
+            self.layer = qnn.QLinear(K, N).eval().requires_grad_(False)
+            self.x = torch.randn(9, K)
+            yield
 
-    def check(self, layer: qnn.QLinear | None = None) -> None:
+    def check(self, layer: qnn.QLinear | None = None, what: str = "") -> None:
         layer = layer or self.layer
-        self.assertTrue(torch.equal(layer(self.x), expected(layer, self.x)))
+        assert torch.equal(layer(self.x), expected(layer, self.x)), what
 
     def test_sees_every_kind_of_change(self) -> None:
         def optimiser_step(w: torch.Tensor) -> None:
@@ -64,13 +65,12 @@ class TestWeight(unittest.TestCase):
             "set data": lambda w: setattr(w, "data", torch.ones_like(w)),
         }
         for name, change in changes.items():
-            with self.subTest(name):
-                self.check()
-                change(self.layer.stored[0])
-                self.check()
-                with torch.inference_mode():
-                    self.layer.stored[0].neg_()
-                self.check()
+            self.check(what=name)
+            change(self.layer.stored[0])
+            self.check(what=name)
+            with torch.inference_mode():
+                self.layer.stored[0].neg_()
+            self.check(what=name)
 
     def test_load_state_dict_and_new_parameter(self) -> None:
         other = qnn.QLinear(K, N)
@@ -94,33 +94,27 @@ class TestWeight(unittest.TestCase):
             self.check()
         file = io.BytesIO()
         torch.save(self.layer.state_dict(), file)
-        self.assertLess(len(file.getvalue()), 1.1 * N * K)
+        assert len(file.getvalue()) < 1.1 * N * K
 
     def test_two_views_of_one_storage(self) -> None:
         both = torch.randint(-127, 127, (2 * N, K), dtype=torch.int8)
         sw = torch.rand(N, 1)
         for half in (both[:N], both[N:], both[:N]):
-            self.assertTrue(
-                torch.equal(F.linear(self.x, half, sw), linear_reference(self.x, half, sw))
-            )
+            assert torch.equal(F.linear(self.x, half, sw), linear_reference(self.x, half, sw))
         square = torch.randint(-127, 127, (K, K), dtype=torch.int8)
         for w in (square, square.T):  # the same address, shape and version
             scale = torch.rand(K, 1)
-            self.assertTrue(
-                torch.equal(F.linear(self.x, w, scale), linear_reference(self.x, w, scale))
-            )
+            assert torch.equal(F.linear(self.x, w, scale), linear_reference(self.x, w, scale))
 
     def test_inference_tensors_are_never_stale(self) -> None:
         with torch.inference_mode():
             w, sw = torch.randint(-127, 127, (N, K), dtype=torch.int8), torch.rand(N, 1)
             for _ in range(3):
-                self.assertTrue(
-                    torch.equal(F.linear(self.x, w, sw), linear_reference(self.x, w, sw))
-                )
+                assert torch.equal(F.linear(self.x, w, sw), linear_reference(self.x, w, sw))
                 w[0, 0] += 1
-            self.assertFalse(pack.is_packed(w))
+            assert not pack.is_packed(w)
             layer = qnn.QLinear(K, N)
-        self.assertFalse(layer.stored[0].is_inference())
+        assert not layer.stored[0].is_inference()
 
     def test_threads(self) -> None:
         want = expected(self.layer, self.x)
@@ -138,7 +132,7 @@ class TestWeight(unittest.TestCase):
             thread.start()
         for thread in threads:
             thread.join()
-        self.assertEqual(wrong, [])
+        assert wrong == []
 
     def resident(self, **environment: str) -> float:
         """Bytes a parameter that a converted model holds after a call; nothing when it is gone."""
@@ -169,16 +163,18 @@ class TestWeight(unittest.TestCase):
             **environment,
         )
         held, floats, after = map(float, out.split())
-        self.assertGreater(floats, 3.9)
-        self.assertLess(after, 0.3)
+        assert floats > 3.9
+        assert after < 0.3
         return held
 
-    @unittest.skipUnless(native.ensure().loaded, native.ensure().reason)
+    @pytest.mark.skipif(not native.ensure().loaded, reason=native.ensure().reason)
     def test_one_copy_of_the_weight(self) -> None:
-        self.assertLessEqual(self.resident(), 1.1)
+        assert self.resident() <= 1.1
 
 
-@unittest.skipUnless(self_test("onednn").usable, "oneDNN's int8 GEMM is not exact on this CPU")
+@pytest.mark.skipif(
+    not self_test("onednn").usable, reason="oneDNN's int8 GEMM is not exact on this CPU"
+)
 class TestPack(TestWeight):
     """Through oneDNN, which packs."""
 
@@ -189,8 +185,8 @@ class TestPack(TestWeight):
         before = pack.count()
         for _ in range(3):
             self.check()
-        self.assertEqual(pack.count(), before + 1)
-        self.assertTrue(pack.is_packed(self.layer.stored[0]))
+        assert pack.count() == before + 1
+        assert pack.is_packed(self.layer.stored[0])
 
     def test_freed_with_the_module(self) -> None:
         gc.collect()
@@ -198,14 +194,14 @@ class TestPack(TestWeight):
         layers = [qnn.QLinear(K, N) for _ in range(5)]
         for layer in layers:
             layer(self.x)
-        self.assertEqual(pack.count(), before + 5)
+        assert pack.count() == before + 5
         del layer
         layers.clear()
         gc.collect()
-        self.assertEqual(pack.count(), before)
+        assert pack.count() == before
 
     def test_one_copy_of_the_weight(self) -> None:
         """Without a library: the weight and the pack."""
         with tempfile.TemporaryDirectory() as empty:
             nowhere = {"CXX": "/nowhere/c++", "XDG_CACHE_HOME": empty}
-            self.assertLessEqual(self.resident(**nowhere), 2.1)
+            assert self.resident(**nowhere) <= 2.1
