@@ -1,8 +1,8 @@
 """MkDocs hook: tables made from qnn's registry, and figures from `docs/benchmarks/`.
 
 In a page, `<!-- op table -->` becomes a table of `qnn.kernels.OPS`, `<!-- scheme table -->` one of
-`qnn.SCHEMES`, `<!-- support table -->` that of `support.py`, `<!-- sqnr table -->` that of `sqnr.py`,
-and `<!-- benchmark: NAME -->` the content of `benchmarks/NAME.md` with its picture.
+`qnn.SCHEMES`, `<!-- support table -->` that of `support.py`, `<!-- sqnr table -->` that of
+`sqnr.py`, and `<!-- benchmark: NAME -->` the content of `benchmarks/NAME.md` with its picture.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def docs_module(name: str) -> Any:
     path = ROOT / "docs" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"docs_{name}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -91,7 +92,8 @@ class TestRow:
         x.requires_grad_()
         sum(leaf.sum() for leaf in tree_leaves(small(x))).backward()
         assert row.gradient
-        assert x.grad is not None and bool(x.grad.any())
+        assert x.grad is not None
+        assert bool(x.grad.any())
 
     def test_training(self, row: Any, model: nn.Sequential, x: torch.Tensor) -> None:
         if not row.trains:
