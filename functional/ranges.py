@@ -1,6 +1,7 @@
-"""From a range to a grid, and from values to the range in which a grid errs least.
+"""From a range to a grid, and from values to the range in which a grid has the least error.
 
-A grid is a scale and a zero point: what `calibration` finds statistics for. Nothing here has state.
+A grid is the floats that a scale and a zero point can give; `calibration` finds the statistics for
+them. Nothing here has state. `[C]` are the channels of a per-channel grid; per-tensor is C = 1.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ def qparams(
     scale = torch.where(finite, scale, torch.nan)
     if symmetric:
         return scale, torch.full_like(scale, middle, dtype=torch.int32)
-    point = (qmin - torch.where(finite, lo / scale, 0)).round()
-    return scale, point.clamp(qmin, qmax).to(torch.int32)
+    zero_point = (qmin - torch.where(finite, lo / scale, 0)).round()
+    return scale, zero_point.clamp(qmin, qmax).to(torch.int32)
 
 
 def _cut(end: torch.Tensor, limit: float | None) -> torch.Tensor:
@@ -88,10 +89,10 @@ def _least_error(
     least = torch.full_like(best, torch.inf)
     for step in range(24):
         factor = torch.full_like(best, 2.0 ** (-step / 4))
-        scale, point = grid_of(*candidate(factor))
-        scale, point = scale[:, None], point[:, None].float()
+        scale, zero_point = grid_of(*candidate(factor))
+        scale, zero_point = scale[:, None], zero_point[:, None].float()
         # `fake_quantize`, in place: memory is what takes the time here.
-        q = (x * (1 / scale)).clamp_(qmin - point, qmax - point).round_()
+        q = (x * (1 / scale)).clamp_(qmin - zero_point, qmax - zero_point).round_()
         error = q.mul_(scale).sub_(x).square_().mean(1)
         best = torch.where(error < least, factor, best)
         least = torch.minimum(error, least)

@@ -24,7 +24,7 @@ def calibrate(
     progress: bool | str = True,
     sync: Any = True,
 ) -> ModelT:
-    """Run `model` on `batches`, so that its observation points record their ranges.
+    """Run `model` on `batches`, so that its observers record the ranges.
 
     It runs in evaluation mode and without gradients; every module's mode is as before at the end.
     Nothing is moved between devices. A few hundred samples that are like those of use are enough.
@@ -107,7 +107,7 @@ def _run_together(
     try:
         return shares.join(failure, done)
     except BaseException:
-        shares.take_back()
+        shares.undo()
         raise
 
 

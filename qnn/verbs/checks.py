@@ -53,7 +53,7 @@ def why_not_plain(module: nn.Module) -> str | None:
     if extra or missing:
         return (
             "it holds more than weights and biases "
-            f"({', '.join(extra) or f'its {missing[0]} is no parameter'}): weight_norm, "
+            f"({', '.join(extra) or f'its {missing[0]} is not a parameter'}): weight_norm, "
             "spectral_norm, pruning, FSDP or another quantiser; undo it first, or wrap after "
             "converting"
         )

@@ -70,7 +70,7 @@ def check(
     """Raise unless every pattern is of a known kind and picks something.
 
     Raises:
-        TypeError: a pattern that is no name, type or callable.
+        TypeError: a pattern that is not a name, a type or a callable.
         ValueError: one that matches nothing.
     """
     for pattern in patterns:

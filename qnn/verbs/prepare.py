@@ -60,7 +60,7 @@ def prepare(
         ValueError: a scheme without fixed grids, a pattern that matches nothing, a model that is
             prepared or converted already, nothing to prepare, a layer that cannot be quantised, or
             a part that no layer has. Nothing has been changed then.
-        TypeError: `model` is no module.
+        TypeError: `model` is not an `nn.Module`.
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     >>> prepared = prepare(model)
