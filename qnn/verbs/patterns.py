@@ -74,7 +74,7 @@ def check(
         ValueError: one that matches nothing.
     """
     for pattern in patterns:
-        if not isinstance(pattern, str) and not callable(pattern):
+        if not (isinstance(pattern, str) or callable(pattern)) or isinstance(pattern, nn.Module):
             raise TypeError(
                 f"{who}: {argument} takes names with wildcards, module types or callables "
                 f"(name, module) -> bool, got {type(pattern).__name__} {pattern!r}."

@@ -9,7 +9,13 @@ from torch import nn
 from qnn import kinds
 from qnn.calibration.parts import PartSpecs, Specs, check
 from qnn.kinds import Observation, Own, kind_of
-from qnn.verbs.checks import keep_ties_to_float, left_alone, nothing_to_do, why_not
+from qnn.verbs.checks import (
+    keep_ties_to_float,
+    left_alone,
+    nothing_to_do,
+    require_module,
+    why_not,
+)
 from qnn.verbs.patterns import Patterns
 from qnn.verbs.plan import Make, Plan, raise_unsupported, run_hooks, select, swapped
 from qnn.verbs.progress import check_progress
@@ -68,8 +74,7 @@ def prepare(
     >>> type(qnn.convert(prepared)[0]).__name__
     'QLinear'
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"qnn.prepare takes an nn.Module, got {type(model).__name__}.")
+    require_module("qnn.prepare", model)
     if scheme != "int8_static":
         raise ValueError(
             f"qnn.prepare: scheme must be 'int8_static', whose grids need data, got {scheme!r}; "
