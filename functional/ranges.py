@@ -89,10 +89,10 @@ def _least_error(
     least = torch.full_like(best, torch.inf)
     for step in range(24):
         factor = torch.full_like(best, 2.0 ** (-step / 4))
-        scale, zero_point = grid_of(*candidate(factor))
-        scale, zero_point = scale[:, None], zero_point[:, None].float()
+        scale, point = grid_of(*candidate(factor))
+        scale, point = scale[:, None], point[:, None].float()
         # `fake_quantize`, in place: memory is what takes the time here.
-        q = (x * (1 / scale)).clamp_(qmin - zero_point, qmax - zero_point).round_()
+        q = (x * (1 / scale)).clamp_(qmin - point, qmax - point).round_()
         error = q.mul_(scale).sub_(x).square_().mean(1)
         best = torch.where(error < least, factor, best)
         least = torch.minimum(error, least)
