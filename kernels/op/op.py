@@ -115,7 +115,7 @@ class Op(Declaration):
         self._enabled[key].impl(self.name, self._checked(self.kernels[key]))
 
     def disable(self, key: str) -> None:
-        """Unregister the kernel of a dispatch key, to make room for another; between the two the
+        """Take the kernel of a dispatch key back, to make room for another; between the two the
         reference serves.
         """
         unregister(self._enabled.pop(key))
