@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -102,8 +103,8 @@ def straight_through(y: torch.Tensor, line: torch.Tensor) -> torch.Tensor:
 
 def linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
+    weight: torch.Tensor | Sequence[torch.Tensor],
+    weight_scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     *,
     weight_global_scale: torch.Tensor | None = None,
@@ -111,13 +112,13 @@ def linear(
     input_zero_point: torch.Tensor | None = None,
     scheme: str = "int8",
 ) -> torch.Tensor:
-    """`y = x · dequantize(weight, weight_scale)ᵀ + bias`, computed as `scheme` says.
+    """`y = x · dequantize(weight)ᵀ + bias`, computed as `scheme` says.
 
     `int8` quantises `x` a row and multiplies integers: `y = int32(xq · weightᵀ) · weight_scale · sx
     + bias`; `int8_static` does so on the grid of `input_scale` and `input_zero_point`; `fp8`,
     `fp8_tensor`, `fp8_block`, `mxfp8` and `nvfp4` quantise `x` in the scheme's format of
-    activations; `int8_weight`, `fp8_weight` and `nvfp4_weight` take `x` as it is. The
-    arithmetic behind the sums is float32, with one cast at the end.
+    activations; `int8_weight`, `fp8_weight`, `nvfp4_weight` and `int4_weight` take `x` as it is.
+    The arithmetic behind the sums is float32, with one cast at the end.
 
     The gradient to `x` is `dy · dequantize(weight)`, straight through the rounding of `x`; `bias`
     has its usual gradient; `weight` has none. Under `torch.autocast`, `x` is cast as `nn.Linear`
@@ -125,10 +126,10 @@ def linear(
 
     Args:
         x: float32, bfloat16, float16 or float64, `[..., K]`.
-        weight: stored values, `[N, K]`, or `[N, K/2]` for nvfp4, as `quantize` returns them.
-        weight_scale: `[N, 1]` float32 for int8 and fp8; see `quantize` for the others.
+        weight: the parts that `quantize` returns, in one tuple; or the stored values alone, with
+        weight_scale: their scale, and
+        weight_global_scale: nvfp4's divisor.
         bias: any float dtype, `[N]`.
-        weight_global_scale: nvfp4's divisor, float32 `[1]`.
         input_scale, input_zero_point: of int8_static alone: the grid of `x`, float32 and int8
             `[1]`, with `x ≈ (q − input_zero_point) · input_scale` for q from −128 to 127.
         scheme: the name of a scheme.
@@ -139,27 +140,32 @@ def linear(
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or device; an unknown scheme.
     """
+    parts = stored_parts(scheme, weight, _scale=weight_scale, _global_scale=weight_global_scale)
+    if get_scheme(scheme).static or input_scale is not None or input_zero_point is not None:
+        parts += _grid(scheme, input_scale, input_zero_point)
+    return linear_of(x, parts, bias, scheme)
+
+
+def linear_of(
+    x: torch.Tensor, parts: Sequence[torch.Tensor], bias: torch.Tensor | None, scheme: str
+) -> torch.Tensor:
+    """`linear` over the operands of the scheme's op: the parts of the weight and, where it is
+    static, the grid of `x`.
+    """
     known = get_scheme(scheme)
     op = known.linear
-    parts: tuple[torch.Tensor, ...] = (weight, weight_scale)
-    if weight_global_scale is not None or len(known.weight.parts) != 2:
-        parts = stored_parts(scheme, weight, weight_scale, weight_global_scale)
-    if known.static or input_scale is not None or input_zero_point is not None:
-        parts += _grid(scheme, input_scale, input_zero_point)
     if not torch.compiler.is_compiling():
-        if type(x) not in _PLAIN or type(weight) not in _PLAIN:
-            _refuse_distributed(scheme, x=x, weight=weight)
+        if type(x) not in _PLAIN or type(parts[0]) not in _PLAIN:
+            _refuse_distributed(scheme, x=x, weight=parts[0])
         # Of a kernel in C++ a wrong dtype is a ValueError; traced, the fake checks.
         OPS[op].require(x, *parts, bias)
         result: torch.Tensor = OPS[op].call(autocast(x), *parts, bias)
         return result
-    x = autocast(x)
+    x, parts = autocast(x), tuple(parts)
     if in_functorch_transform():
         detached = None if bias is None else bias.detach()
         y = _region(op, x.detach(), parts, detached, scheme)
-        w = dequantize(
-            weight, weight_scale, x.dtype, global_scale=weight_global_scale, scheme=scheme
-        )
+        w = dequantize(parts[: len(known.weight.parts)], dtype=x.dtype, scheme=scheme)
         line = torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype))
         return straight_through(y, line)
     return _apply(x, parts, bias, op, scheme)

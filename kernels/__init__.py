@@ -3,10 +3,13 @@ backend.
 """
 
 from qnn.kernels import torch_private
+from qnn.kernels.cpu import native
 from qnn.kernels.declare import floats, int8, recurrent
 from qnn.kernels.formats import Format
 from qnn.kernels.op import OPS, Op
 from qnn.kernels.schemes import SCHEMES, Scheme, get_scheme, training_scheme
+
+native.replaces(op for op in OPS.values() if op.native)
 
 __all__ = [
     "OPS",

@@ -73,18 +73,18 @@ def recurrent_backend(name: str, device: torch.device) -> str:
         return _META
     if device.type != "cpu":
         return f"{device.type}: reference, step by step, since there is no kernel for this device"
-    tier = native_tier() if native.serves(op) else None
+    tier = native_tier() if op.native else None
     return f"cpu: {tier or f'reference, step by step; not native: {native.ready().reason}'}"
 
 
 def _on_cpu(scheme: Scheme, weights: int) -> str:
     op, casts = OPS[scheme.linear], ""
-    if not native.serves(op) and scheme.activation is not None:
+    if not op.native and scheme.activation is not None:
         # The product is that of the op without activations' casts.
         (gradient,) = op.backward.values()
         (product,) = OPS[gradient].backward.values()
         op, casts = OPS[product], "; activations cast in torch operations"
-    if not native.serves(op):
+    if not op.native:
         return f"{_DECODED}; not native: there is no native kernel for it{casts}"
     if (tier := native_tier()) is not None:
         return tier + casts

@@ -11,6 +11,7 @@ from typing import cast
 
 from qnn.kernels.formats import Format, nvfp4
 from qnn.kernels.formats.float8 import FLOAT8
+from qnn.kernels.formats.int4 import INT4
 from qnn.kernels.formats.int8 import (
     INT8_CHANNEL,
     INT8_MAX_K,
@@ -19,6 +20,7 @@ from qnn.kernels.formats.int8 import (
     INT8_TOKEN,
 )
 from qnn.kernels.formats.mxfp8 import MX
+from qnn.kernels.op.declaration import not_multiple
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,8 @@ class Scheme:
             )
         multiple = self.weight.columns_multiple_of
         if in_features % multiple:
-            padded = in_features + -in_features % multiple
-            return (
-                f"in_features must be a multiple of {multiple}, got {in_features} (out_features "
-                f"{out_features}); pad to {padded} or exclude the layer"
-            )
+            beside = f" (out_features {out_features})"
+            return not_multiple("in_features", multiple, in_features, beside)
         return None
 
 
@@ -163,6 +162,13 @@ SCHEMES: dict[str, Scheme] = {
         ),
         Scheme("fp8_weight", _ROW, None, _ops("fp8_weight"), "float-quantized"),
         Scheme("nvfp4_weight", nvfp4.ROWS, None, _ops("nvfp4_weight"), "nvfp4-pack-quantized"),
+        *(
+            Scheme(
+                key.replace("int4", "int4_weight"), form, None, _ops(f"{key}_weight"),
+                "pack-quantized",
+            )
+            for key, form in INT4.items()
+        ),
     )
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import unittest
 from unittest import mock
 
@@ -22,16 +23,19 @@ class TestLinear(unittest.TestCase):
     @parameterized.expand(DYNAMIC)
     def test_casts_are_those_of_activations(self, name: str) -> None:
         layer, scheme = qnn.QLinear(128, 128, scheme=name), get_scheme(name)
-        for serves in (native.serves, lambda op: False):
+        op = OPS[scheme.linear]
+        for has in (op.native, False):
             for status in (LOADED, ABSENT):
                 with (
-                    mock.patch.object(native, "serves", serves),
+                    contextlib.ExitStack() as stack,
                     mock.patch.object(native, "ready", return_value=status),
                 ):
+                    for each in OPS.values():
+                        stack.enter_context(mock.patch.object(each, "native", has and each.native))
                     text = layer._backend()
                 if scheme.activation is None:
                     self.assertNotIn("activations", text)
-                if serves(OPS[scheme.linear]):
+                if has:
                     self.assertNotIn("torch operations", text)
                 elif scheme.activation is not None:
                     self.assertIn("activations cast in torch operations", text)

@@ -21,8 +21,11 @@ from qnn.kernels import OPS, SCHEMES
 from .common import DTYPES, forked, same_bits, sum_bound
 from .test_invoke_quant import schemes_of
 
-NAMES = [name for name in SCHEMES if not name.startswith("int8")]
-STATE = {  # of a layer of 96 in and 160 out features
+EVERY = [name for name in SCHEMES if not name.startswith("int8")]
+# Of int4 one of each kind, and the smallest and the largest group.
+NAMES = [s for s in EVERY if "int4" not in s] + ["int4_weight", "int4_weight_asym_g32"]
+K = {name: 256 if name.startswith("int4") else 96 for name in EVERY}  # in features
+STATE = {  # of a layer of K in and 160 out features
     "fp8": {"weight": ("float8_e4m3fn", (160, 96)), "weight_scale": ("float32", (160, 1))},
     "fp8_tensor": {"weight": ("float8_e4m3fn", (160, 96)), "weight_scale": ("float32", (1,))},
     "fp8_block": {"weight": ("float8_e4m3fn", (160, 96)), "weight_scale": ("float32", (2, 1))},
@@ -34,8 +37,21 @@ STATE = {  # of a layer of 96 in and 160 out features
     },
 }
 STATE["fp8_weight"], STATE["nvfp4_weight"] = STATE["fp8"], STATE["nvfp4"]
+for _group, _name in ((128, ""), (64, "_g64"), (32, "_g32")):
+    _parts = {
+        "weight_packed": ("int32", (160, 32)),
+        "weight_scale": ("float32", (160, 256 // _group)),
+        "weight_shape": ("int64", (2,)),
+    }
+    STATE[f"int4_weight{_name}"] = _parts
+    # On disk the zero points are packed down the columns.
+    _zeros = {"weight_zero_point": ("int32", (20, 256 // _group))}
+    STATE[f"int4_weight_asym{_name}"] = _parts | _zeros
 # dB of a layer's output against float, for normal x and uniform weights.
-LEAST = {**dict.fromkeys(NAMES, 28.0), "nvfp4": 16.0, "fp8_weight": 31.0, "nvfp4_weight": 19.0}
+LEAST = {
+    **dict.fromkeys(EVERY, 28.0), "nvfp4": 16.0, "fp8_weight": 31.0, "nvfp4_weight": 19.0,
+    **{name: 22.5 for name in EVERY if "int4" in name},
+}  # fmt: skip
 
 
 def plain(k: int = 96, n: int = 160, bias: bool = True) -> nn.Linear:
@@ -43,9 +59,9 @@ def plain(k: int = 96, n: int = 160, bias: bool = True) -> nn.Linear:
     return nn.Linear(k, n, bias)
 
 
-def layer(scheme: str, k: int = 96, n: int = 160, **kwargs: Any) -> qnn.QLinear:
+def layer(scheme: str, k: int | None = None, n: int = 160, **kwargs: Any) -> qnn.QLinear:
     torch.manual_seed(0)
-    return qnn.QLinear(k, n, scheme=scheme, **kwargs)
+    return qnn.QLinear(k or K[scheme], n, scheme=scheme, **kwargs)
 
 
 def same_state(a: nn.Module, b: nn.Module) -> bool:
@@ -54,7 +70,7 @@ def same_state(a: nn.Module, b: nn.Module) -> bool:
 
 
 class TestState(unittest.TestCase):
-    @parameterized.expand(itertools.product(NAMES, (True, False)))
+    @parameterized.expand(itertools.product(EVERY, (True, False)))
     def test_names_shapes_and_dtypes(self, scheme: str, bias: bool) -> None:
         module = layer(scheme, bias=bias)
         found = {
@@ -63,7 +79,9 @@ class TestState(unittest.TestCase):
         }
         want = dict(STATE[scheme])
         self.assertEqual(found, {**want, "bias": ("float32", (160,))} if bias else want)
-        self.assertTrue(same_state(module, qnn.QLinear.from_float(plain(bias=bias), scheme)))
+        self.assertTrue(
+            same_state(module, qnn.QLinear.from_float(plain(K[scheme], bias=bias), scheme))
+        )
         stored = [p for name, p in module.named_parameters() if name != "bias"]
         self.assertFalse(any(p.requires_grad for p in stored))
         self.assertEqual(list(module.stored), stored)
@@ -75,9 +93,9 @@ class TestState(unittest.TestCase):
     def test_output(self, scheme: str, dtype: torch.dtype) -> None:
         module = layer(scheme, dtype=dtype)
         torch.manual_seed(0)
-        float_layer = nn.Linear(96, 160, dtype=dtype).float()
+        float_layer = nn.Linear(K[scheme], 160, dtype=dtype).float()
         for lead in ((256,), (), (1,), (0,), (2, 3)):
-            x = torch.randn(*lead, 96, dtype=dtype)
+            x = torch.randn(*lead, K[scheme], dtype=dtype)
             y = module(x)
             self.assertEqual((y.shape, y.dtype), ((*lead, 160), dtype))
             if x.numel() > 1000:
@@ -105,7 +123,7 @@ class TestState(unittest.TestCase):
 
     @parameterized.expand(NAMES)
     def test_survives_casts_copies_and_files(self, scheme: str) -> None:
-        module, x = layer(scheme), torch.randn(3, 96)
+        module, x = layer(scheme), torch.randn(3, K[scheme])
         y = module(x)
         cast = copy.deepcopy(module).half().to(torch.bfloat16).double().float()
         self.assertTrue(all(map(same_bits, module.stored, cast.stored)))
@@ -119,7 +137,7 @@ class TestState(unittest.TestCase):
         file = io.BytesIO()
         torch.save(module.state_dict(), file)
         file.seek(0)
-        fresh = qnn.QLinear(96, 160, scheme=scheme, device="meta")
+        fresh = layer(scheme, device="meta")
         self.assertTrue(all(p.is_meta for p in fresh.parameters()))
         fresh.load_state_dict(torch.load(file, weights_only=True), assign=True)
         self.assertTrue(torch.equal(fresh(x), y))
@@ -128,14 +146,14 @@ class TestState(unittest.TestCase):
     @parameterized.expand(NAMES)
     def test_a_float_checkpoint_is_quantised_on_the_way_in(self, scheme: str) -> None:
         module = layer(scheme)
-        other = nn.Linear(96, 160)
+        other = nn.Linear(K[scheme], 160)
         module.load_state_dict(other.state_dict())
         self.assertTrue(same_state(module, qnn.QLinear.from_float(other, scheme)))
 
     @parameterized.expand(NAMES)
     def test_bad_state(self, scheme: str) -> None:
         module = layer(scheme)
-        good = module.state_dict()
+        good, spoiled = module.state_dict(), torch.full((160, K[scheme]), torch.nan)
         first, *scales = STATE[scheme]
         cases = [
             ({scales[0]: None}, f"the state has no {scales[0]}: the checkpoint is truncated"),
@@ -144,8 +162,8 @@ class TestState(unittest.TestCase):
             ({first: good[first].to(torch.int16)}, f"{first} is torch.int16, but scheme"),
             ({scales[0]: good[scales[0]].to(torch.int32)}, f"{scales[0]} is torch.int32, but"),
             ({"input_scale": torch.ones(1)}, "input_scale belongs to another scheme"),
-            ({"weight": torch.full((160, 96), torch.nan), first: None} if first != "weight" else
-             {"weight": torch.full((160, 96), torch.nan)}, "."),
+            ({"weight": spoiled, first: None} if first != "weight" else
+             {"weight": spoiled}, "."),
         ]  # fmt: skip
         for change, message in cases:
             state = {k: v for k, v in {**good, **change}.items() if v is not None}
@@ -153,7 +171,7 @@ class TestState(unittest.TestCase):
                 module.load_state_dict(state)
         nan = {k: v for k, v in good.items() if k == "bias"}
         with self.assertRaisesRegex(RuntimeError, "weight holds NaN or inf in row 0 and 159 more"):
-            module.load_state_dict({**nan, "weight": torch.full((160, 96), torch.nan)})
+            module.load_state_dict({**nan, "weight": spoiled})
         self.assertTrue(same_state(module, layer(scheme)))
 
     def test_another_scheme_says_so(self) -> None:
@@ -174,6 +192,10 @@ class TestState(unittest.TestCase):
                 with self.assertRaisesRegex(ValueError, name + ".*got 3071.*pad to 3072"):
                     qnn.QLinear(3071, 7, scheme=scheme)
                 module = layer(scheme, 32, 7)
+            elif scheme.startswith("int4"):
+                with self.assertRaisesRegex(ValueError, "multiple of 128.*200.*pad to 256"):
+                    qnn.QLinear(200, 7, scheme="int4_weight")
+                module = layer(scheme, 128, 7)
             else:
                 module = layer(scheme, 37, 7)
             x = torch.randn(5, module.in_features)
@@ -197,15 +219,15 @@ class TestSpecialValues(unittest.TestCase):
     @parameterized.expand(NAMES)
     def test_each_row_by_itself(self, scheme: str) -> None:
         module = layer(scheme, bias=False)
-        x = torch.randn(6, 96)
+        x = torch.randn(6, K[scheme])
         x[0], x[1], x[2], x[3, 5], x[4, 5] = 0, x[1] * 1e20, x[2] * 1e-20, torch.nan, torch.inf
         y = module(x)
         self.assertFalse(y[0].any())
         self.assertFalse(y[3:5].isfinite().any())
         self.assertTrue(y[[0, 1, 2, 5]].isfinite().all())
-        zero = nn.Linear(96, 160, False)
+        zero = nn.Linear(K[scheme], 160, False)
         zero.weight.data.zero_()
-        self.assertFalse(qnn.QLinear.from_float(zero, scheme)(torch.randn(3, 96)).any())
+        self.assertFalse(qnn.QLinear.from_float(zero, scheme)(torch.randn(3, K[scheme])).any())
 
 
 class TestGradients(unittest.TestCase):
@@ -215,19 +237,19 @@ class TestGradients(unittest.TestCase):
     def test_through_a_frozen_layer(self, scheme: str, backend: str | None) -> None:
         module = layer(scheme)
         call = torch.compile(module, fullgraph=True, backend=backend) if backend else module
-        x = torch.randn(2, 5, 96, requires_grad=True)
+        x = torch.randn(2, 5, K[scheme], requires_grad=True)
         y = call(x)
         dy = torch.randn_like(y)
         y.backward(dy)
         torch.testing.assert_close(x.grad, dy @ module.dequantize().weight, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(module.bias.grad, dy.sum((0, 1)))
 
-    @parameterized.expand([("fp8",), ("nvfp4",), ("mxfp8",)])
+    @parameterized.expand([("fp8",), ("nvfp4",), ("mxfp8",), ("int4_weight",)])
     def test_lora(self, scheme: str) -> None:
         peft = pytest.importorskip("peft", reason="needs the extra 'examples'")
-        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
+        model = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 32))
         base = qnn.convert(model, scheme)
-        x = torch.randn(4, 64)
+        x = torch.randn(4, 128)
         want = base(x)
         lora = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["0", "2"]))
         self.assertTrue(torch.equal(lora(x), want))
@@ -245,7 +267,7 @@ class TestGraphs(unittest.TestCase):
         with torch.no_grad():
             for size in (4, 5, 40, 200):
                 with torch._dynamo.config.patch(error_on_recompile=size > 5):
-                    x = torch.randn(size, 96)
+                    x = torch.randn(size, K[scheme])
                     self.assertTrue(torch.equal(compiled(x), module(x)))
 
     @parameterized.expand(itertools.product(NAMES, (False, True)))
@@ -253,23 +275,23 @@ class TestGraphs(unittest.TestCase):
         module = layer(scheme)
         shapes = ({0: torch.export.Dim("batch")},)
         program = torch.export.export(
-            module, (torch.randn(3, 96),), dynamic_shapes=shapes, strict=strict
+            module, (torch.randn(3, K[scheme]),), dynamic_shapes=shapes, strict=strict
         )
         self.assertEqual(schemes_of(program.graph), [scheme])
         file = io.BytesIO()
         torch.export.save(program, file)
         file.seek(0)
-        x = torch.randn(40, 96)
+        x = torch.randn(40, K[scheme])
         self.assertTrue(torch.equal(torch.export.load(file).module()(x), module(x)))
 
     def test_packaged_and_run_in_a_fresh_process(self) -> None:
         """All schemes in one package."""
-        model = nn.Sequential(*(layer(s, 96, 96) for s in NAMES)).eval()
-        x = torch.randn(4, 96)
+        model = nn.Sequential(*(layer(s, 128, 128) for s in NAMES)).eval()
+        x = torch.randn(4, 128)
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             where = Path(folder)
             shapes = ({0: torch.export.Dim("batch")},)
-            program = torch.export.export(model, (torch.randn(3, 96),), dynamic_shapes=shapes)
+            program = torch.export.export(model, (torch.randn(3, 128),), dynamic_shapes=shapes)
             self.assertEqual(schemes_of(program.graph), NAMES)
             package = torch._inductor.aoti_compile_and_package(
                 program, package_path=str(where / "model.pt2")
@@ -284,7 +306,7 @@ class TestGraphs(unittest.TestCase):
                 x, want = torch.load({str(where / "x.pt")!r})
                 packaged = torch._inductor.aoti_load_package({package!r})
                 exported = torch.export.load({str(where / "program.pt2")!r}).module()
-                model = nn.Sequential(*(qnn.QLinear(96, 96, scheme=s) for s in {NAMES!r}))
+                model = nn.Sequential(*(qnn.QLinear(128, 128, scheme=s) for s in {NAMES!r}))
                 model.load_state_dict(torch.load({str(where / "state.pt")!r}, weights_only=True))
                 with torch.no_grad():
                     print(*(torch.equal(f(x), want) for f in (packaged, exported, model)))
@@ -296,7 +318,7 @@ class TestGraphs(unittest.TestCase):
 class TestDisk(unittest.TestCase):
     """The compressed-tensors package reads what qnn writes, and takes it to mean the same."""
 
-    @parameterized.expand([name for name in NAMES if not name.endswith("_weight")])
+    @parameterized.expand([name for name in EVERY if name not in ("fp8_weight", "nvfp4_weight")])
     def test_decoded_by_compressed_tensors(self, scheme: str) -> None:
         pytest.importorskip("compressed_tensors", reason="needs the extra 'dev'")
         st = pytest.importorskip("safetensors.torch", reason="needs the extra 'dev'")
@@ -317,9 +339,10 @@ class TestDisk(unittest.TestCase):
         decoded = decoder.decompress(state, group)["weight"]
         # The package multiplies in bfloat16 where a scale is a byte; mxfp8's products fit.
         rtol = 2.0**-7 if scheme == "nvfp4" else 1e-6
+        rtol = 0.0 if scheme.startswith("int4") else rtol
         torch.testing.assert_close(decoded.float(), module.dequantize().weight, rtol=rtol, atol=0)
 
-    @parameterized.expand(NAMES)
+    @parameterized.expand([name for name in NAMES if "asym" not in name])
     def test_a_saved_model_is_read_by_transformers(self, scheme: str) -> None:
         pytest.importorskip("compressed_tensors", reason="needs the extra 'dev'")
         transformers = pytest.importorskip("transformers", reason="needs the extra 'examples'")

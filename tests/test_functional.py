@@ -91,10 +91,15 @@ class TestLinear(unittest.TestCase):
 
     def test_a_global_scale_where_there_is_one_and_only_there(self) -> None:
         x, (q, scale) = torch.randn(3, 16), F.quantize(torch.randn(8, 16))
-        with self.assertRaisesRegex(ValueError, "scheme 'int8' has no global scale"):
+        named = r"is \(weight, weight_scale\), .*got 3 tensors, .*weight_global_scale"
+        with self.assertRaisesRegex(ValueError, f"scheme 'int8' {named}"):
             F.linear(x, q, scale, weight_global_scale=torch.ones(1))
         packed = F.quantize(torch.randn(8, 16), "nvfp4_weight")
-        with self.assertRaisesRegex(ValueError, "scheme 'nvfp4_weight' needs a global scale"):
-            F.linear(x, *packed[:2], scheme="nvfp4_weight")
-        with self.assertRaisesRegex(ValueError, "scheme 'nvfp4_weight' needs a global scale"):
-            F.dequantize(*packed[:2], scheme="nvfp4_weight")
+        named = r"is \(weight_packed, weight_scale, weight_global_scale\), .*got 2 tensors"
+        for given in (packed[:2], (packed[:2],)):
+            with self.assertRaisesRegex(ValueError, f"scheme 'nvfp4_weight' {named}"):
+                F.linear(x, *given, scheme="nvfp4_weight")
+            with self.assertRaisesRegex(ValueError, f"scheme 'nvfp4_weight' {named}"):
+                F.dequantize(*given, scheme="nvfp4_weight")
+        want = F.linear(x, *packed[:2], weight_global_scale=packed[2], scheme="nvfp4_weight")
+        self.assertTrue(torch.equal(F.linear(x, packed, scheme="nvfp4_weight"), want))

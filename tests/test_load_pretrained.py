@@ -331,6 +331,8 @@ class TestWhatOthersRun(unittest.TestCase):
             ("fp8_block", torch.float32, 128, None),
             ("mxfp8", torch.bfloat16, 64, None),
             ("int8", torch.float32, 64, None),
+            ("int4_weight", torch.float32, 128, None),
+            ("int4_weight_asym", torch.float32, 128, "packed in the file alone"),
         ]
     )
     def test_said(self, scheme: str, dtype: torch.dtype, width: int, said: str | None) -> None:

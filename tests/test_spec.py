@@ -29,7 +29,7 @@ EVERY_OP = [(op.name, op) for op in OPS.values()]
 # Two roundings of the dtype; the arithmetic of float64 results is float32.
 EPS = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float64: 1e-6}
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-CODES = (torch.int8, torch.uint8, *FLOAT8)
+CODES = (torch.int8, torch.uint8, torch.int32, *FLOAT8)  # int32: words of codes
 
 
 Args = tuple[Any, ...]
@@ -433,6 +433,24 @@ class TestLimits(unittest.TestCase):
                     f"got {limit + 1}; use the scheme int8_weight",
                 ):  # fmt: skip
                     call(*given)
+
+    @parameterized.expand(["int4_quantize", "int4_weight_linear", "int4_g32_linear_dgrad"])
+    def test_whole_groups(self, name: str) -> None:
+        """A row that is not whole groups is refused, where a group takes no zeros at its end."""
+        op = OPS[name]
+        ((axis, multiple),) = op.multiples.items()
+        sizes = {"n": 3, axis: multiple + 1}
+        args = [
+            torch.empty([each.size(sizes) for each in arg.tail], dtype=sample.dtype)
+            for arg, sample in zip(op.inputs, next(op.samples())[1], strict=True)
+            if not arg.optional
+        ]
+        for call in (op.overload, op.fake, op.call, op._checked(op.reference)):
+            with self.assertRaisesRegex(
+                ValueError, f"{axis} must be a multiple of {multiple}, got {multiple + 1}; pad to "
+                f"{2 * multiple} or exclude the layer",
+            ):  # fmt: skip
+                call(*args)
 
     @parameterized.expand(itertools.product(("int8", "int8_static"), ("lstm", "gru"), "ih"))
     def test_recurrent(self, scheme: str, cell: str, axis: str) -> None:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
@@ -50,7 +50,6 @@ __all__ = [
     "preferred",
     "ready",
     "replaces",
-    "serves",
     "status",
 ]
 
@@ -96,41 +95,18 @@ class _Replaceable(Protocol):
 
     def disable(self, key: str) -> None: ...
 
-    def declare_direct(self) -> None: ...
-
     def go_direct(self) -> None: ...
 
 
-_RECURRENT = ("int8", "int8_static", "int8_weight")
-# The ops whose CPU kernels the library brings. It is loaded once all of them are declared: else the
-# kernel of a later declaration would lie over its own.
-_BROUGHT = {
-    "int8_quantize",
-    "int8_linear",
-    "int8_rows_linear",
-    "int8_static_linear",
-    "int8_weight_linear",
-    "fp8_weight_linear",
-    "nvfp4_weight_linear",
-    *(f"{scheme}_{cell}" for scheme in _RECURRENT for cell in ("lstm", "gru")),
-}
 _replaced: list[_Replaceable] = []
 
 
-def replaces(*ops: _Replaceable) -> None:
-    """Name declared ops whose CPU kernels the library brings; with the last of them it is loaded,
-    if it is there.
+def replaces(ops: Iterable[_Replaceable]) -> None:
+    """Take over the CPU kernels of these ops, once all are declared: else the kernel of a later
+    declaration would lie over the library's. It is loaded, if it is there.
     """
     _replaced.extend(ops)
-    for op in ops:
-        op.declare_direct()
-    if {op.name for op in _replaced} >= _BROUGHT:
-        ready()
-
-
-def serves(op: _Replaceable) -> bool:
-    """Whether the library, where it is loaded, brings the CPU kernel of an op."""
-    return op in _replaced
+    ready()
 
 
 def preferred(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,5 +1,6 @@
-"""The ops of the float formats, all derived from the formats: for each format a cast there and
-back, for each scheme its linear layers and its product of quantised operands.
+"""The ops that are derived from the formats: for each format a cast there and back, for each scheme
+its linear layers, and the products of a training step where it has one. Those of the int8 schemes,
+which take an epilogue and a static grid, are declared in `int8.py`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from typing import Any
 
 import torch
 
-from qnn.kernels.cpu import native
 from qnn.kernels.cpu.float_linear import quantized_linear, weight_linear
 from qnn.kernels.cuda import kernels_for
 from qnn.kernels.formats.base import FLOATS, Format
@@ -24,8 +24,8 @@ from qnn.kernels.reference.floats import (
 )
 from qnn.kernels.schemes import SCHEMES
 
-# Those that the library of C++ kernels brings too.
-_NATIVE = ("fp8_weight_linear", "nvfp4_weight_linear")
+# The formats of weights that the C++ kernels decode, in the layers with activations as they are.
+_NATIVE = ("float8_e4m3", "nvfp4")
 # Along the rows of a batch there is room for two groups' scales at least. One group would be an
 # axis of size 1, on which torch's tracing puts a guard: a batch of more than one group would be
 # compiled anew.
@@ -36,8 +36,16 @@ def _stored_dtypes(form: Format, name: str) -> dict[str, tuple[torch.dtype, ...]
     return {part.short.format(name): (part.dtype,) for part in form.parts}
 
 
-def _scales(form: Format, *names: str) -> tuple[str, ...]:
-    return tuple(scale for name in names for scale in form.names(name)[1:])
+def _scales(form: Format, name: str) -> tuple[str, ...]:
+    return tuple(part.short.format(name) for part in form.parts if part.is_scale)
+
+
+def _whole(form: Format, axis: str) -> dict[str, Any]:
+    """Of an op whose `axis` is that of a row of `form`, or of its stored elements."""
+    if not form.whole_groups:
+        return {}
+    multiple = form.columns_multiple_of // (form.packing if axis == "p" else 1)
+    return {"multiples": {axis: multiple}, "sample": {axis: 3 * multiple}}
 
 
 def declare_format(form: Format, transposed: Format | None) -> None:
@@ -53,6 +61,7 @@ def declare_format(form: Format, transposed: Format | None) -> None:
         reference=quantize_reference(form),
         kernels=kernels_for(f"{form.key}_quantize"),
         rowwise=form.rowwise,
+        **_whole(form, "k"),
     )
     stored, columns = form.stored("", lead, "p")
     Op(
@@ -64,6 +73,7 @@ def declare_format(form: Format, transposed: Format | None) -> None:
         reference=dequantize_reference(form),
         positive=_scales(form, ""),
         rowwise=form.rowwise,
+        **_whole(form, "p"),
     )
     if transposed is None:
         return
@@ -127,68 +137,77 @@ def declare_matmul(name: str, x: Format, w: Format, *, over_rows: bool = False) 
     )  # fmt: skip
 
 
-def declare_linear(prefix: str, weight: Format, activation: Format | None) -> None:
-    """The layers over a quantised weight: with quantised activations, and with those as they are;
-    and the gradient to the input, which both share.
+def declare_linear(name: str, dgrad: str, weight: Format, activation: Format | None) -> None:
+    """A layer over a quantised weight: with quantised activations, or with those as they are, as
+    the gradient of `dgrad` has it.
     """
-    given, (stored, columns) = weight.declared("w", "n", "k"), weight.stored("w", "n", "p")
-    dtypes = {**dict.fromkeys(("x", "dy", "bias"), FLOATS), **_stored_dtypes(weight, "w")}
-    plain = f"{prefix}_weight_linear"
     cpu = weight_linear(weight)
-    layers: dict[str, tuple[Format | None, Reference]] = {
-        plain: (None, native.preferred(plain, cpu) if plain in _NATIVE else cpu)
-    }
     if activation is not None:
-        layers[f"{prefix}_linear"] = (activation, quantized_linear(activation, plain))
-    for name, (form, kernel) in layers.items():
-        Op(
-            name,
-            f"x: ... k, {given}, bias?: n -> ... n",
-            doc="x · wᵀ + bias with the weight that the parts stand for, in float32, then one cast"
-            + (f"; x is quantised in {form.key} first" if form else ""),
-            dtypes=dtypes,
-            out=("x",),
-            reference=linear_reference(form, weight),
-            kernels={"CPU": kernel, **kernels_for(name)},
-            backward={"x": f"{prefix}_linear_dgrad"},
-            positive=_scales(weight, "w"),
-            products="... n k",
-            rowwise=form is None or form.rowwise,
-        )
+        cpu = quantized_linear(activation, _plain(dgrad))
     Op(
-        f"{prefix}_linear_dgrad",
-        f"dy: ... n, {stored} -> ... {columns}",
-        doc="dy · w with the weight that the parts stand for, straight through the rounding of x",
-        dtypes=dtypes,
-        out=("dy",),
-        reference=linear_dgrad_reference(weight),
-        backward={"dy": plain},
-        sample={"p": 24} if weight.packing > 1 else None,  # whole blocks, as of a weight
-        products=f"... n {columns}",
+        name,
+        f"x: ... k, {weight.declared('w', 'n', 'k')}, bias?: n -> ... n",
+        doc="x · wᵀ + bias with the weight that the parts stand for, in float32, then one cast"
+        + (f"; x is quantised in {activation.key} first" if activation else ""),
+        dtypes={"x": FLOATS, **_stored_dtypes(weight, "w"), "bias": FLOATS},
+        out=("x",),
+        reference=linear_reference(activation, weight),
+        kernels={"CPU": cpu, **kernels_for(name)},
+        native=activation is None and weight.key in _NATIVE,
+        backward={"x": dgrad},
         positive=_scales(weight, "w"),
+        products="... n k",
+        rowwise=activation is None or activation.rowwise,
+        **_whole(weight, "k"),
     )
 
 
+def declare_dgrad(name: str, weight: Format) -> None:
+    """The gradient to the input, which all layers over such a weight share."""
+    stored, columns = weight.stored("w", "n", "p")
+    packed = weight.packing > 1  # whole groups, as of a weight
+    sample = {"p": 3 * weight.columns_multiple_of // weight.packing} if packed else {}
+    Op(
+        name,
+        f"dy: ... n, {stored} -> ... {columns}",
+        doc="dy · w with the weight that the parts stand for, straight through the rounding of x",
+        dtypes={"dy": FLOATS, **_stored_dtypes(weight, "w")},
+        out=("dy",),
+        reference=linear_dgrad_reference(weight),
+        backward={"dy": _plain(name)},
+        products=f"... n {columns}",
+        positive=_scales(weight, "w"),
+        **{"sample": sample, **_whole(weight, "p")},
+    )
+
+
+def _plain(dgrad: str) -> str:
+    """The layer with activations as they are, of an op that gives the gradient to the input."""
+    return dgrad.replace("_linear_dgrad", "_weight_linear")
+
+
 def _declare_all() -> None:
-    trained = [scheme.training for scheme in SCHEMES.values() if scheme.training is not None]
+    schemes = [scheme for scheme in SCHEMES.values() if scheme.weight.name != "int8"]
+    trained = [scheme.training for scheme in schemes if scheme.training is not None]
     # Which form of a training operand goes with which other.
     pairs = {t.x.key: t.x_of_wgrad for t in trained} | {t.dy.key: t.dy_of_wgrad for t in trained}
     forms: dict[str, Format] = {**FLOAT8}
     for t in trained:
         forms |= {f.key: f for f in (t.x, t.weight, t.dy, t.x_of_wgrad, t.dy_of_wgrad)}
+    forms |= {scheme.weight.key: scheme.weight for scheme in schemes}
     for key, form in forms.items():
         declare_format(form, pairs.get(key))
-    for scheme in SCHEMES.values():
-        training = scheme.training
-        if training is None:
-            continue
-        declare_matmul(training.matmul, training.x, training.weight)
-        if training.wgrad != training.matmul:
-            declare_matmul(
-                training.wgrad, training.dy_of_wgrad, training.x_of_wgrad, over_rows=True
-            )
-        declare_linear(scheme.name, scheme.weight, scheme.activation)
+    for t in trained:
+        declare_matmul(t.matmul, t.x, t.weight)
+        if t.wgrad != t.matmul:
+            declare_matmul(t.wgrad, t.dy_of_wgrad, t.x_of_wgrad, over_rows=True)
+    for scheme in schemes:
+        dgrad = scheme.linear.removesuffix("_linear").removesuffix("_weight") + "_linear_dgrad"
+        if dgrad not in OPS:
+            declare_linear(_plain(dgrad), dgrad, scheme.weight, None)
+            declare_dgrad(dgrad, scheme.weight)
+        if scheme.linear not in OPS:
+            declare_linear(scheme.linear, dgrad, scheme.weight, scheme.activation)
 
 
 _declare_all()
-native.replaces(*(OPS[name] for name in _NATIVE))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 
 from qnn.kernels.cpu import int8_linear as cpu
-from qnn.kernels.cpu import native
 from qnn.kernels.epilogue import ACTIVATIONS
 from qnn.kernels.formats.base import FLOATS
 from qnn.kernels.formats.int8 import INT8_MAX_K, INT8_ROWS_MAX_K, INT8_STATIC_MAX_K
@@ -38,6 +37,7 @@ int8_quantize = Op(
     out=(torch.int8, torch.float32),
     reference=quantize_reference,
     kernels={"CPU": cpu.quantize},
+    native=True,
 )
 
 int8_dequantize = Op(
@@ -58,7 +58,8 @@ int8_linear = Op(
     dtypes={"x": FLOATS, "w": INT8, "sw": SCALE, "bias": FLOATS, "residual": "x"},
     out=("x",),
     reference=linear_reference,
-    kernels={"CPU": native.preferred("int8_linear", cpu.linear)},
+    kernels={"CPU": cpu.linear},
+    native=True,
     backward={"x": "int8_linear_dgrad"},
     positive=("sw",),
     choices=EPILOGUE,
@@ -77,7 +78,8 @@ int8_rows_linear = Op(
     },
     out=("dtype",),
     reference=rows_linear_reference,
-    kernels={"CPU": native.preferred("int8_rows_linear", cpu.rows_linear)},
+    kernels={"CPU": cpu.rows_linear},
+    native=True,
     positive=("scale", "sw"),
     choices=EPILOGUE,
     products="... n k",
@@ -91,7 +93,8 @@ int8_weight_linear = Op(
     dtypes={"x": FLOATS, "w": INT8, "sw": SCALE, "bias": FLOATS, "residual": "x"},
     out=("x",),
     reference=weight_linear_reference,
-    kernels={"CPU": native.preferred("int8_weight_linear", cpu.weight_linear)},
+    kernels={"CPU": cpu.weight_linear},
+    native=True,
     backward={"x": "int8_linear_dgrad"},
     positive=("sw",),
     choices=EPILOGUE,
@@ -123,14 +126,11 @@ int8_static_linear = Op(
     },
     out=("x",),
     reference=static_linear_reference,
-    kernels={"CPU": native.preferred("int8_static_linear", cpu.static_linear)},
+    kernels={"CPU": cpu.static_linear},
+    native=True,
     backward={"x": "int8_linear_dgrad"},
     positive=("sw", "sx"),
     choices=EPILOGUE,
     products="... n k",
     limits={"k": INT8_STATIC_MAX_K},
 )  # fmt: skip
-
-native.replaces(
-    int8_quantize, int8_linear, int8_rows_linear, int8_weight_linear, int8_static_linear
-)

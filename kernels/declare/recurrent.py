@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 
-from qnn.kernels.cpu import native
 from qnn.kernels.declare.int8 import INT8, SCALE
 from qnn.kernels.formats.base import FLOATS
 from qnn.kernels.formats.int8 import int32_max_k
@@ -97,13 +96,11 @@ def _declare(
     result: str,
     extra: str | None = None,
     backward: str | None = None,
-    brought: bool = False,
+    native: bool = False,
     limit: int | None = None,
     times: int = 1,
 ) -> Op:
-    """`brought`: the library of C++ kernels has it; `limit`: the most columns of a weight; `times`:
-    how often each weight is multiplied.
-    """
+    """`limit`: the most columns of a weight; `times`: how often each weight is multiplied."""
     arguments, rows = _arguments(cell, extra), f"h*{len(cell.gates)}"
     names = [argument.partition(":")[0].rstrip("?") for argument in arguments]
     dtypes: dict[str, Any] = {"x": FLOATS, "h0": "x", "lengths": (torch.int64,)}
@@ -132,7 +129,7 @@ def _declare(
         dtypes=dtypes,
         out=("x",),
         reference=reference,
-        kernels={"CPU": native.preferred(name, reference)} if brought else {},
+        native=native,
         backward=dict.fromkeys(differentiable, backward) if backward else {},
         split=split_gradients if backward else None,
         differentiable=backward is None,
@@ -199,7 +196,7 @@ for _cell in CELLS.values():
     _reference, _gradient_reference = _REFERENCES[_cell.name]
     _gradient = f"int8_{_cell.name}_dgrad"
     for _scheme in map(get_scheme, schemes_of(_cell.name)):
-        _op = _declare(
+        _declare(
             _cell,
             cast(str, _scheme.op(_cell.name)),
             _DOC[_scheme.name],
@@ -207,10 +204,9 @@ for _cell in CELLS.values():
             _RESULT[_cell.name],
             f"table: {len(_cell.parts)} 4" if _scheme.static else None,
             _gradient,
-            brought=True,
+            native=True,
             limit=_scheme.max_in_features,
         )
-        native.replaces(_op)
     _declare(
         _cell,
         _gradient,

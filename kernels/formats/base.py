@@ -8,7 +8,7 @@ any of them. Schemes, which combine formats into layers, are in `schemes.py`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -51,6 +51,10 @@ class Part:
         return f"{self.short.format(name)}: {' '.join(axes)}"
 
     @property
+    def is_scale(self) -> bool:
+        return self.suffix.endswith("_scale")
+
+    @property
     def is_grouped(self) -> bool:
         """Whether it has an element for each group of columns in each row: a scale of groups."""
         rows, *columns = self.axes.split()
@@ -87,6 +91,7 @@ class Format(ABC):
     Attributes:
         name: the format's name, such as `"float8_e4m3"`; several granularities share one.
         key: the name of exactly this format, and what its ops begin with.
+        number: what a stored value is.
         storage: the dtype that values are stored in.
         qmin, qmax: the range of a stored value.
         granularity: what shares a scale.
@@ -95,10 +100,12 @@ class Format(ABC):
         block: rows and columns of a `group` or `block`.
         packing: values in one element of `storage`.
         stochastic: whether `quantize` rounds by chance, from a `seed`.
+        whole_groups: whether an op takes rows of whole groups alone; others end in zeros.
     """
 
     name: str
     key: str
+    number: Literal["int", "float"]
     storage: torch.dtype
     qmin: float
     qmax: float
@@ -108,6 +115,7 @@ class Format(ABC):
     block: tuple[int, int] | None = None
     packing: int = 1
     stochastic: bool = False
+    whole_groups: bool = False
 
     @abstractmethod
     def quantize(self, x: torch.Tensor, seed: torch.Tensor | None = None) -> tuple[Any, ...]:
@@ -121,8 +129,9 @@ class Format(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(values, scale)` with float = values · scale.
 
-        `values` have at most 8 significant bits, so that products of two are exact in float32;
-        `scale` is `[..., 1]` or `[1]`, and None where the values have it in them already.
+        `scale` is `[..., 1]` or `[1]`, and None where the values have it in them already. `values`
+        of a format that activations may have are of at most 8 significant bits, so that products
+        of two are exact in float32.
         """
 
     def dequantize(
@@ -131,6 +140,25 @@ class Format(ABC):
         """The floats, in `compute`."""
         values, scale = self.decode(parts, compute)
         return values if scale is None else values * scale.to(compute)
+
+    @property
+    def on_disk(self) -> tuple[Part, ...]:
+        """The tensors of a quantised value in a file; its parts, unless they have another form."""
+        return self.parts
+
+    def to_disk(
+        self, parts: Sequence[torch.Tensor], shape: tuple[int, int]
+    ) -> tuple[torch.Tensor, ...]:
+        """The tensors of `on_disk` for a value of this shape."""
+        return tuple(parts)
+
+    def from_disk(
+        self, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]
+    ) -> dict[str, torch.Tensor]:
+        """Those of the parts, by suffix, that tensors of a file are or hold; a ValueError for what
+        belongs to another shape.
+        """
+        return dict(tensors)
 
     @property
     def bits(self) -> int:
@@ -147,9 +175,9 @@ class Format(ABC):
         """What the compressed-tensors convention calls the format."""
         result: dict[str, Any] = {
             "num_bits": self.bits,
-            "type": "float",
+            "type": self.number,
             "strategy": self.granularity,
-            "symmetric": True,
+            "symmetric": all(part.suffix != "_zero_point" for part in self.parts),
         }
         if self.granularity == "group" and self.block is not None:
             result["group_size"] = self.block[1]

@@ -90,6 +90,7 @@ def _float8(
     return Float8(
         name,
         name + suffix,
+        "float",
         storage,
         -limit,
         limit,

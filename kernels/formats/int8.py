@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -60,14 +59,11 @@ class Int8(Format):
         q, scale = parts
         return q.to(compute), scale
 
-    @property
-    def compressed(self) -> dict[str, Any]:
-        return {**super().compressed, "type": "int"}
-
 
 INT8_CHANNEL = Int8(
     "int8",
     "int8",
+    "int",
     torch.int8,
     -QMAX,
     QMAX,
@@ -92,14 +88,11 @@ class Int8Static(Int8):
         q, scale, zero_point = parts
         return q.to(compute) - zero_point.to(compute), scale
 
-    @property
-    def compressed(self) -> dict[str, Any]:
-        return {**super().compressed, "symmetric": False}
-
 
 INT8_TENSOR = Int8Static(
     "int8",
     "int8_static",
+    "int",
     torch.int8,
     -QMAX - 1,
     QMAX,

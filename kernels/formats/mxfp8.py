@@ -61,6 +61,7 @@ class MXFP8(Format):
 MX = MXFP8(
     "mxfp8",
     "mxfp8",
+    "float",
     torch.float8_e4m3fn,
     -448.0,
     448.0,

@@ -151,6 +151,7 @@ def _nvfp4(key: str, **options: object) -> NVFP4:
     return NVFP4(
         "nvfp4",
         key,
+        "float",
         torch.uint8,
         -_E2M1_MAX,
         _E2M1_MAX,

@@ -32,6 +32,14 @@ def too_long(axis: str, limit: int, size: Any) -> str:
     )
 
 
+def not_multiple(axis: str, multiple: int, size: Any, beside: str = "") -> str:
+    """Why a row that is not whole groups is refused."""
+    return (
+        f"{axis} must be a multiple of {multiple}, got {size}{beside}; pad to "
+        f"{size + -size % multiple} or exclude the layer"
+    )
+
+
 class Declaration:
     """An operator as it is declared; `Op` registers it, and has the arguments' meaning."""
 
@@ -58,6 +66,7 @@ class Declaration:
         sample: Mapping[str, Any] | None = None,
         products: str | Mapping[str, str] | None = None,
         limits: Mapping[str, int] | None = None,
+        multiples: Mapping[str, int] | None = None,
         rowwise: bool = True,
     ) -> None:
         self.name, self.signature, self.doc = name, signature, doc
@@ -75,7 +84,7 @@ class Declaration:
         self.differentiable, self.positive = differentiable, frozenset(positive)
         self.rowwise, self.rule, self.sample = rowwise, rule, dict(sample or {})
         self.products = {"": products} if isinstance(products, str) else dict(products or {})
-        self.limits = dict(limits or {})
+        self.limits, self.multiples = dict(limits or {}), dict(multiples or {})
         # Torch drops trailing arguments that equal their default on the way to Python functions;
         # `tails[n]` is what a call of n arguments lacks.
         defaults = tuple(self.default(arg) for arg in self.inputs)
@@ -119,7 +128,7 @@ class Declaration:
     @functools.cached_property
     def source(self) -> str:
         """The source of the fast check, a function `fits`."""
-        return source_of(self.inputs, self.dtypes, self.limits)
+        return source_of(self.inputs, self.dtypes, self.limits, self.multiples)
 
     @functools.cached_property
     def _fits(self) -> Callable[..., bool]:
@@ -212,6 +221,9 @@ class Declaration:
             if axis.name in self.limits and size > self.limits[axis.name]:
                 reason = too_long(axis.name, self.limits[axis.name], size)
                 self._fail(ValueError, args, reason)
+            if size % self.multiples.get(axis.name, 1):
+                reason = not_multiple(axis.name, self.multiples[axis.name], size)
+                self._fail(ValueError, args, reason)
             return
         wanted = axis.size(sizes, self.sizes)
         if wanted != size:
@@ -272,4 +284,4 @@ class Declaration:
         return f"<qnn op {self.name}: {self.signature}>"
 
 
-__all__ = ["Declaration", "UnknownSizeError", "too_long"]
+__all__ = ["Declaration", "UnknownSizeError", "not_multiple", "too_long"]

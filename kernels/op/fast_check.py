@@ -29,6 +29,7 @@ def source_of(
     inputs: Sequence[Arg],
     dtypes: Mapping[str, tuple[torch.dtype, ...] | str],
     limits: Mapping[str, int],
+    multiples: Mapping[str, int],
 ) -> str:
     """The source of a function `fits` of the arguments, which says whether they are as declared.
 
@@ -44,13 +45,13 @@ def source_of(
                 lines.append(f"if {arg.name} not in {arg.name}_allowed: return False")
             continue
         if arg.count is None:
-            body = _tensor(arg, arg.name, inputs, dtypes, limits, known)
+            body = _tensor(arg, arg.name, inputs, dtypes, limits, multiples, known)
         else:
             body = [f"if not {arg.name}: return False"]
             body += _compare(arg.count, f"len({arg.name})", known)
             # The first tensor binds what is new.
-            body += _tensor(arg, f"{arg.name}[0]", inputs, dtypes, limits, known)
-            each = _tensor(arg, "each", inputs, dtypes, limits, known)
+            body += _tensor(arg, f"{arg.name}[0]", inputs, dtypes, limits, multiples, known)
+            each = _tensor(arg, "each", inputs, dtypes, limits, multiples, known)
             body += [f"for each in {arg.name}:", *(f"    {line}" for line in each)]
         if arg.optional:
             body = [f"if {arg.name} is not None:", *(f"    {line}" for line in body)]
@@ -65,6 +66,7 @@ def _tensor(
     inputs: Sequence[Arg],
     dtypes: Mapping[str, tuple[torch.dtype, ...] | str],
     limits: Mapping[str, int],
+    multiples: Mapping[str, int],
     known: set[str],
 ) -> list[str]:
     """The lines for one tensor; what they bind is known afterwards."""
@@ -90,6 +92,8 @@ def _tensor(
         lines += _compare(axis.name, size, known)
         if new and axis.name in limits:
             lines.append(f"if {axis.name} > {limits[axis.name]}: return False")
+        if new and axis.name in multiples:
+            lines.append(f"if {axis.name} % {multiples[axis.name]}: return False")
     return lines
 
 

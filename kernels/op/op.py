@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from qnn.kernels.cpu import native as library
 from qnn.kernels.op import flops
 from qnn.kernels.op.autograd import autograd_kernel
 from qnn.kernels.op.declaration import Declaration
@@ -69,12 +70,19 @@ class Op(Declaration):
             name of an optional argument, those that a call with it has besides those of `""`.
         limits: the largest size of an axis whose products are summed in int32, which a longer sum
             could wrap around.
+        multiples: for an axis, the number that its size must be a multiple of.
+        native: whether the library of C++ kernels has it. The kernel for `"CPU"`, or the reference,
+            then serves where there is no library.
         rowwise: whether the leading axes are independent of each other; a scale for the whole
             tensor ties them.
     """
 
-    def __init__(self, name: str, signature: str, **declared: Any) -> None:
+    def __init__(self, name: str, signature: str, *, native: bool = False, **declared: Any) -> None:
         super().__init__(name, signature, **declared)
+        self.native = native
+        if native:
+            other = self.kernels.get("CPU", self.reference)
+            self.kernels["CPU"] = library.preferred(name, other)
         self._enabled: dict[str, torch.library.Library] = {}
         self._direct: Callable[..., Any] | None = None
         self._register()
@@ -83,6 +91,9 @@ class Op(Declaration):
     def _register(self) -> None:
         LIBRARY.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(self.name, self._checked(self.reference), "CompositeExplicitAutograd")
+        if self.native:
+            # The twin that `call` goes to; it has the kernel and nothing else.
+            LIBRARY.define(self.schema.replace(self.name, f"{self.name}_no_grad", 1))
         for key in self.kernels:
             self.enable(key)
         torch.library.register_fake(f"qnn::{self.name}", self.fake, lib=LIBRARY)
@@ -100,10 +111,6 @@ class Op(Declaration):
                 flops.register(OPS)
             return self.overload(*args)
         return direct(*args)
-
-    def declare_direct(self) -> None:
-        """Declare the twin that `call` may go to; it has the kernel and nothing else."""
-        LIBRARY.define(self.schema.replace(self.name, f"{self.name}_no_grad", 1))
 
     def go_direct(self) -> None:
         """The C++ library is loaded, and has the kernel of the twin."""

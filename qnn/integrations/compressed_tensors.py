@@ -240,6 +240,11 @@ def _warn(model: nn.Module) -> None:
                 f"scheme {module.scheme!r} in bfloat16 alone, and the model is {module.dtype}: "
                 "pass dtype=torch.bfloat16 to from_pretrained, convert model.bfloat16(), or load"
             )
+        elif not weight.compressed["symmetric"]:
+            reason = (
+                f"scheme {module.scheme!r} in no model that was built empty, since its zero points "
+                "are packed in the file alone: take a symmetric scheme, or load"
+            )
         else:
             continue
         warnings.warn(

@@ -83,12 +83,18 @@ def _register() -> None:
     def before_loading(self: Any, model: nn.Module, **_: Any) -> None:
         found = {"quantization_config": self.quantization_config.described}
         convert(model, schemes_of(found, model), inplace=True)
+        for layer in _layers(model).values():
+            layer._empty_weights("meta", on_disk=True)
+
+    def is_read_by_its_layer(self: Any, model: nn.Module, param_name: str, **_: Any) -> bool:
+        return param_name.rpartition(".")[0] in _layers(model)
 
     methods = {
         "is_trainable": True,
         "is_compileable": True,
         "is_serializable": lambda self: True,
         "_process_model_before_weight_loading": before_loading,
+        "param_needs_quantization": is_read_by_its_layer,
     }
     auto.register_quantization_config("qnn")(type("Config", (mixin,), {"__init__": init}))
     auto.register_quantizer("qnn")(type("Quantizer", (base,), methods))
@@ -112,9 +118,13 @@ def _state(folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+def _layers(model: nn.Module) -> dict[str, Quantized]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, Quantized)}
+
+
 def _check(who: str, model: nn.Module, info: Any) -> None:
     """Refuse what transformers' reader leaves to a log line."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, Quantized)}
+    layers = _layers(model)
     missing = [key for key in info["missing_keys"] if key.rpartition(".")[0] in layers]
     if missing:
         raise ValueError(f"{who}: the file has no {', '.join(sorted(missing)[:5])}.")
@@ -128,8 +138,10 @@ def _check(who: str, model: nn.Module, info: Any) -> None:
         )
     for name, layer in layers.items():
         # The reader sets parameters one by one; a layer's own reading checks them together.
+        state = layer.state_dict()
+        layer._empty_weights("meta")
         try:
-            layer.load_state_dict(layer.state_dict(), assign=True)
+            layer.load_state_dict(state, assign=True)
         except RuntimeError as error:
             raise ValueError(f"{who}: {name}: {error}") from None
         for parameter_name, parameter in layer.named_parameters():

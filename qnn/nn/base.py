@@ -79,6 +79,12 @@ class Quantized(nn.Module):
         """The parts of a weight, each with the name of its parameter, the values first."""
         return [(weight + part.suffix, part) for part in self._scheme.weight.parts]
 
+    def _disk_names(self) -> set[str]:
+        """What a file has of the weights beside what is held here."""
+        form = self._scheme.weight
+        more = {part.suffix for part in form.on_disk} - {part.suffix for part in form.parts}
+        return {weight + suffix for weight in self._weight_shapes() for suffix in more}
+
     def _part(self, name: str, part: Part) -> torch.Tensor:
         """A stored part, as it must be.
 
@@ -120,12 +126,17 @@ class Quantized(nn.Module):
             "registered again or taken away; do so in float, and convert afterwards."
         )
 
-    def _empty_weights(self, device: Any) -> None:
-        """Make room for every weight, and for what calibration finds."""
+    def _empty_weights(self, device: Any, *, on_disk: bool = False) -> None:
+        """Make room for every weight, and for what calibration finds; with `on_disk` as a file has
+        them, for a reader that sets one tensor after the other.
+        """
+        form = self._scheme.weight
+        for name in self._disk_names():
+            self._parameters.pop(name, None)
         for weight, shape in self._weight_shapes().items():
-            for name, part in self._parts_of(weight):
+            for part in form.on_disk if on_disk else form.parts:
                 empty = torch.empty(part.shape(*shape), dtype=part.dtype, device=device)
-                self._parameters[name] = frozen(empty)
+                self._parameters[weight + part.suffix] = frozen(empty)
         self._empty_calibration(device)
 
     def _empty_calibration(self, device: Any) -> None:
@@ -152,10 +163,8 @@ class Quantized(nn.Module):
 
     def _dequantized(self, weight: str) -> torch.Tensor:
         """The float weight, in `dtype`."""
-        q, scale, *rest = [self._part(name, part) for name, part in self._parts_of(weight)]
-        return F.dequantize(
-            q, scale, self.dtype, global_scale=rest[0] if rest else None, scheme=self.scheme
-        )
+        parts = [self._part(name, part) for name, part in self._parts_of(weight)]
+        return F.dequantize(parts, dtype=self.dtype, scheme=self.scheme)
 
     # What is asked of a layer by the name of a weight: its float form.
 
@@ -170,6 +179,8 @@ class Quantized(nn.Module):
             if torch.compiler.is_compiling() or is_jit_tracing():
                 return self._dequantized(name)
             return FloatWeight(self, name)
+        if name.startswith("weight") and name in self._disk_names():
+            return self.state_dict()[name]
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -182,7 +193,8 @@ class Quantized(nn.Module):
             self._uncalibrated = self._is_uncalibrated()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        other = name.startswith("weight") and name not in self._kept()  # weight_g, weight_orig
+        # weight_g, weight_orig
+        other = name.startswith("weight") and name not in {*self._kept(), *self._parameters}
         if other or isinstance(param, FloatWeight):
             raise TypeError(self._not_parametrised("weight"))
         super().register_parameter(name, param)
@@ -376,14 +388,15 @@ class Quantized(nn.Module):
         for name, tensor in given.items():
             if name in self._parameters and not isinstance(tensor, torch.Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}.")
-        own = {*self._kept(), *self._weight_shapes(), *self._parameters}
+        own = {*self._kept(), *self._weight_shapes(), *self._parameters} | self._disk_names()
         foreign = [name for name in given if name not in own and self._is_foreign(name)]
         if foreign:
             raise ValueError(
                 f"{', '.join(foreign)} belongs to another scheme than {self.scheme!r}; build the "
                 "model with the scheme that the checkpoint was saved in."
             )
-        read = {name: tensor for name, tensor in given.items() if name not in self._weight_shapes()}
+        apart = {*self._weight_shapes()} | self._disk_names()
+        read = {name: tensor for name, tensor in given.items() if name not in apart}
         loaded = False
         for weight in self._weight_shapes():
             parts = self._read_weight(weight, given)
@@ -404,7 +417,9 @@ class Quantized(nn.Module):
     def _read_weight(self, weight: str, state: dict[str, Any]) -> dict[str, torch.Tensor]:
         """The parts of a weight, quantised if it is float; nothing where the state has none."""
         parts = self._parts_of(weight)
-        given = {n: state[n] for n in (weight, *(name for name, _ in parts)) if n in state}
+        form = self._scheme.weight
+        names = [weight + part.suffix for part in (*form.parts, *form.on_disk)]
+        given = {name: state[name] for name in (weight, *names) if name in state}
         if not given:
             return {}
         first = parts[0][0]
@@ -425,6 +440,14 @@ class Quantized(nn.Module):
                 "model with the scheme that the checkpoint was saved in."
             )
         shape = self._weight_shapes()[weight]
+        held = {part.suffix: part.dtype for part in form.parts}
+        for part in {*form.on_disk} - {*form.parts}:
+            name = weight + part.suffix
+            if name in given and given[name].dtype != held.get(part.suffix):
+                wanted = part.shape(*shape)
+                given[name] = self._read_plain(name, given[name], part.dtype, wanted)
+        found = {name.removeprefix(weight): tensor for name, tensor in given.items()}
+        given = {weight + end: tensor for end, tensor in form.from_disk(found, shape).items()}
         return {name: self._read_part(name, part, shape, given) for name, part in parts}
 
     def _read_part(
@@ -439,9 +462,7 @@ class Quantized(nn.Module):
         tensor = self._read_plain(name, given[name], part.dtype, part.shape(*weight))
         if (bad := bad_part(tensor, part)) is not None:
             what = (
-                "must be positive and finite; it is not"
-                if part.suffix.endswith("_scale")
-                else "holds codes of NaN"
+                "must be positive and finite; it is not" if part.is_scale else "holds codes of NaN"
             )
             raise ValueError(f"{name} {what} in {rows_of(bad)}.")
         return tensor
@@ -492,11 +513,21 @@ class Quantized(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for weight in self._weight_shapes():
-            for name, part in self._parts_of(weight):
-                held = destination.get(prefix + name)
-                if held is not None and held.dtype != part.dtype:  # as in `_part`
-                    destination[prefix + name] = held.detach().to(part.dtype)
+        form = self._scheme.weight
+        if self._parameters.keys() & self._disk_names():
+            return  # held as in a file
+        for weight, shape in self._weight_shapes().items():
+            held = [(destination.get(prefix + n), part) for n, part in self._parts_of(weight)]
+            if any(each is None for each, _ in held):
+                continue
+            parts = [  # as in `_part`
+                each if each.dtype == part.dtype else each.detach().to(part.dtype)
+                for each, part in held
+            ]
+            if any(map(is_distributed, parts)):
+                continue  # a shard is held as it is
+            made = zip(form.on_disk, form.to_disk(parts, shape), strict=True)
+            destination.update({prefix + weight + part.suffix: each for part, each in made})
 
     def _bytes_in_float(self, counted: Iterable[torch.Tensor]) -> int:
         """Of the float layer's tensors, in `dtype`, those that are in `counted` here."""
@@ -526,6 +557,7 @@ class Quantized(nn.Module):
 # What schemes of the compressed-tensors convention and of its neighbours store beside a weight.
 _SUFFIXES = (
     "_packed",
+    "_shape",
     "_scale",
     "_global_scale",
     "_zero_point",

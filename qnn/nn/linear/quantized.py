@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from qnn import functional as F
 from qnn.calibration.doubts import note_on
+from qnn.functional.linear import linear_of
 from qnn.kernels import get_scheme
 from qnn.kernels.backends import linear_backend
 from qnn.kernels.formats import FLOATS
@@ -101,8 +101,7 @@ class QLinear(Quantized, nn.Linear):
             self.bias = nn.Parameter(torch.empty(out_features, dtype=self.dtype, device=device))
         self._empty_weights(device)
         self._stored = tuple(name for name, _ in self._parts_of("weight"))
-        first, second, third, *_ = (*self._stored, "")
-        self._names = first, second, third
+        self._operands = (*self._stored, *self._calibration())  # of the op, without x and bias
         self._storage = self._scheme.weight.storage
         self.reset_parameters()
 
@@ -229,24 +228,16 @@ class QLinear(Quantized, nn.Linear):
             check_input(self, input, self._stored[0])
         if self._uncalibrated:
             self._refuse_uncalibrated()
-        parameters = self._parameters
-        first, second, third = self._names
-        values = cast(torch.Tensor, parameters[first])
+        held: Any = self._parameters
+        operands = [held[name] for name in self._operands]
+        values = operands[0]
         if values.dtype is not self._storage or values.requires_grad:
-            values = self._part(*self._parts_of("weight")[0])
+            operands[0] = self._part(*self._parts_of("weight")[0])
         try:
-            return F.linear(
-                input,
-                values,
-                cast(torch.Tensor, parameters[second]),
-                parameters["bias"],
-                weight_global_scale=parameters[third] if third else None,
-                input_scale=parameters.get("input_scale"),
-                input_zero_point=parameters.get("input_zero_point"),
-                scheme=self.scheme,
-            )
+            return linear_of(input, operands, held["bias"], self.scheme)
         except (RuntimeError, TypeError, ValueError):
-            check_input(self, input, first)  # the same fault, in words about the layer
+            # The same fault, in words about the layer.
+            check_input(self, input, self._stored[0])
             raise
 
     def extra_repr(self) -> str:
