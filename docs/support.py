@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from qnn.kernels import OPS, SCHEMES, Op, Scheme
-from qnn.kernels.cpu import native
 from qnn.kernels.cuda.backends import has_kernel
 from qnn.kinds import Kind, kind_of, known_kinds
 
@@ -61,11 +60,11 @@ class Support:
 
     @property
     def cpp(self) -> bool | str:
-        if native.serves(self.op) or self.scheme.activation is None or not self.op.backward:
-            return native.serves(self.op)
+        if self.op.native or self.scheme.activation is None or not self.op.backward:
+            return self.op.native
         # The gradient of the gradient is the layer without the casts of its activations.
         (gradient,) = self.op.backward.values()
-        return "product" if native.serves(OPS[OPS[gradient].backward["dy"]]) else False
+        return "product" if OPS[OPS[gradient].backward["dy"]].native else False
 
     @property
     def marks(self) -> tuple[bool | str, ...]:
