@@ -49,6 +49,20 @@ def test_readme_names_every_scheme() -> None:
         assert any(line.startswith("| `") and f"`{scheme}`" in line for line in text.splitlines())
 
 
+@pytest.mark.parametrize("term", ["per-tensor", "per-channel", "per-token", "per-group"])
+def test_the_terms_of_the_field_are_found(term: str) -> None:
+    """Where a reader from elsewhere searches: what has such scales says so in the field's words."""
+    places = ["README.md", "docs/index.md", "docs/glossary.md", "docs/numerics.md"]
+    texts = {place: (ROOT / place).read_text() for place in places}
+    texts["Format"] = str(qnn.Format.__doc__)
+    if term != "per-token":  # which a weight cannot have
+        texts["QLinear"] = str(qnn.QLinear.__doc__)
+    if term in ("per-tensor", "per-channel"):  # what observers find
+        texts["QuantSpec"] = str(qnn.QuantSpec.__doc__)
+        texts["fake_quantize"] = str(qnn.functional.fake_quantize.__doc__)
+    assert [place for place, text in texts.items() if term not in text] == []
+
+
 def test_the_landing_page_has_the_table() -> None:
     assert "<!-- support table -->" in (ROOT / "docs" / "index.md").read_text()
 
