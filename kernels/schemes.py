@@ -192,7 +192,7 @@ def get_scheme(name: str) -> Scheme:
             f"scheme must be a string, one of {known}; got {type(name).__name__} {name!r}."
         )
     if name not in SCHEMES:
-        close = difflib.get_close_matches(name, SCHEMES, n=1)
+        close = difflib.get_close_matches(name.lower(), SCHEMES, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         known = ", ".join(map(repr, SCHEMES))
         raise ValueError(f"unknown scheme {name!r}: the known schemes are {known}.{hint}")

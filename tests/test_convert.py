@@ -87,6 +87,7 @@ class TestSelection(unittest.TestCase):
             (({},), {}, ValueError, "scheme is an empty dict"),
             (({"x.*": "int8"},), {}, ValueError, r"scheme pattern 'x\.\*' matches no module"),
             (({"*": "int9"},), {}, ValueError, "unknown scheme 'int9'"),
+            (("INT8",), {}, ValueError, "unknown scheme .INT8.*Did you mean .int8.[?]"),
             (
                 ("int8",),
                 {"include": "layer.*"},
