@@ -24,7 +24,7 @@ class RecurrentWeights:
     Attributes:
         ih, hh: int8 `[G·H, I]` and `[G·H, P]`, for the G gates i, f, g, o of an LSTM (`[4H, …]`)
             or r, z, n of a GRU.
-        ih_scale, hh_scale: float32, per-channel, `[G·H, 1]`.
+        ih_scale, hh_scale: float32, a scale a row, `[G·H, 1]`.
         bias_ih, bias_hh: float, `[G·H]`, or None.
         hr, hr_scale: the projection of an LSTM, int8 `[P, H]` and float32 `[P, 1]`, or None.
         table: for `int8_static`: a row `(scale, zero_point, qmin, qmax)` for each part of the cell,
@@ -144,7 +144,7 @@ def lstm(
         i, f, o = sigmoid(W_ih,k x + b_ih,k + W_hh,k h + b_hh,k) for k = i, f, o; g = tanh(…)
         c = f · c + i · g;  h = o · tanh(c), or W_hr (o · tanh(c)) with a projection
 
-    `int8` quantises `x` and `h` per-token in each step, and multiplies integers;
+    `int8` quantises `x` and `h` a row of the batch in each step, and multiplies integers;
     `int8_static` rounds every part of the cell to the grid that `weights.table` gives it;
     `int8_weight` takes activations as they are. docs/numerics.md has the arithmetic. Gradients to
     `x`, the states and the biases are those of the float cell over the dequantised weights.
@@ -154,7 +154,7 @@ def lstm(
         hx: `(h [B, P], c [B, H])`, where P is H without a projection.
         weights: of this layer and direction.
         scheme: `"int8"`, `"int8_static"` or `"int8_weight"`.
-        lengths: int64 `[B]`; after a sequence's length its output is 0 and its states stay.
+        lengths: int64 `[B]`; behind a sequence's length its output is 0 and its states stay.
         reverse: from the last step to the first.
 
     Returns:

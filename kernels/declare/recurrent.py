@@ -41,7 +41,7 @@ _SAMPLE_SIZES: dict[str, int] = {"t": 5, "b": 3, "i": 19, "p": 21, "h": 21}
 
 
 def _arguments(cell: Cell, extra: str | None = None) -> list[str]:
-    """The arguments of a cell's ops; `extra` comes after those that must be given."""
+    """The arguments of a cell's ops; `extra` stands behind those that must be given."""
     rows, lstm = f"h*{len(cell.gates)}", cell is LSTM
     hidden = "p" if lstm else "h"
     return [
@@ -210,7 +210,7 @@ for _cell in CELLS.values():
     _declare(
         _cell,
         _gradient,
-        "gradients of the float cell over w · sw: to x, the states, b_ih and b_hh, one after the "
+        "gradients of the float cell over w · sw: to x, the states, b_ih and b_hh, one behind the "
         "other",
         _gradient_reference,
         _GRADIENTS[_cell.name],

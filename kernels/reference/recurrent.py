@@ -16,7 +16,7 @@ input is `(int32(xq · w_ihᵀ) · sw_ih) · sx + b_ih`, and the same of the hid
 The hidden state is rounded to the dtype of `x` in each step, as it is in the result; the cell state
 stays in float32 until the last step. The result is one tensor, since a region has one: the outputs
 `[T, B, P]`, then the last hidden state `[B, P]`, then the last cell state `[B, H]`, flat and one
-after the other (`split_result`).
+behind the other (`split_result`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Cell:
         gates: torch's order; a weight has as many times H rows.
         states: of which the first is the output.
         activations: the part of each gate's activation, in the order of `gates`.
-        others: the parts after these.
+        others: the parts behind these.
     """
 
     name: str

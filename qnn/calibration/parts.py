@@ -34,7 +34,7 @@ class PartSpecs(dict[str, QuantSpec | None]):
     """
 
     def __or__(self, other: Any) -> PartSpecs:  # type: ignore[override]
-        # What comes later counts, so a key that is replaced must move after the others.
+        # What comes later counts, so a key that is replaced must move behind the others.
         kept = {name: spec for name, spec in self.items() if name not in other}
         return PartSpecs({**kept, **other})
 

@@ -98,10 +98,10 @@ class QLSTM(QSequences):
     - `int8_weight`: activations stay as they are.
 
     Its state dict has `nn.LSTM`'s names: `weight_ih_l0` and the others int8, each with a
-    per-channel `…_scale`, float32 `[rows, 1]`; the biases in `dtype`; and for `int8_static`
-    `table_l0`, float32 `[17, 4]`, a row `(scale, zero_point, qmin, qmax)` for each part of the
-    cell, in the order of `qnn.kernels.reference.recurrent.LSTM.parts`. `load_state_dict` also takes
-    `nn.LSTM`'s own state.
+    `…_scale`, float32 `[rows, 1]`; the biases in `dtype`; and for `int8_static` `table_l0`, float32
+    `[17, 4]`, a row `(scale, zero_point, qmin, qmax)` for each part of the cell, in the order of
+    `qnn.kernels.reference.recurrent.LSTM.parts`. `load_state_dict` also takes `nn.LSTM`'s own
+    state.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,

@@ -83,7 +83,7 @@ class QuantizableCell(Cells, Observed):
         return (result,) if self.mode == "GRU" else result
 
     def _step(self, x: torch.Tensor, states: States, given: bool) -> States:
-        """The step in single operations; what it shows is observed after it."""
+        """The step in single operations; what it shows is observed behind it."""
         self._check(x, states)
         weights = Weights(*(getattr(self, name) for name in NAMES))
         points = self._points("")

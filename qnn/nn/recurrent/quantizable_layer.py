@@ -136,7 +136,7 @@ class QuantizableRecurrent(Sequences, Observed):
         lengths: torch.Tensor | None,
         dropout: Any,
     ) -> tuple[torch.Tensor, States]:
-        """The steps one by one; what they show is observed after them."""
+        """The steps one by one; what they show is observed behind them."""
         suffixes = self._suffixes()
         points = [self._points(suffix) for suffix in suffixes]
         weights = [self._weights(suffix) for suffix in suffixes]
@@ -177,7 +177,7 @@ class QuantizableRecurrent(Sequences, Observed):
 
     @property
     def _steps_only(self) -> bool:
-        """Whether torch's fused kernel, of all gates and without points, cannot be used."""
+        """Whether torch's fused kernel, of all gates and without points, is no way to go."""
         return self.split_gates or self.qat
 
     @property
