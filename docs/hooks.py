@@ -1,8 +1,8 @@
 """MkDocs hook: tables made from qnn's registry, and figures from `docs/benchmarks/`.
 
 In a page, `<!-- op table -->` becomes a table of `qnn.kernels.OPS`, `<!-- scheme table -->` one of
-`qnn.SCHEMES`, `<!-- sqnr table -->` that of `sqnr.py`, and `<!-- benchmark: NAME -->` the content
-of `benchmarks/NAME.md` with its picture.
+`qnn.SCHEMES`, `<!-- support table -->` that of `support.py`, `<!-- sqnr table -->` that of
+`sqnr.py`, and `<!-- benchmark: NAME -->` the content of `benchmarks/NAME.md` with its picture.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import sqnr
+import support
 import torch
 
 from qnn.kernels import OPS, SCHEMES, Format, Op, Scheme
@@ -25,8 +26,9 @@ _LOCAL_LINK = re.compile(r"\]\((?![a-z]+:|[/#])")
 def on_page_markdown(markdown: str, **_: Any) -> str:
     markdown = markdown.replace("<!-- op table -->", op_table())
     markdown = markdown.replace("<!-- scheme table -->", scheme_table())
-    if "<!-- sqnr table -->" in markdown:
-        markdown = markdown.replace("<!-- sqnr table -->", sqnr.table())
+    for name, table in (("sqnr", sqnr.table), ("support", support.table)):
+        if f"<!-- {name} table -->" in markdown:
+            markdown = markdown.replace(f"<!-- {name} table -->", table())
     return _BENCHMARK.sub(lambda match: benchmark(match[1]), markdown)
 
 
@@ -63,7 +65,7 @@ def _scheme_row(scheme: Scheme) -> tuple[str, ...]:
 
 
 def _format(fmt: Format) -> str:
-    scale = f"{_dtypes([fmt.scale_dtype])} scale a {fmt.granularity}"
+    scale = f"{_dtypes([fmt.scale_dtype])} per-{fmt.granularity} scale"
     return f"{_dtypes([fmt.storage])} in [{fmt.qmin}, {fmt.qmax}], {scale}"
 
 

@@ -54,7 +54,7 @@ class CharModel(nn.Module):
 
 
 def text(held_out: bool) -> torch.Tensor:
-    """`[T, STREAMS]`: topics one behind the other, cut into streams; every tenth is held out."""
+    """`[T, STREAMS]`: topics one after the other, cut into streams; every tenth is held out."""
     chosen = [t for i, t in enumerate(topics.values()) if (i % 10 == 0) == held_out]
     number = {character: i for i, character in enumerate(ALPHABET)}
     numbers = torch.tensor([number[character] for character in "\n".join(chosen)])

@@ -30,9 +30,9 @@ def fake_quantize(
 
     Args:
         x: float, any shape.
-        scale, zero_point: `[1]`, or `[C]` with a `channel_axis` of C elements; scales are positive.
+        scale, zero_point: per-tensor `[1]`, or per-channel `[C]`; scales are positive.
         qmin, qmax: the integers' range.
-        channel_axis: the axis of `x` that has a scale for each element.
+        channel_axis: the axis of `x` with C elements, a scale for each; per-tensor if None.
 
     >>> fake_quantize(torch.tensor([-9.0, 0.24, 0.26, 9.0]), torch.tensor([0.5]), 2, 0, 7)
     tensor([-1.0000,  0.0000,  0.5000,  2.5000])

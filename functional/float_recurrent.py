@@ -32,7 +32,7 @@ class Weights(NamedTuple):
     hr: torch.Tensor | None = None  # [P, H], of an LSTM with a projection
 
     def fake_quantized(self) -> Weights:
-        """The matrices as int8 holds them, a scale a row; biases as they are."""
+        """The matrices as int8 holds them, with per-channel scales; biases as they are."""
         hr = None if self.hr is None else fake_quantize_weight(self.hr)
         ih, hh = fake_quantize_weight(self.ih), fake_quantize_weight(self.hh)
         return Weights(ih, hh, self.bias_ih, self.bias_hh, hr)
@@ -167,7 +167,7 @@ def float_layer(
         valid: bool `[T, B, 1]`; past a sequence's end its state stays, and its output is 0.
 
     Returns:
-        y `[T, B, P]`, and the states behind the last step (of the reverse direction, the first).
+        y `[T, B, P]`, and the states after the last step (of the reverse direction, the first).
     """
     gates = CELLS[cell.lower()].gates
     step = _lstm_step if cell == "LSTM" else _gru_step
@@ -273,7 +273,7 @@ def float_recurrent(
     """
     directions = 2 if bidirectional else 1
     if valid is not None:
-        # A NaN behind the end would reach the gradients as 0 · NaN.
+        # A NaN after the end would reach the gradients as 0 · NaN.
         x = torch.where(valid, x, 0)
     last = []
     for layer in range(0, len(weights), directions):

@@ -18,14 +18,14 @@ def invoke_quant(
     no rule. Under `torch.compile` and `torch.export` the graph gets one higher-order node,
     `invoke_quant_packed(region, *tensors, scheme="…")` (Inductor's post-grad passes see it as
     `invoke_quant`), whose region holds what `fn` does: one registered op with one tensor as its
-    result. A None among `tensors` reaches `fn` and is no operand of the node.
+    result. A None among `tensors` reaches `fn` and is not an operand of the node.
     """
     if not torch.compiler.is_compiling() or in_functorch_transform():
         return fn(*tensors)
     present = tuple(tensor is not None for tensor in tensors)
 
     # A tuple: of a bare tensor from non-strict export Inductor loses the shape on its way to
-    # AOTInductor, and a view behind the node fails with KeyError 'val'.
+    # AOTInductor, and a view after the node fails with KeyError 'val'.
     def region(*operands: torch.Tensor) -> tuple[torch.Tensor]:
         given = iter(operands)
         return (fn(*[next(given) if here else None for here in present]),)

@@ -114,11 +114,11 @@ def linear(
 ) -> torch.Tensor:
     """`y = x · dequantize(weight)ᵀ + bias`, computed as `scheme` says.
 
-    `int8` quantises `x` a row and multiplies integers: `y = int32(xq · weightᵀ) · weight_scale · sx
-    + bias`; `int8_static` does so on the grid of `input_scale` and `input_zero_point`; `fp8`,
+    `int8` quantises `x` per-token and multiplies integers: `y = int32(xq · weightᵀ) · weight_scale
+    · sx + bias`; `int8_static` does so on the grid of `input_scale` and `input_zero_point`; `fp8`,
     `fp8_tensor`, `fp8_block`, `mxfp8` and `nvfp4` quantise `x` in the scheme's format of
     activations; `int8_weight`, `fp8_weight`, `nvfp4_weight` and `int4_weight` take `x` as it is.
-    The arithmetic behind the sums is float32, with one cast at the end.
+    The arithmetic after the sums is float32, with one cast at the end.
 
     The gradient to `x` is `dy · dequantize(weight)`, straight through the rounding of `x`; `bias`
     has its usual gradient; `weight` has none. Under `torch.autocast`, `x` is cast as `nn.Linear`

@@ -13,9 +13,9 @@ from qnn.kernels import OPS, get_scheme
 def quantize(x: torch.Tensor, scheme: str = "int8") -> tuple[torch.Tensor, ...]:
     """Quantise `x` in the weight format of `scheme`.
 
-    For int8: `scale = amax(|x|) / 127` a row, at least the smallest normal float32, and
+    For int8: `scale = amax(|x|) / 127` per row, at least the smallest normal float32, and
     `q = clamp(round(x · (1/scale)), −127, 127)`, ties to even, in float32. A zero row gets scale 1;
-    a row with a NaN or inf gets zeros, and NaN or inf as its scale. For fp8: `r = 448 / amax` a
+    a row with a NaN or inf gets zeros, and NaN or inf as its scale. For fp8: `r = 448 / amax` per
     row, `q = e4m3(clamp(x · r, ±448))`, `scale = 1/r`, with amax over what is finite; a NaN or inf
     has the code of NaN. docs/numerics.md has the formula of each scheme.
 
@@ -26,10 +26,10 @@ def quantize(x: torch.Tensor, scheme: str = "int8") -> tuple[torch.Tensor, ...]:
     Returns:
         The parts that a weight is stored in, with `dequantize(parts, scheme=scheme) ≈ x`:
 
-        - int8: `q` int8 `[..., K]`, `scale` float32 `[..., 1]`;
+        - int8: `q` int8 `[..., K]`, `scale` float32 `[..., 1]`, per-channel;
         - fp8: `q` float8_e4m3fn, `scale` float32 `[..., 1]`; fp8_tensor: `[1]`; fp8_block:
-          `[⌈N/128⌉, ⌈K/128⌉]`;
-        - mxfp8: `q` float8_e4m3fn, `scale` uint8 `[..., ⌈K/32⌉]`, which means `2^(scale − 127)`;
+          `[⌈N/128⌉, ⌈K/128⌉]`, per-block;
+        - mxfp8: `q` float8_e4m3fn, `scale` uint8 `[..., ⌈K/32⌉]`, per-group: `2^(scale − 127)`;
         - nvfp4: `q` uint8 `[..., K/2]`, two values a byte, `scale` float8_e4m3fn `[..., K/16]`,
           and `global_scale` float32 `[1]`, a divisor;
         - int4: `q` int32 `[..., K/8]`, eight codes a word, `scale` float32 `[..., K/128]`, or

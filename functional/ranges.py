@@ -1,6 +1,7 @@
-"""From a range to a grid, and from values to the range in which a grid errs least.
+"""From a range to a grid, and from values to the range in which a grid has the least error.
 
-A grid is a scale and a zero point: what `calibration` finds statistics for. Nothing here has state.
+A grid is the floats that a scale and a zero point can give; `calibration` finds the statistics for
+them. Nothing here has state. `[C]` are the channels of a per-channel grid; per-tensor is C = 1.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def qparams(
     scale = torch.where(finite, scale, torch.nan)
     if symmetric:
         return scale, torch.full_like(scale, middle, dtype=torch.int32)
-    point = (qmin - torch.where(finite, lo / scale, 0)).round()
-    return scale, point.clamp(qmin, qmax).to(torch.int32)
+    zero_point = (qmin - torch.where(finite, lo / scale, 0)).round()
+    return scale, zero_point.clamp(qmin, qmax).to(torch.int32)
 
 
 def _cut(end: torch.Tensor, limit: float | None) -> torch.Tensor:

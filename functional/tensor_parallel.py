@@ -37,7 +37,7 @@ def linear(
     that the sum may be an all-reduce or, for a sequence-parallel result, a reduce-scatter.
 
     Raises:
-        ValueError: a mesh of several axes, or a `bias` that is no `DTensor`.
+        ValueError: a mesh of several axes, or a `bias` that is not a `DTensor`.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 

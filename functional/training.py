@@ -54,9 +54,9 @@ def _multiply(
 class _TrainingLinear(torch.autograd.Function):
     """`x · wᵀ + bias` of matrices, with quantised products for the gradients to `x` and `w`.
 
-    The parts come ready-made, in this order: `x` and `w` as the forward multiplies them, and, if
-    `w` wants a gradient, `xᵀ` as the product of that gradient takes it, which is all that is saved
-    of `x`. What no gradient asks for is neither cast nor multiplied.
+    The parts are quantised already, in this order: `x` and `w` as the forward multiplies them, and,
+    if `w` wants a gradient, `xᵀ` as the product of that gradient takes it: all that is saved of
+    `x`. What no gradient asks for is neither cast nor multiplied.
     """
 
     generate_vmap_rule = True

@@ -1,4 +1,4 @@
-"""What a linear op does behind its cast: an activation, then a residual, each in the dtype of the
+"""What a linear op does after its cast: an activation, then a residual, each in the dtype of the
 result, as the separate torch calls would.
 """
 

@@ -1,5 +1,5 @@
-"""Schemes: the formats of a layer's operands, under the name that users write and that graph nodes
-carry as `scheme=`.
+"""Schemes: the formats of a layer's operands, such as int8 weights with per-channel scales and int8
+activations with per-token ones, under the name that users write and graph nodes carry.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class Scheme:
 
     `activation` is None where activations stay as they are, `training` where the scheme has no
     training layer. `static` says that the activations' scale and zero point are tensors of the
-    layer, which calibration finds, and not taken from the tensor at hand. `ops` names the op of a
-    quantised layer's forward by what the layer is, `"linear"`, `"lstm"`, …: a kind of layer that is
-    not there has none in this scheme; a name alone is that of the linear op. The op of the gradient
-    is found through that op's own declaration.
+    layer, which calibration finds; else they are dynamic, taken from the tensor at hand. `ops`
+    names the op of a quantised layer's forward by what the layer is, `"linear"`, `"lstm"`, …: a
+    kind of layer that is not there has none in this scheme; a name alone is that of the linear op.
+    The op of the gradient is found through that op's own declaration.
     """
 
     name: str
@@ -190,7 +190,7 @@ def schemes_of(kind: str) -> list[str]:
 
 def get_scheme(name: str) -> Scheme:
     """The scheme called `name`; a `ValueError` that lists the known ones, or a `TypeError` for what
-    is no string.
+    is not a string.
     """
     if not isinstance(name, str):
         known = ", ".join(map(repr, SCHEMES))
@@ -198,7 +198,7 @@ def get_scheme(name: str) -> Scheme:
             f"scheme must be a string, one of {known}; got {type(name).__name__} {name!r}."
         )
     if name not in SCHEMES:
-        close = difflib.get_close_matches(name, SCHEMES, n=1)
+        close = difflib.get_close_matches(name.lower(), SCHEMES, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         known = ", ".join(map(repr, SCHEMES))
         raise ValueError(f"unknown scheme {name!r}: the known schemes are {known}.{hint}")

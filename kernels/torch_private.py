@@ -164,7 +164,7 @@ def plain_dispatch() -> Iterator[None]:
 
 
 def append_post_grad_pass(run: Callable[[torch.fx.Graph], None], uuid: Callable[[], bytes]) -> None:
-    """Let Inductor, if it is loaded, call `run` on each graph behind the passes that are set. A
+    """Let Inductor, if it is loaded, call `run` on each graph after the passes that are set. A
     torch that takes only one pass keeps the one that is set.
     """
     config: Any = sys.modules.get("torch._inductor.config")

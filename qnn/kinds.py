@@ -114,7 +114,7 @@ class Kind:
     # -- from form to form ------------------------------------------------------------------------
 
     def quantize(self, layer: nn.Module, scheme: str, own: Own) -> Any:
-        """The quantised layer in the place of a float or observed one; `scheme` is that of the
+        """The quantised layer that replaces a float or observed one; `scheme` is that of the
         call, and for an observed layer the one that it was observed for.
         """
         raise NotImplementedError
@@ -124,7 +124,7 @@ class Kind:
         raise NotImplementedError
 
     def observe(self, layer: nn.Module, how: Observation, own: Own) -> nn.Module:
-        """The observed layer in the place of a float one, or of one observed otherwise."""
+        """The observed layer that replaces a float one, or one observed otherwise."""
         raise NotImplementedError
 
     def points(self, layer: nn.Module, how: Observation) -> list[str]:
@@ -162,7 +162,7 @@ def register_kind(kind: Kind) -> Kind:
     general one.
 
     Raises:
-        TypeError: `kind` is no `Kind`.
+        TypeError: `kind` is not a `Kind`.
         ValueError: another one has its name.
     """
     if not isinstance(kind, Kind):
@@ -174,7 +174,7 @@ def register_kind(kind: Kind) -> Kind:
 
 
 def unregister_kind(kind: Kind) -> None:
-    """Take a kind back."""
+    """Remove a kind."""
     _KINDS.remove(kind)
 
 

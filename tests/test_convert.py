@@ -83,9 +83,12 @@ class TestSelection:
     @parameterized.expand(
         [
             (("int9",), {}, ValueError, "Did you mean 'int8'"),
-            ((8,), {}, TypeError, "scheme must be a string"),
+            ((8,), {}, TypeError, "qnn.convert: scheme must be a string"),
+            (("",), {}, ValueError, "unknown scheme ''"),
+            (({},), {}, ValueError, "scheme is an empty dict"),
             (({"x.*": "int8"},), {}, ValueError, r"scheme pattern 'x\.\*' matches no module"),
             (({"*": "int9"},), {}, ValueError, "unknown scheme 'int9'"),
+            (("INT8",), {}, ValueError, "unknown scheme .INT8.*Did you mean .int8.[?]"),
             (
                 ("int8",),
                 {"include": "layer.*"},
@@ -96,6 +99,7 @@ class TestSelection:
             (("int8",), {"exclude": nn.Conv2d}, ValueError, "exclude pattern Conv2d matches no"),
             (("int8",), {"include": 3}, TypeError, "include takes names with wildcards.*got int 3"),
             (("int8",), {"include": ["2", None]}, TypeError, "got NoneType None"),
+            (("int8",), {"include": nn.Linear(2, 2)}, TypeError, "include takes names.*got Linear"),
             (("int8",), {"training": True}, ValueError, "no layer for training; use one of"),
             (
                 ("int8",),

@@ -305,7 +305,12 @@ class TestErrors(unittest.TestCase):
                 lambda m: qnn.prepare(m, parts={"input": qnn.QuantSpec(torch.int16)}),
                 "enters an int8 product",
             ),
-            ("twice", lambda m: qnn.prepare(qnn.prepare(m)), "nothing to prepare"),
+            (
+                "twice",
+                lambda m: qnn.prepare(qnn.prepare(m)),
+                r"(?s)is prepared already.*knows: torch.nn.modules.sparse.Embedding .1, 2.4 kB..$",
+            ),
+            ("converted", lambda m: qnn.prepare(qnn.convert(m)), "converted already .*prepare the"),
             ("nothing", lambda m: qnn.prepare(m.embedding), "no nn.Linear, nn.LSTM or nn.GRU"),
             ("excluded", lambda m: qnn.prepare(m, exclude="*"), "every layer is left alone"),
             ("a scheme", lambda m: qnn.convert(qnn.prepare(m), "int8"), "the model is prepared"),

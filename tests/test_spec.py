@@ -265,22 +265,22 @@ class TestDeclaration(unittest.TestCase):
     @parameterized.expand(
         [
             ("x: ... k -> ... m", "no argument says the size of 'm' in the result y"),
-            ("x: ... k, y: ... k-1 -> ... k", "'k-1' of y is no axis"),
-            ("x: ... k, y: ... k//2 -> ... k", "'k//2' of y is no axis"),
+            ("x: ... k, y: ... k-1 -> ... k", "'k-1' of y is not an axis"),
+            ("x: ... k, y: ... k//2 -> ... k", "'k//2' of y is not an axis"),
             ("x: ... k, x: ... k -> ... k", "two arguments are called x"),
             ("x: ... k, in: ... k -> ... k", "'in' cannot name an argument"),
             ("x: ... k, z: ... k -> ... k", "dtypes lacks z"),
             ("x: ... k ... -> ... k", "'...' of x must come first"),
             ("x ... k -> ... k", "no ':' before its axes"),
             ("x: n k -> ... k", "no argument has the leading axes"),
-            ("x: b h, y: b h -> b h-1", "'h-1' of y is no axis"),
+            ("x: b h, y: b h -> b h-1", "'h-1' of y is not an axis"),
             ("x: b h, y: b k/2 -> b h", "no argument before y says the size of 'k' in k/2"),
-            ("x: b h, y: h? -> b h", "y is marked behind its axes; write 'y?: h'"),
+            ("x: b h, y: h? -> b h", "y is marked after its axes; write 'y?: h'"),
             ("x: b h, n: str[] -> b h", "n is a list of str; only integers come in lists"),
-            ("x: b h, n: int=two -> b h", "n has the default 'two', which is no int"),
-            ("x: b h, n: bool=1 -> b h", "n has the default '1', which is no bool"),
-            ("x: b h, n: int -> b f(h, n)", "the declaration brings no function 'f'"),
-            ("x: (b h)[2] -> b h", "'(b h)[2]' of x is no axis"),
+            ("x: b h, n: int=two -> b h", "n has the default 'two', which is not int"),
+            ("x: b h, n: bool=1 -> b h", "n has the default '1', which is not bool"),
+            ("x: b h, n: int -> b f(h, n)", "the declaration has no function 'f'"),
+            ("x: (b h)[2] -> b h", "'(b h)[2]' of x is not an axis"),
         ]
     )
     def test_a_mistake_is_an_error_of_the_declaration(self, signature: str, reason: str) -> None:

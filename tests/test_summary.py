@@ -30,6 +30,10 @@ class TestSummary(unittest.TestCase):
         self.summary = qnn.summary(self.model)
         self.rows = {row.name: row for row in self.summary.rows}
 
+    def test_takes_models(self) -> None:
+        with self.assertRaisesRegex(TypeError, "qnn.summary takes an nn.Module, got str"):
+            qnn.summary("model.pt")  # type: ignore[arg-type]
+
     def test_every_parameter_is_counted_once(self) -> None:
         held = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
         self.assertEqual(self.summary.bytes_after, held)

@@ -220,7 +220,7 @@ def _check(op: str, function: Callable[..., Any], device: torch.device) -> None:
 
     role = roles()[op]
     casts = role.kind == "cast"
-    # The op's own has room for two groups, which is made behind the kernel too.
+    # The op's own has room for two groups, which is made after the kernel too.
     reference = quantize_reference(role.first, role.second) if casts else OPS[op].reference
     for args, terms in _examples(role):
         wanted = reference(*args)

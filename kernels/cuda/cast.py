@@ -57,7 +57,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 # Up to how many columns a row is kept in registers, so that it is read once; not measured yet.
 WHOLE_ROW = 8192
-# (columns up to, rows a program, warps) of the row-wise cast; not measured yet.
+# (columns up to, rows a program, warps) of the cast with one scale for each row; not measured yet.
 ROWS_TABLE = ((256, 16, 4), (1024, 4, 4), (4096, 1, 4), (2**63, 1, 8))
 # Tiles of the passes over a matrix: rows, columns, warps; not measured yet. A tile of whole blocks
 # is 128 high where 128 rows share a scale, in either orientation.
@@ -68,7 +68,7 @@ BLOCK_TILE = (128, 128, 8)
 
 @triton.jit
 def load_tile(x, M, K, stride_m, stride_k, BM: tl.constexpr, BK: tl.constexpr):
-    """This program's tile in float32, zeros behind the edges; its rows and columns."""
+    """This program's tile in float32, zeros beyond the edges; its rows and columns."""
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BK + tl.arange(0, BK)
     inside = (rows < M)[:, None] & (columns < K)[None, :]
@@ -90,7 +90,7 @@ def rows_kernel(
     QMAX: tl.constexpr, E4M3: tl.constexpr, EXACT: tl.constexpr,
     WHOLE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Row-wise float8 in one program a few rows; a row that fits in registers is read once."""
+    """float8, one scale for each row, some rows a program; what fits in registers is read once."""
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     columns = tl.arange(0, BK)
     at = x + rows[:, None] * stride_m

@@ -2,7 +2,7 @@
 
 `scaled_matmul` is torch's own GEMM on the stored codes, `torch.nn.functional.scaled_mm`. It wants
 sizes in multiples of 16 (blocks: 128) and scales in layouts of its own; here both are made to fit,
-with zeros behind the edges, which change no sum.
+with zeros beyond the edges, which change no sum.
 
 `triton_matmul` runs where torch has none: a tile of codes is decoded in registers to bfloat16,
 which holds every value exactly (at most 8 significant bits, scales of 16 and of 32 neighbours
@@ -11,8 +11,8 @@ rows and tensors to its end.
 
 Fast accumulation keeps about 14 bits of a partial sum inside Hopper's tensor cores. It is for
 outputs only; gradients take split accumulation. A `*_linear` op is always an output. A `*_matmul`
-op is told nothing, so it splits, except tensor-wise: an operand in e5m2 there is a gradient, and
-two in e4m3 are an output.
+op is told nothing, so it splits, except with per-tensor scales: an operand in e5m2 there is a
+gradient, and two in e4m3 are an output.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-calls=False
@@ -46,14 +46,14 @@ from qnn.kernels.formats import Format
 from qnn.kernels.formats.float8 import E4M3, E5M2, Float8
 from qnn.kernels.formats.mxfp8 import MXFP8
 
-# What a scale belongs to.
+# What shares a scale.
 FLOAT = tl.constexpr(0)  # none: the values are floats
-ROW = tl.constexpr(1)
-TENSOR = tl.constexpr(2)
-GROUP = tl.constexpr(3)  # 128 in a row
-BLOCK = tl.constexpr(4)  # 128 by 128
-MX = tl.constexpr(5)  # 32 in a row
-NV = tl.constexpr(6)  # 16 in a row, and a tensor
+ROW = tl.constexpr(1)  # per-channel and per-token
+TENSOR = tl.constexpr(2)  # per-tensor
+GROUP = tl.constexpr(3)  # per-group: 128 in a row
+BLOCK = tl.constexpr(4)  # per-block: 128 by 128
+MX = tl.constexpr(5)  # per-group: 32 in a row
+NV = tl.constexpr(6)  # per-group: 16 in a row, and per-tensor
 
 # (rows up to, BM, BN, BK, warps, stages) of the Triton GEMM; not measured yet.
 TILES = ((16, 16, 64, 128, 4, 4), (64, 64, 64, 128, 4, 3), (2**63, 128, 128, 64, 8, 3))
@@ -68,7 +68,7 @@ def values(
     KIND: tl.constexpr, E4M3: tl.constexpr, WITHIN: tl.constexpr,
     DTYPE: tl.constexpr, EXACT: tl.constexpr, B: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """`BK` columns of `rows` from `start` on, decoded: `[B, BK]` in `DTYPE`, zeros behind the
+    """`BK` columns of `rows` from `start` on, decoded: `[B, BK]` in `DTYPE`, zeros beyond the
     edges. The scales of 16 and 32 are in them, with `WITHIN` those of 128 too.
     """
     far = rows.to(tl.int64)[:, None]
@@ -228,7 +228,7 @@ def operand(form: Format, parts: Sequence[torch.Tensor]) -> Operand:
 
 
 def narrowed(form: Format, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The parts without scales behind the last group, of which ops over a batch's rows have one
+    """The parts without scales after the last group, of which ops over a batch's rows have one
     where there is a single group.
     """
     codes, scale, *rest = parts

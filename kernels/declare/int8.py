@@ -32,7 +32,7 @@ EPILOGUE = {"activation": tuple(ACTIVATIONS)}
 int8_quantize = Op(
     "int8_quantize",
     "x: ... k -> q: ... k, scale: ... 1",
-    doc="scale = amax(|x|) / 127 a row; q = clamp(round(x · (1/scale)), −127, 127)",
+    doc="scale = amax(|x|) / 127 of each row; q = clamp(round(x · (1/scale)), −127, 127)",
     dtypes={"x": FLOATS},
     out=(torch.int8, torch.float32),
     reference=quantize_reference,
@@ -54,7 +54,7 @@ int8_linear = Op(
     "int8_linear",
     "x: ... k, w: n k, sw: n 1, bias?: n, residual?: ... n, activation?: str -> ... n",
     doc="xq, sx = int8_quantize(x); activation(int32(xq · wᵀ) · sw · sx + bias) + residual, in "
-    "float32, with one cast before the activation, one behind it, one behind the sum",
+    "float32, with one cast before the activation, one after it, one after the sum",
     dtypes={"x": FLOATS, "w": INT8, "sw": SCALE, "bias": FLOATS, "residual": "x"},
     out=("x",),
     reference=linear_reference,

@@ -28,7 +28,7 @@ class Part:
     """One of the tensors that a quantised value is stored in.
 
     Attributes:
-        suffix: behind the name of the value, in state dicts: `weight`, `weight_scale`, …
+        suffix: after the name of the value, in state dicts: `weight`, `weight_scale`, …
         short: its name as an argument of an op: `xq` for `"{}q"`.
         dtype: what it is stored as.
         axes: in the notation of `Op`, for the value's axes `r` (rows) and `c` (columns).
@@ -84,9 +84,9 @@ class Part:
 class Format(ABC):
     """A number format: float = stored value x scale.
 
-    `token` and `channel` granularity are the same arithmetic, one scale for each row: a token is a
-    row of the activations `[..., K]`, a channel is an output row of the weight `[N, K]`. A `group`
-    is a part of a row, a `block` a rectangle, both of the size `block`.
+    Scales are per-tensor; per-token, one for each row of the activations `[..., K]`; per-channel,
+    one for each output row of the weight `[N, K]`, by the same arithmetic; per-group, one for
+    neighbours in a row; or per-block, one for a rectangle. `block` has the size of the last two.
 
     Attributes:
         name: the format's name, such as `"float8_e4m3"`; several granularities share one.
@@ -119,8 +119,8 @@ class Format(ABC):
 
     @abstractmethod
     def quantize(self, x: torch.Tensor, seed: torch.Tensor | None = None) -> tuple[Any, ...]:
-        """The parts of `x [..., C]`. Nothing is shared along leading axes, but in a format with one
-        scale a tensor; a format of 128x128 or 16x16 blocks takes `[R, C]` alone.
+        """The parts of `x [..., C]`. Nothing is shared along leading axes, but in a format with
+        a per-tensor scale; a format of 128x128 or 16x16 blocks takes `[R, C]` alone.
         """
 
     @abstractmethod
@@ -243,12 +243,12 @@ def over(number: float, x: torch.Tensor) -> torch.Tensor:
 
 
 def spread(scale: torch.Tensor, block: int, columns: int) -> torch.Tensor:
-    """A scale for each of `columns`, from one a group of `block`."""
+    """A scale for each of `columns`, from per-group ones of `block` columns."""
     return scale.repeat_interleave(block, -1)[..., :columns]
 
 
 def grouped(x: torch.Tensor, block: int) -> torch.Tensor:
-    """`[..., C]` as `[..., ⌈C / block⌉, block]`, with zeros behind the end."""
+    """`[..., C]` as `[..., ⌈C / block⌉, block]`, with zeros after the end."""
     missing = -x.shape[-1] % block
     x = torch.nn.functional.pad(x, (0, missing)) if missing else x
     result: torch.Tensor = x.unflatten(-1, (x.shape[-1] // block, block))

@@ -1,4 +1,5 @@
-"""float8: e4m3 (largest value 448) and e5m2 (57344), with one scale a tensor, a row or a block.
+"""float8: e4m3 (largest value 448) and e5m2 (57344). Scales are per-tensor, per-channel or
+per-token (one for each row), per-group or per-block.
 
     r = fp8_max / amax, at most 2^126; blocks: r rounded down to a power of two
     q = cast(clamp(x · r, ±fp8_max)), to nearest, ties to even; s = 1 / r

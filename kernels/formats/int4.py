@@ -1,4 +1,4 @@
-"""int4: 16 levels in groups of 32, 64 or 128 along a row, with a float32 scale each.
+"""int4: 16 levels with per-group scales in float32, for groups of 32, 64 or 128 along a row.
 
     symmetric:   s = amax / 7             q = clamp(round(x · (1/s)), −7, 7)        z = 8
                  stored is the code q + 8; −8, code 0, is read where others have written it

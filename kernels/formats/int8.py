@@ -1,5 +1,5 @@
-"""The int8 formats: a scale for each row, from the row's largest magnitude, and one grid for a
-whole tensor that calibration has found.
+"""The int8 formats: per-channel and per-token scales, from a row's largest magnitude, and a
+per-tensor scale and zero point that calibration has found.
 
 Rounding is to nearest, ties to even; a scale times the stored integer is the float; all scale
 arithmetic is float32.

@@ -1,4 +1,4 @@
-"""mxfp8: e4m3 in blocks of 32 along a row, with a power of two as the scale of each.
+"""mxfp8: e4m3 with per-group scales: a power of two for each 32 neighbours along a row.
 
     scale = 2^e, e = ⌈log2(amax / 448)⌉ in [-127, 127], stored as the byte e + 127 (E8M0)
     q = cast(clamp(x · 2^-e, ±448)), to nearest, ties to even

@@ -1,5 +1,5 @@
-"""nvfp4: e2m1 (±0, 0.5, 1, 1.5, 2, 3, 4, 6) in blocks of 16, an e4m3 scale a block, and a float32
-scale a tensor.
+"""nvfp4: e2m1 (±0, 0.5, 1, 1.5, 2, 3, 4, 6) with per-group scales in e4m3, for blocks of 16, and a
+per-tensor scale in float32.
 
     S = min(448 · 6 / amax, FLT_MAX)                     of the tensor; 1 for zero
     b = e4m3(clamp(bmax · (S · (1/6)), 448))             of the block; 1 for zero

@@ -9,7 +9,7 @@ Axes stand apart by blanks; `...` is any number of leading ones. An axis is
 - a number, `1`;
 - a part of a known one: `k/128` is ⌈k / 128⌉, and `k/128>2` the same but at least 2;
 - a sum of products of these: `p*2`, `k/16*8`, `t*b*p+b*h`;
-- a function of known ones by its name, `out(h, kh, stride[0])`, which the declaration brings.
+- a function of known ones by its name, `out(h, kh, stride[0])`, which the declaration has.
 
 `w: (n k)[e]` is a list of `e` tensors. Other arguments are a `dtype`, `str`, `int`, `int[]`,
 `int[2]` or `bool`; `int=1` has a default. An integer argument is a known size too, and `stride[0]`
@@ -83,7 +83,7 @@ class Axis:
 
     @property
     def name(self) -> str | None:
-        """The name, of an axis that is no more than one."""
+        """The name, of an axis that is a name alone."""
         if len(self.terms) == 1 and len(self.terms[0]) == 1:
             (factor,) = self.terms[0]
             return factor.name if factor.divisor == 1 and not factor.least else None
@@ -230,8 +230,7 @@ def _require_functions(
 ) -> None:
     if axis.function is not None and axis.function not in functions:
         fail(
-            f"{arg.name} has an axis {axis}, and the declaration brings no function "
-            f"{axis.function!r}"
+            f"{arg.name} has an axis {axis}, and the declaration has no function {axis.function!r}"
         )
     for other in axis.of:
         _require_functions(other, functions, arg, fail)
@@ -249,7 +248,7 @@ def _argument(part: str, fail: Callable[[str], Any], *, given: bool) -> Arg:
     if given and (not name.isidentifier() or keyword.iskeyword(name)):
         fail(f"{name!r} cannot name an argument; write 'name: axes'")
     if axes.endswith("?"):
-        fail(f"{name} is marked behind its axes; write '{name}?: {axes[:-1]}'")
+        fail(f"{name} is marked after its axes; write '{name}?: {axes[:-1]}'")
     if (match := _PLAIN.fullmatch(axes)) and given:
         return _plain(name, match, optional, fail)
     count = None
@@ -264,7 +263,7 @@ def _argument(part: str, fail: Callable[[str], Any], *, given: bool) -> Arg:
         try:
             parsed.append(parse_axis(word))
         except ValueError:
-            fail(f"{word!r} of {name} is no axis: {FORMS}")
+            fail(f"{word!r} of {name} is not an axis: {FORMS}")
     kind = "Tensor" if count is None else "Tensor[]"
     return Arg(name, tuple(parsed), lead, optional, kind, count)
 
@@ -280,7 +279,7 @@ def _plain(name: str, match: re.Match[str], optional: bool, fail: Callable[[str]
     try:
         value = {"True": True, "False": False}[default] if word == "bool" else int(default)
     except (KeyError, ValueError):
-        fail(f"{name} has the default {default!r}, which is no {word}")
+        fail(f"{name} has the default {default!r}, which is not {word}")
     return Arg(name, None, optional=True, kind=kind, default=value)
 
 

@@ -17,7 +17,7 @@ Reference = Callable[..., Any]
 
 
 def quantize_reference(form: Format | None, transposed: Format | None = None) -> Reference:
-    """The parts of `x` in `form`, those of `xᵀ` in `transposed`, or both, one behind the other."""
+    """The parts of `x` in `form`, those of `xᵀ` in `transposed`, or both, one after the other."""
 
     def reference(x: torch.Tensor, seed: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         parts = () if form is None else form.quantize(x, seed)
@@ -44,7 +44,7 @@ def product(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """`x · wᵀ + bias` of decoded operands, in the dtype of their values; one cast, unless that is
-    float64. A packed weight may have zeros behind the columns of `x`.
+    float64. A packed weight may have zeros after the columns of `x`.
     """
     (xv, sx), (wv, sw) = x, w
     compute = wv.dtype

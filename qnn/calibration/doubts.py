@@ -1,5 +1,5 @@
-"""What calibration has found that makes a layer inaccurate, in words: said by `convert`, and by
-`summary` ever after.
+"""What calibration has found that makes a layer inaccurate, in words: said by `convert`, and from
+then on by `summary`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MUCH_CUT, MANY_LOST = 0.25, 0.5
 
 OTHERWISE = (
     "exclude the layer from qnn.prepare, and qnn.convert(model, 'int8', include=…) it, which takes "
-    "a scale for each row, or convert it to 'int8_weight', which leaves activations in float"
+    "per-token scales, or convert it to 'int8_weight', which leaves activations in float"
 )
 WIDE = "16 bits and no limit, the default"
 
@@ -30,7 +30,7 @@ class CalibrationWarning(UserWarning):
 
 
 def note_on(layer: nn.Module, points: Iterable[FakeQuantize]) -> None:
-    """Hang on a converted layer what is to be said of its observation points."""
+    """Keep on a converted layer what is to be said of its observation points."""
     doubts = [doubt for point in dict.fromkeys(points) for doubt in _doubts(point)]
     if doubts:
         layer.__dict__[NOTE] = ". ".join(doubts)

@@ -66,9 +66,9 @@ class FakeQuantize(Statistics):
         size = 1 if spec.channel_axis is None else channels or 0
         if spec.fixed:
             scale = torch.tensor(spec.scale, dtype=torch.float32).reshape(-1)
-            point = torch.tensor(spec.zero_point, dtype=torch.int32).reshape(-1).expand_as(scale)
+            zero = torch.tensor(spec.zero_point, dtype=torch.int32).reshape(-1).expand_as(scale)
             self.register_buffer("scale", scale)
-            self.register_buffer("zero_point", point.clone())
+            self.register_buffer("zero_point", zero.clone())
         else:
             self.observer = make_observer(spec, name=name, channels=channels)
             self.register_buffer("frozen", torch.zeros((), dtype=torch.bool))
@@ -113,14 +113,14 @@ class FakeQuantize(Statistics):
         observer = self.observer
         if observer is None or not self.qat:
             return
-        scale, point = self.spec.qparams(*observer.low_high())
+        scale, zero = self.spec.qparams(*observer.low_high())
         self._grow(scale.shape[0], self.who)
         nothing = observer.count == 0
         if self.spec.learnable and not anew:
             scale = torch.where(self.scale == 0, scale, self.scale)
-            point = torch.where(self.scale == 0, point, self.zero_point)
+            zero = torch.where(self.scale == 0, zero, self.zero_point)
         self.scale.copy_(torch.where(nothing, 0, scale))
-        self.zero_point.copy_(torch.where(nothing, 0, point))
+        self.zero_point.copy_(torch.where(nothing, 0, zero))
 
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
         """`x` fake-quantised with what is known by now; `x` itself without `qat`."""
@@ -135,7 +135,7 @@ class FakeQuantize(Statistics):
             return None
         # Inductor would recompute a mask of the backward from these buffers, which observing
         # changes before then. It keeps what a concatenation returns.
-        scale, point = torch.stack([self.scale, self.zero_point.float()]).unbind(0)
+        scale, zero = torch.stack([self.scale, self.zero_point.float()]).unbind(0)
         unknown = scale.detach() == 0
         if self.spec.learnable:
             # A scale may have been trained to the other side of zero.
@@ -143,7 +143,7 @@ class FakeQuantize(Statistics):
             scale = _scale_gradient(scale, like, self.spec.qmax)
         scale = torch.where(unknown, 1.0, scale)
         axis, qmin, qmax = self.spec.channel_axis, self.spec.qmin, self.spec.qmax
-        grid = grid_of(scale, point, qmin, qmax, like, axis)
+        grid = grid_of(scale, zero, qmin, qmax, like, axis)
         if self.spec.fixed:
             return lambda x: on_grid(x, grid)
         if axis is not None:
@@ -158,7 +158,7 @@ class FakeQuantize(Statistics):
             self.observing = not bool(self.frozen)
 
     def qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and zero point, float32 and int32, `[1]` or `[C]`.
+        """Scale and zero point, float32 and int32: per-tensor `[1]`, per-channel `[C]`.
 
         Raises:
             ValueError: nothing was observed, or the range is infinite or NaN; with the part's name.
@@ -178,10 +178,10 @@ class FakeQuantize(Statistics):
         Raises:
             ValueError: as `qparams`, or there is more than one scale.
         """
-        scale, point = self.qparams()
+        scale, zero = self.qparams()
         if scale.numel() != 1:
             raise ValueError(f"{self.who}: {scale.numel()} scales; a table has room for one.")
-        return torch.cat([scale, point.float(), scale.new_tensor([self.spec.qmin, self.spec.qmax])])
+        return torch.cat([scale, zero.float(), scale.new_tensor([self.spec.qmin, self.spec.qmax])])
 
     def merge(self, other: FakeQuantize) -> None:
         """Add what `other` has observed, such as the same point in another process."""
@@ -220,7 +220,7 @@ class FakeQuantize(Statistics):
 
     @property
     def who(self) -> str:
-        """The point, for errors."""
+        """The observation point, for errors."""
         return f"qnn.FakeQuantize {self.name!r}" if self.name else "qnn.FakeQuantize"
 
     def extra_repr(self) -> str:
@@ -243,7 +243,7 @@ def _scale_gradient(scale: torch.Tensor, x: torch.Tensor, qmax: int) -> torch.Te
     scale (LSQ, section 2.2).
     """
     count = x.numel()
-    # A size that Dynamo knows is no symbol to it, and torch 2.11 has no trace for sym_max of one.
+    # A size that Dynamo knows is an int to it, and torch 2.11 has no trace for sym_max of one.
     values = (max(count, 1) if isinstance(count, int) else torch.sym_max(count, 1)) / scale.numel()
     fixed = scale.detach()
     result: torch.Tensor = fixed + (scale - fixed) * (values * qmax) ** -0.5

@@ -1,4 +1,5 @@
-"""Observers: modules that see tensors go by and find the range to quantise them in.
+"""Observers: modules that see tensors go by and find the range to quantise them in, per-tensor or
+per-channel.
 
 Their statistics are buffers that are updated in place with plain tensor arithmetic, so observing
 traces under `torch.compile(fullgraph=True)` and `torch.export` and needs no value on the host.

@@ -29,8 +29,8 @@ class Shares:
     def _observers(self) -> list[Observer]:
         return [point.observer for point in self.points if point.observer is not None]
 
-    def take_back(self) -> None:
-        """This process alone has what it has seen."""
+    def undo(self) -> None:
+        """Nothing is added up: this process has what it has seen, before and now."""
         for observer, before in zip(self._observers(), self.before, strict=True):
             observer.merge(before)
 

@@ -25,7 +25,7 @@ class QuantSpec:
         dtype: uint8, int8, uint16, int16, or int32 with `qmin` and `qmax`.
         symmetric: the zero point is the middle of the range, 0 for a signed dtype; otherwise it is
             found with the scale.
-        channel_axis: the axis with a scale for each element; one scale for the tensor if None.
+        channel_axis: per-channel: the axis with a scale for each element; per-tensor if None.
         qmin, qmax: the range of `q`; that of `dtype` if None, and −127 … 127 (−32767 … 32767) for a
             symmetric int8 (int16).
         observer: what finds the range: `"minmax"`, `"moving_average"`, `"histogram"`, `"mse"`,
@@ -49,7 +49,7 @@ class QuantSpec:
     _: KW_ONLY
     symmetric: bool = False
     channel_axis: int | None = None
-    qmin: int = None  # type: ignore[assignment]  # an int behind the constructor
+    qmin: int = None  # type: ignore[assignment]  # an int after the constructor
     qmax: int = None  # type: ignore[assignment]
     observer: str | type[Any] = "minmax"
     percentile: float | None = None

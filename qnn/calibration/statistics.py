@@ -79,8 +79,8 @@ class Statistics(nn.Module):
 class Observer(Statistics):
     """Finds the range of what it is shown; the base of the others.
 
-    A subclass declares its statistics, and defines `_update(x)`, where `x` is `[C, n]` (C = 1 where
-    there is one scale for the tensor), `_merge(other)`, and `low_high()`; and `seen()` where these
+    A subclass declares its statistics, and defines `_update(x)`, where `x` is `[C, n]` (C = 1 for
+    per-tensor scales), `_merge(other)`, and `low_high()`; and `seen()` where these
     are not the ends of what was seen.
 
     For a tensor of 8 bits or fewer it also counts how many values have which exponent, for

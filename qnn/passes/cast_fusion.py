@@ -1,8 +1,8 @@
 """On a GPU, Inductor may fuse a cast to float8 with what produces its input.
 
-A pass over the post-grad graph puts plain arithmetic in the place of the row-wise and tensor-wise
-casts, so that the cast of an activation costs no reading of its own behind a norm, an activation or
-an addition. The casts of blocks, mxfp8 and nvfp4 stay ops: one Triton kernel does them in one pass,
+A pass over the post-grad graph replaces the per-token and per-tensor casts by plain arithmetic, so
+that the cast of an activation after a norm, an activation or an addition costs no reading of its
+own. The casts of groups, blocks, mxfp8 and nvfp4 stay ops: one Triton kernel does them in one pass,
 which Inductor does not find.
 
 What is fused skips the rounding of a bfloat16 intermediate, so its codes may differ from eager's.
@@ -39,7 +39,7 @@ def _arithmetic(form: Format, which: str) -> Callable[[torch.Tensor], tuple[torc
     return cast
 
 
-# A cast whose two forms follow one rule, a scale a row or a tensor, without a seed.
+# A cast whose two forms follow one rule, one scale for each row or per tensor, without a seed.
 CASTS: dict[Any, Callable[[torch.Tensor], tuple[torch.Tensor, ...]]] = {
     OPS[f"{form.key}_quantize{which}"].overload: _arithmetic(form, which)
     for form in FLOAT8.values()

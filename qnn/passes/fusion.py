@@ -4,7 +4,7 @@ It looks at the nodes that carry `scheme=` and, where the region's op can do mor
 
 - quantises rows that several `int8` layers read once: one `int8_quantize`, and an
   `int8_rows_linear` for each layer;
-- hands an activation that follows a layer, and a residual that is added behind it, to the layer's
+- hands an activation that follows a layer, and a residual that is added after it, to the layer's
   op.
 
 The op rounds where the separate nodes do, so ReLU, a residual and shared rows give the same bits; a
@@ -101,7 +101,7 @@ def fold(graph: Graph) -> None:
 
 
 def _can_share(region: Region) -> bool:
-    """Whether the sums of the op for ready-made rows, whose codes may be −128, hold so many; and
+    """Whether the sums of the op for quantised rows, whose codes may be −128, hold so many; and
     whether the op would get its dtype.
     """
     if mistakes_dtypes():
@@ -240,7 +240,7 @@ def _replace(graph: Graph, layer: _Layer) -> None:
     if layer.rows is not None:
         op = OPS[SHARED[op.name][1]]
         args = (*layer.rows, *args[1:], _tensor(given["x"]).dtype)
-    # Behind the residual, which may be computed later than the layer.
+    # After the residual, which may be computed later than the layer.
     with graph.inserting_before(region.node if residual is None else layer.end):
         call = graph.call_function(op.overload, args)
     call.meta.update((layer.result if layer.views else layer.end).meta)

@@ -12,6 +12,7 @@ from qnn.calibration.fake_quantize import FakeQuantize, observation_points
 from qnn.calibration.ranks import several
 from qnn.calibration.shares import Shares
 from qnn.kernels.cpu.forking import return_threads
+from qnn.verbs.checks import require_module
 from qnn.verbs.progress import Meter, check_progress
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -24,7 +25,7 @@ def calibrate(
     progress: bool | str = True,
     sync: Any = True,
 ) -> ModelT:
-    """Run `model` on `batches`, so that its observation points record their ranges.
+    """Run `model` on `batches`, so that its observers record the ranges.
 
     It runs in evaluation mode and without gradients; every module's mode is as before at the end.
     Nothing is moved between devices. A few hundred samples that are like those of use are enough.
@@ -68,8 +69,7 @@ def calibrate(
 
 def _points(model: nn.Module, batches: Any) -> list[FakeQuantize]:
     """The observation points of the model, if the arguments make sense."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"qnn.calibrate takes an nn.Module, got {type(model).__name__}.")
+    require_module("qnn.calibrate", model)
     if isinstance(batches, (torch.Tensor, Mapping)) or is_namedtuple(batches):
         raise TypeError(
             f"qnn.calibrate: batches is a {type(batches).__name__}, one batch; pass [batch]."
@@ -107,7 +107,7 @@ def _run_together(
     try:
         return shares.join(failure, done)
     except BaseException:
-        shares.take_back()
+        shares.undo()
         raise
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from qnn.kernels.formats import FLOATS
-from qnn.kinds import Kind, kind_of, own_tensors, titles, waits
+from qnn.kinds import Kind, is_quantized, is_training, kind_of, own_tensors, titles, waits
 from qnn.nn.values import not_finite, why_not_finite
 from qnn.verbs import references
 from qnn.verbs.inventory import inventory
@@ -18,6 +18,12 @@ from qnn.verbs.plan import Plan
 WAITS = "it is not initialised: its sizes come from its first input; run one batch first"
 TIED = "its weight is tied to"
 _LINES = 20
+
+
+def require_module(who: str, model: object) -> None:
+    """Raise a TypeError for what is not a model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{who} takes an nn.Module, got {type(model).__name__}.")
 
 
 def left_alone(
@@ -53,7 +59,7 @@ def why_not_plain(module: nn.Module) -> str | None:
     if extra or missing:
         return (
             "it holds more than weights and biases "
-            f"({', '.join(extra) or f'its {missing[0]} is no parameter'}): weight_norm, "
+            f"({', '.join(extra) or f'its {missing[0]} is not a parameter'}): weight_norm, "
             "spectral_norm, pruning, FSDP or another quantiser; undo it first, or wrap after "
             "converting"
         )
@@ -143,13 +149,28 @@ def _others(
 
 
 def nothing_to_do(who: str, verb: str, modules: dict[str, nn.Module], plan: Plan) -> str:
-    """The error of a call that would change nothing: each reason, or the kinds that there are."""
+    """The error of a call that would change nothing: that all is done already, each reason, or the
+    kinds that there are.
+    """
+    done: list[Any] = [m for m in modules.values() if is_quantized(m) or is_training(m)]
+    if done:
+        fix = (
+            "Convert to another scheme, or with {'*': None} to the float layers again."
+            if all(map(is_training, done))
+            else f"To change that, {verb} the float model; layer.dequantize() gives a float layer "
+            "with the rounded weight."
+        )
+        return (
+            f"{who}: nothing to {verb}: the model is converted already ({len(done)} "
+            f"{type(done[0]).__name__}, scheme {done[0].scheme!r}). {fix}"
+        )
     if plan.reasons:
         names = {id(module): name for name, module in reversed(modules.items())}
         lines = [f"  {names[key] or 'model'}: {why}" for key, why in plan.reasons.items()]
         if len(lines) > _LINES:
             lines[_LINES:] = [f"  and {len(lines) - _LINES} more"]
-        rest = [m for m in modules.values() if id(m) not in plan.reasons and own_tensors(m)]
+        mine = [id(m) for key in modules.values() if id(key) in plan.reasons for m in key.modules()]
+        rest = [m for m in modules.values() if id(m) not in mine and own_tensors(m)]
         if rest:
             lines.append(f"The rest holds no layer that qnn knows: {inventory(rest)}.")
         listed = "\n".join(lines)

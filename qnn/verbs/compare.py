@@ -15,6 +15,7 @@ from torch import nn
 from qnn import kinds
 from qnn.kinds import kind_of, waits
 from qnn.verbs.calibrate import is_namedtuple
+from qnn.verbs.checks import require_module
 
 
 def sqnr(reference: torch.Tensor, value: torch.Tensor) -> float:
@@ -150,6 +151,8 @@ def compare(
         ValueError: `quantised_model` has no quantised layer, or one that the float model does not
             have or does not call as often; a layer of either has no values before its first batch.
     """
+    require_module("qnn.compare", float_model)
+    require_module("qnn.compare", quantised_model)
     layers: dict[str, Any] = {
         name: module
         for name, module in quantised_model.named_modules()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 from torch import nn
 
@@ -20,6 +20,7 @@ from qnn.verbs.checks import (
     keep_ties_to_float,
     left_alone,
     nothing_to_do,
+    require_module,
     why_not,
     why_not_plain,
 )
@@ -105,8 +106,7 @@ def convert(
     >>> type(model[0]).__name__, type(model[2]).__name__
     ('QLinear', 'Linear')
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"qnn.convert takes an nn.Module, got {type(model).__name__}.")
+    require_module("qnn.convert", model)
     if on_unsupported not in ("error", "skip"):
         raise ValueError(
             f"qnn.convert: on_unsupported must be 'error' or 'skip', got {on_unsupported!r}."
@@ -122,13 +122,13 @@ def convert(
             )
         plan = _plan_of_prepared(modules, include, exclude)
     else:
-        rules = _scheme_rules(scheme or "int8", modules, training)
+        rules = _scheme_rules("int8" if scheme is None else scheme, modules, training)
         plan = _make_plan(modules, rules, include, exclude, training)
     if on_unsupported == "error":
         fix = "Exclude them, or pass on_unsupported='skip' to leave them as they are."
         raise_unsupported(plan, "qnn.convert", "converted", fix)
     if not plan.schemes:
-        raise ValueError(_nothing_to_convert(modules, plan))
+        raise ValueError(nothing_to_do("qnn.convert", "convert", modules, plan))
     if include is None:
         _warn_of_little(modules, plan)
     del modules  # it holds the float layers, which are to be freed one by one
@@ -152,6 +152,8 @@ def _scheme_rules(
 ) -> list[tuple[Pattern, str | None]]:
     """`scheme` as rules of which the last match counts."""
     if isinstance(scheme, Mapping):
+        if not scheme:
+            raise ValueError("qnn.convert: scheme is an empty dict; give it {pattern: scheme}.")
         patterns.check("qnn.convert", "scheme", scheme, modules)
         rules = list(scheme.items())
         names = [name for _, name in rules if name is not None]
@@ -160,8 +162,8 @@ def _scheme_rules(
     for name in names:
         try:
             training_scheme(name) if training else get_scheme(name)
-        except ValueError as error:
-            raise ValueError(f"qnn.convert: {error}") from None
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"qnn.convert: {error}") from None
     return rules
 
 
@@ -232,22 +234,6 @@ def _end_training(modules: dict[str, nn.Module], plan: Plan) -> None:
             plan.unsupported[name] = plan.reasons[id(module)] = why
         elif left_alone(module, cast(str, module.scheme)) is None:
             plan.schemes[id(module)] = None
-
-
-def _nothing_to_convert(modules: dict[str, nn.Module], plan: Plan) -> str:
-    done: list[Any] = [m for m in modules.values() if kinds.is_quantized(m) or kinds.is_training(m)]
-    if not done:
-        return nothing_to_do("qnn.convert", "convert", modules, plan)
-    fix = (
-        "Pass another scheme, or {pattern: None} for the float layers again."
-        if all(map(kinds.is_training, done))
-        else "To change the scheme, convert the float model; layer.dequantize() gives a float "
-        "layer with the rounded weight."
-    )
-    return (
-        f"qnn.convert: nothing to convert: the model is converted already ({len(done)} "
-        f"{type(done[0]).__name__}, scheme {done[0].scheme!r}). {fix}"
-    )
 
 
 def _warn_of_little(modules: dict[str, nn.Module], plan: Plan) -> None:

@@ -14,7 +14,7 @@ from qnn.kernels.cpu import native
 from qnn.kernels.cpu.engines import ENGINES, self_test
 from qnn.kernels.cuda import backends
 
-# What a package brings, for those that qnn can use but does not need.
+# What each package is for: those that qnn can use but does not need.
 _OPTIONAL = {
     "matplotlib": "plots of qnn.compare and of the examples",
     "peft": "LoRA over a quantised base",

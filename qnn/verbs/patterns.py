@@ -70,11 +70,11 @@ def check(
     """Raise unless every pattern is of a known kind and picks something.
 
     Raises:
-        TypeError: a pattern that is no name, type or callable.
+        TypeError: a pattern that is not a name, a type or a callable.
         ValueError: one that matches nothing.
     """
     for pattern in patterns:
-        if not isinstance(pattern, str) and not callable(pattern):
+        if not (isinstance(pattern, str) or callable(pattern)) or isinstance(pattern, nn.Module):
             raise TypeError(
                 f"{who}: {argument} takes names with wildcards, module types or callables "
                 f"(name, module) -> bool, got {type(pattern).__name__} {pattern!r}."

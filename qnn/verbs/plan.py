@@ -106,7 +106,7 @@ def swapped(
     share: bool = False,
     progress: bool | str = False,
 ) -> ModelT:
-    """The model with `make(module, own)` in the place of each module of the plan, made once a
+    """The model with `make(module, own)` instead of each module of the plan, made once a
     module, wherever the model names it.
 
     Args:

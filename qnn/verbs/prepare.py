@@ -10,7 +10,13 @@ from qnn import kinds
 from qnn.calibration.parts import PartSpecs, Specs, check
 from qnn.kernels.schemes import STATIC
 from qnn.kinds import Observation, Own, kind_of
-from qnn.verbs.checks import keep_ties_to_float, left_alone, nothing_to_do, why_not
+from qnn.verbs.checks import (
+    keep_ties_to_float,
+    left_alone,
+    nothing_to_do,
+    require_module,
+    why_not,
+)
 from qnn.verbs.patterns import Patterns
 from qnn.verbs.plan import Make, Plan, raise_unsupported, run_hooks, select, swapped
 from qnn.verbs.progress import check_progress
@@ -61,7 +67,7 @@ def prepare(
         ValueError: a scheme without fixed grids, a pattern that matches nothing, a model that is
             prepared or converted already, nothing to prepare, a layer that cannot be quantised, or
             a part that no layer has. Nothing has been changed then.
-        TypeError: `model` is no module.
+        TypeError: `model` is not an `nn.Module`.
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     >>> prepared = prepare(model)
@@ -69,8 +75,7 @@ def prepare(
     >>> type(qnn.convert(prepared)[0]).__name__
     'QLinear'
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"qnn.prepare takes an nn.Module, got {type(model).__name__}.")
+    require_module("qnn.prepare", model)
     if scheme != STATIC:
         raise ValueError(
             f"qnn.prepare: scheme must be {STATIC!r}, whose grids need data, got {scheme!r}; other "

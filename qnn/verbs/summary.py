@@ -15,7 +15,7 @@ from qnn import kinds
 from qnn.calibration.doubts import NOTE
 from qnn.calibration.statistics import Statistics
 from qnn.kinds import kind_of, own_tensors, waits
-from qnn.verbs.checks import WAITS, left_alone
+from qnn.verbs.checks import WAITS, left_alone, require_module
 from qnn.verbs.inventory import nbytes
 from qnn.verbs.inventory import size as _size
 from qnn.verbs.plan import REASON
@@ -33,6 +33,7 @@ _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.GroupNorm, "normalisation stays in float"),
 )
 
+_LAST = "backend, or why it was left alone"
 _PREPARED = "prepared: run it on data or qnn.calibrate it, then qnn.convert"
 _TRAINING = "float parameters, quantised in each step; convert to deploy"
 
@@ -53,6 +54,14 @@ class Row:
     reason: str | None
     note: str | None = None
     """What calibration has found that may make the layer inaccurate; not in a state dict."""
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The row in words."""
+        name, scheme, shape = self.name or "(model)", self.scheme or "-", map(str, self.shape)
+        before, after = _size(self.bytes_before), _size(self.bytes_after)
+        told = self.backend or self.reason or ""
+        return name, self.layer, scheme, "x".join(shape) or "-", before, after, told
 
     @property
     def kind_of_reason(self) -> str:
@@ -107,45 +116,15 @@ class Summary:
         }
 
     def __str__(self) -> str:
-        head = (
-            "name",
-            "layer",
-            "scheme",
-            "shape",
-            "before",
-            "after",
-            "backend, or why it was left alone",
-        )
-        body = [
-            (
-                row.name or "(model)",
-                row.layer,
-                row.scheme or "-",
-                "x".join(map(str, row.shape)) or "-",
-                _size(row.bytes_before),
-                _size(row.bytes_after),
-                row.backend or row.reason or "",
-            )
-            for row in self.rows
-        ]
+        head = ("name", "layer", "scheme", "shape", "before", "after", _LAST)
         ratio = self.bytes_after / self.bytes_before if self.bytes_before else 1.0
-        total = (
-            "total",
-            "",
-            "",
-            "",
-            _size(self.bytes_before),
-            _size(self.bytes_after),
-            f"{ratio:.2f} of before",
-        )
-        widths = [max(map(len, column)) for column in zip(head, *body, total, strict=True)]
-        lines = [
+        bytes_ = _size(self.bytes_before), _size(self.bytes_after)
+        total = ("total", "", "", "", *bytes_, f"{ratio:.2f} of before")
+        table = [head, *(row.cells for row in self.rows), total]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        first, *lines, last = (
             "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
-            for line in body
-        ]
-        first, last = (
-            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
-            for line in (head, total)
+            for line in table
         )
         rule = "-" * max(map(len, (first, *lines)))
         left = [
@@ -171,6 +150,7 @@ def summary(model: nn.Module) -> Summary:
     name     layer    scheme  shape  before  after   backend, or why it was left alone
     ...
     """
+    require_module("qnn.summary", model)
     notes = {name: getattr(module, NOTE, None) for name, module in model.named_modules()}
     return Summary([replace(row, note=notes.get(row.name)) for row in _rows(model)])
 

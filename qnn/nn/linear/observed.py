@@ -27,7 +27,7 @@ class ObservedLinear(nn.Linear):
 
     Without `qat` it computes what `nn.Linear` computes. With `qat` it trains for the quantised
     layer: input and weight are fake-quantised, the weight exactly as the layer will store it (int8,
-    a scale a row from the row's largest magnitude), with gradients straight through:
+    per-channel scales from the rows' largest magnitudes), with gradients straight through:
 
         y = input_quantize(x) · fq(weight)ᵀ + bias
 
@@ -35,7 +35,7 @@ class ObservedLinear(nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`.
-        spec: of the input, int8 or uint8 over the whole range, one scale;
+        spec: of the input, int8 or uint8 over the whole range, per-tensor;
             `QuantSpec(torch.int8, observer="histogram")` if None, `"moving_average"` with `qat`.
         qat: whether to fake-quantise.
         name: of the layer, for errors.
@@ -78,7 +78,7 @@ class ObservedLinear(nn.Linear):
         """An observed layer around the parameters of `linear` themselves, in its mode.
 
         Raises:
-            TypeError: `linear` is no plain `nn.Linear`.
+            TypeError: `linear` is not a plain `nn.Linear`.
             ValueError: a spec that the constructor refuses.
         """
         if type(linear) is not nn.Linear:

@@ -23,15 +23,15 @@ class QLinear(Quantized, nn.Linear):
     Its tensors are plain and are all in the state dict, under the names that the compressed-tensors
     convention and the serving engines use:
 
-    - `weight`: stored values, `[out_features, in_features]`; in the nvfp4 schemes `weight_packed`,
-      uint8 `[out_features, in_features / 2]`;
-    - `weight_scale`: float32 `[out_features, 1]` for int8 and fp8, `[1]` for fp8_tensor,
-      `[⌈out_features / 128⌉, ⌈in_features / 128⌉]` for fp8_block; uint8 exponents
-      `[out_features, in_features / 32]` for mxfp8; float8_e4m3fn `[out_features, in_features / 16]`
-      for nvfp4. `weight * weight_scale` is the float weight;
+    - `weight`: stored values, `[out_features, in_features]`; `weight_packed`, uint8
+      `[out_features, in_features / 2]`, for nvfp4, and int32 `[…, in_features / 8]` for int4;
+    - `weight_scale`: per-channel, float32 `[out_features, 1]`, for int8 and fp8; per-tensor, `[1]`,
+      for fp8_tensor; per-block, `[⌈out_features / 128⌉, ⌈in_features / 128⌉]`, for fp8_block;
+      per-group, `[out_features, in_features / group]`: uint8 exponents for mxfp8, float8_e4m3fn
+      for nvfp4, float32 for int4. `weight * weight_scale` is the float weight;
     - `weight_global_scale`: nvfp4's second scale, float32 `[1]`, a divisor;
-    - `input_scale`, float32 `[1]`, and `input_zero_point`, int8 `[1]`: of int8_static, the grid of
-      the input. A scale of 0 says that there is none yet, and a call is an error;
+    - `input_scale`, float32 `[1]`, and `input_zero_point`, int8 `[1]`: of int8_static, for the
+      input, per-tensor. A scale of 0 says that there is none yet, and a call is an error;
     - `bias`: `[out_features]`, in `dtype`.
 
     `layer.weight` reads as the float weight, in `dtype`, decoded where it is used; what is written
@@ -47,8 +47,8 @@ class QLinear(Quantized, nn.Linear):
         dtype: of the bias, and of what `dequantize()` returns; torch's default dtype if None.
         scheme: `"int8"`, `"fp8"`, `"fp8_tensor"`, `"fp8_block"`, `"mxfp8"`, `"nvfp4"` (activations
             quantised, from the tensor at hand), `"int8_static"` (on a grid from calibration: see
-            `from_observed`), or `"int8_weight"`, `"fp8_weight"`, `"nvfp4_weight"` (activations as
-            they are).
+            `from_observed`), or `"int8_weight"`, `"fp8_weight"`, `"nvfp4_weight"`,
+            `"int4_weight"` (activations as they are).
 
     Shape:
         input `[..., in_features]`, any number of leading axes, also empty;
@@ -122,7 +122,7 @@ class QLinear(Quantized, nn.Linear):
         """The quantised twin of a float layer: same device, mode and bias; the weight is quantised.
 
         Raises:
-            TypeError: `linear` is no plain `nn.Linear`, or its weight is no plain float parameter.
+            TypeError: `linear` or its weight is not a plain `nn.Linear` or float parameter.
             ValueError: the weight holds NaN or inf, or has a size that `scheme` does not take.
         """
         if not isinstance(linear, nn.Linear) or isinstance(linear, QLinear):
@@ -136,7 +136,7 @@ class QLinear(Quantized, nn.Linear):
         """The `int8_static` layer of one that was calibrated or trained.
 
         Raises:
-            TypeError: `observed` is no `ObservedLinear`.
+            TypeError: `observed` is not an `ObservedLinear`.
             ValueError: it has observed nothing, or a NaN or infinite value; the weight holds NaN or
                 inf, or has a size that the scheme does not take.
         """

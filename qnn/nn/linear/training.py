@@ -28,7 +28,7 @@ class Linear(nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`.
-        scheme: `"fp8"` (a scale a row), `"fp8_tensor"`, `"fp8_block"`, `"mxfp8"` or `"nvfp4"`.
+        scheme: `"fp8"` (a scale per row), `"fp8_tensor"`, `"fp8_block"`, `"mxfp8"` or `"nvfp4"`.
 
     Shape:
         input `[..., in_features]`, any number of leading axes, also empty;
@@ -73,7 +73,7 @@ class Linear(nn.Linear):
         be one of another scheme.
 
         Raises:
-            TypeError: `linear` is no `nn.Linear` with float parameters.
+            TypeError: `linear` is not an `nn.Linear` with float parameters.
             ValueError: a size or scheme that the constructor refuses.
         """
         if not isinstance(linear, nn.Linear):
