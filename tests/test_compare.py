@@ -123,7 +123,7 @@ class TestCompare:
             qnn.compare(self.model, self.model, self.x)
         with pytest.raises(ValueError, match="the float model has no linear layer 'once'"):
             qnn.compare(nn.Linear(2, 2), self.twin, self.x)
-        with pytest.raises(TypeError, match="qnn.compare takes an nn.Module, got Tensor"):
+        with pytest.raises(TypeError, match=r"qnn\.compare takes an nn\.Module, got Tensor"):
             qnn.compare(self.model, self.x, self.twin)
 
     def test_other_call_counts_are_refused(self) -> None:
