@@ -132,7 +132,8 @@ class Case(unittest.TestCase):
         done = subprocess.run(
             [sys.executable, "-c", "import os, sys, time, pathlib, torch\n"
              f"from qnn.kernels.cpu import native\ncsrc = pathlib.Path({str(self.csrc)!r})\n"
-             f"native._final = None  # whatever import qnn has loaded\n{code}"],
+             "native._final = None  # whatever import qnn has loaded\n"
+             f"native.OPS = {{}}  # of which these sources have none\n{code}"],
             capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
         self.assertEqual(done.returncode, 0, done.stderr)

@@ -40,22 +40,11 @@ std::string name_of(ScalarType dtype) {
   return "dtype " + std::to_string(static_cast<int>(dtype));
 }
 
-struct Shape {
-  const int64_t* sizes;
-  int64_t count;
-};
-
-Shape shape_of(const Tensor& t) {
-  int64_t *sizes, count;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &sizes));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t.get(), &count));
-  return {sizes, count};
-}
+using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
 
 std::string text_of(const Shape& shape) {
   std::string text;
-  for (int64_t i = 0; i < shape.count; ++i)
-    text += (i == 0 ? "" : ", ") + std::to_string(shape.sizes[i]);
+  for (const int64_t size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
   return text;
 }
 
@@ -89,8 +78,7 @@ struct Parameter {
   std::vector<Axis> axes;
   std::vector<std::string> allowed;  // words or dtypes; or, where it shares one, whose
   std::vector<ScalarType> dtypes;    // the same
-  bool shares = false;
-  size_t like = 0;  // with which argument
+  std::optional<size_t> like;        // whose dtype it shares
 
   std::string form() const {
     std::string text = lead ? "..." : "";
@@ -138,18 +126,18 @@ class Reader {
     for (const std::string& line : apart(text, '\n')) {
       const Words words = apart(line, ' ');
       if (words.size() == 3 && words[1] == "<=") {
-        named(words[0]).most = number(words[2]);
+        signature_.axes[axis_called(words[0])].most = number(words[2]);
       } else if (words.size() == 3 && words[1] == "%") {
-        named(words[0]).multiple = number(words[2]);
+        signature_.axes[axis_called(words[0])].multiple = number(words[2]);
       } else {
         signature_.parameters.push_back(parameter(words));
       }
     }
     if (signature_.axes.size() > kAxes) unreadable("so many axes");
     for (Parameter& p : signature_.parameters) {
-      const auto named = [&](const Parameter& other) { return other.name == p.allowed[0]; };
-      auto& all = signature_.parameters;
-      if (p.shares) p.like = std::find_if(all.begin(), all.end(), named) - all.begin();
+      for (size_t i = 0; p.like.has_value() && i < signature_.parameters.size(); ++i) {
+        if (signature_.parameters[i].name == p.allowed[0]) p.like = i;
+      }
     }
   }
 
@@ -161,32 +149,28 @@ class Reader {
                                 " of\n" + text_);
   }
 
+  // A word of digits alone, or of those and letters.
+  template <class Is>
+  void require(const std::string& word, const Is& is) const {
+    if (word.empty() || !std::all_of(word.begin(), word.end(), is)) unreadable(word);
+  }
+
   int64_t number(const std::string& word) const {
-    const bool digits =
-        !word.empty() && word.size() < 18 &&
-        std::all_of(word.begin(), word.end(), [](unsigned char c) { return std::isdigit(c); });
-    if (!digits) unreadable(word);
+    require(word, [](unsigned char c) { return std::isdigit(c); });
     return std::stoll(word);
   }
 
-  Named& named(const std::string& name) { return signature_.axes[axis_called(name)]; }
-
   int axis_called(const std::string& name) {
-    const bool plain = !name.empty() && std::all_of(name.begin(), name.end(), [](unsigned char c) {
-      return std::isalnum(c) || c == '_';
-    });
-    if (!plain) unreadable(name);
+    require(name, [](unsigned char c) { return std::isalnum(c) || c == '_'; });
     auto& axes = signature_.axes;
-    const auto known =
-        std::find_if(axes.begin(), axes.end(), [&](const Named& a) { return a.name == name; });
-    const auto at = known - axes.begin();
-    if (known == axes.end()) axes.push_back({name});
-    return static_cast<int>(at);
+    size_t i = 0;
+    while (i < axes.size() && axes[i].name != name) ++i;
+    if (i == axes.size()) axes.push_back({name});
+    return static_cast<int>(i);
   }
 
   Factor factor(const std::string& text) {
-    if (!text.empty() && std::isdigit(static_cast<unsigned char>(text[0])))
-      return {-1, number(text)};
+    if (std::isdigit(static_cast<unsigned char>(text[0]))) return {-1, number(text)};
     const Words parts = apart(text, '/');
     if (parts.size() > 2) unreadable(text);
     return {axis_called(parts[0]), 1, parts.size() == 2 ? number(parts[1]) : 1};
@@ -216,8 +200,9 @@ class Reader {
     }
     if (i == words.size()) unreadable(result.name);
     result.allowed.assign(words.begin() + i + 1, words.end());
-    result.shares = words[i] == "=";
-    if (!result.shares && result.kind != Kind::word) {
+    if (words[i] == "=") {
+      result.like = 0;
+    } else if (result.kind != Kind::word) {
       for (const auto& [name, type] : kDtypes) {
         if (has(result.allowed, name)) result.dtypes.push_back(type);
       }
@@ -258,7 +243,7 @@ void cpu_declare(std::string op, std::string checks) {
 
 }  // namespace
 
-const Signature& signature_of(const std::string& op) { return registered()[op].signature; }
+const Signature& signature_of(const std::string& op) { return registered().at(op).signature; }
 
 bool add_ops(std::initializer_list<NativeOp> ops) {
   for (const NativeOp& op : ops) registered()[op.name].kernel = op.kernel;
@@ -336,8 +321,7 @@ int64_t size_of(const Axis& axis, const int64_t* sizes) {
 void Arguments::check() const {
   const auto& parameters = signature_.parameters;
   if (parameters.size() != count_)
-    throw std::invalid_argument("qnn::" + signature_.op +
-                                ": not declared so to the C++ library; import qnn first.");
+    throw std::invalid_argument("qnn: an op is not declared so to the C++ library: import qnn.");
   int64_t sizes[kAxes];
   int bound_by[kAxes];
   std::fill_n(bound_by, kAxes, -1);
@@ -356,9 +340,9 @@ void Arguments::check() const {
     }
     if (p.kind == Kind::tensor && a.tensor == nullptr) continue;
     const ScalarType dtype = dtype_of(i);
-    if (p.shares) {
-      if (dtype != dtype_of(p.like))
-        fail(p.name + " must be torch." + name_of(dtype_of(p.like)) + " as " + p.allowed[0] +
+    if (p.like.has_value()) {
+      if (dtype != dtype_of(*p.like))
+        fail(p.name + " must be torch." + name_of(dtype_of(*p.like)) + " as " + p.allowed[0] +
              ", got torch." + name_of(dtype) + "; cast it");
     } else if (!has(p.dtypes, dtype)) {
       fail(p.name + " must be one of " + listed(p.allowed, "torch.", ""));
@@ -366,20 +350,20 @@ void Arguments::check() const {
     if (p.kind == Kind::dtype) continue;
     if (!a.tensor->is_cpu())
       fail(p.name + " is not on the CPU, where the first argument is; move them together");
-    const Shape shape = shape_of(*a.tensor);
-    const auto tail = static_cast<int64_t>(p.axes.size()), before = shape.count - tail;
+    const Shape shape = a.tensor->sizes();
+    const auto tail = static_cast<int64_t>(p.axes.size()),
+               before = static_cast<int64_t>(shape.size()) - tail;
     if (before < 0 || (before > 0 && !p.lead))
       fail(p.name + " must be " + p.form() + ", got [" + text_of(shape) + "]");
     if (p.lead && !lead.has_value()) {
-      lead = {shape.sizes, before};
-    } else if (p.lead && (before != lead->count ||
-                          !std::equal(shape.sizes, shape.sizes + before, lead->sizes))) {
-      fail(p.name + " must begin with (" + text_of(*lead) + (lead->count == 1 ? ",)" : ")") +
+      lead = shape.slice(0, before);
+    } else if (p.lead && !lead->equals(shape.slice(0, before))) {
+      fail(p.name + " must begin with (" + text_of(*lead) + (lead->size() == 1 ? ",)" : ")") +
            ", got [" + text_of(shape) + "]");
     }
     for (int64_t j = 0; j < tail; ++j) {
       const Axis& axis = p.axes[j];
-      const int64_t size = shape.sizes[before + j];
+      const int64_t size = shape[before + j];
       if (axis.name >= 0 && bound_by[axis.name] < 0) {
         sizes[axis.name] = size, bound_by[axis.name] = static_cast<int>(i);
         const Named& named = signature_.axes[axis.name];
@@ -404,7 +388,7 @@ std::string Arguments::call() const {
     } else if (p.kind == Kind::dtype) {
       if (!p.optional || a.dtype != ScalarType::Float) value = "torch." + name_of(a.dtype);
     } else if (a.tensor != nullptr) {
-      value = name_of(a.tensor->scalar_type()) + "[" + text_of(shape_of(*a.tensor)) + "]";
+      value = name_of(a.tensor->scalar_type()) + "[" + text_of(a.tensor->sizes()) + "]";
     }
     if (!value.empty()) text += (text.empty() ? "" : ", ") + p.name + "=" + value;
   }
