@@ -84,6 +84,9 @@ inline vfloat nearest(vfloat x) {
 #endif
 }
 
+// For what takes an inner kernel's sums: inlined before the compiler looks for registers.
+#define QNN_INLINE inline __attribute__((always_inline))
+
 // For the inner kernels: on its own, so that GCC keeps an array of sums in registers. What it
 // learns from the callers of a static function makes it store each sum back at each step (GCC 12),
 // which costs half of the speed. Every loop over the sums is written out for the same reason.

@@ -7,39 +7,37 @@
 namespace qnn {
 namespace {
 
-// R rows of x, arranged, `stride` floats apart, times kDotColumns rows of w: [R][kChunk] sums.
-template <class T, class D, int R>
+// R rows of x, arranged, `stride` floats apart, times C rows of w: [R][kChunk] sums.
+template <class T, class D, int R, int C>
 QNN_KERNEL void dot_floats(const float* x, int64_t stride, const WeightRow* w, int64_t k,
                            float* acc) {
-  constexpr int kColumns = D::kInTurn ? 1 : T::kDotColumns;
-  for (int first = 0; first < T::kDotColumns; first += kColumns) {
-    vfloat sums[R][kColumns];
-    typename D::State states[kColumns] = {};
-    WeightRow rows[kColumns];
+  vfloat sums[R][C];
+  typename D::State states[C] = {};
+  WeightRow rows[C];
 #pragma GCC unroll 4
-    for (int c = 0; c < kColumns; ++c) rows[c] = w[first + c];
+  for (int c = 0; c < C; ++c) rows[c] = w[c];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
+  for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-      for (int c = 0; c < kColumns; ++c) sums[r][c] = vfloat{};
+    for (int c = 0; c < C; ++c) sums[r][c] = vfloat{};
+  }
+  const auto step = [&](int64_t i, int64_t left) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      D::template step<R>(rows[c], i, left, x, stride, states[c],
+                          [&](int r, vfloat a, vfloat b) __attribute__((always_inline)) {
+                            sums[r][c] = fma(a, b, sums[r][c]);
+                          });
     }
-    const auto step = [&](int64_t i, int64_t left) __attribute__((always_inline)) {
+  };
+  int64_t i = 0;
+  for (; i + D::kStep <= k; i += D::kStep) step(i, D::kStep);
+  if (i < k) step(i, k - i);
 #pragma GCC unroll 4
-      for (int c = 0; c < kColumns; ++c) {
-        const auto sum = [&](int r)
-                             __attribute__((always_inline)) -> vfloat& { return sums[r][c]; };
-        D::template step<R>(rows[c], i, left, x, stride, states[c], sum);
-      }
-    };
-    int64_t i = 0;
-    for (; i + D::kStep <= k; i += D::kStep) step(i, D::kStep);
-    if (i < k) step(i, k - i);
+  for (int c = 0; c < C; ++c) {
+    const float unit = D::unit(states[c]);
 #pragma GCC unroll 4
-    for (int c = 0; c < kColumns; ++c) {
-      const float unit = D::unit(states[c]);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) acc[r * T::kChunk + first + c] = T::sum(sums[r][c]) * unit;
-    }
+    for (int r = 0; r < R; ++r) acc[r * T::kChunk + c] = T::sum(sums[r][c]) * unit;
   }
 }
 
@@ -80,7 +78,10 @@ struct FloatTier : Machine, Inner<FloatTier<Machine>> {
   template <int R>
   static void dot(const float* x, int64_t stride, const Row* w, int64_t k, float* acc) {
     Decoders::with(w->decoder, [&](auto decoder) {
-      dot_floats<FloatTier, decltype(decoder), R>(x, stride, w, k, acc);
+      using D = decltype(decoder);
+      constexpr int kColumns = D::kInTurn ? 1 : Machine::kDotColumns;
+      for (int c = 0; c < Machine::kDotColumns; c += kColumns)
+        dot_floats<FloatTier, D, R, kColumns>(x, stride, w + c, k, acc + c);
     });
   }
 };

@@ -7,9 +7,9 @@
 //   kInTurn             rows of w are taken one after the other; else kDotColumns of them at once
 //   State               what a row's steps leave; zeros at first
 //   arrange(x, count)   a row of x to the form that `step` wants, in place; count: whole steps
-//   step<R>(w, i, left, x, stride, state, sum)
+//   step<R>(w, i, left, x, stride, state, add)
 //                       the codes of w from i on, of which `left` are there, times R rows of x: onto
-//                       the vectors sum(0), …
+//                       the sums, as add(row, a, b) of vectors whose product is added
 //   unit(state)         what a row's sums are to be multiplied by
 //   panel(to, w, i, count)
 //                       the values of the codes from i on, in order
@@ -46,13 +46,12 @@ template <class D>
 struct ByFloats {
   static constexpr bool kInTurn = false;
 
-  template <int R, class State, class Sum>
-  static void step(const WeightRow& w, int64_t i, int64_t left, const float* x, int64_t stride,
-                   State& state, const Sum& sum) {
+  template <int R, class State, class Add>
+  static QNN_INLINE void step(const WeightRow& w, int64_t i, int64_t left, const float* x,
+                              int64_t stride, State& state, const Add& add) {
     D::decode(w, i, left, state, [&](int j, vfloat v) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r)
-        sum(r) = fma(v, read<vfloat>(x + r * stride + i + j * kLanes), sum(r));
+      for (int r = 0; r < R; ++r) add(r, v, read<vfloat>(x + r * stride + i + j * kLanes));
     });
   }
   template <class State>

@@ -22,7 +22,7 @@ struct E2m1Codes : InOrder<E2m1Codes> {
   // it would take one instruction more: 8.4 M codes times one row 486 µs instead of 337, on one Zen
   // 4 core.
   template <class Use>
-  static void decode(const WeightRow& w, int64_t i, int64_t, State, const Use& use) {
+  static QNN_INLINE void decode(const WeightRow& w, int64_t i, int64_t, State, const Use& use) {
     const __m512i shifts =
         _mm512_set_epi32(28, 28, 24, 24, 20, 20, 16, 16, 12, 12, 8, 8, 4, 4, 0, 0);
     const __m512i codes =
@@ -42,7 +42,7 @@ struct E2m1Codes : InOrder<E2m1Codes> {
   // Half a block is four bytes, sent to all lanes; each lane moves its code to the low bits, of
   // which the permutation looks at three, and its sign to the top.
   template <class Use>
-  static void decode(const WeightRow& w, int64_t i, int64_t, State, const Use& use) {
+  static QNN_INLINE void decode(const WeightRow& w, int64_t i, int64_t, State, const Use& use) {
     const __m256i shifts = _mm256_set_epi32(28, 24, 20, 16, 12, 8, 4, 0);
     const __m256i codes =
         _mm256_srlv_epi32(_mm256_set1_epi32(read<int32_t>(w.codes + i / 2)), shifts);
@@ -52,7 +52,7 @@ struct E2m1Codes : InOrder<E2m1Codes> {
   }
 #else
   template <class Use>
-  static void decode(const WeightRow& w, int64_t i, int64_t, State, const Use& use) {
+  static QNN_INLINE void decode(const WeightRow& w, int64_t i, int64_t, State, const Use& use) {
     const uint8_t* bytes = w.codes + i / 2;
     vfloat v;
     for (int64_t j = 0; j < kLanes; j += 2) {

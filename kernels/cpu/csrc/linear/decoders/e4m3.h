@@ -22,7 +22,7 @@ struct E4m3Table {
 };
 constexpr E4m3Table kE4m3Values;
 
-#if defined(__AVX2__)
+#if (defined(__AVX512F__) && QNN_LANES == 16) || (defined(__AVX2__) && QNN_LANES == 8)
 // By way of float16, whose exponent has one bit more and a bias of 15: moved to its place, a
 // code is the float16 of 1/256 of its value, subnormals included, and the CPU's conversion of
 // float16 honours those whatever the mode for denormals. NaN would be ±480, and is looked for
@@ -37,7 +37,8 @@ struct E4m3Codes : ByFloats<E4m3Codes> {
   static constexpr float kUnit = 256;
 
   template <class Use>
-  static void decode(const WeightRow& w, int64_t i, int64_t left, State& most, const Use& use) {
+  static QNN_INLINE void decode(const WeightRow& w, int64_t i, int64_t left, State& most,
+                                const Use& use) {
     const vshort pairs = bytes_of<vshort>(w.codes + i, left);
     const State magnitude = (State)pairs & 0x7f;
     most = magnitude > most ? magnitude : most;
@@ -94,7 +95,8 @@ struct E4m3Codes : InOrder<E4m3Codes> {
   static constexpr Decoder kDecoder = Decoder::e4m3;
 
   template <class Use>
-  static void decode(const WeightRow& w, int64_t i, int64_t left, State, const Use& use) {
+  static QNN_INLINE void decode(const WeightRow& w, int64_t i, int64_t left, State,
+                                const Use& use) {
     vfloat v = {};
     for (int64_t j = 0; j < kLanes && j < left; ++j) v[j] = kE4m3Values.values[w.codes[i + j]];
     use(0, v);

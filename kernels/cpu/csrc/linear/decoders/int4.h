@@ -64,9 +64,9 @@ struct Int4Codes {
   }
 
   // A step of R rows of x, `stride` floats apart, onto their sums.
-  template <int R, class Sum>
-  static void step(const WeightRow& w, int64_t i, int64_t left, const float* x, int64_t stride,
-                   State, const Sum& sum) {
+  template <int R, class Add>
+  static QNN_INLINE void step(const WeightRow& w, int64_t i, int64_t left, const float* x,
+                              int64_t stride, State, const Add& add) {
     // Two rows of w, or half of one: alone a CPU does not see so far ahead.
     __builtin_prefetch(w.codes + i / 2 + 4096);
     const vuint words = bytes_of<vuint>(w.codes + i / 2, left / 2);
@@ -89,7 +89,7 @@ struct Int4Codes {
       whole = (whole + byte_products<0>(even, vector(2), odd, vector(3))) << 8;
       whole += byte_products<0>(even, vector(4), odd, vector(5));
       whole -= w.zero_points == nullptr ? vector(6) << 3 : vector(6) * zero;
-      sum(r) = fma(floats(whole) * read<vfloat>(at + 7 * kLanes), scale, sum(r));
+      add(r, floats(whole) * read<vfloat>(at + 7 * kLanes), scale);
     }
   }
 
