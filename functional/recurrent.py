@@ -44,7 +44,7 @@ class RecurrentWeights:
     table: torch.Tensor | None = None
 
 
-def _call(op: str, direction: str, scheme: str, tensors: Tensors) -> torch.Tensor:
+def _call(op: str, direction: str, scheme: str, *tensors: torch.Tensor | None) -> torch.Tensor:
     """The op, in a region; `tensors` are all of its arguments but the last."""
     overload = OPS[op].overload
 
@@ -65,7 +65,7 @@ class _Recurrent(torch.autograd.Function):
     def forward(
         op: str, direction: str, scheme: str, *tensors: torch.Tensor | None
     ) -> torch.Tensor:
-        return _call(op, direction, scheme, tensors)
+        return _call(op, direction, scheme, *tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -79,7 +79,7 @@ class _Recurrent(torch.autograd.Function):
         (gradient,) = set(OPS[ctx.op].backward.values())
         wanted = [arg.name for arg in OPS[gradient].inputs[:-1]]
         values = {**given, "dresult": dresult.contiguous()}
-        flat = _call(gradient, ctx.direction, ctx.scheme, tuple(values[name] for name in wanted))
+        flat = _call(gradient, ctx.direction, ctx.scheme, *(values[name] for name in wanted))
         found = split_gradients(given, flat)
         asked = zip(names, ctx.needs_input_grad[3:], strict=True)
         return None, None, None, *(found.get(name) if wants else None for name, wants in asked)
@@ -108,13 +108,9 @@ def recurrent_of(
         wanted = torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad for tensor in tensors
         )
-        call: Callable[..., torch.Tensor] = _Recurrent.apply if wanted else _plain
+        call: Callable[..., torch.Tensor] = _Recurrent.apply if wanted else _call
         result = call(op.name, direction, scheme, *tensors)
     return split_result(result, x.shape[0], x.shape[1], *(state.shape[1] for state in states))
-
-
-def _plain(op: str, direction: str, scheme: str, *tensors: torch.Tensor | None) -> torch.Tensor:
-    return _call(op, direction, scheme, tensors)
 
 
 def _operands(cell: str, weights: RecurrentWeights, scheme: str) -> Tensors:

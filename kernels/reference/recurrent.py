@@ -112,22 +112,13 @@ CELLS = {cell.name: cell for cell in (LSTM, GRU)}
 LSTM_PARTS, GRU_PARTS = LSTM.parts, GRU.parts
 
 
-class Given(NamedTuple):
-    """The arguments of an op of a cell, put in order."""
-
-    x: torch.Tensor
-    states: Tensors
-    weights: dict[str, Tensors]
-    """The parts of each weight that is there, the values first."""
-    extra: Any
-    """The table of a static scheme, or the incoming gradient."""
-    biases: dict[str, torch.Tensor | None]
-    lengths: torch.Tensor | None
-    direction: str
-
-
-def in_order(cell: Cell, weight: Format, has_extra: bool, args: Sequence[Any]) -> Given:
-    """The arguments of an op of `cell` over weights in the format `weight`."""
+def in_order(
+    cell: Cell, weight: Format, has_extra: bool, args: Sequence[Any]
+) -> tuple[torch.Tensor, Tensors, dict[str, Tensors], Any, dict[str, Any], Any, str]:
+    """The arguments of an op of `cell` over weights in the format `weight`: `x`, the states, the
+    parts of each weight that is there, the table or the incoming gradient, the biases, the lengths
+    and the direction.
+    """
     rest = iter(args)
 
     def take(count: int) -> Tensors:
@@ -136,10 +127,11 @@ def in_order(cell: Cell, weight: Format, has_extra: bool, args: Sequence[Any]) -
     (x,), states, count = take(1), take(len(cell.states)), len(weight.parts)
     weights = {each.weight: take(count) for each in cell.products if not each.optional}
     extra = next(rest) if has_extra else None
-    biases: dict[str, Any] = dict(zip(weights, take(len(weights)), strict=True))
+    biases = dict(zip(weights, take(len(weights)), strict=True))
     weights |= {each.weight: take(count) for each in cell.products if each.optional}
     weights = {name: parts for name, parts in weights.items() if parts[0] is not None}
-    return Given(x, states, weights, extra, biases, *rest)
+    lengths, direction = rest
+    return x, states, weights, extra, biases, lengths, direction
 
 
 # tanh(x) = x · P(x²) / Q(x²) on |x| ≤ 8, where it is 1 − 2e-7: fitted to the least relative error,
@@ -312,17 +304,14 @@ def _gru_step(h: torch.Tensor, sums: Tensors, parts: _Parts, projection: None) -
     return (round_to_part((h - n) * z + n, parts["hidden_state"]),)
 
 
-def _require_bytes(cell: Cell, given: Given) -> None:
-    """Raise unless the table gives the parts that enter a product 8 bits, and int32 holds a sum of
-    so many products.
+def _require_bytes(cell: Cell, table: torch.Tensor, columns: Mapping[str, int]) -> None:
+    """Raise unless the parts that enter a product have 8 bits, and int32 holds a sum of so many
+    products: those of the weights in `columns`.
     """
-    widths = (state.shape[-1] for state in given.states)
-    sizes = {"i": given.x.shape[-1], **dict(zip(cell.widths, widths, strict=True))}
-    for weight, name, _, columns, _ in cell.products:
-        if weight not in given.weights:
+    for name, count in ((p.operand, columns.get(p.weight)) for p in cell.products):
+        if count is None:
             continue
-        count = sizes[columns]
-        scale, zero_point, qmin, qmax = given.extra[cell.parts.index(name)].tolist()
+        scale, zero_point, qmin, qmax = table[cell.parts.index(name)].tolist()
         low, high = qmin - zero_point, qmax - zero_point
         if not 0 < scale < math.inf:
             raise ValueError(f"table must give the part {name} a positive scale.")
@@ -346,12 +335,14 @@ def layer_reference(
 
     def reference(*args: Any, compute: torch.dtype = torch.float32) -> torch.Tensor:
         given = in_order(cell, weight, static, args)
+        x, states, weights, table, biases, lengths, direction = given
         if static:
-            _require_bytes(cell, given)
-        parts = _Parts(cell, given.extra)
+            columns = {"ih": x.shape[-1], "hh": states[0].shape[-1], "hr": states[-1].shape[-1]}
+            _require_bytes(cell, table, {name: columns[name] for name in weights})
+        parts = _Parts(cell, table)
         of = {
-            name: _Linear(weight, stored, given.biases.get(name), activation, compute)
-            for name, stored in given.weights.items()
+            name: _Linear(weight, stored, biases.get(name), activation, compute)
+            for name, stored in weights.items()
         }
 
         def gates(which: str, v: torch.Tensor, name: str) -> torch.Tensor:
@@ -366,10 +357,10 @@ def layer_reference(
 
         states = tuple(
             _entering(state.to(compute), parts[name])
-            for name, state in zip(cell.states, given.states, strict=True)
+            for name, state in zip(cell.states, states, strict=True)
         )
-        inputs = gates("ih", given.x, "input")
-        return _scan(given.x, states, step, inputs, given.lengths, given.direction, compute)
+        inputs = gates("ih", x, "input")
+        return _scan(x, states, step, inputs, lengths, direction, compute)
 
     return reference
 

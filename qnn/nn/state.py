@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qnn.functional.tensor_parallel import is_distributed
-from qnn.kernels import Scheme, get_scheme
+from qnn.kernels import SCHEMES, Scheme, get_scheme
 from qnn.kernels.cpu.forking import return_threads
 from qnn.kernels.formats import FLOATS, Part
 from qnn.nn.values import (
@@ -272,13 +272,6 @@ class Stored(nn.Module):
             destination.update({prefix + weight + part.suffix: each for part, each in made})
 
 
-# What schemes of the compressed-tensors convention and of its neighbours store beside a weight.
-_SUFFIXES = (
-    "_packed",
-    "_shape",
-    "_scale",
-    "_global_scale",
-    "_zero_point",
-    "_scale_inv",
-    "_scale_2",
-)
+# What schemes, the compressed-tensors convention and its neighbours store beside a weight.
+_SUFFIXES = {part.suffix for each in SCHEMES.values() for part in each.weight.on_disk}
+_SUFFIXES |= {"_scale_inv", "_scale_2"}
