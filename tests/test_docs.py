@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import tempfile
-import unittest
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ PAGES = sorted(
 )
 
 
-class TestDocs(unittest.TestCase):
+class TestDocs:
     @parameterized.expand([(str(path.relative_to(ROOT)), path) for path in PAGES])
     def test_page(self, name: str, path: Path) -> None:
         text = path.read_text()

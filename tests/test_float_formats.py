@@ -10,13 +10,13 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
-import unittest
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -237,17 +237,17 @@ def matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
         return torch.from_numpy(x.astype(f32))
 
 
-class TestCodes(unittest.TestCase):
+class TestCodes:
     """What all the codes stand for, against the published tables."""
 
     def test_published_values(self) -> None:
         # "FP8 Formats for Deep Learning", table 1; OCP Microscaling 1.0, table 5.
-        self.assertEqual((E4M3[-1], E4M3[8], E4M3[7], E4M3[1]), (448, 2**-6, 7 / 8 * 2**-6, 2**-9))
-        self.assertEqual((E5M2[-1], E5M2[4], E5M2[3]), (57344, 2**-14, 3 / 4 * 2**-14))
-        self.assertEqual(E5M2[1], 2**-16)
-        self.assertEqual(E2M1.tolist(), [0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        assert (E4M3[-1], E4M3[8], E4M3[7], E4M3[1]) == (448, 2**-6, 7 / 8 * 2**-6, 2**-9)
+        assert (E5M2[-1], E5M2[4], E5M2[3]) == (57344, 2**-14, 3 / 4 * 2**-14)
+        assert E5M2[1] == 2**-16
+        assert E2M1.tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
         for form in FORMATS.values():
-            self.assertEqual(form.qmax, {"float8_e5m2": 57344, "nvfp4": 6}.get(form.name, 448))
+            assert form.qmax == {"float8_e5m2": 57344, "nvfp4": 6}.get(form.name, 448)
 
     @grid(FLOAT8)
     def test_every_float8_code(self, _: str, form: float8.Float8) -> None:
@@ -267,20 +267,20 @@ class TestCodes(unittest.TestCase):
         got = nvfp4.ROWS.dequantize((nvfp4.pack(codes), one.to(torch.float8_e4m3fn), one))
         want = decoded(codes.numpy(), E2M1, 8)
         np.testing.assert_array_equal(got.numpy(), want)
-        self.assertTrue(np.signbit(got.numpy()[8:]).all())
+        assert np.signbit(got.numpy()[8:]).all()
 
     def test_every_e8m0_byte(self) -> None:
         power = mxfp8.power(torch.arange(256, dtype=torch.uint8)).numpy()
         np.testing.assert_array_equal(power[:255], np.ldexp(f32(1), np.arange(255) - 127))
-        self.assertTrue((power[:255] > 0).all())
-        self.assertTrue(np.isnan(power[255]))
+        assert (power[:255] > 0).all()
+        assert np.isnan(power[255])
         byte = torch.arange(256, dtype=torch.uint8)[:, None]
         q = torch.full((256, 32), -1.5).to(torch.float8_e4m3fn)
         for compute in (torch.float32, torch.float64):
             got = MX.dequantize((q, byte), compute)
             want = -1.5 * np.ldexp(1.0, np.arange(255) - 127)
             np.testing.assert_array_equal(got[:255, 0].numpy(), want)
-            self.assertTrue(got[255].isnan().all())
+            assert got[255].isnan().all()
 
 
 def ties(grid: np.ndarray) -> np.ndarray:
@@ -292,7 +292,7 @@ def ties(grid: np.ndarray) -> np.ndarray:
     return np.concatenate((points, -points))
 
 
-class TestRounding(unittest.TestCase):
+class TestRounding:
     @parameterized.expand([("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2)])
     def test_every_tie_of_float8(self, _: str, storage: torch.dtype) -> None:
         grid = GRIDS[storage]
@@ -300,19 +300,19 @@ class TestRounding(unittest.TestCase):
         points = np.concatenate((ties(grid), np.array([*more, *(-v for v in more)], f32)))
         got = bits(float8.cast(torch.from_numpy(points), torch.ones(()), storage))
         np.testing.assert_array_equal(got, nearest(points, grid, 128))
-        self.assertEqual(set(got.tolist()), {*range(len(grid)), *range(128, 128 + len(grid))})
+        assert set(got.tolist()) == {*range(len(grid)), *range(128, 128 + len(grid))}
 
     def test_every_tie_of_e2m1(self) -> None:
         points = ties(E2M1)
         points = np.clip(points, -6, 6)
         got = nvfp4.e2m1(torch.from_numpy(points)).numpy()
         np.testing.assert_array_equal(got, nearest(points, E2M1, 8))
-        self.assertEqual(set(got.tolist()), set(range(16)))
+        assert set(got.tolist()) == set(range(16))
 
     def test_published_ties_of_e2m1(self) -> None:
         ties = {0.25: 0, 0.75: 1, 1.25: 1, 1.75: 2, 2.5: 2, 3.5: 4, 5: 4}
         got = E2M1[nvfp4.e2m1(torch.tensor(list(ties))).numpy()]
-        self.assertEqual(got.tolist(), list(ties.values()))
+        assert got.tolist() == list(ties.values())
 
     @grid(ROUNDED)
     def test_every_tie_through_the_format(self, _: str, form: Format) -> None:
@@ -324,10 +324,10 @@ class TestRounding(unittest.TestCase):
         x = np.concatenate((points, np.full_like(points[:, :1], grid[-1])), 1)
         parts = form.quantize(torch.from_numpy(x))
         if isinstance(form, nvfp4.NVFP4):
-            self.assertTrue((parts[1].float() == 448).all())
+            assert (parts[1].float() == 448).all()
             codes = nvfp4.unpack(parts[0]).numpy()
         else:
-            self.assertTrue((parts[1] == (127 if form is MX else 1)).all())
+            assert (parts[1] == (127 if form is MX else 1)).all()
             codes = bits(parts[0])
         np.testing.assert_array_equal(codes, nearest(x, grid, (len(grid) <= 8 and 8) or 128))
 
@@ -337,7 +337,7 @@ class TestRounding(unittest.TestCase):
         x[:, ::2] = -0.0
         for filled in (x, x.index_put((torch.tensor(0), torch.tensor(5)), torch.tensor(3.0))):
             back = form.dequantize(form.quantize(filled))
-            self.assertTrue(torch.equal(back.signbit(), filled.signbit()))
+            assert torch.equal(back.signbit(), filled.signbit())
 
     @parameterized.expand([(f"{key}_{value}", key, value) for key in ROUNDED
                            for value in (float("nan"), float("inf"), -float("inf"))])  # fmt: skip
@@ -351,18 +351,18 @@ class TestRounding(unittest.TestCase):
         hit = np.zeros(x.shape, bool)
         if isinstance(form, nvfp4.NVFP4):
             hit[3, 16:32] = True
-            self.assertEqual(bits(spoiled[1])[3, 1] & NAN, NAN)
+            assert bits(spoiled[1])[3, 1] & NAN == NAN
             other = np.ones((32, 4), bool)
             other[3, 1] = False
             np.testing.assert_array_equal(bits(spoiled[1])[other], bits(clean[1])[other])
             np.testing.assert_array_equal(bits(spoiled[2]), bits(clean[2]))
-            self.assertEqual(nvfp4.unpack(spoiled[0])[3, 20].item(), 0)
+            assert nvfp4.unpack(spoiled[0])[3, 20].item() == 0
         else:
             hit[3, 20] = True
-            self.assertEqual(bits(spoiled[0])[3, 20], NAN)
+            assert bits(spoiled[0])[3, 20] == NAN
             np.testing.assert_array_equal(bits(spoiled[1]), bits(clean[1]))
         one, other = form.dequantize(spoiled).numpy(), form.dequantize(clean).numpy()
-        self.assertTrue(np.isnan(one[hit]).all())
+        assert np.isnan(one[hit]).all()
         np.testing.assert_array_equal(one[~hit], other[~hit])
 
     @grid(ROUNDED)
@@ -370,7 +370,7 @@ class TestRounding(unittest.TestCase):
         x = torch.full((16, 32), float("inf"))
         x[::2] = float("nan")
         check(form, x)
-        self.assertTrue(form.dequantize(form.quantize(x)).isnan().all())
+        assert form.dequantize(form.quantize(x)).isnan().all()
 
     def test_float64_beyond_float32_is_infinite(self) -> None:
         x = torch.randn(4, 32, dtype=torch.float64)
@@ -380,14 +380,14 @@ class TestRounding(unittest.TestCase):
                 np.testing.assert_array_equal(bits(got), bits(want))
             if not isinstance(form, nvfp4.NVFP4):
                 back = form.dequantize(form.quantize(x))
-                self.assertEqual((~back.isfinite()).nonzero().tolist(), [[1, 2]])
+                assert (~back.isfinite()).nonzero().tolist() == [[1, 2]]
 
 
 SIZES = (1e-45, 1e-41, 1e-37, 5e-36, 1e-35, 1e-20, 1.0, 1e20, 1e38, 3e38)
 SHAPES = ((1, 1), (1, 16), (5, 37), (16, 16), (37, 63), (33, 128), (130, 150))
 
 
-class TestScales(unittest.TestCase):
+class TestScales:
     @parameterized.expand([(f"{key}-{rows}x{columns}", key, rows, columns) for key in ROUNDED
                            for rows, columns in SHAPES])  # fmt: skip
     def test_equals_the_second_reference(self, _: str, key: str, rows: int, columns: int) -> None:
@@ -402,12 +402,12 @@ class TestScales(unittest.TestCase):
         x = (x.double() * size).float()
         check(form, x)
         parts = form.quantize(x)
-        self.assertTrue(all(part.float().isfinite().all() for part in parts[1:]))
+        assert all(part.float().isfinite().all() for part in parts[1:])
         back = form.dequantize(parts).numpy()
-        self.assertTrue(np.isfinite(back).all())
+        assert np.isfinite(back).all()
         if size >= 1e-37:
             error = np.abs(back[:, :50] - x.numpy()).max() / size
-            self.assertLess(error, {"float8_e5m2": 0.126, "nvfp4": 0.2}.get(form.name, 0.0626))
+            assert error < {"float8_e5m2": 0.126, "nvfp4": 0.2}.get(form.name, 0.0626)
 
     @grid(ROUNDED)
     def test_zeros(self, _: str, form: Format) -> None:
@@ -415,11 +415,11 @@ class TestScales(unittest.TestCase):
         for x in (torch.zeros(16, 32), torch.cat((torch.zeros(128, 64), torch.randn(5, 64)))):
             check(form, x)
             zeros = form.dequantize(form.quantize(x))[: min(128, x.shape[0])]
-            self.assertTrue((zeros == 0).all())
+            assert (zeros == 0).all()
         parts = form.quantize(torch.zeros(16, 32))
-        self.assertTrue((parts[0].view(torch.uint8) == 0).all())
+        assert (parts[0].view(torch.uint8) == 0).all()
         for scale in parts[1:]:
-            self.assertTrue((scale.float() == (127 if form is MX else 1)).all())
+            assert (scale.float() == (127 if form is MX else 1)).all()
 
     @parameterized.expand([
         ("float8_e4m3_tensor", (1,), (130, 260)), ("float8_e4m3", (130, 1), (1, 260)),
@@ -431,12 +431,12 @@ class TestScales(unittest.TestCase):
         x = torch.rand(130, 260) + 0.5
         x[0, 0] = 10.0  # so that nvfp4's scale of the tensor stays
         scale = form.quantize(x)[1]
-        self.assertEqual(scale.shape, shape)
+        assert scale.shape == shape
         x[129, 259] = 8.0
         moved = form.quantize(x)[1].float() != scale.float()
-        self.assertEqual(moved.sum().item(), 0 if shape == (1,) else 1)
+        assert moved.sum().item() == (0 if shape == (1,) else 1)
         if shape != (1,):
-            self.assertTrue(moved[129 // block[0], 259 // block[1]])
+            assert moved[129 // block[0], 259 // block[1]]
 
     @parameterized.expand([("float8_e4m3_group", 448), ("float8_e4m3_block", 448),
                            ("float8_e5m2_group", 57344)])  # fmt: skip
@@ -449,8 +449,8 @@ class TestScales(unittest.TestCase):
                             (np.nextafter(edges, FLT_MAX), e + 1)):  # fmt: skip
             for size, power in zip(sizes, want, strict=True):
                 q, scale = form.quantize(torch.tensor([[float(size)]]))
-                self.assertEqual(scale.item(), 2.0**power, size)
-                self.assertLessEqual(q.float().item(), top)
+                assert scale.item() == 2.0**power, size
+                assert q.float().item() <= top
 
     def test_mxfp8_rounds_its_exponent_up(self) -> None:
         """At 448 · 2^k, on both sides of it, and down to where the scale ends."""
@@ -459,17 +459,18 @@ class TestScales(unittest.TestCase):
         small = np.ldexp(f32(448), -127) * np.array([0.5, 0.999, 1, 1.001, 1.5, 1.999], f32)
         sizes = np.concatenate((sizes, small, np.array([1e38, FLT_MAX, 1e-45, 1e-40], f32)))
         got = mxfp8.exponent_byte(torch.from_numpy(sizes)).tolist()
-        self.assertEqual(got, [exponent(size) + 127 for size in sizes])
+        assert got == [exponent(size) + 127 for size in sizes]
         q, byte = MX.quantize(torch.from_numpy(sizes)[:, None])
         cut = MX.dequantize((q, byte), torch.float64)[:, 0].numpy() - sizes
-        self.assertTrue((np.abs(cut) <= np.maximum(sizes / 16, 2.0**-137)).all())
+        assert (np.abs(cut) <= np.maximum(sizes / 16, 2.0**-137)).all()
 
     def test_nvfp4_scale_of_the_tensor(self) -> None:
         for amax, want in ((2688.0, 1.0), (1e-45, FLT_MAX), (7e-36, FLT_MAX), (448.0, 6.0)):
-            self.assertAlmostEqual(nvfp4.ROWS.quantize(torch.full((2, 16), amax))[2].item() / want,
-                                   1, delta=1e-6)  # fmt: skip
+            assert nvfp4.ROWS.quantize(torch.full((2, 16), amax))[2].item() / want == pytest.approx(
+                1, abs=1e-6
+            )
         s = nvfp4.ROWS.quantize(torch.full((2, 16), 7e-36))[2]
-        self.assertEqual(s.item(), FLT_MAX)
+        assert s.item() == FLT_MAX
 
     def near_ties(self, at: np.ndarray) -> np.ndarray:
         """`[ties, 17]`: the float32s around each."""
@@ -489,11 +490,11 @@ class TestScales(unittest.TestCase):
             bmax * s * f32(1 / 6),
             bmax * s / f32(6),
         ):
-            self.assertTrue((nearest(other, E4M3, 128) != want).any())
+            assert (nearest(other, E4M3, 128) != want).any()
         x = np.zeros((len(bmax) + 1, 16), f32)
         x[:-1, 3], x[-1, 0] = bmax, amax
         got = nvfp4.ROWS.quantize(torch.from_numpy(x))
-        self.assertEqual(got[2].item(), s)
+        assert got[2].item() == s
         np.testing.assert_array_equal(bits(got[1])[:-1, 0], want)
 
     @parameterized.expand([(3.7,), (0.0123,), (41.3,), (1.9e6,)])
@@ -510,7 +511,7 @@ class TestScales(unittest.TestCase):
             for i in range(0, len(points), 15):
                 rows.append([*np.resize(points[i : i + 15], 15).tolist(), float(b * 6 / s)])
                 wanted.append(np.resize(want[i : i + 15], 15))
-        self.assertGreater(others, 0)
+        assert others > 0
         got = nvfp4.ROWS.quantize(torch.tensor(rows))
         np.testing.assert_array_equal(nvfp4.unpack(got[0])[1:, :15].numpy(), np.array(wanted))
 
@@ -519,7 +520,7 @@ class TestScales(unittest.TestCase):
         x = torch.cat((torch.full((1, 16), 1e5), torch.full((1, 16), -1e-3), torch.zeros(1, 16)))
         check(nvfp4.ROWS, x)
         back = nvfp4.ROWS.dequantize(nvfp4.ROWS.quantize(x))
-        self.assertTrue((back[1:] == 0).all())
+        assert (back[1:] == 0).all()
 
     @parameterized.expand([(16, 16), (32, 48), (48, 16), (33, 20), (130, 37)])
     def test_squares(self, rows: int, columns: int) -> None:
@@ -529,22 +530,22 @@ class TestScales(unittest.TestCase):
         turned = nvfp4.SQUARES.quantize(w.mT)
         one = nvfp4.unpack(packed)[:, :columns]
         other = nvfp4.unpack(turned[0])[:, :rows]
-        self.assertTrue(torch.equal(one, other.mT))
-        self.assertEqual(s.item(), turned[2].item())
+        assert torch.equal(one, other.mT)
+        assert s.item() == turned[2].item()
         np.testing.assert_array_equal(bits(b), bits(b)[np.arange(rows) // 16 * 16])
         np.testing.assert_array_equal(bits(b)[::16], bits(turned[1])[::16].T)
         back = nvfp4.SQUARES.dequantize((packed, b, s))[:, :columns]
-        self.assertTrue(torch.equal(back, nvfp4.SQUARES.dequantize(turned)[:, :rows].mT))
+        assert torch.equal(back, nvfp4.SQUARES.dequantize(turned)[:, :rows].mT)
 
     def test_packing(self) -> None:
         """The even element in the low nibble."""
         x = torch.tensor([[0.5, 1.0, -1.5, 6.0, *[0.0] * 12]])
-        self.assertEqual(nvfp4.ROWS.quantize(x)[0][0, :3].tolist(), [0x21, 0x7B, 0x00])
+        assert nvfp4.ROWS.quantize(x)[0][0, :3].tolist() == [0x21, 0x7B, 0x00]
         codes = torch.randint(0, 16, (3, 32), dtype=torch.uint8)
         packed = nvfp4.pack(codes)
-        self.assertTrue(torch.equal(packed & 15, codes[:, ::2]))
-        self.assertTrue(torch.equal(packed >> 4, codes[:, 1::2]))
-        self.assertTrue(torch.equal(nvfp4.unpack(packed), codes))
+        assert torch.equal(packed & 15, codes[:, ::2])
+        assert torch.equal(packed >> 4, codes[:, 1::2])
+        assert torch.equal(nvfp4.unpack(packed), codes)
 
 
 def sylvester() -> np.ndarray:
@@ -554,8 +555,8 @@ def sylvester() -> np.ndarray:
     return h
 
 
-class TestHadamard(unittest.TestCase):
-    def setUp(self) -> None:
+class TestHadamard:
+    def setup_method(self) -> None:
         unit = nvfp4.hadamard(torch.eye(16)).double().numpy()
         self.matrix = unit.T  # hadamard(x) = matrix · x
 
@@ -577,14 +578,14 @@ class TestHadamard(unittest.TestCase):
         x = torch.randn(64, 64)
         want = (x.double().numpy().reshape(64, 4, 16) @ self.matrix.T).reshape(64, 64)
         error = np.abs(nvfp4.hadamard(x).numpy() - want).max()
-        self.assertLess(error, 8 * 2.0**-24 * np.abs(x.numpy()).max() * 4)
+        assert error < 8 * 2.0**-24 * np.abs(x.numpy()).max() * 4
 
     @parameterized.expand([(1,), (15,), (17,), (20,), (37,)])
     def test_a_partial_group_ends_in_zeros(self, columns: int) -> None:
         x = torch.randn(3, columns)
         filled = torch.nn.functional.pad(x, (0, -columns % 16))
-        self.assertTrue(torch.equal(nvfp4.hadamard(x), nvfp4.hadamard(filled)))
-        self.assertEqual(nvfp4.hadamard(x).shape, filled.shape)
+        assert torch.equal(nvfp4.hadamard(x), nvfp4.hadamard(filled))
+        assert nvfp4.hadamard(x).shape == filled.shape
 
     def test_format(self) -> None:
         """`nvfp4_hadamard` is `nvfp4` of the transformed rows, with their amax, and stays so."""
@@ -594,9 +595,9 @@ class TestHadamard(unittest.TestCase):
         for got, want in zip(parts, nvfp4.ROWS.quantize(nvfp4.hadamard(x)), strict=True):
             np.testing.assert_array_equal(bits(got), bits(want))
         back = nvfp4.TRANSFORMED.dequantize(parts)
-        self.assertEqual(back.isnan().sum(-1).tolist(), [0, 0, 16, 0, 0])
+        assert back.isnan().sum(-1).tolist() == [0, 0, 16, 0, 0]
         near = torch.nan_to_num(back - nvfp4.hadamard(x))
-        self.assertLess(near.norm().item(), 0.2 * x.nan_to_num().norm().item())
+        assert near.norm().item() < 0.2 * x.nan_to_num().norm().item()
 
 
 def chi_squared(observed: np.ndarray, wanted: np.ndarray) -> float:
@@ -606,7 +607,7 @@ def chi_squared(observed: np.ndarray, wanted: np.ndarray) -> float:
     return float((statistic - free) / math.sqrt(2 * free))
 
 
-class TestStochasticRounding(unittest.TestCase):
+class TestStochasticRounding:
     """A distribution, drawn from one seed: limits of 4 standard deviations, nothing by chance."""
 
     DRAWS = 4000
@@ -618,7 +619,7 @@ class TestStochasticRounding(unittest.TestCase):
         x = x.unflatten(1, (-1, 8)).repeat_interleave(2, -1)
         x[..., ::2] = 6.0  # the scale of each block, at every even place
         parts = OPS["nvfp4_stochastic_quantize"].overload(x.flatten(1), seed)
-        self.assertTrue((parts[1].float() == 448).all())
+        assert (parts[1].float() == 448).all()
         back = decoded(nvfp4.unpack(parts[0]).numpy(), E2M1, 8)
         np.testing.assert_array_equal(back[:, ::2], 6.0)
         return back[:, 1::2]
@@ -635,23 +636,23 @@ class TestStochasticRounding(unittest.TestCase):
         share = (points.astype(f32) - low) / (high - low)  # of the float32
         drawn = self.draw(points)
         up = drawn == high[:, None]
-        self.assertTrue((up | (drawn == low[:, None])).all())  # only the two neighbours
+        assert (up | (drawn == low[:, None])).all()  # only the two neighbours
         z = (up.sum(1) - self.DRAWS * share) / np.sqrt(self.DRAWS * share * (1 - share))
-        self.assertLess(np.abs(z).max(), 4.5)  # the largest of some hundred
+        assert np.abs(z).max() < 4.5  # the largest of some hundred
         spread = ((z**2).sum() - z.size) / math.sqrt(2 * z.size)
-        self.assertLess(abs(spread), 4)  # neither too far off nor too good
+        assert abs(spread) < 4  # neither too far off nor too good
         # The mean is exact: of each point, and over all of them.
         deviation = np.sqrt(share * (1 - share)) * np.abs(high - low)
         error = (drawn - points[:, None]).sum(1)
         np.testing.assert_array_less(np.abs(error), 4.5 * deviation * math.sqrt(self.DRAWS))
-        self.assertLess(abs(error.sum()), 4 * math.sqrt((deviation**2).sum() * self.DRAWS))
+        assert abs(error.sum()) < 4 * math.sqrt((deviation**2).sum() * self.DRAWS)
 
     def test_to_nearest_would_fail(self) -> None:
         """The statistic above tells the two apart."""
         points = np.full(7, 1.125)
-        self.assertGreater(np.abs(self.draw(points).mean() - 1.0), 0.1)
+        assert np.abs(self.draw(points).mean() - 1.0) > 0.1
         back = nvfp4.ROWS.dequantize(nvfp4.ROWS.quantize(torch.tensor([[6.0, *points]])))
-        self.assertTrue((back[0, 1:8] == 1.0).all())
+        assert (back[0, 1:8] == 1.0).all()
 
     def test_exact_codes_never_move(self) -> None:
         """Not even with the largest noise, which a rounded sum would turn into one more step."""
@@ -659,7 +660,7 @@ class TestStochasticRounding(unittest.TestCase):
         x = torch.from_numpy(decoded(codes.numpy(), E2M1, 8)).float()
         for noise in (0.0, 0.5, 1 - 2.0**-23, 1 - 2.0**-24):
             got = nvfp4.e2m1(x, torch.full_like(x, noise))
-            self.assertTrue(torch.equal(got, codes), noise)
+            assert torch.equal(got, codes), noise
         np.testing.assert_array_equal(self.draw(E2M1), E2M1[:, None].repeat(self.DRAWS, 1))
 
     def test_the_extremes_of_the_noise(self) -> None:
@@ -668,9 +669,9 @@ class TestStochasticRounding(unittest.TestCase):
             x = torch.tensor([np.nextafter(f32(below), f32(9)), np.nextafter(f32(above), f32(0))])
             up, down = torch.zeros(2), torch.full((2,), 1 - 2.0**-24)
             for sign in (1, -1):
-                self.assertEqual(E2M1[nvfp4.e2m1(sign * x, up) & 7].tolist(), [above, above])
+                assert E2M1[nvfp4.e2m1(sign * x, up) & 7].tolist() == [above, above]
                 got = E2M1[nvfp4.e2m1(sign * x, down) & 7].tolist()
-                self.assertEqual(got, [below, below])
+                assert got == [below, below]
 
     def test_scales_are_those_of_nearest(self) -> None:
         x = matrix(37, 63)
@@ -680,18 +681,18 @@ class TestStochasticRounding(unittest.TestCase):
             np.testing.assert_array_equal(bits(got[1]), bits(want[1]))
             np.testing.assert_array_equal(bits(got[2]), bits(want[2]))
             steps = np.abs(bits(nvfp4.unpack(got[0])).astype(int) - bits(nvfp4.unpack(want[0])))
-            self.assertEqual(set(steps.ravel()), {0, 1})
+            assert set(steps.ravel()) == {0, 1}
 
     def test_a_seed_repeats_itself_and_no_other(self) -> None:
         x = torch.randn(32, 64)
         first = nvfp4.GRADIENT.quantize(x, SEED)[0]
-        self.assertTrue(torch.equal(first, nvfp4.GRADIENT.quantize(x, SEED.clone())[0]))
+        assert torch.equal(first, nvfp4.GRADIENT.quantize(x, SEED.clone())[0])
         for other in (1, 2**32, -1, 2**61):
             again = nvfp4.GRADIENT.quantize(x, SEED + other)[0]
-            self.assertGreater((again != first).float().mean().item(), 0.2)
+            assert (again != first).float().mean().item() > 0.2
 
 
-class TestNoise(unittest.TestCase):
+class TestNoise:
     N = 2**15
 
     def noise(self, seed: int, count: int = N) -> np.ndarray:
@@ -708,7 +709,7 @@ class TestNoise(unittest.TestCase):
             want = [
                 (mix((mix(i ^ low) + high + mix(low)) % 2**32) >> 8) / 2**24 for i in range(200)
             ]
-            self.assertEqual(self.noise(seed, 200).tolist(), want)
+            assert self.noise(seed, 200).tolist() == want
 
     def test_depends_on_the_position_alone(self) -> None:
         np.testing.assert_array_equal(self.noise(5, 1000)[:37], self.noise(5, 37))
@@ -716,33 +717,33 @@ class TestNoise(unittest.TestCase):
     @parameterized.expand([(0,), (1,), (2**32,), (2**61 + 12345,)])
     def test_is_uniform(self, seed: int) -> None:
         whole = (self.noise(seed) * 2**24).astype(int)
-        self.assertEqual((whole / 2**24).tolist(), self.noise(seed).tolist())
-        self.assertTrue(0 <= whole.min() <= whole.max() < 2**24)
+        assert (whole / 2**24).tolist() == self.noise(seed).tolist()
+        assert 0 <= whole.min() <= whole.max() < 2**24
         for shift in (16, 8, 0):  # the high bits, those in the middle, the low ones
             counts = np.bincount(whole >> shift & 255, minlength=256)
-            self.assertLess(abs(chi_squared(counts, np.full(256, self.N / 256))), 4, shift)
+            assert abs(chi_squared(counts, np.full(256, self.N / 256))) < 4, shift
 
     @parameterized.expand([(0, 1), (6, 7), (0, 2**32), (0, 2**31), (5, 2**32 + 4), (9, 2**61)])
     def test_seeds_are_independent(self, one: int, other: int) -> None:
         a, b = self.noise(one), self.noise(other)
-        self.assertLess(abs(np.corrcoef(a, b)[0, 1]), 4 / math.sqrt(self.N))
+        assert abs(np.corrcoef(a, b)[0, 1]) < 4 / math.sqrt(self.N)
         # Nor do they share numbers at other positions: 64 by chance, of 2^15 numbers out of 2^24.
-        self.assertLess(len(np.intersect1d(a, b)), 64 + 4 * 8)
+        assert len(np.intersect1d(a, b)) < 64 + 4 * 8
         joint = np.bincount((a * 16).astype(int) * 16 + (b * 16).astype(int), minlength=256)
-        self.assertLess(abs(chi_squared(joint, np.full(256, self.N / 256))), 4)
+        assert abs(chi_squared(joint, np.full(256, self.N / 256))) < 4
 
     @parameterized.expand([(1,), (2,), (3,), (16,), (64,), (4096,)])
     def test_positions_are_independent(self, lag: int) -> None:
         a = self.noise(3)
-        self.assertLess(abs(np.corrcoef(a[lag:], a[:-lag])[0, 1]), 4 / math.sqrt(self.N - lag))
+        assert abs(np.corrcoef(a[lag:], a[:-lag])[0, 1]) < 4 / math.sqrt(self.N - lag)
         pairs = np.bincount((a[lag:] * 16).astype(int) * 16 + (a[:-lag] * 16).astype(int))
-        self.assertLess(abs(chi_squared(pairs, np.full(256, (self.N - lag) / 256))), 4)
+        assert abs(chi_squared(pairs, np.full(256, (self.N - lag) / 256))) < 4
 
 
-class TestInputs(unittest.TestCase):
+class TestInputs:
     def alike(self, form: Format, x: torch.Tensor, y: torch.Tensor) -> None:
         for got, want in zip(form.quantize(x, SEED), form.quantize(y, SEED), strict=True):
-            self.assertEqual(got.shape, want.shape)
+            assert got.shape == want.shape
             np.testing.assert_array_equal(bits(got), bits(want))
 
     @parameterized.expand([(f"{key}-{dtype}", key, dtype) for key in FORMATS for dtype in
@@ -769,10 +770,11 @@ class TestInputs(unittest.TestCase):
         seed = SEED if form.stochastic else None
         for rows, columns in ((0, 32), (0, 37), (3, 0)):
             parts = form.quantize(torch.zeros(rows, columns), seed)
-            self.assertEqual([tuple(p.shape) for p in parts],
-                             [part.shape(rows, columns) for part in form.parts])  # fmt: skip
-            self.assertEqual([p.dtype for p in parts], [part.dtype for part in form.parts])
-            self.assertEqual(form.dequantize(parts)[:, :columns].shape, (rows, columns))
+            assert [tuple(p.shape) for p in parts] == [
+                part.shape(rows, columns) for part in form.parts
+            ]
+            assert [p.dtype for p in parts] == [part.dtype for part in form.parts]
+            assert form.dequantize(parts)[:, :columns].shape == (rows, columns)
 
     @grid({key: form for key, form in FORMATS.items() if not form.tall})
     def test_leading_axes(self, _: str, form: Format) -> None:
@@ -784,7 +786,7 @@ class TestInputs(unittest.TestCase):
             for part, got, want in zip(
                 form.parts, form.quantize(view, seed), form.quantize(flat, seed), strict=True
             ):
-                self.assertEqual(got.dim(), 1 if part.axes == "1" else view.dim())
+                assert got.dim() == (1 if part.axes == "1" else view.dim())
                 np.testing.assert_array_equal(bits(got).ravel(), bits(want).ravel())
 
     @grid({key: form for key, form in FORMATS.items() if form.rowwise})
@@ -797,11 +799,11 @@ class TestInputs(unittest.TestCase):
 
     def test_which_formats_have_independent_rows(self) -> None:
         rowwise = {key for key, form in FORMATS.items() if form.rowwise}
-        self.assertEqual(rowwise, {"float8_e4m3", "float8_e4m3_group", "float8_e5m2",
-                                   "float8_e5m2_group", "mxfp8"})  # fmt: skip
+        assert rowwise == {"float8_e4m3", "float8_e4m3_group", "float8_e5m2",
+                                   "float8_e5m2_group", "mxfp8"}  # fmt: skip
 
 
-class TestReferencesInFloat64(unittest.TestCase):
+class TestReferencesInFloat64:
     """`compute=torch.float64` is exact to the last bits, and float32 near it."""
 
     @grid(STEADY)
@@ -809,7 +811,7 @@ class TestReferencesInFloat64(unittest.TestCase):
         parts = form.quantize(matrix(37, 63))
         want = values(form, parts)
         got = OPS[f"{form.key}_dequantize"].reference(*parts, torch.float32, compute=torch.float64)
-        self.assertEqual(got.dtype, torch.float64)
+        assert got.dtype == torch.float64
         np.testing.assert_array_equal(got.numpy(), want)
         with np.errstate(over="ignore"):
             np.testing.assert_array_equal(form.dequantize(parts).numpy(), want.astype(f32))
@@ -837,9 +839,9 @@ class TestReferencesInFloat64(unittest.TestCase):
         exact = reference(*xq, *wq, bias, torch.float32, compute=torch.float64)
         np.testing.assert_allclose(exact.numpy(), want, rtol=0, atol=1e-13)
         near = reference(*xq, *wq, bias, torch.float32)
-        self.assertEqual(near.dtype, torch.float32)
+        assert near.dtype == torch.float32
         bound = (np.abs(xv) @ np.abs(wv).T + np.abs(bias.numpy())) * (150 + 4) * 2.0**-24
-        self.assertTrue((np.abs(near.numpy() - want) <= bound).all())
+        assert (np.abs(near.numpy() - want) <= bound).all()
 
     @parameterized.expand([("fp8", "float8_e4m3"), ("fp8_tensor", "float8_e4m3_tensor"),
                            ("nvfp4", "nvfp4")])  # fmt: skip
@@ -864,7 +866,7 @@ class TestReferencesInFloat64(unittest.TestCase):
         got = OPS[f"{scheme}_matmul"].overload(*sums[0], *sums[1], bias, torch.float32)
         np.testing.assert_array_equal(got.numpy(), want)
         other = acc * scales[0] * scales[1].ravel() + bias.numpy()
-        self.assertTrue((other != want).any())
+        assert (other != want).any()
 
 
 def step(size: np.ndarray, form: Format) -> np.ndarray:
@@ -890,7 +892,7 @@ def matrices(draw: st.DrawFn) -> torch.Tensor:
 FEW = settings(max_examples=60)
 
 
-class TestRoundTrip(unittest.TestCase):
+class TestRoundTrip:
     @grid(ROUNDED)
     def test_equals_the_second_reference(self, _: str, form: Format) -> None:
         @FEW
@@ -916,12 +918,12 @@ class TestRoundTrip(unittest.TestCase):
             if isinstance(form, nvfp4.NVFP4):
                 wanted = np.clip(given, -6 * scale, 6 * scale)
                 held = scale * parts[2].item() >= 2.0**-6  # the block's scale has all its bits
-                self.assertTrue((np.abs(given) <= 6.4001 * scale)[held].all())
+                assert (np.abs(given) <= 6.4001 * scale)[held].all()
             with np.errstate(invalid="ignore", divide="ignore"):
                 size = np.where(scale > 0, np.abs(wanted) / scale, 0)
             error = np.abs(back - wanted)
             bound = step(size, form) * scale / 2 + np.abs(wanted) * 2.0**-21
-            self.assertTrue((error <= bound).all(), (error - bound).max())
+            assert (error <= bound).all(), (error - bound).max()
 
         run()
 
@@ -941,18 +943,18 @@ class TestRoundTrip(unittest.TestCase):
                 kept = (b == 0) | (b >= 2.0**-6)
                 once, twice = once[kept], twice[kept]
             if exactly:
-                self.assertTrue(torch.equal(twice, once))
+                assert torch.equal(twice, once)
             else:
                 torch.testing.assert_close(twice, once, rtol=2.0**-21, atol=0)
 
         run()
 
 
-class TestTheoryInTheDocs(unittest.TestCase):
+class TestTheoryInTheDocs:
     """The table of `docs/sqnr.py`: what is measured is what its theory says."""
 
     @classmethod
-    def setUpClass(cls) -> None:
+    def setup_class(cls) -> None:
         spec = importlib.util.spec_from_file_location("sqnr", ROOT / "docs" / "sqnr.py")
         assert spec is not None
         assert spec.loader is not None
@@ -962,27 +964,26 @@ class TestTheoryInTheDocs(unittest.TestCase):
 
     def test_every_format_has_a_row(self) -> None:
         keys = {form.key for form in self.sqnr.FORMATS}
-        self.assertEqual(keys, {"int8", *FLOAT8, "mxfp8", "nvfp4"})
+        assert keys == {"int8", *FLOAT8, "mxfp8", "nvfp4"}
 
     def test_data(self) -> None:
         """Normal; Student's t with 3 degrees of freedom; normal with 0.1% of outliers."""
         normal, tails, outliers = self.data.values()
-        self.assertAlmostEqual(normal.square().mean().item(), 1, delta=0.02)
+        assert normal.square().mean().item() == pytest.approx(1, abs=0.02)
         for x, share in ((1.638, 0.2), (2.353, 0.1), (5.841, 0.01), (12.924, 0.001)):
-            self.assertAlmostEqual((tails.abs() > x).float().mean().item() / share, 1, delta=0.2)
-        self.assertAlmostEqual((outliers.abs() > 6).float().mean().item(), 9e-4, delta=2e-4)
+            assert (tails.abs() > x).float().mean().item() / share == pytest.approx(1, abs=0.2)
+        assert (outliers.abs() > 6).float().mean().item() == pytest.approx(9e-4, abs=2e-4)
 
     @parameterized.expand([("normal", 0.2), ("heavy tails", 0.7), ("outliers", None)])
     def test_measured_is_theory(self, kind: str, within: float | None) -> None:
         for form in self.sqnr.FORMATS:
             measured, theory = self.sqnr.measured(form, self.data[kind]), self.sqnr.theory(form)
-            with self.subTest(form.key):
-                if form.name == "int8" and kind != "normal":
-                    self.assertLess(measured, theory - 8)  # amax is not that of normal values
-                elif within is not None:
-                    self.assertAlmostEqual(measured, theory, delta=within)
-                else:
-                    self.assertGreater(measured, theory - 0.5)
+            if form.name == "int8" and kind != "normal":
+                assert measured < theory - 8, form.key  # amax is not that of normal values
+            elif within is not None:
+                assert measured == pytest.approx(theory, abs=within), form.key
+            else:
+                assert measured > theory - 0.5, form.key
 
     def test_closed_form(self) -> None:
         """The mean over a log-uniform binade, numerically, with e4m3's own rounding."""
@@ -990,8 +991,4 @@ class TestTheoryInTheDocs(unittest.TestCase):
             x = np.exp2((np.arange(2**16) + 0.5) / 2**16).astype(f32)
             error = decoded(nearest(x, grid, 128), grid, 128) - x
             ratio = 1 / np.mean((error / x) ** 2)
-            self.assertAlmostEqual(10 * math.log10(ratio), self.sqnr.theory(form), delta=0.1)
-
-
-if __name__ == "__main__":
-    unittest.main()
+            assert 10 * math.log10(ratio) == pytest.approx(self.sqnr.theory(form), abs=0.1)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import tempfile
 import threading
-import unittest
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from parameterized import parameterized
 from torch import nn
@@ -61,7 +61,9 @@ def converted(model: nn.Module, dtype: torch.dtype = torch.float32, scheme: str 
 
 # Lists of graph passes came with torch 2.13; before, qnn's is left out if another is set.
 LISTS = hasattr(custom_graph_pass, "get_custom_graph_passes")
-takes_lists = unittest.skipUnless(LISTS, f"torch {torch.__version__} takes one graph pass")
+takes_lists = pytest.mark.skipif(
+    not LISTS, reason=f"torch {torch.__version__} takes one graph pass"
+)
 
 
 def appended(last: Any) -> Any:
@@ -102,7 +104,6 @@ def compiled(fn: Any, *args: Any, **options: Any) -> tuple[Any, Counter[str]]:
 
 @torch.no_grad()
 def check(
-    case: unittest.TestCase,
     fn: Any,
     *args: Any,
     calls: dict[str, int],
@@ -110,16 +111,16 @@ def check(
     **options: Any,
 ) -> None:
     got, found = compiled(fn, *args, **options)
-    case.assertEqual(found, Counter(calls))
+    assert found == Counter(calls), fn
     torch.testing.assert_close(got, fn(*args), rtol=atol, atol=atol)
 
 
-class TestSharing(unittest.TestCase):
+class TestSharing:
     @parameterized.expand(itertools.product((*DTYPES, torch.float64), (False, True)))
     def test_rows_are_quantised_once(self, dtype: torch.dtype, dynamic: bool) -> None:
         x = torch.randn(2, 3, 48).to(dtype)
         want = {"int8_quantize": 1, "int8_rows_linear": 3}
-        check(self, converted(QKV(), dtype), x, calls=want, dynamic=dynamic)
+        check(converted(QKV(), dtype), x, calls=want, dynamic=dynamic)
 
     def test_through_equal_views(self) -> None:
         a, b, c = (converted(nn.Linear(48, 8)) for _ in range(3))
@@ -128,20 +129,20 @@ class TestSharing(unittest.TestCase):
             return a(x.view(-1, 48)) * 2 - b(x.reshape(-1, 48)) + c(x.view(6, 1, 48))[:, 0] * 2
 
         want = {"int8_quantize": 1, "int8_rows_linear": 2, "int8_linear": 1}
-        check(self, fn, torch.randn(2, 3, 48), calls=want, atol=1e-6)
+        check(fn, torch.randn(2, 3, 48), calls=want, atol=1e-6)
 
     def test_non_finite_rows_stay_apart(self) -> None:
         model, x = converted(QKV()), torch.randn(4, 48)
         x[2, 7] = float("inf")
         with torch.no_grad():
             y, calls = compiled(model, x)
-        self.assertEqual(calls["int8_quantize"], 1)
-        self.assertFalse(bool(y[2].isfinite().any()))
-        self.assertTrue(torch.equal(y[[0, 1, 3]], model(x)[[0, 1, 3]]))
+        assert calls["int8_quantize"] == 1
+        assert not bool(y[2].isfinite().any())
+        assert torch.equal(y[[0, 1, 3]], model(x)[[0, 1, 3]])
 
     def test_weight_only_layers_share_nothing(self) -> None:
         model = converted(QKV(), scheme="int8_weight")
-        check(self, model, torch.randn(4, 48), calls={"int8_weight_linear": 3}, atol=1e-5)
+        check(model, torch.randn(4, 48), calls={"int8_weight_linear": 3}, atol=1e-5)
 
     def test_with_activations_and_residuals(self) -> None:
         a, b = converted(nn.Linear(48, 48)), converted(nn.Linear(48, 48))
@@ -150,10 +151,10 @@ class TestSharing(unittest.TestCase):
             return torch.cat([a(x).relu(), x + b(x)])
 
         want = {"int8_quantize": 1, "int8_rows_linear+relu": 1, "int8_rows_linear+residual": 1}
-        check(self, fn, torch.randn(4, 48), calls=want)
+        check(fn, torch.randn(4, 48), calls=want)
 
 
-class TestActivations(unittest.TestCase):
+class TestActivations:
     @parameterized.expand(
         [
             (name, dtype, dtype == torch.bfloat16)
@@ -167,12 +168,12 @@ class TestActivations(unittest.TestCase):
         def fn(x: torch.Tensor) -> torch.Tensor:
             return UNFUSED[name](layer(x))
 
-        check(self, fn, x, calls={f"int8_linear+{name}": 1}, atol=atol, dynamic=dynamic)
+        check(fn, x, calls={f"int8_linear+{name}": 1}, atol=atol, dynamic=dynamic)
 
     def test_float64_and_weight_only(self) -> None:
         model = converted(nn.Sequential(nn.Linear(48, 96), nn.SiLU()), torch.float64, "int8_weight")
         x = torch.randn(5, 48).double()
-        check(self, model, x, calls={"int8_weight_linear+silu": 1}, atol=1e-6)
+        check(model, x, calls={"int8_weight_linear+silu": 1}, atol=1e-6)
 
     def test_a_view_in_between(self) -> None:
         layer = converted(nn.Linear(48, 96))
@@ -180,7 +181,7 @@ class TestActivations(unittest.TestCase):
         def fn(x: torch.Tensor) -> torch.Tensor:
             return F.gelu(layer(x).unflatten(-1, (4, 24)).transpose(1, 2)).flatten(2) * 2
 
-        check(self, fn, torch.randn(2, 5, 48), calls={"int8_linear+gelu": 1}, atol=1e-5)
+        check(fn, torch.randn(2, 5, 48), calls={"int8_linear+gelu": 1}, atol=1e-5)
 
     def test_an_input_that_is_written_to_afterwards(self) -> None:
         layer = converted(nn.Linear(48, 48))
@@ -194,8 +195,8 @@ class TestActivations(unittest.TestCase):
         with torch.no_grad():
             want = layer(x).relu() + (x + 1)
             got, calls = compiled(fn, x)
-        self.assertTrue(torch.equal(got, want))
-        self.assertEqual(calls, Counter({"int8_linear+relu+residual": 1}))
+        assert torch.equal(got, want)
+        assert calls == Counter({"int8_linear+relu+residual": 1})
 
     def test_left_alone(self) -> None:
         layer = converted(nn.Linear(48, 96))
@@ -225,16 +226,15 @@ class TestActivations(unittest.TestCase):
             return torch.cat([y.view(-1, 2).relu(), y.view(-1, 2)])
 
         for fn in (tanh, used_twice, returned, another_constant, part_of_it_used, viewed_twice):
-            with self.subTest(fn.__name__):
-                check(self, fn, torch.randn(5, 48), calls={"int8_linear": 1}, atol=1e-5)
+            check(fn, torch.randn(5, 48), calls={"int8_linear": 1}, atol=1e-5)
 
 
-class TestResiduals(unittest.TestCase):
+class TestResiduals:
     @parameterized.expand(itertools.product((*DTYPES, torch.float64), (False, True)))
     def test_block(self, dtype: torch.dtype, dynamic: bool) -> None:
         model, x = converted(MLP(F.relu), dtype), torch.randn(2, 5, 48).to(dtype)
         want = {"int8_linear+relu": 1, "int8_linear+residual": 1}
-        check(self, model, x, calls=want, dynamic=dynamic)
+        check(model, x, calls=want, dynamic=dynamic)
 
     def test_chain_of_blocks_and_both_orders(self) -> None:
         first, second = converted(MLP(F.silu)), converted(MLP(F.relu))
@@ -245,7 +245,7 @@ class TestResiduals(unittest.TestCase):
 
         want = {"int8_linear+silu": 1, "int8_linear+residual": 1}
         want |= {"int8_linear+relu": 1, "int8_linear+relu+residual": 1}
-        check(self, fn, torch.randn(5, 48), calls=want, atol=2e-2)
+        check(fn, torch.randn(5, 48), calls=want, atol=2e-2)
 
     def test_two_layers_added(self) -> None:
         a, b = converted(nn.Linear(48, 48)), converted(nn.Linear(48, 48))
@@ -254,7 +254,7 @@ class TestResiduals(unittest.TestCase):
             return a(x) + b(z)
 
         want = {"int8_linear": 1, "int8_linear+residual": 1}
-        check(self, fn, torch.randn(5, 48), torch.randn(5, 48), calls=want)
+        check(fn, torch.randn(5, 48), torch.randn(5, 48), calls=want)
 
     def test_a_residual_computed_later(self) -> None:
         layer = converted(nn.Linear(48, 48))
@@ -263,7 +263,7 @@ class TestResiduals(unittest.TestCase):
             y = layer(x)
             return y + torch.cumsum(x, -1).sin()
 
-        check(self, fn, torch.randn(5, 48), calls={"int8_linear+residual": 1}, atol=1e-6)
+        check(fn, torch.randn(5, 48), calls={"int8_linear+residual": 1}, atol=1e-6)
 
     def test_left_alone(self) -> None:
         layer = converted(nn.Linear(48, 48))
@@ -292,11 +292,10 @@ class TestResiduals(unittest.TestCase):
             return layer(x).view(5, 6, 8) + x.view(5, 8, 6).transpose(1, 2)
 
         for fn in (scaled, broadcast, wider, number, itself, returned, transposed):
-            with self.subTest(fn.__name__):
-                check(self, fn, torch.randn(5, 48), calls={"int8_linear": 1}, atol=1e-6)
+            check(fn, torch.randn(5, 48), calls={"int8_linear": 1}, atol=1e-6)
 
 
-class TestModes(unittest.TestCase):
+class TestModes:
     def test_ten_batch_sizes_without_recompiling(self) -> None:
         model = nn.Sequential(converted(MLP(F.relu)), converted(QKV()))
         run = torch.compile(model, fullgraph=True)
@@ -306,7 +305,7 @@ class TestModes(unittest.TestCase):
             with torch._dynamo.config.patch(error_on_recompile=True):
                 for size in range(6, 16):
                     x = torch.randn(size, 48)
-                    self.assertTrue(torch.equal(run(x), model(x)))
+                    assert torch.equal(run(x), model(x))
 
     @parameterized.expand(itertools.product((False, True), (F.relu, F.gelu)))
     def test_training(self, dynamic: bool, act: Any) -> None:
@@ -329,17 +328,17 @@ class TestModes(unittest.TestCase):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
         up = "int8_linear+relu" if act is F.relu else "int8_linear"
         want = {up: 1, "int8_linear+residual": 1, "int8_quantize": 1, "int8_rows_linear": 3}
-        self.assertEqual(calls, Counter({**want, "int8_linear_dgrad": 5}))
+        assert calls == Counter({**want, "int8_linear_dgrad": 5})
 
     @parameterized.expand([("freezing",), ("max_autotune",)])
     def test_settings(self, setting: str) -> None:
         want = {"int8_linear+relu": 1, "int8_linear+residual": 1}
         with config.patch({setting: True}):
-            check(self, converted(MLP(F.relu)), torch.randn(5, 48), calls=want)
+            check(converted(MLP(F.relu)), torch.randn(5, 48), calls=want)
 
     def test_switched_off_with_inductors_own_patterns(self) -> None:
         model, x = converted(MLP(F.relu)), torch.randn(5, 48)
-        check(self, model, x, calls={"int8_linear": 2}, options={"pattern_matcher": False})
+        check(model, x, calls={"int8_linear": 2}, options={"pattern_matcher": False})
 
     def test_packaged_by_aotinductor_and_run_in_a_fresh_process(self) -> None:
         model = nn.Sequential(converted(MLP(F.relu)), converted(QKV())).bfloat16()
@@ -356,7 +355,7 @@ class TestModes(unittest.TestCase):
                 )
             # An op that takes a dtype is called with another one by packages of torch 2.11.
             shared = torch.__version__ >= "2.12"
-            self.assertEqual("qnn.int8_rows_linear.default" in seen, shared)
+            assert ("qnn.int8_rows_linear.default" in seen) == shared
             x = torch.randn(7, 48).bfloat16()
             torch.save(x, where / "x.pt")
             forked(
@@ -366,7 +365,7 @@ class TestModes(unittest.TestCase):
                 torch.save(model(torch.load({str(where / "x.pt")!r})), {str(where / "y.pt")!r})
                 """
             )
-            self.assertTrue(torch.equal(torch.load(where / "y.pt"), model(x)))
+            assert torch.equal(torch.load(where / "y.pt"), model(x))
 
     def test_a_second_process_hits_the_caches(self) -> None:
         code = """
@@ -394,7 +393,7 @@ class TestModes(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             code = code.replace("FOLDER", repr(folder))
             first, second = (forked(code).split()[-4:] for _ in range(2))
-        self.assertEqual((first, second), (["0", "1", "0", "0"], ["1", "0", "0", "1"]))
+        assert (first, second) == (["0", "1", "0", "0"], ["1", "0", "0", "1"])
 
 
 class Note(CustomGraphPass):
@@ -408,10 +407,12 @@ class Note(CustomGraphPass):
         return b"note"
 
 
-class TestInstallation(unittest.TestCase):
-    def setUp(self) -> None:
+class TestInstallation:
+    @pytest.fixture(autouse=True)
+    def _as_before(self) -> Iterator[None]:
         before = config.post_grad_custom_post_pass
-        self.addCleanup(setattr, config, "post_grad_custom_post_pass", before)
+        yield
+        config.post_grad_custom_post_pass = before
 
     def run_once(self, **options: Any) -> list[Any]:
         """Compile a block whose ReLU is folded; the passes that are set afterwards."""
@@ -419,7 +420,7 @@ class TestInstallation(unittest.TestCase):
         run = torch.compile(converted(MLP(F.relu)), fullgraph=True, **options)
         with torch.no_grad(), config.patch(fx_graph_cache=False):
             _, (code,) = run_and_get_code(run, torch.randn(5, 48))
-        self.assertIn("'relu'", code)
+        assert "'relu'" in code
         present = config.post_grad_custom_post_pass
         return list(present) if isinstance(present, list | tuple) else [present]
 
@@ -428,10 +429,10 @@ class TestInstallation(unittest.TestCase):
         theirs = Note()
         config.post_grad_custom_post_pass = theirs
         passes = self.run_once()
-        self.assertEqual((passes[0], len(passes)), (theirs, 2))
-        self.assertEqual(theirs.schemes, ["int8", "int8"])
-        self.assertEqual(self.run_once(), passes)
-        self.assertTrue(passes[1].uuid())
+        assert (passes[0], len(passes)) == (theirs, 2)
+        assert theirs.schemes == ["int8", "int8"]
+        assert self.run_once() == passes
+        assert passes[1].uuid()
 
     @takes_lists
     def test_a_setting_that_is_replaced(self) -> None:
@@ -439,24 +440,24 @@ class TestInstallation(unittest.TestCase):
         mine = self.run_once()
         theirs = Note()
         config.post_grad_custom_post_pass = (theirs,)
-        self.assertEqual(self.run_once(), [theirs, *mine])
+        assert self.run_once() == [theirs, *mine]
 
     @takes_lists
     def test_a_setting_of_one_compilation(self) -> None:
         config.post_grad_custom_post_pass = None
         theirs = Note()
         self.run_once(options={"post_grad_custom_post_pass": theirs})
-        self.assertEqual(theirs.schemes, ["int8", "int8"])
+        assert theirs.schemes == ["int8", "int8"]
         with config.patch(post_grad_custom_post_pass=[theirs]):
             self.run_once()
-        self.assertNotIn(theirs, self.run_once())
+        assert theirs not in self.run_once()
 
     def test_another_thread(self) -> None:
         found: list[Any] = []
         thread = threading.Thread(target=lambda: found.extend(self.run_once()))
         thread.start()
         thread.join()
-        self.assertEqual(len(found), 1)
+        assert len(found) == 1
 
     def test_import_and_eager_calls_leave_inductor_alone(self) -> None:
         child(
@@ -470,11 +471,11 @@ class TestInstallation(unittest.TestCase):
         )
 
 
-class TestPage(unittest.TestCase):
+class TestPage:
     def test_the_graphs_on_the_page_are_those_of_the_snippet(self) -> None:
         snippet = ROOT / "docs" / "snippets" / "fusion.py"
         page = (ROOT / "docs" / "howto" / "fusion.md").read_text()
         for graph in forked(snippet.read_text()).strip().partition("\n\n")[::2]:
             # A torch for GPUs has something to say where there is none.
             calls = "\n".join(line for line in graph.splitlines() if " = " in line)
-            self.assertIn(f"```text\n{calls}\n```", page)
+            assert f"```text\n{calls}\n```" in page

@@ -6,7 +6,6 @@ import copy
 import itertools
 import math
 import pickle
-import unittest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -57,12 +56,12 @@ def calibrated(
     return observed.eval(), qnn.QLinear.from_observed(observed)
 
 
-class TestOp(unittest.TestCase):
+class TestOp:
     @parameterized.expand(itertools.product(POINTS, ("op", *ENGINES)))
     def test_equals_reference(self, zero_point: int, kernel: str) -> None:
         """Bit for bit, on the C++ kernel of this CPU and on each engine."""
         if kernel != "op" and not self_test(kernel).usable:
-            self.skipTest(self_test(kernel).reason)
+            pytest.skip(self_test(kernel).reason)
         run = (
             torch.ops.qnn.int8_static_linear
             if kernel == "op"
@@ -73,7 +72,7 @@ class TestOp(unittest.TestCase):
             x = torch.randn(m, k)
             x[-1] *= 1e20  # clamped to an end
             args = (x.to(dtype), w, sw, *grid(zero_point), torch.randn(n))
-            self.assertTrue(same(run(*args), static_linear_reference(*args)), (m, k, n))
+            assert same(run(*args), static_linear_reference(*args)), (m, k, n)
 
     def test_means_what_the_formula_says(self) -> None:
         """By NumPy's integers."""
@@ -81,11 +80,12 @@ class TestOp(unittest.TestCase):
         (sx, zx), x = grid(-9), torch.randn(5, 37) * 2
         v = np.rint(x.numpy() * (np.float32(1) / sx.numpy()))
         q = np.clip(v.astype(np.int64) - 9, -128, 127)
-        self.assertTrue((q == -128).any() and (q == 127).any())
+        assert (q == -128).any()
+        assert (q == 127).any()
         acc = (q + 9) @ w.numpy().astype(np.int64).T
         want = acc.astype(np.float32) * sw.numpy()[:, 0] * sx.numpy()
         got = torch.ops.qnn.int8_static_linear(x, w, sw, sx, zx)
-        self.assertTrue(np.array_equal(got.numpy(), want))
+        assert np.array_equal(got.numpy(), want)
 
     @parameterized.expand(itertools.product(DTYPES, ACTIVATIONS))
     def test_epilogue(self, dtype: torch.dtype, activation: str) -> None:
@@ -97,7 +97,7 @@ class TestOp(unittest.TestCase):
             got = op(x, w, sw, *grid(4), bias, residual, activation)
             plain = op(x, w, sw, *grid(4), bias)
             want = ACTIVATIONS[activation](plain.clone()) + residual
-            self.assertEqual((got.dtype, got.shape), (dtype, want.shape))
+            assert (got.dtype, got.shape) == (dtype, want.shape)
             rounding = torch.finfo(dtype).eps * want.abs().amax() if want.numel() else 0
             torch.testing.assert_close(got, want, rtol=0, atol=float(2 * rounding + 2e-6))
 
@@ -114,16 +114,16 @@ class TestOp(unittest.TestCase):
                 dirty = x.clone()
                 dirty[2, at] = bad
                 y = run(dirty, w, sw, *grid(point), torch.zeros(33))
-                self.assertTrue(bool(y[2].isnan().all()))
+                assert bool(y[2].isnan().all())
                 keep = torch.arange(40) != 2
-                self.assertTrue(torch.equal(y[keep], clean[keep]))
+                assert torch.equal(y[keep], clean[keep])
 
     @parameterized.expand([(s,) for s in (0.0, -0.1, 1e-40, math.nan, math.inf)])
     def test_a_scale_that_is_none(self, scale: float) -> None:
         w, sw = weights(9, 8)
         for run in (torch.ops.qnn.int8_static_linear, cpu.static_linear, static_linear_reference):
             y = run(torch.randn(3, 8), w, sw, *grid(3, scale), torch.ones(9))
-            self.assertTrue(bool(y.isnan().all()))
+            assert bool(y.isnan().all())
 
     def test_the_longest_row(self) -> None:
         """All sums of one sign, at their largest, as the scheme admits; 32 bits just hold them."""
@@ -133,13 +133,13 @@ class TestOp(unittest.TestCase):
         for point in (-128, 127):
             args = (x, w, torch.ones(3, 1), *grid(point, 1.0))
             want = static_linear_reference(*args)
-            self.assertEqual(want.abs().max().item(), np.float32(255 * 128 * k))
+            assert want.abs().max().item() == np.float32(255 * 128 * k)
             for rows in (2, 40):
                 wide = x.repeat(rows // 2, 1)
                 got = torch.ops.qnn.int8_static_linear(wide, *args[1:])
-                self.assertTrue(torch.equal(got, want.repeat(rows // 2, 1)))
-            self.assertTrue(torch.equal(cpu.static_linear(*args, None), want))
-        self.assertGreater(255 * 128 * (k + 1), 2**31 - 1)
+                assert torch.equal(got, want.repeat(rows // 2, 1))
+            assert torch.equal(cpu.static_linear(*args, None), want)
+        assert 255 * 128 * (k + 1) > 2**31 - 1
 
     @parameterized.expand(
         [
@@ -154,7 +154,7 @@ class TestOp(unittest.TestCase):
         w = torch.ones(5, 8, dtype=torch.int8)
         sx, zx = grid(0)
         args = {"x": torch.randn(3, 8), "w": w, "sw": torch.ones(5, 1), "sx": sx, "zx": zx}
-        with self.assertRaisesRegex((ValueError, TypeError), message):
+        with pytest.raises((ValueError, TypeError), match=message):
             torch.ops.qnn.int8_static_linear(*(args | wrong).values())
 
     def test_gradient(self) -> None:
@@ -173,7 +173,7 @@ class TestOp(unittest.TestCase):
             F.linear(x, w, sw, bias, input_scale=sx, input_zero_point=zx, scheme="int8_static"),
             bias, torch.ones(4, 9),
         )  # fmt: skip
-        self.assertEqual(db.tolist(), [4.0] * 9)
+        assert db.tolist() == [4.0] * 9
 
         def layer(x: torch.Tensor) -> torch.Tensor:
             return F.linear(x, w, sw, input_scale=sx, input_zero_point=zx, scheme="int8_static")
@@ -186,9 +186,9 @@ class TestOp(unittest.TestCase):
         w, sw = weights(5, 8)
         sx, zx = grid(0)
         x = torch.randn(2, 8)
-        with self.assertRaisesRegex(ValueError, "needs input_scale and input_zero_point"):
+        with pytest.raises(ValueError, match="needs input_scale and input_zero_point"):
             F.linear(x, w, sw, input_scale=sx, scheme="int8_static")
-        with self.assertRaisesRegex(ValueError, "scheme 'int8' takes no input_scale"):
+        with pytest.raises(ValueError, match="scheme 'int8' takes no input_scale"):
             F.linear(x, w, sw, input_scale=sx, input_zero_point=zx)
 
 
@@ -202,25 +202,25 @@ def test_every_tier(tier: str) -> None:
             assert same(got, static_linear_reference(*args, "relu")), (m, k, n, point, dtype)
 
 
-class TestLayer(unittest.TestCase):
+class TestLayer:
     @parameterized.expand(itertools.product(SPECS, (False, True), (False, True)))
     def test_from_observed(self, spec: str, qat: bool, bias: bool) -> None:
         """In evaluation the trained layer computes what the quantised one does."""
         observed, layer = calibrated(SPECS[spec], qat, bias)
         x = torch.randn(200, 48) * 1.5 + 0.5  # some beyond the range
-        self.assertEqual(layer.input_zero_point.item() == 0, "symmetric" in spec)
-        self.assertGreater(qnn.sqnr(observed(x), layer(x)), 60 if qat else 25)
-        self.assertTrue(torch.equal(layer.stored[0], F.quantize(observed.weight)[0]))
-        self.assertFalse(any(p.requires_grad for n, p in layer.named_parameters() if n != "bias"))
+        assert (layer.input_zero_point.item() == 0) == ("symmetric" in spec)
+        assert qnn.sqnr(observed(x), layer(x)) > (60 if qat else 25)
+        assert torch.equal(layer.stored[0], F.quantize(observed.weight)[0])
+        assert not any(p.requires_grad for n, p in layer.named_parameters() if n != "bias")
 
     def test_float_while_observing(self) -> None:
         plain = nn.Linear(48, 32)
         observed = qnn.ObservedLinear.from_float(plain)
         x = torch.randn(5, 48)
-        self.assertTrue(torch.equal(observed(x), plain(x)))
-        self.assertIs(observed.weight, plain.weight)
-        self.assertIs(observed.bias, plain.bias)
-        self.assertIn("qat=False", repr(observed))
+        assert torch.equal(observed(x), plain(x))
+        assert observed.weight is plain.weight
+        assert observed.bias is plain.bias
+        assert "qat=False" in repr(observed)
 
     @parameterized.expand([(dtype,) for dtype in DTYPES])
     def test_weights_are_those_that_are_stored(self, dtype: torch.dtype) -> None:
@@ -229,9 +229,9 @@ class TestLayer(unittest.TestCase):
         weight.requires_grad_()
         got = fake_quantize_weight(weight)
         q, scale = F.quantize(weight.detach())
-        self.assertTrue(torch.equal(got, F.dequantize(q, scale, dtype)))
+        assert torch.equal(got, F.dequantize(q, scale, dtype))
         got.sum().backward()
-        self.assertTrue(torch.equal(weight.grad, torch.ones_like(weight)))
+        assert torch.equal(weight.grad, torch.ones_like(weight))
 
     def test_training_lowers_the_loss(self) -> None:
         torch.manual_seed(1)
@@ -245,9 +245,9 @@ class TestLayer(unittest.TestCase):
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        self.assertLess(losses[-1], 0.9 * losses[0])
+        assert losses[-1] < 0.9 * losses[0]
         layer = qnn.QLinear.from_observed(observed)
-        self.assertGreater(qnn.sqnr(observed.eval()(x), layer(x)), 60)
+        assert qnn.sqnr(observed.eval()(x), layer(x)) > 60
 
     @parameterized.expand(
         [
@@ -257,15 +257,15 @@ class TestLayer(unittest.TestCase):
         ]
     )
     def test_specs_without_a_form(self, spec: qnn.QuantSpec, message: str) -> None:
-        with self.assertRaisesRegex(ValueError, f"qnn.ObservedLinear: .*{message}"):
+        with pytest.raises(ValueError, match=f"qnn.ObservedLinear: .*{message}"):
             qnn.ObservedLinear(4, 4, spec=spec)
 
     def test_needs_calibration(self) -> None:
-        with self.assertRaisesRegex(ValueError, "'up.input': nothing was observed"):
+        with pytest.raises(ValueError, match=r"'up.input': nothing was observed"):
             qnn.QLinear.from_observed(qnn.ObservedLinear.from_float(nn.Linear(4, 4), name="up"))
-        with self.assertRaisesRegex(TypeError, "takes a qnn.ObservedLinear, got Linear"):
+        with pytest.raises(TypeError, match=r"takes a qnn.ObservedLinear, got Linear"):
             qnn.QLinear.from_observed(nn.Linear(4, 4))  # type: ignore[arg-type]
-        with self.assertRaisesRegex(TypeError, "takes an nn.Linear, got QLinear"):
+        with pytest.raises(TypeError, match=r"takes an nn.Linear, got QLinear"):
             qnn.ObservedLinear.from_float(qnn.QLinear(4, 4))
 
     def test_not_calibrated(self) -> None:
@@ -276,17 +276,17 @@ class TestLayer(unittest.TestCase):
             qnn.QLinear(4, 3, scheme="int8_static"),
             qnn.QLinear.from_float(nn.Linear(4, 3), "int8_static"),
         ):
-            self.assertIn("not calibrated", repr(layer))
+            assert "not calibrated" in repr(layer)
             for call in (layer, torch.compile(layer, backend="eager")):
-                with self.assertRaisesRegex(RuntimeError, message):
+                with pytest.raises(RuntimeError, match=message):
                     call(x)
             torch._dynamo.reset()
-            with self.assertRaisesRegex(torch._dynamo.exc.Unsupported, "not calibrated"):
+            with pytest.raises(torch._dynamo.exc.Unsupported, match="not calibrated"):
                 torch.compile(layer, backend="eager", fullgraph=True)(x)
             for strict in (False, True):
-                with self.assertRaisesRegex(Exception, "not calibrated"):
+                with pytest.raises(Exception, match="not calibrated"):
                     torch.export.export(layer, (x,), strict=strict)
-        self.assertNotIn("not calibrated", repr(calibrated()[1]))
+        assert "not calibrated" not in repr(calibrated()[1])
 
     @parameterized.expand([("convert", False), ("meta", True)])
     def test_a_saved_state_calibrates(self, _: str, meta: bool) -> None:
@@ -300,14 +300,14 @@ class TestLayer(unittest.TestCase):
             fresh = qnn.convert(
                 nn.Sequential(nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 8)), "int8_static"
             )
-            self.assertEqual(fresh(torch.randn(5, 48)).shape if meta else (5, 8), (5, 8))
-        self.assertIn("not calibrated", str(qnn.summary(fresh)))
+            assert (fresh(torch.randn(5, 48)).shape if meta else (5, 8)) == (5, 8)
+        assert "not calibrated" in str(qnn.summary(fresh))
         fresh.load_state_dict(want.state_dict(), assign=meta)
         for twin in (fresh, copy.deepcopy(fresh), pickle.loads(pickle.dumps(fresh))):
-            self.assertTrue(torch.equal(twin(x), want(x)))
-            self.assertNotIn("not calibrated", repr(twin) + str(qnn.summary(twin)))
+            assert torch.equal(twin(x), want(x))
+            assert "not calibrated" not in repr(twin) + str(qnn.summary(twin))
         compiled = torch.compile(fresh, backend="aot_eager", fullgraph=True)
-        self.assertTrue(torch.equal(compiled(x), want(x)))
+        assert torch.equal(compiled(x), want(x))
 
     def test_a_grid_by_hand_calibrates(self) -> None:
         x, (_, done) = torch.randn(5, 48), calibrated()
@@ -315,14 +315,14 @@ class TestLayer(unittest.TestCase):
         with torch.no_grad():
             for name, parameter in fresh.named_parameters():
                 parameter.copy_(dict(done.named_parameters())[name])
-        self.assertTrue(torch.equal(fresh(x), done(x)))
+        assert torch.equal(fresh(x), done(x))
         other = qnn.QLinear.from_float(done.dequantize(), "int8_static")
         other.input_scale, other.input_zero_point = done.input_scale, done.input_zero_point
-        self.assertNotIn("not calibrated", repr(other))
+        assert "not calibrated" not in repr(other)
         other(x)
 
     def test_size(self) -> None:
-        with self.assertRaisesRegex(ValueError, f"at most {INT8_STATIC_MAX_K}"):
+        with pytest.raises(ValueError, match=f"at most {INT8_STATIC_MAX_K}"):
             qnn.QLinear(INT8_STATIC_MAX_K + 1, 2, device="meta", scheme="int8_static")
         qnn.QLinear(INT8_STATIC_MAX_K, 2, device="meta", scheme="int8_static")
 
@@ -331,16 +331,13 @@ class TestLayer(unittest.TestCase):
         x = torch.randn(5, 48)
         want = layer(x)
         state = layer.state_dict()
-        self.assertEqual(
-            {name: (value.dtype, tuple(value.shape)) for name, value in state.items()},
-            {
-                "weight": (torch.int8, (32, 48)),
-                "weight_scale": (torch.float32, (32, 1)),
-                "input_scale": (torch.float32, (1,)),
-                "input_zero_point": (torch.int8, (1,)),
-                "bias": (torch.float32, (32,)),
-            },
-        )
+        assert {name: (value.dtype, tuple(value.shape)) for name, value in state.items()} == {
+            "weight": (torch.int8, (32, 48)),
+            "weight_scale": (torch.float32, (32, 1)),
+            "input_scale": (torch.float32, (1,)),
+            "input_zero_point": (torch.int8, (1,)),
+            "bias": (torch.float32, (32,)),
+        }
         with torch.device("meta"):
             loaded = qnn.QLinear(48, 32, scheme="int8_static")
         loaded.load_state_dict(state, assign=True)
@@ -348,12 +345,12 @@ class TestLayer(unittest.TestCase):
         fresh.load_state_dict(state)
         twins = [loaded, fresh, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
         for twin in twins:
-            self.assertTrue(torch.equal(twin(x), want))
-            self.assertFalse(twin.input_scale.requires_grad)
+            assert torch.equal(twin(x), want)
+            assert not twin.input_scale.requires_grad
         half = copy.deepcopy(layer).half()
-        self.assertTrue(torch.equal(half.input_scale, layer.input_scale))
-        self.assertEqual(half.input_zero_point.dtype, torch.int8)
-        self.assertEqual(half(x.half()).dtype, torch.float16)
+        assert torch.equal(half.input_scale, layer.input_scale)
+        assert half.input_zero_point.dtype == torch.int8
+        assert half(x.half()).dtype == torch.float16
 
     def test_safetensors(self) -> None:
         safetensors = pytest.importorskip("safetensors.torch", reason="needs the extra 'dev'")
@@ -364,7 +361,7 @@ class TestLayer(unittest.TestCase):
             twin = qnn.QLinear(48, 32, scheme="int8_static")
             twin.load_state_dict(safetensors.load_file(path))
         x = torch.randn(5, 48)
-        self.assertTrue(torch.equal(twin(x), layer(x)))
+        assert torch.equal(twin(x), layer(x))
 
     def test_foreign_states(self) -> None:
         """A scalar, a narrower float and no zero point are how others write a symmetric grid. What
@@ -376,12 +373,12 @@ class TestLayer(unittest.TestCase):
         state["input_scale"] = state["input_scale"].to(torch.bfloat16)[0]
         twin = qnn.QLinear(48, 32, scheme="int8_static")
         for strict in (True, False):
-            with self.assertRaisesRegex(RuntimeError, "no input_zero_point; .*add zeros"):
+            with pytest.raises(RuntimeError, match=r"no input_zero_point; .*add zeros"):
                 twin.load_state_dict(state, strict=strict)
-        self.assertIn("not calibrated", repr(twin))
+        assert "not calibrated" in repr(twin)
         twin.load_state_dict({**state, "input_zero_point": torch.zeros(1, dtype=torch.int8)})
-        self.assertEqual(twin.input_scale.item(), state["input_scale"].item())
-        self.assertEqual(twin.input_zero_point.item(), 0)
+        assert twin.input_scale.item() == state["input_scale"].item()
+        assert twin.input_zero_point.item() == 0
 
     @parameterized.expand(
         [
@@ -402,13 +399,13 @@ class TestLayer(unittest.TestCase):
         state = {**layer.state_dict(), **change}
         state = {name: value for name, value in state.items() if value is not None}
         before = copy.deepcopy(layer.state_dict())
-        with self.assertRaisesRegex(RuntimeError, message):
+        with pytest.raises(RuntimeError, match=message):
             layer.load_state_dict(state)
         for name, value in layer.state_dict().items():
-            self.assertTrue(torch.equal(value, before[name]), name)
+            assert torch.equal(value, before[name]), name
 
     def test_other_schemes_refuse_the_state(self) -> None:
-        with self.assertRaisesRegex(RuntimeError, "input_scale belongs to another scheme"):
+        with pytest.raises(RuntimeError, match="input_scale belongs to another scheme"):
             qnn.QLinear(48, 32).load_state_dict(calibrated()[1].state_dict())
 
     def test_float_weights_are_quantised_on_the_way_in(self) -> None:
@@ -417,28 +414,25 @@ class TestLayer(unittest.TestCase):
         state = {**layer.state_dict(), "weight": weight}
         del state["weight_scale"]
         layer.load_state_dict(state)
-        self.assertTrue(torch.equal(layer.stored[0], F.quantize(weight)[0]))
+        assert torch.equal(layer.stored[0], F.quantize(weight)[0])
 
     def test_described(self) -> None:
         model = nn.Sequential(calibrated()[1])
         config = qnn.integrations.compressed_tensors.quantization_config(model)
         inputs = config["config_groups"]["group_0"]["input_activations"]
-        self.assertEqual(
-            inputs,
-            {"num_bits": 8, "type": "int", "strategy": "tensor", "symmetric": False,
-             "dynamic": False},
-        )  # fmt: skip
-        self.assertIn("int8_static", str(qnn.summary(model)))
+        assert inputs == {"num_bits": 8, "type": "int", "strategy": "tensor", "symmetric": False,
+             "dynamic": False}  # fmt: skip
+        assert "int8_static" in str(qnn.summary(model))
         compressed = pytest.importorskip("compressed_tensors", reason="needs the extra 'dev'")
         compressed.quantization.QuantizationConfig.model_validate(config)
 
     def test_scheme(self) -> None:
         scheme = get_scheme("int8_static")
-        self.assertTrue(scheme.static)
-        self.assertFalse(scheme.trainable)
-        self.assertEqual(OPS[scheme.linear].backward, {"x": "int8_linear_dgrad"})
-        with self.assertRaises(NotImplementedError):
-            assert scheme.activation is not None
+        assert scheme.static
+        assert not scheme.trainable
+        assert OPS[scheme.linear].backward == {"x": "int8_linear_dgrad"}
+        assert scheme.activation is not None
+        with pytest.raises(NotImplementedError):
             scheme.activation.quantize(torch.ones(1))
 
     def test_python_kernels_give_the_same(self) -> None:
@@ -447,11 +441,11 @@ class TestLayer(unittest.TestCase):
             x = torch.randn(rows, 48)
             want = layer(x)
             with python_kernels():
-                self.assertTrue(torch.equal(layer(x), want))
+                assert torch.equal(layer(x), want)
 
 
-class TestModes(unittest.TestCase):
-    def setUp(self) -> None:
+class TestModes:
+    def setup_method(self) -> None:
         _, self.layer = calibrated()
         self.model = nn.Sequential(self.layer, nn.ReLU(), calibrated(bias=False)[0]).eval()
         self.model[2] = qnn.QLinear.from_observed(
@@ -464,7 +458,7 @@ class TestModes(unittest.TestCase):
         compiled = torch.compile(self.model, fullgraph=True, dynamic=True)
         with torch.no_grad():
             for x in self.batches:
-                self.assertTrue(torch.equal(compiled(x), self.model(x)))
+                assert torch.equal(compiled(x), self.model(x))
 
     def test_compiled_gradients(self) -> None:
         compiled = torch.compile(self.model, fullgraph=True, backend="aot_eager")
@@ -480,9 +474,9 @@ class TestModes(unittest.TestCase):
             self.model, (self.batches[0],), dynamic_shapes=(rows,), strict=strict
         )
         nodes = [n for n in program.graph.nodes if n.kwargs.get("scheme") == "int8_static"]
-        self.assertEqual(len(nodes), 2)
+        assert len(nodes) == 2
         for x in self.batches:
-            self.assertTrue(torch.equal(program.module()(x), self.model(x)))
+            assert torch.equal(program.module()(x), self.model(x))
 
     def test_aot_inductor(self) -> None:
         rows = {0: torch.export.Dim("rows")}
@@ -493,12 +487,12 @@ class TestModes(unittest.TestCase):
             )
             run = torch._inductor.aoti_load_package(path)
             for x in self.batches:
-                self.assertTrue(torch.equal(run(x), self.model(x)))
+                assert torch.equal(run(x), self.model(x))
 
     def test_vmap(self) -> None:
         x = torch.randn(3, 5, 48)
         got = torch.func.vmap(self.layer)(x)
-        self.assertTrue(torch.equal(got, self.layer(x)))
+        assert torch.equal(got, self.layer(x))
 
     def test_observed_layers_compile(self) -> None:
         """Calibrating and training, in one graph."""
@@ -507,6 +501,6 @@ class TestModes(unittest.TestCase):
             two = copy.deepcopy(one)
             compiled = torch.compile(two, fullgraph=True, dynamic=True, backend="aot_eager")
             for x in self.batches:
-                self.assertTrue(torch.equal(compiled(x), one(x)))
+                assert torch.equal(compiled(x), one(x))
             for name, value in one.state_dict().items():
                 torch.testing.assert_close(two.state_dict()[name], value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import tempfile
-import unittest
 from pathlib import Path
 from typing import Any
 
@@ -41,21 +40,21 @@ def same(got: torch.Tensor, want: torch.Tensor, scheme: str) -> bool:
     return torch.allclose(got, want, rtol=1e-2 if want.dtype == torch.bfloat16 else 1e-5, atol=1e-3)
 
 
-class TestInvokeQuant(unittest.TestCase):
+class TestInvokeQuant:
     def test_eager_is_a_plain_call_and_none_is_passed_on(self) -> None:
         def fn(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             return x + (1 if bias is None else bias)
 
         x = torch.ones(2)
-        self.assertTrue(torch.equal(invoke_quant(fn, x, None, scheme="s"), x + 1))
+        assert torch.equal(invoke_quant(fn, x, None, scheme="s"), x + 1)
         compiled = torch.compile(
             lambda x, bias: invoke_quant(fn, x, bias, scheme="s"), fullgraph=True, backend="eager"
         )
-        self.assertTrue(torch.equal(compiled(x, None), x + 1))
-        self.assertTrue(torch.equal(compiled(x, x), x + x))
+        assert torch.equal(compiled(x, None), x + 1)
+        assert torch.equal(compiled(x, x), x + x)
 
 
-class TestCompile(unittest.TestCase):
+class TestCompile:
     @parameterized.expand(
         [
             *itertools.product(SCHEMES, BACKENDS, (False, True), (torch.float32,)),
@@ -68,20 +67,20 @@ class TestCompile(unittest.TestCase):
         for shape in ((5, 48), (7, 48), (2, 3, 48)):
             x = torch.randn(shape, dtype=dtype)
             with torch.no_grad():
-                self.assertTrue(same(compiled(x), model(x), scheme), (scheme, backend, shape))
+                assert same(compiled(x), model(x), scheme), (scheme, backend, shape)
 
     def test_max_autotune_freezing_and_inference_mode(self) -> None:
         model, x = mlp(), torch.randn(5, 48)
         want = model(x)
         tuned = torch.compile(model, fullgraph=True, mode="max-autotune")
-        self.assertTrue(torch.equal(tuned(x), want))
+        assert torch.equal(tuned(x), want)
         torch._dynamo.reset()
         with torch._inductor.config.patch(freezing=True), torch.no_grad():
-            self.assertTrue(torch.equal(torch.compile(model, fullgraph=True)(x), want))
+            assert torch.equal(torch.compile(model, fullgraph=True)(x), want)
         torch._dynamo.reset()
         with torch.inference_mode():
-            self.assertTrue(torch.equal(model(x), want))
-            self.assertTrue(torch.equal(torch.compile(model, fullgraph=True)(x), want))
+            assert torch.equal(model(x), want)
+            assert torch.equal(torch.compile(model, fullgraph=True)(x), want)
 
     def test_one_node_a_layer(self) -> None:
         graphs: dict[str, list[str | None]] = {}
@@ -97,9 +96,9 @@ class TestCompile(unittest.TestCase):
         x = torch.randn(5, 48, requires_grad=True)
         with torch.no_grad():
             torch.compile(mlp(), fullgraph=True, backend=backend)(x)
-        self.assertEqual(graphs, {"forward": ["int8", "int8"]})
+        assert graphs == {"forward": ["int8", "int8"]}
         torch.compile(mlp(), fullgraph=True, backend=backend)(x).sum().backward()
-        self.assertEqual(graphs, {"forward": ["int8", "int8"], "backward": ["int8", "int8"]})
+        assert graphs == {"forward": ["int8", "int8"], "backward": ["int8", "int8"]}
 
     def test_ten_batch_sizes_without_recompiling(self) -> None:
         model = mlp()
@@ -110,18 +109,18 @@ class TestCompile(unittest.TestCase):
             with torch._dynamo.config.patch(error_on_recompile=True):
                 for size in range(6, 16):
                     x = torch.randn(size, 48)
-                    self.assertTrue(torch.equal(compiled(x), model(x)))
+                    assert torch.equal(compiled(x), model(x))
 
     def test_autocast(self) -> None:
         model, x = mlp(), torch.randn(5, 48)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y = model(x)
-            self.assertEqual(y.dtype, torch.bfloat16)
-            self.assertTrue(torch.equal(compiled(x), y))
+            assert y.dtype == torch.bfloat16
+            assert torch.equal(compiled(x), y)
             want = mlp().bfloat16()(x.bfloat16())
-            self.assertTrue(torch.allclose(y, want, rtol=2e-2, atol=1e-2))
-        self.assertEqual(compiled(x).dtype, torch.float32)
+            assert torch.allclose(y, want, rtol=2e-2, atol=1e-2)
+        assert compiled(x).dtype == torch.float32
 
     def test_a_second_process_hits_the_fx_graph_cache(self) -> None:
         """A forward alone, then a forward and a backward."""
@@ -146,12 +145,12 @@ class TestCompile(unittest.TestCase):
             first, second = (list(map(int, forked(code).split()[-6:])) for _ in range(2))
         for at in (0, 3):
             (hit, miss, bypass), (hit2, miss2, bypass2) = first[at : at + 3], second[at : at + 3]
-            self.assertEqual((hit, bypass, miss2, bypass2), (0, 0, 0, 0), (first, second))
-            self.assertGreaterEqual(miss, 1)
-            self.assertEqual(hit2, miss)
+            assert (hit, bypass, miss2, bypass2) == (0, 0, 0, 0), (first, second)
+            assert miss >= 1
+            assert hit2 == miss
 
 
-class TestTraining(unittest.TestCase):
+class TestTraining:
     """Gradients to the input and the biases through a frozen int8 base."""
 
     def step(self, wrap: Any = None) -> list[torch.Tensor]:
@@ -161,7 +160,7 @@ class TestTraining(unittest.TestCase):
         y = (wrap(model) if wrap else model)(x)
         y.square().sum().backward()
         gradients = [p.grad for p in model.parameters() if p.requires_grad]
-        self.assertTrue(all(g is not None for g in (x.grad, *gradients)))
+        assert all(g is not None for g in (x.grad, *gradients))
         return [y.detach(), x.grad, *gradients]  # type: ignore[list-item]
 
     def check(self, wrap: Any) -> None:
@@ -208,14 +207,14 @@ class TestTraining(unittest.TestCase):
             compiled.train(mode)
             with torch.set_grad_enabled(mode):
                 y = compiled(x)
-            self.assertEqual(y.requires_grad, mode)
-            self.assertTrue(torch.equal(y, model(x)))
+            assert y.requires_grad == mode
+            assert torch.equal(y, model(x))
 
 
-class TestTransforms(unittest.TestCase):
+class TestTransforms:
     """`torch.func` over a converted layer, eager and compiled."""
 
-    def setUp(self) -> None:
+    def setup_method(self) -> None:
         self.layer = mlp()[0]  # type: ignore[index]
         self.x = torch.randn(6, 48)
         self.w = self.layer.dequantize().weight
@@ -260,7 +259,7 @@ class TestTransforms(unittest.TestCase):
         torch.testing.assert_close(second, want.sum(0), rtol=1e-3, atol=1e-3)
 
 
-class TestExport(unittest.TestCase):
+class TestExport:
     def exported(self, strict: bool, scheme: str = "int8") -> tuple[nn.Module, Any]:
         model = mlp(scheme)
         shapes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("length")},)
@@ -270,20 +269,20 @@ class TestExport(unittest.TestCase):
     @parameterized.expand(itertools.product((False, True), SCHEMES))
     def test_export(self, strict: bool, scheme: str) -> None:
         model, program = self.exported(strict, scheme)
-        self.assertEqual(schemes_of(program.graph), [scheme, scheme])
+        assert schemes_of(program.graph) == [scheme, scheme]
         x = torch.randn(7, 2, 48)
         with torch.no_grad():
             want = model(x)
-            self.assertTrue(same(program.module()(x), want, scheme))
+            assert same(program.module()(x), want, scheme)
             decomposed = program.run_decompositions()
-            self.assertEqual(schemes_of(decomposed.graph), [scheme, scheme])
-            self.assertTrue(same(decomposed.module()(x), want, scheme))
+            assert schemes_of(decomposed.graph) == [scheme, scheme]
+            assert same(decomposed.module()(x), want, scheme)
             compiled = torch.compile(program.module(), fullgraph=True)
-            self.assertTrue(same(compiled(x), want, scheme))
+            assert same(compiled(x), want, scheme)
 
     def test_the_state_is_named_as_in_the_module(self) -> None:
         model, program = self.exported(strict=False)
-        self.assertEqual(set(program.state_dict), set(model.state_dict()))
+        assert set(program.state_dict) == set(model.state_dict())
 
     @parameterized.expand([(False,), (True,)])
     def test_saved_and_run_in_a_fresh_process(self, strict: bool) -> None:
@@ -301,7 +300,7 @@ class TestExport(unittest.TestCase):
                 torch.save(y.detach(), {str(where / "y.pt")!r})
                 """
             )
-            self.assertTrue(torch.equal(torch.load(where / "y.pt"), model(x).detach()))
+            assert torch.equal(torch.load(where / "y.pt"), model(x).detach())
 
     @parameterized.expand([(False,), (True,)])
     def test_a_view_behind_a_layer_is_packaged(self, strict: bool) -> None:
@@ -320,7 +319,7 @@ class TestExport(unittest.TestCase):
                 program, package_path=str(Path(folder) / "model.pt2")
             )
             packaged = torch._inductor.aoti_load_package(package)
-            self.assertTrue(torch.equal(packaged(x), model(x)))
+            assert torch.equal(packaged(x), model(x))
 
     def test_packaged_by_aotinductor_and_run_in_a_fresh_process(self) -> None:
         model, program = self.exported(strict=False)
@@ -344,4 +343,4 @@ class TestExport(unittest.TestCase):
                 print(pack.count())
                 """
             )
-            self.assertTrue(torch.equal(torch.load(where / "y.pt"), model(x).detach()))
+            assert torch.equal(torch.load(where / "y.pt"), model(x).detach())

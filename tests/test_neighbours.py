@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import tempfile
 import textwrap
-import unittest
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ def bert(layers: int = 2, **config: Any) -> Any:
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "vocab_size": 100}
 
 
-class TestSafetensors(unittest.TestCase):
+class TestSafetensors:
     def test_plain_save_file_and_a_memory_mapped_load(self) -> None:
         st = pytest.importorskip("safetensors.torch", reason="needs the extra 'dev'")
         model, x = mlp(), torch.randn(3, 48)
@@ -40,14 +39,14 @@ class TestSafetensors(unittest.TestCase):
                 for p in fresh.parameters():
                     p.zero_()
             fresh.load_state_dict(st.load_file(path))
-            self.assertTrue(torch.equal(fresh(x), model(x)))
+            assert torch.equal(fresh(x), model(x))
             mapped = mlp()
             mapped.load_state_dict(st.load_file(path), assign=True)
             str(qnn.summary(mapped))
-            self.assertTrue(torch.equal(mapped(x), model(x)))
+            assert torch.equal(mapped(x), model(x))
 
 
-class TestBert(unittest.TestCase):
+class TestBert:
     def test_sqnr_of_six_layers(self) -> None:
         model = bert(6)
         twin = qnn.convert(model)
@@ -55,11 +54,11 @@ class TestBert(unittest.TestCase):
         ids = torch.randint(0, model.config.vocab_size, (4, 128))
         with torch.no_grad():
             got, want = twin(ids), model(ids)
-            self.assertGreaterEqual(qnn.sqnr(want.last_hidden_state, got.last_hidden_state), 35)
+            assert qnn.sqnr(want.last_hidden_state, got.last_hidden_state) >= 35
             again = qnn.compare(model, twin, {"input_ids": ids})
-        self.assertGreaterEqual(again.output, 35)
-        self.assertEqual(len(again.rows), 6 * 6 + 2)
-        self.assertEqual(len([r for r in qnn.summary(twin).rows if r.scheme == "int8"]), 37)
+        assert again.output >= 35
+        assert len(again.rows) == 6 * 6 + 2
+        assert len([r for r in qnn.summary(twin).rows if r.scheme == "int8"]) == 37
 
     def test_compiled_and_exported_with_dynamic_batch(self) -> None:
         model = qnn.convert(bert(1, **SMALL))
@@ -67,7 +66,7 @@ class TestBert(unittest.TestCase):
         with torch.no_grad():
             want = model(ids).last_hidden_state
             compiled = torch.compile(model, fullgraph=True)
-            self.assertGreater(qnn.sqnr(want, compiled(ids).last_hidden_state), 50)
+            assert qnn.sqnr(want, compiled(ids).last_hidden_state) > 50
 
     def test_activations_cast_to_the_weight_dtype(self) -> None:
         """T5 casts the input of `wo` to `wo.weight.dtype`, unless that is int8: it stays float."""
@@ -87,10 +86,10 @@ class TestBert(unittest.TestCase):
         ids = torch.randint(0, 50, (2, 7))
         with torch.no_grad():
             want, got = model(ids).last_hidden_state, twin(ids).last_hidden_state
-        self.assertGreater(qnn.sqnr(want, got), 25)
+        assert qnn.sqnr(want, got) > 25
 
 
-class TestSavePretrained(unittest.TestCase):
+class TestSavePretrained:
     """The saved model says what it is: transformers reloads it, and not its bare integers."""
 
     def test_reloads_in_plain_transformers_and_in_qnn(self) -> None:
@@ -99,16 +98,16 @@ class TestSavePretrained(unittest.TestCase):
         model = bert(1, **SMALL)
         schemes = {"*": "int8", "*.dense": "int8_weight", "pooler": None}
         twin = qnn.convert(model, schemes)
-        self.assertNotIn("quantization_config", model.config.to_dict())
+        assert "quantization_config" not in model.config.to_dict()
         ids = torch.randint(0, 100, (2, 9))
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             twin.save_pretrained(folder)
             again = type(model).from_pretrained(folder).eval()
             want, got = twin(ids).last_hidden_state, again(ids).last_hidden_state
-            self.assertGreater(qnn.sqnr(want, got), 40)
+            assert qnn.sqnr(want, got) > 40
             fresh = qnn.convert(bert(1, **SMALL), schemes)
             fresh.load_state_dict(st.load_file(Path(folder) / "model.safetensors"))
-            self.assertTrue(torch.equal(fresh(ids).last_hidden_state, want))
+            assert torch.equal(fresh(ids).last_hidden_state, want)
 
     def test_the_outermost_model_describes_a_shared_config(self) -> None:
         transformers = pytest.importorskip("transformers", reason="needs the extra 'examples'")
@@ -116,11 +115,11 @@ class TestSavePretrained(unittest.TestCase):
             transformers.BertConfig(num_hidden_layers=1, **SMALL)
         )
         config = qnn.convert(model, exclude="classifier").config.quantization_config
-        self.assertEqual(config["ignore"], ["classifier"])
-        self.assertIn("bert.pooler.dense", config["config_groups"]["group_0"]["targets"])
+        assert config["ignore"] == ["classifier"]
+        assert "bert.pooler.dense" in config["config_groups"]["group_0"]["targets"]
 
 
-class TestPeft(unittest.TestCase):
+class TestPeft:
     def test_lora_trains_saves_and_reloads(self) -> None:
         peft = pytest.importorskip("peft", reason="needs the extra 'examples'")
         base = qnn.convert(bert(1, **SMALL))
@@ -136,16 +135,16 @@ class TestPeft(unittest.TestCase):
             loss.backward()
             optimiser.step()
             losses.append(loss.item())
-        self.assertLess(losses[-1], losses[0])
+        assert losses[-1] < losses[0]
         for name, tensor in model.state_dict().items():
             plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
             if plain in before:
-                self.assertTrue(torch.equal(tensor, before[plain]), name)
+                assert torch.equal(tensor, before[plain]), name
         model.eval()
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             model.save_pretrained(folder)
             again = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
-            self.assertTrue(torch.equal(again(ids).last_hidden_state, model(ids).last_hidden_state))
+            assert torch.equal(again(ids).last_hidden_state, model(ids).last_hidden_state)
 
     def test_gradients_reach_lora_below_quantised_layers_when_compiled(self) -> None:
         peft = pytest.importorskip("peft", reason="needs the extra 'examples'")
@@ -158,23 +157,23 @@ class TestPeft(unittest.TestCase):
             call = torch.compile(model, backend="aot_eager") if compiled else model
             call(torch.randn(3, 48)).square().mean().backward()
             gradients.append([p.grad for p in model.parameters() if p.requires_grad])
-        self.assertEqual(len(gradients[0]), 4)
+        assert len(gradients[0]) == 4
         for eager, comp in zip(*gradients, strict=True):
             assert eager is not None
-            self.assertGreater(eager.abs().max().item(), 0)
+            assert eager.abs().max().item() > 0
             torch.testing.assert_close(eager, comp)
 
 
-class TestAccelerate(unittest.TestCase):
+class TestAccelerate:
     def test_cpu_offload_and_device_map(self) -> None:
         accelerate = pytest.importorskip("accelerate", reason="needs the extra 'examples'")
         model, x = mlp(), torch.randn(3, 48)
         want = model(x)
         with tempfile.TemporaryDirectory() as folder:
             offloaded = accelerate.disk_offload(mlp(), folder, execution_device=torch.device("cpu"))
-            self.assertTrue(all(p.is_meta for p in offloaded.parameters()))
+            assert all(p.is_meta for p in offloaded.parameters())
             for _ in range(2):
-                self.assertTrue(torch.equal(offloaded(x), want))
+                assert torch.equal(offloaded(x), want)
 
 
 WORKER = """
@@ -212,10 +211,10 @@ print("both ranks agree")
 """
 
 
-class TestDistributed(unittest.TestCase):
+class TestDistributed:
     def both_ranks(self, body: str) -> None:
         out = forked(WORKER.replace("    BODY\n", textwrap.indent(textwrap.dedent(body), "    ")))
-        self.assertIn("both ranks agree", out)
+        assert "both ranks agree" in out
 
     def test_fsdp2_shards_the_quantised_weight(self) -> None:
         need_sharded_integers()

@@ -7,12 +7,14 @@ import graphlib
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
-import unittest
 import zipfile
 from pathlib import Path
+
+import pytest
 
 import qnn
 from qnn import moved
@@ -22,7 +24,7 @@ from .common import child, forked
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class TestImport(unittest.TestCase):
+class TestImport:
     def test_cost(self) -> None:
         """In calls and modules, since seconds depend on the machine and on what else it does."""
         code = """
@@ -37,9 +39,9 @@ class TestImport(unittest.TestCase):
             print(calls, *sorted(set(sys.modules) - before))
         """
         calls, *modules = child(code).split()
-        self.assertLess(int(calls), 300_000)  # 99,484: 0.1 s on one Zen 4 core
+        assert int(calls) < 300_000  # 99,484: 0.1 s on one Zen 4 core
         others = {name.split(".")[0] for name in modules} - sys.stdlib_module_names
-        self.assertLessEqual(others, {"qnn", "einops", "numpy", "torch"})
+        assert others <= {"qnn", "einops", "numpy", "torch"}
 
     def test_touches_only_the_two_operators(self) -> None:
         child(
@@ -66,11 +68,11 @@ class TestImport(unittest.TestCase):
             [sys.executable, "-c", "import qnn; print(qnn.functional.__file__)"],
             cwd=ROOT, capture_output=True, text=True, check=True,
         )  # fmt: skip
-        self.assertTrue(done.stdout.strip().endswith("__init__.py"))
+        assert done.stdout.strip().endswith("__init__.py")
 
     def test_everything_public_is_there(self) -> None:
         for name in qnn.__all__:
-            self.assertTrue(hasattr(qnn, name), name)
+            assert hasattr(qnn, name), name
 
 
 # From the ground up; a package stands for all that is in it, and the longest name counts.
@@ -111,12 +113,12 @@ def import_graph() -> dict[str, set[str]]:
     return graph
 
 
-class TestHouse(unittest.TestCase):
+class TestHouse:
     def test_imports_point_down(self) -> None:
         """No module imports one of a floor above, at the top, inside of a function or for types."""
         for module, imported in import_graph().items():
             for other in imported:
-                self.assertGreaterEqual(floor(module), floor(other), (module, other))
+                assert floor(module) >= floor(other), (module, other)
 
     def test_no_imports_in_a_circle(self) -> None:
         graph = import_graph()
@@ -126,14 +128,14 @@ class TestHouse(unittest.TestCase):
     def test_old_names_are_importable(self) -> None:
         for old, new in moved.MOVED.items():
             sys.modules.pop(old, None)
-            with self.assertWarnsRegex(DeprecationWarning, f"{old} is now {new}"):
+            with pytest.warns(DeprecationWarning, match=f"{old} is now {new}"):
                 found = importlib.import_module(old)
-            self.assertIs(found, importlib.import_module(new))
-            self.assertEqual(found.__spec__.name if found.__spec__ else "", new)
+            assert found is importlib.import_module(new)
+            assert (found.__spec__.name if found.__spec__ else "") == new
         sys.modules.pop("qnn.functional.fusion", None)
         vars(qnn.functional).pop("fusion", None)
-        with self.assertWarnsRegex(DeprecationWarning, "is now qnn.passes.fusion"):
-            self.assertIs(qnn.functional.fusion, importlib.import_module("qnn.passes.fusion"))
+        with pytest.warns(DeprecationWarning, match=r"is now qnn\.passes\.fusion"):
+            assert qnn.functional.fusion is importlib.import_module("qnn.passes.fusion")
 
     def test_private_torch_names_stand_in_one_file(self) -> None:
         allowed = {"torch_private.py"}
@@ -144,10 +146,10 @@ class TestHouse(unittest.TestCase):
                 for node in ast.walk(ast.parse(path.read_text())):
                     if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
                         parts = [*(node.module or "").split("."), *(a.name for a in node.names)]
-                        self.assertFalse([p for p in parts if p.startswith("_")], path)
+                        assert not [p for p in parts if p.startswith("_")], path
 
 
-class TestWheel(unittest.TestCase):
+class TestWheel:
     def test_one_top_level_package(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             tree = Path(folder) / "tree"
@@ -166,11 +168,11 @@ class TestWheel(unittest.TestCase):
             (wheel,) = Path(folder).glob("*.whl")
             names = zipfile.ZipFile(wheel).namelist()
         tops = {name.split("/")[0] for name in names}
-        self.assertEqual({top for top in tops if not top.endswith(".dist-info")}, {"qnn"})
+        assert {top for top in tops if not top.endswith(".dist-info")} == {"qnn"}
         for name in ("qnn/py.typed", "qnn/functional/linear.py", "qnn/kernels/cpu/engines.py"):
-            self.assertIn(name, names)
+            assert name in names
         modules = {n for n in files if n.endswith(".py")}
-        self.assertEqual(len([n for n in names if n.endswith(".py")]), len(modules))
+        assert len([n for n in names if n.endswith(".py")]) == len(modules)
 
 
 # `python -m qnn doctor`, where torch is imported already.
@@ -181,24 +183,24 @@ runpy.run_module("qnn", run_name="__main__", alter_sys=True)
 """
 
 
-class TestDoctor(unittest.TestCase):
+class TestDoctor:
     def test_text_and_json(self) -> None:
         run = [sys.executable, "-m", "qnn", "doctor", "--json"]
         text = forked(_DOCTOR)
         for word in ("versions", "features", "int8 engines", "exact", "onednn", "schemes"):
-            self.assertIn(word, text)
+            assert word in text
         data = json.loads(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
-        self.assertEqual(sum(engine["used"] for engine in data["engines"]), 1)
-        self.assertEqual(set(data["schemes"]), set(qnn.SCHEMES))
+        assert sum(engine["used"] for engine in data["engines"]) == 1
+        assert set(data["schemes"]) == set(qnn.SCHEMES)
 
     def test_says_what_is_missing(self) -> None:
         text = forked(f'import os; os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"\n{_DOCTOR}')
-        self.assertRegex(text, r"onednn +not used +wrong integers")
-        self.assertIn("no VNNI instructions", text.replace("has no \n", "has no "))
+        assert re.search(r"onednn +not used +wrong integers", text)
+        assert "no VNNI instructions" in text.replace("has no \n", "has no ")
 
     def test_no_command(self) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "qnn"], capture_output=True, text=True, check=False
         )
-        self.assertEqual(done.returncode, 2)
-        self.assertIn("doctor", done.stderr)
+        assert done.returncode == 2
+        assert "doctor" in done.stderr

@@ -1,9 +1,9 @@
 """prepare, calibrate or train, convert: the flow from a float model to int8_static."""
 
 import copy
-import unittest
 from typing import Any
 
+import pytest
 import torch
 from parameterized import parameterized
 from torch import nn
@@ -39,7 +39,7 @@ def tokens(count: int = 3) -> list[torch.Tensor]:
     return list(torch.randint(50, (count, 4, 9), generator=torch.Generator().manual_seed(1)))
 
 
-class TestFlow(unittest.TestCase):
+class TestFlow:
     @parameterized.expand([(*kind, split) for kind, split in KINDS])
     def test_calibrated(self, cell: Any, options: dict[str, Any], split: bool) -> None:
         model, batches = tagger(cell, **options), tokens()
@@ -50,15 +50,15 @@ class TestFlow(unittest.TestCase):
         if split:
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
         else:
-            self.assertTrue(same_bits(got, want))
+            assert same_bits(got, want)
         qnn.calibrate(prepared, batches, progress=False)
         converted = qnn.convert(prepared)
-        self.assertIs(type(converted.rnn), qnn.QGRU if cell is nn.GRU else qnn.QLSTM)
-        self.assertEqual(converted.rnn.split_gates, split)
-        self.assertIs(type(converted.head), qnn.QLinear)
+        assert type(converted.rnn) is (qnn.QGRU if cell is nn.GRU else qnn.QLSTM)
+        assert converted.rnn.split_gates == split
+        assert type(converted.head) is qnn.QLinear
         with torch.no_grad():
-            self.assertGreater(qnn.sqnr(converted(batches[1]), model(batches[1])), 25)
-        self.assertTrue(all(same_bits(t, before[n]) for n, t in model.state_dict().items()))
+            assert qnn.sqnr(converted(batches[1]), model(batches[1])) > 25
+        assert all(same_bits(t, before[n]) for n, t in model.state_dict().items())
 
     @parameterized.expand(
         [
@@ -84,47 +84,47 @@ class TestFlow(unittest.TestCase):
         state = copy.deepcopy(trained.eval().state_dict())
         with torch.no_grad():
             want = trained(batches[0])
-        self.assertTrue(all(same_bits(t, state[n]) for n, t in trained.state_dict().items()))
+        assert all(same_bits(t, state[n]) for n, t in trained.state_dict().items())
         with torch.no_grad():
-            self.assertGreater(qnn.sqnr(qnn.convert(trained)(batches[0]), want), least)
+            assert qnn.sqnr(qnn.convert(trained)(batches[0]), want) > least
 
     def test_a_model_for_training_can_be_calibrated_first(self) -> None:
         model = nn.Sequential(nn.LSTM(4, 5))
         prepared = qnn.prepare(model, qat=True)
         qnn.calibrate(prepared, [torch.randn(3, 2, 4)])
-        self.assertGreater(float(prepared[0].parts()["cell_state"].scale), 0)
+        assert float(prepared[0].parts()["cell_state"].scale) > 0
         qnn.convert(prepared)
 
     def test_in_place(self) -> None:
         model = tagger()
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self.assertIs(qnn.prepare(model, inplace=True), model)
-        self.assertEqual({id(p) for p in model.parameters()}, known)
+        assert qnn.prepare(model, inplace=True) is model
+        assert {id(p) for p in model.parameters()} == known
         qnn.calibrate(model, tokens(), progress=False)
-        self.assertIs(qnn.convert(model, inplace=True), model)
-        self.assertIn(id(model.rnn.bias_hh_l1), known)
+        assert qnn.convert(model, inplace=True) is model
+        assert id(model.rnn.bias_hh_l1) in known
 
     def test_a_bare_layer(self) -> None:
         prepared = qnn.prepare(nn.GRU(5, 6))
         prepared(torch.randn(4, 2, 5))
-        self.assertEqual(qnn.convert(prepared)(torch.randn(4, 2, 5))[0].shape, (4, 2, 6))
+        assert qnn.convert(prepared)(torch.randn(4, 2, 5))[0].shape == (4, 2, 6)
 
     def test_patterns_hooks_and_shared_modules(self) -> None:
         linear, seen = nn.Linear(6, 6), []
         model = nn.Sequential(linear, nn.Tanh(), linear, nn.Linear(6, 2))
         linear.register_forward_hook(lambda *_: seen.append(1))
         prepared = qnn.prepare(model, exclude="3")
-        self.assertIs(prepared[0], prepared[2])
+        assert prepared[0] is prepared[2]
         qnn.calibrate(prepared, [torch.randn(8, 6)], progress=False)
-        self.assertEqual(len(seen), 2)
+        assert len(seen) == 2
         converted = qnn.convert(prepared)
-        self.assertIs(converted[0], converted[2])
-        self.assertEqual([type(m).__name__ for m in converted][2:], ["QLinear", "Linear"])
+        assert converted[0] is converted[2]
+        assert [type(m).__name__ for m in converted][2:] == ["QLinear", "Linear"]
         rows = {row.name: row.reason for row in qnn.summary(converted).rows}
-        self.assertEqual(rows["3"], "matches the exclude pattern '3'")
+        assert rows["3"] == "matches the exclude pattern '3'"
         rows = {row.name: row.reason for row in qnn.summary(prepared).rows}
-        self.assertIn("qnn.calibrate it, then qnn.convert", str(rows["0"]))
+        assert "qnn.calibrate it, then qnn.convert" in str(rows["0"])
 
     def test_ties(self) -> None:
         model = nn.ModuleDict({name: nn.Linear(6, 6) for name in "abc"})
@@ -132,15 +132,15 @@ class TestFlow(unittest.TestCase):
         model["b"].weight = model["a"].weight
         model["c"].weight = model["embedding"].weight
         prepared = qnn.prepare(model)
-        self.assertIs(prepared["a"].weight, prepared["b"].weight)
-        self.assertIs(prepared["c"].weight, prepared["embedding"].weight)
+        assert prepared["a"].weight is prepared["b"].weight
+        assert prepared["c"].weight is prepared["embedding"].weight
         reasons = {row.name: str(row.reason) for row in qnn.summary(prepared).rows}
-        self.assertIn("tied to 'embedding' (Embedding), which stays in float", reasons["c"])
+        assert "tied to 'embedding' (Embedding), which stays in float" in reasons["c"]
         for name in "ab":
             prepared[name](torch.randn(3, 6))
         converted = qnn.convert(prepared)
-        self.assertIs(converted["a"].stored[0], converted["b"].stored[0])
-        self.assertIs(type(converted["c"]), nn.Linear)
+        assert converted["a"].stored[0] is converted["b"].stored[0]
+        assert type(converted["c"]) is nn.Linear
 
     def test_encoder_layers_leave_their_fast_path(self) -> None:
         layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
@@ -158,10 +158,10 @@ class TestFlow(unittest.TestCase):
         prepared(torch.randn(4, 2, 5))
         table = qnn.convert(prepared)[0].table_l0
         rows = dict(zip(recurrent.LSTM_PARTS, table.tolist(), strict=True))
-        self.assertEqual(rows["cell_state"], [2**-11, 0, -(2**15), 2**15 - 1])
-        self.assertEqual(rows["hidden_linear_g"], [0, 0, 0, 0])
-        self.assertEqual(rows["projection_input"], [0, 0, 0, 0])
-        self.assertGreater(rows["input"][0], 0)
+        assert rows["cell_state"] == [2**-11, 0, -(2**15), 2**15 - 1]
+        assert rows["hidden_linear_g"] == [0, 0, 0, 0]
+        assert rows["projection_input"] == [0, 0, 0, 0]
+        assert rows["input"][0] > 0
 
     def test_a_key_serves_the_layers_that_have_the_part(self) -> None:
         wide = qnn.QuantSpec(torch.int16, symmetric=True, limit=9.0)
@@ -179,16 +179,16 @@ class TestFlow(unittest.TestCase):
         parts = {"cell_state": wide, "projection_input": inner, "new_gate": None, "input": given}
         prepared = qnn.prepare(model, parts=parts)
         for name in ("lstm", "plain", "cell"):
-            self.assertEqual(prepared[name].parts()["cell_state"].spec, wide)
-        self.assertEqual(prepared["lstm"].parts()["projection_input"].spec, inner)
-        self.assertNotIn("new_gate", prepared["gru"].parts())
-        self.assertEqual(prepared["linear"].input_quantize.spec, given)
+            assert prepared[name].parts()["cell_state"].spec == wide
+        assert prepared["lstm"].parts()["projection_input"].spec == inner
+        assert "new_gate" not in prepared["gru"].parts()
+        assert prepared["linear"].input_quantize.spec == given
         for name in ("lstm", "plain", "gru", "cell"):
-            self.assertEqual(prepared[name].parts()["input"].spec, given)
+            assert prepared[name].parts()["input"].spec == given
         for layer in prepared.values():
             layer(torch.randn(9, 4))
         qnn.convert(prepared)
-        with self.assertRaisesRegex(ValueError, "'cell_stat', which matches none.*'cell_state'"):
+        with pytest.raises(ValueError, match=r"'cell_stat', which matches none.*'cell_state'"):
             qnn.prepare(model, parts={"cell_stat": wide})
         for wrong, words in (
             (
@@ -200,9 +200,9 @@ class TestFlow(unittest.TestCase):
             ({"input": qnn.QuantSpec(channel_axis=0)}, "channel_axis must be None"),
         ):
             only = nn.Sequential(nn.Linear(4, 4))
-            with self.subTest(words), self.assertRaisesRegex(ValueError, words):
+            with pytest.raises(ValueError, match=words):
                 qnn.prepare(only, parts=wrong, inplace=True)
-            self.assertIs(type(only[0]), nn.Linear)
+            assert type(only[0]) is nn.Linear
 
     @parameterized.expand(
         [(name, frozen) for name in ("default", "parts", "learnable") for frozen in (False, True)]
@@ -229,23 +229,23 @@ class TestFlow(unittest.TestCase):
         trained = qnn.prepare(
             calibrated, qat=True, parts=learned if name == "learnable" else None
         ).eval()
-        self.assertIsInstance(trained["l"], qnn.ObservedLinear)
+        assert isinstance(trained["l"], qnn.ObservedLinear)
         before, after = points(calibrated), points(trained)
-        self.assertEqual(before.keys(), after.keys())
+        assert before.keys() == after.keys()
         for key, point in after.items():
-            self.assertTrue(point.qat)
+            assert point.qat
             torch.testing.assert_close(point.qparams(), before[key].qparams())
-            self.assertEqual(point.observing, before[key].observing, key)
+            assert point.observing == before[key].observing, key
             torch.testing.assert_close(point.scale.detach(), before[key].qparams()[0])
         with torch.no_grad():  # evaluation has its grids at once
             quantised = qnn.convert(calibrated)
             for key in trained:
                 for got, want in zip(flat(trained[key](x)), flat(quantised[key](x)), strict=True):
-                    self.assertGreater(qnn.sqnr(got, want), 45, key)
+                    assert qnn.sqnr(got, want) > 45, key
         trained.train()["r"](50 * x)
         moved = after["r.points.input_l0"].qparams()[0] > before["r.points.input_l0"].qparams()[0]
-        self.assertEqual(bool(moved), not frozen)
-        with self.assertRaisesRegex(ValueError, "it is prepared already"):
+        assert bool(moved) == (not frozen)
+        with pytest.raises(ValueError, match="it is prepared already"):
             qnn.prepare(trained, qat=True)
 
     @parameterized.expand(["minmax", "moving_average", "histogram", "mse", "percentile"])
@@ -263,7 +263,7 @@ class TestFlow(unittest.TestCase):
             torch.testing.assert_close(point.qparams(), before[key].qparams())
             torch.testing.assert_close(point.scale, before[key].qparams()[0])
         want = qnn.convert(calibrated)(x)
-        self.assertGreater(qnn.sqnr(trained(x), want), 45)
+        assert qnn.sqnr(trained(x), want) > 45
 
     def test_observing_holds_the_steps_of_one_layer(self) -> None:
         held: list[int] = []
@@ -281,7 +281,7 @@ class TestFlow(unittest.TestCase):
 
         layer._points, layer._observe = kept, watched
         layer(torch.randn(5, 2, 4))
-        self.assertEqual(held, [1] * 6)
+        assert held == [1] * 6
 
 
 def points(model: nn.Module) -> dict[str, qnn.FakeQuantize]:
@@ -294,7 +294,7 @@ def flat(result: Any) -> list[torch.Tensor]:
     return [tensor for each in result for tensor in flat(each)]
 
 
-class TestErrors(unittest.TestCase):
+class TestErrors:
     @parameterized.expand(
         [
             ("scheme", lambda m: qnn.prepare(m, "int8"), "qnn.convert.model, scheme"),
@@ -320,42 +320,42 @@ class TestErrors(unittest.TestCase):
     def test_refused(self, _: str, call: Any, words: str) -> None:
         model = tagger()
         state = copy.deepcopy(model.state_dict())
-        with self.assertRaisesRegex(ValueError, words):
+        with pytest.raises(ValueError, match=words):
             call(model)
-        self.assertEqual(list(model.state_dict()), list(state))
-        with self.assertRaisesRegex(TypeError, "takes an nn.Module, got int"):
+        assert list(model.state_dict()) == list(state)
+        with pytest.raises(TypeError, match=r"takes an nn.Module, got int"):
             qnn.prepare(3)  # type: ignore[type-var]
 
     def test_a_part_without_a_range_is_named(self) -> None:
         prepared = qnn.prepare(nn.LSTM(5, 6))
-        with self.assertRaisesRegex(ValueError, "part 'input'.*nothing|nothing.*'input'"):
+        with pytest.raises(ValueError, match=r"part 'input'.*nothing|nothing.*'input'"):
             qnn.convert(prepared)
         x = torch.randn(4, 2, 5)
         for value in (torch.nan, torch.inf):
             prepared = qnn.prepare(nn.LSTM(5, 6))
             x[1, 1, 1] = value
             prepared(x)
-            with self.assertRaisesRegex(ValueError, "'input'"):
+            with pytest.raises(ValueError, match="'input'"):
                 qnn.convert(prepared)
         layer = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
         prepared = qnn.prepare(layer)
         prepared[0](torch.randn(2, 4))
-        with self.assertRaisesRegex(ValueError, "1.input"):
+        with pytest.raises(ValueError, match=r"1.input"):
             qnn.convert(prepared, inplace=True)
-        self.assertIs(type(prepared[0]), qnn.ObservedLinear)  # nothing has been changed
+        assert type(prepared[0]) is qnn.ObservedLinear  # nothing has been changed
         prepared = qnn.prepare(nn.Sequential(nn.Linear(5, 5), nn.LSTM(5, 6)))
         prepared[0](torch.randn(2, 5))
-        with self.assertRaisesRegex(ValueError, "qnn.convert: 1: .*part 'input'"):
+        with pytest.raises(ValueError, match=r"qnn.convert: 1: .*part 'input'"):
             qnn.convert(prepared, inplace=True)
-        self.assertIs(type(prepared[0]), qnn.ObservedLinear)
+        assert type(prepared[0]) is qnn.ObservedLinear
 
     def test_other_schemes_leave_recurrent_layers_alone(self) -> None:
         converted = qnn.convert(tagger(), "fp8")
         reasons = {row.name: row.reason for row in qnn.summary(converted).rows}
-        self.assertIn("scheme 'fp8' has no recurrent layer", str(reasons["rnn"]))
+        assert "scheme 'fp8' has no recurrent layer" in str(reasons["rnn"])
         trained = qnn.convert(tagger(), "fp8", training=True)
         reasons = {row.name: row.reason for row in qnn.summary(trained).rows}
-        self.assertIn("qnn.prepare", str(reasons["rnn"]))
+        assert "qnn.prepare" in str(reasons["rnn"])
 
     def test_layers_that_cannot_be_converted(self) -> None:
         class Mine(nn.LSTM):
@@ -373,7 +373,7 @@ class TestErrors(unittest.TestCase):
             (nn.Sequential(broken), "its weight_ih_l0 holds 1 NaN or inf of 144 values"),
             (nn.Sequential(norm), "parametrized"),
         ):
-            with self.subTest(words), self.assertRaisesRegex(ValueError, words):
+            with pytest.raises(ValueError, match=words):
                 qnn.convert(model, "int8")
         for model, words in (
             (nn.Sequential(norm), "0: it is parametrized; call"),
@@ -381,8 +381,8 @@ class TestErrors(unittest.TestCase):
             (nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 4))), "more than weights and bias"),
             (nn.Sequential(Mine(6, 6)), "Mine is a subclass of nn.LSTM"),
         ):
-            with self.subTest(words), self.assertRaisesRegex(ValueError, words):
+            with pytest.raises(ValueError, match=words):
                 qnn.prepare(model)
-        with self.assertRaisesRegex(ValueError, "0: its weight_ih_l0 holds 1 NaN") as raised:
+        with pytest.raises(ValueError, match="0: its weight_ih_l0 holds 1 NaN") as raised:
             qnn.prepare(nn.Sequential(broken))
-        self.assertNotIn("on_unsupported", str(raised.exception))  # prepare has no such argument
+        assert "on_unsupported" not in str(raised.value)  # prepare has no such argument

@@ -5,9 +5,10 @@ cells become them.
 import copy
 import itertools
 import pickle
-import unittest
+import re
 from typing import Any
 
+import pytest
 import torch
 from parameterized import parameterized
 from torch import nn
@@ -60,7 +61,7 @@ def alike(got: Any, want: Any) -> bool:
     return all(same_bits(a, b) for a, b in zip(flat(got), flat(want), strict=True))
 
 
-class TestValues(unittest.TestCase):
+class TestValues:
     @parameterized.expand(grid((True, False)))
     def test_steps_are_the_sequence(self, scheme: str, at: int, bias: bool) -> None:
         model, quantized = decoders(scheme, at, bias=bias)
@@ -75,8 +76,8 @@ class TestValues(unittest.TestCase):
         layer.load_state_dict(state)
         with torch.no_grad():
             got = quantized(x)
-            self.assertTrue(same_bits(got, layer(x)[0]))
-            self.assertGreater(qnn.sqnr(model(x), got), 15)
+            assert same_bits(got, layer(x)[0])
+            assert qnn.sqnr(model(x), got) > 15
 
     @parameterized.expand(grid())
     def test_shapes_and_dtypes(self, scheme: str, at: int) -> None:
@@ -85,18 +86,18 @@ class TestValues(unittest.TestCase):
         with torch.no_grad():
             zeros = torch.zeros(3, 9)
             whole = cell(x, (zeros, zeros) if at == 0 else zeros)
-            self.assertTrue(alike(cell(x), whole))
+            assert alike(cell(x), whole)
             rows = [
                 cell(row, tuple(s[0] for s in flat(zeros)) * 2 if at == 0 else zeros[0])
                 for row in x
             ]
-            self.assertTrue(all(alike(row, cell(x[i])) for i, row in enumerate(rows)))
+            assert all(alike(row, cell(x[i])) for i, row in enumerate(rows))
             for i, row in enumerate(rows):
-                self.assertTrue(alike(row, tuple(s[i] for s in flat(whole))))
-            self.assertEqual(flat(cell(x[:0]))[0].shape, (0, 9))
+                assert alike(row, tuple(s[i] for s in flat(whole)))
+            assert flat(cell(x[:0]))[0].shape == (0, 9)
             for dtype in (torch.bfloat16, torch.float16, torch.float64):
                 for state in flat(cell(x.to(dtype))):
-                    self.assertEqual((state.dtype, state.shape), (dtype, (3, 9)))
+                    assert (state.dtype, state.shape) == (dtype, (3, 9))
 
     @parameterized.expand(grid())
     def test_gradients(self, scheme: str, at: int) -> None:
@@ -109,7 +110,7 @@ class TestValues(unittest.TestCase):
             model(given).sum().backward()
             found.append((given.grad, model.cell.bias_hh.grad))
         for got, want in zip(*found, strict=True):
-            self.assertGreater(qnn.sqnr(want, got), 20)
+            assert qnn.sqnr(want, got) > 20
 
     @parameterized.expand(grid())
     def test_graphs(self, scheme: str, at: int) -> None:
@@ -119,14 +120,14 @@ class TestValues(unittest.TestCase):
             want = quantized(x)
             program = torch.export.export(quantized, (x,))
             nodes = [n for n in program.graph.nodes if "invoke_quant" in str(n.target)]
-            self.assertEqual(len(nodes), 2)
-            self.assertTrue(same_bits(program.module()(x), want))
+            assert len(nodes) == 2
+            assert same_bits(program.module()(x), want)
             torch._dynamo.reset()
             compiled = torch.compile(quantized, backend="aot_eager", fullgraph=True)
-            self.assertTrue(same_bits(compiled(x), want))
+            assert same_bits(compiled(x), want)
 
 
-class TestContract(unittest.TestCase):
+class TestContract:
     @parameterized.expand([(0,), (1,)])
     def test_errors_are_torchs(self, at: int) -> None:
         float_class, observed, quantised, _ = CELLS[at]
@@ -143,12 +144,12 @@ class TestContract(unittest.TestCase):
             lambda cell: cell(x, state(h[None])),
         ]
         for call in calls:
-            with self.assertRaises((ValueError, RuntimeError)) as want:
+            with pytest.raises((ValueError, RuntimeError)) as want:
                 call(float_class(6, 9))
             for made in (observed(6, 9), quantised(6, 9)):
-                with self.assertRaises(type(want.exception)) as got:
+                with pytest.raises(type(want.value)) as got:
                     call(made)
-                self.assertEqual(str(got.exception), str(want.exception))
+                assert str(got.value) == str(want.value)
 
     def test_errors(self) -> None:
         cases: list[tuple[Any, type[Exception], str]] = [
@@ -176,7 +177,7 @@ class TestContract(unittest.TestCase):
             ),
         ]
         for call, kind, words in cases:
-            with self.subTest(words), self.assertRaisesRegex(kind, words):
+            with pytest.raises(kind, match=words):
                 call()
 
     @parameterized.expand([(0,), (1,)])
@@ -185,13 +186,13 @@ class TestContract(unittest.TestCase):
         for bias in (True, False):
             cell = float_class(6, 9, bias)
             for made in (observed(6, 9, bias), quantised(6, 9, bias)):
-                self.assertIsInstance(made, float_class)
+                assert isinstance(made, float_class)
                 missing = [name for name in dir(cell) if not hasattr(made, name)]
-                self.assertEqual(missing, [])
-                self.assertEqual(made.bias_ih is None, not bias)
+                assert missing == []
+                assert (made.bias_ih is None) == (not bias)
 
 
-class TestState(unittest.TestCase):
+class TestState:
     @parameterized.expand(grid((True, False)))
     def test_round_trips(self, scheme: str, at: int, bias: bool) -> None:
         model, quantized = decoders(scheme, at, bias=bias)
@@ -202,55 +203,55 @@ class TestState(unittest.TestCase):
         meta = type(cell)(6, 9, bias, scheme=scheme, device="meta")
         meta.load_state_dict(cell.state_dict(), assign=True)
         for made in (again, meta, copy.deepcopy(cell), pickle.loads(pickle.dumps(cell))):
-            self.assertTrue(alike(made(x), want))
+            assert alike(made(x), want)
         floats = set(model.cell.state_dict())
         scales = {f"{name}_scale" for name in floats if name.startswith("weight")}
         tables = {"table"} if scheme == "int8_static" else set()
-        self.assertEqual(set(cell.state_dict()), floats | scales | tables)
+        assert set(cell.state_dict()) == floats | scales | tables
         if scheme != "int8_static":
             again.reset_parameters()
             again.load_state_dict(model.cell.state_dict())
-            self.assertTrue(alike(again(x), want))
+            assert alike(again(x), want)
         back = cell.dequantize()
-        self.assertIs(type(back), CELLS[at][0])
-        self.assertGreater(qnn.sqnr(model.cell.weight_hh, back.weight_hh), 35)
+        assert type(back) is CELLS[at][0]
+        assert qnn.sqnr(model.cell.weight_hh, back.weight_hh) > 35
 
     @parameterized.expand(grid())
     def test_casts_keep_codes_scales_and_tables(self, scheme: str, at: int) -> None:
         _, quantized = decoders(scheme, at)
         before = {n: t.clone() for n, t in quantized.state_dict().items() if "bias" not in n}
         state = quantized.half().state_dict()
-        self.assertTrue(all(same_bits(state[name], value) for name, value in before.items()))
-        self.assertEqual(state["cell.bias_ih"].dtype, torch.float16)
+        assert all(same_bits(state[name], value) for name, value in before.items())
+        assert state["cell.bias_ih"].dtype == torch.float16
 
     def test_repr(self) -> None:
-        self.assertRegex(
-            repr(qnn.QGRUCell(6, 9, bias=False)), r"^QGRUCell\(6, 9, bias=False, scheme='int8'\)  #"
+        assert re.search(
+            r"^QGRUCell\(6, 9, bias=False, scheme='int8'\)  #", repr(qnn.QGRUCell(6, 9, bias=False))
         )
 
 
-class TestModels(unittest.TestCase):
+class TestModels:
     @parameterized.expand(grid())
     def test_verbs(self, scheme: str, at: int) -> None:
         model, quantized = decoders(scheme, at)
-        self.assertIs(type(quantized.cell), CELLS[at][2])
+        assert type(quantized.cell) is CELLS[at][2]
         (row,) = qnn.summary(quantized).rows
-        self.assertEqual((row.scheme, row.shape), (scheme, tuple(model.cell.weight_hh.shape)))
-        self.assertRegex(row.backend, "^cpu: ")
+        assert (row.scheme, row.shape) == (scheme, tuple(model.cell.weight_hh.shape))
+        assert re.search("^cpu: ", row.backend)
         found = qnn.compare(model, quantized, torch.randn(4, 3, 6))
-        self.assertEqual({row.name for row in found.rows}, {"cell", "(output)"})
-        self.assertTrue(all(row.sqnr > 15 for row in found.rows))
-        with self.assertRaisesRegex(ValueError, "converted already"):
+        assert {row.name for row in found.rows} == {"cell", "(output)"}
+        assert all(row.sqnr > 15 for row in found.rows)
+        with pytest.raises(ValueError, match="converted already"):
             qnn.convert(quantized)
 
     def test_observed_in_place_of_torchs(self) -> None:
         model = Decoder(qnn.QuantizableLSTMCell(6, 9))
-        self.assertIs(type(qnn.convert(model).cell), qnn.QLSTMCell)
+        assert type(qnn.convert(model).cell) is qnn.QLSTMCell
         prepared = qnn.prepare(model, split_gates=True, parts=qnn.parts.SIXTEEN_BIT)
-        self.assertIn("input_linear_f", prepared.cell.parts())
+        assert "input_linear_f" in prepared.cell.parts()
         qnn.calibrate(prepared, [torch.randn(5, 3, 6)])
         converted = qnn.convert(prepared)
-        self.assertTrue(converted.cell.split_gates)
+        assert converted.cell.split_gates
 
     def test_quantisation_aware(self) -> None:
         torch.manual_seed(0)
@@ -261,4 +262,4 @@ class TestModels(unittest.TestCase):
             optimizer.step()
             optimizer.zero_grad()
         converted, x = qnn.convert(prepared.eval()), torch.randn(5, 3, 6)
-        self.assertGreater(qnn.sqnr(prepared(x), converted(x)), 100)
+        assert qnn.sqnr(prepared(x), converted(x)) > 100

@@ -7,7 +7,6 @@ import functools
 import io
 import itertools
 import pickle
-import unittest
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -115,7 +114,7 @@ def with_states(layer: nn.Module, x: torch.Tensor, *given: torch.Tensor, **optio
     return layer(x, given[0] if len(given) == 1 else tuple(given), **options)
 
 
-class TestGrid(unittest.TestCase):
+class TestGrid:
     """Outputs, states and gradients equal torch's over every option."""
 
     @parameterized.expand(
@@ -139,8 +138,7 @@ class TestGrid(unittest.TestCase):
             plain, made = pair(cell, 5, 7, split_gates=split, **options)
             x = torch.randn(2, 4, 5, dtype=dtype)
             given = states(plain, 4 if not batch_first else 2, dtype) if initial else ()
-            with self.subTest(**options, initial=initial):
-                assert_same_layer(plain, made, [x, *given], with_states)
+            assert_same_layer(plain, made, [x, *given], with_states)
 
     @parameterized.expand([(cell, split, d) for cell, split in EVERY for d in (1, 2)])
     def test_cells_equal_torch(self, cell: str, split: bool, axes: int) -> None:
@@ -164,7 +162,7 @@ class TestGrid(unittest.TestCase):
         plain, made = pair(cell, 16, 32, num_layers=2, bidirectional=True)
         x = torch.randn(9, 4, 16)
         for a, b in zip(tensors(plain(x)), tensors(made(x)), strict=True):
-            self.assertTrue(torch.equal(a, b))
+            assert torch.equal(a, b)
 
     @parameterized.expand(EVERY)
     def test_non_contiguous_input(self, cell: str, split: bool) -> None:
@@ -179,7 +177,7 @@ class TestGrid(unittest.TestCase):
         assert_close(tensors(with_states(made, x, *given)), tensors(with_states(plain, x, *given)))
 
 
-class TestLengths(unittest.TestCase):
+class TestLengths:
     @parameterized.expand(EVERY)
     def test_packed_sequence(self, cell: str, split: bool) -> None:
         for ordered, initial in itertools.product((True, False), (True, False)):
@@ -190,7 +188,7 @@ class TestLengths(unittest.TestCase):
             def call(layer: nn.Module, x: torch.Tensor, *given: torch.Tensor) -> Any:
                 packed = pack_padded_sequence(x, lengths, enforce_sorted=ordered)  # noqa: B023
                 y, last = with_states(layer, packed, *given)
-                self.assertIsInstance(y, PackedSequence)
+                assert isinstance(y, PackedSequence)
                 return y, last
 
             assert_same_layer(plain, made, [torch.randn(6, 4, 5), *given], call)
@@ -228,16 +226,16 @@ class TestLengths(unittest.TestCase):
         got = run(made, [x], call)
         assert_close(got[0], want[0])
         assert_close(got[1][1:], want[1][1:])
-        self.assertEqual(got[0][0][2, 0].abs().max(), 0)
+        assert got[0][0][2, 0].abs().max() == 0
 
     @parameterized.expand(EVERY)
     def test_an_empty_sequence_keeps_its_states(self, cell: str, split: bool) -> None:
         _, made = pair(cell, 5, 7, split_gates=split)
         given = states(made, 2)
         y, last = with_states(made, torch.randn(3, 2, 5), *given, lengths=torch.tensor([0, 3]))
-        self.assertEqual(y[:, 0].abs().max(), 0)
+        assert y[:, 0].abs().max() == 0
         for state, first in zip(tensors(last), given, strict=True):
-            self.assertTrue(torch.equal(state[:, 0], first[:, 0]))
+            assert torch.equal(state[:, 0], first[:, 0])
 
     def test_refused(self) -> None:
         lstm, x = QuantizableLSTM(5, 7), torch.randn(3, 2, 5)
@@ -256,7 +254,7 @@ class TestLengths(unittest.TestCase):
             (lambda: lstm(x[:, 0], lengths=torch.tensor([3])), "needs a batch"),
             (lambda: lstm(packed, lengths=torch.tensor([3, 2])), "has its own lengths"),
         ):
-            with self.assertRaisesRegex(ValueError, message):
+            with pytest.raises(ValueError, match=message):
                 call()
 
 
@@ -300,7 +298,7 @@ def test_random_options(data: st.DataObject) -> None:
     assert_same_layer(plain, made, [x, *given], call)
 
 
-class TestDropout(unittest.TestCase):
+class TestDropout:
     @parameterized.expand(EVERY)
     def test_the_same_seed_drops_the_same_values(self, cell: str, split: bool) -> None:
         plain, made = pair(cell, 5, 7, 3, dropout=0.4, bidirectional=True, split_gates=split)
@@ -312,8 +310,8 @@ class TestDropout(unittest.TestCase):
                 torch.manual_seed(5)
                 results.append(tensors(layer(either)))
             assert_close(results[1], results[0])
-        self.assertFalse(torch.equal(made(x)[0], made(x)[0]))
-        self.assertTrue(torch.equal(made.eval()(x)[0], made(x)[0]))
+        assert not torch.equal(made(x)[0], made(x)[0])
+        assert torch.equal(made.eval()(x)[0], made(x)[0])
 
     @parameterized.expand(EVERY)
     def test_dropping_everything_leaves_the_last_layer_its_biases(
@@ -324,7 +322,7 @@ class TestDropout(unittest.TestCase):
         assert_close(tensors(made(x)), tensors(plain(x)))
         lengths = torch.full((4,), 6)
         assert_close(tensors(made(x, lengths=lengths)), tensors(plain(x)))
-        self.assertTrue(torch.allclose(made(x)[0], made(2 * x)[0]))
+        assert torch.allclose(made(x)[0], made(2 * x)[0])
 
     @parameterized.expand(EVERY)
     def test_the_mean_over_seeds_is_that_of_torch(self, cell: str, split: bool) -> None:
@@ -334,13 +332,13 @@ class TestDropout(unittest.TestCase):
         got = made(x, lengths=lengths)[0]
         want, still = plain(x)[0], plain.eval()(x)[0]
         # 400 samples: the standard error of a mean is a twentieth of the spread.
-        self.assertLess((got.mean(1) - want.mean(1)).abs().max(), 0.03)
-        self.assertGreater((got - still).std(), 0.005)
+        assert (got.mean(1) - want.mean(1)).abs().max() < 0.03
+        assert (got - still).std() > 0.005
 
     @parameterized.expand(BOTH)
     def test_warns_about_one_layer_as_torch_does(self, cell: str) -> None:
         for make in LAYERS[cell]:
-            with self.assertWarnsRegex(UserWarning, "dropout option adds dropout after all but"):
+            with pytest.warns(UserWarning, match="dropout option adds dropout after all but"):
                 make(5, 7, dropout=0.5)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -348,8 +346,8 @@ class TestDropout(unittest.TestCase):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             made = LAYERS[cell][1].from_float(layer)
-            self.assertEqual(made.dropout, 0.5)
-            self.assertEqual(made.to_float().dropout, 0.5)
+            assert made.dropout == 0.5
+            assert made.to_float().dropout == 0.5
 
 
 def outcome(call: Callable[[], Any]) -> str:
@@ -360,7 +358,7 @@ def outcome(call: Callable[[], Any]) -> str:
     return "no error"
 
 
-class TestErrors(unittest.TestCase):
+class TestErrors:
     @parameterized.expand(
         [
             ("sizes", (0, 4), {}),
@@ -378,12 +376,12 @@ class TestErrors(unittest.TestCase):
     def test_constructor(self, _: str, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         for plain, made in LAYERS.values():
             want = outcome(lambda: plain(*args, **options))  # noqa: B023
-            self.assertNotEqual(want, "no error")
-            self.assertEqual(outcome(lambda: made(*args, **options)), want)  # noqa: B023
+            assert want != "no error"
+            assert outcome(lambda: made(*args, **options)) == want  # noqa: B023
 
     def test_split_gates_is_a_bool(self) -> None:
         for make in (*(pair[1] for pair in LAYERS.values()), *(pair[1] for pair in CELLS.values())):
-            with self.assertRaisesRegex(TypeError, "split_gates should be of type bool, got: int"):
+            with pytest.raises(TypeError, match="split_gates should be of type bool, got: int"):
                 make(5, 7, split_gates=1)
 
     # On a packed sequence nn.LSTM checks nothing itself, so there nn.GRU is the measure.
@@ -417,19 +415,17 @@ class TestErrors(unittest.TestCase):
             return state if cell == "GRU" else (state, state)
 
         want = outcome(lambda: call(plain, hx))
-        self.assertNotEqual(want, "no error")
-        self.assertEqual(outcome(lambda: call(made, hx)), want)
+        assert want != "no error"
+        assert outcome(lambda: call(made, hx)) == want
 
     @parameterized.expand(EVERY)
     def test_forward_of_a_packed_sequence(self, cell: str, split: bool) -> None:
         gru, made = nn.GRU(5, 7), LAYERS[cell][1](5, 7, split_gates=split)
         packed = pack_padded_sequence(torch.randn(3, 2, 6), torch.tensor([3, 1]))
-        self.assertEqual(outcome(lambda: made(packed)), outcome(lambda: gru(packed)))
+        assert outcome(lambda: made(packed)) == outcome(lambda: gru(packed))
         packed = pack_padded_sequence(torch.randn(3, 2, 5), torch.tensor([3, 1]))
         state = torch.zeros(1, 3, 7)
-        with self.assertRaisesRegex(
-            RuntimeError, r"Expected hidden.* size \(1, 2, 7\), got \[1, 3"
-        ):
+        with pytest.raises(RuntimeError, match=r"Expected hidden.* size \(1, 2, 7\), got \[1, 3"):
             made(packed, state if cell == "GRU" else (state, state))
 
     @parameterized.expand(EVERY)
@@ -437,7 +433,7 @@ class TestErrors(unittest.TestCase):
         _, made = pair(cell, 5, 7, split_gates=split)
         given = states(made, 3, torch.float64)
         for options in ({}, {"lengths": torch.tensor([2, 1, 1])}):
-            with self.assertRaises(RuntimeError):
+            with pytest.raises(RuntimeError):
                 with_states(made, torch.randn(2, 3, 5), *given, **options)
 
     @parameterized.expand(EVERY)
@@ -456,11 +452,11 @@ class TestErrors(unittest.TestCase):
             lambda m: m(torch.randn(3, 5), hx(1, 3, 7)),
         ):
             want = outcome(lambda: call(plain))  # noqa: B023
-            self.assertNotEqual(want, "no error")
-            self.assertEqual(outcome(lambda: call(made)), want)  # noqa: B023
+            assert want != "no error"
+            assert outcome(lambda: call(made)) == want  # noqa: B023
 
 
-class TestState(unittest.TestCase):
+class TestState:
     @parameterized.expand(BOTH)
     def test_state_dict_goes_everywhere(self, cell: str) -> None:
         """From and to torch's layer, and between both settings of `split_gates`."""
@@ -474,7 +470,7 @@ class TestState(unittest.TestCase):
         for source, target in itertools.permutations(layers, 2):
             for parameter in source.parameters():
                 nn.init.normal_(parameter, std=0.3)
-            self.assertEqual(list(source.state_dict()), list(target.state_dict()))
+            assert list(source.state_dict()) == list(target.state_dict())
             buffer = io.BytesIO()
             torch.save(source.state_dict(), buffer)
             buffer.seek(0)
@@ -491,8 +487,8 @@ class TestState(unittest.TestCase):
             for (name, a), (other, b) in zip(
                 made[0].named_parameters(), made[1].named_parameters(), strict=True
             ):
-                self.assertEqual(name, other)
-                self.assertTrue(torch.equal(a, b))
+                assert name == other
+                assert torch.equal(a, b)
 
     @parameterized.expand(EVERY)
     def test_from_float_and_back_hands_over_the_parameters(self, cell: str, split: bool) -> None:
@@ -501,21 +497,21 @@ class TestState(unittest.TestCase):
             layer = torch_class(5, 7, bias=False).eval()
             made = qnn_class.from_float(layer, split_gates=split)
             back = made.to_float()
-            self.assertIs(type(back), torch_class)
+            assert type(back) is torch_class
             for other in (made, back):
-                self.assertFalse(other.training)
+                assert not other.training
                 for name, parameter in layer.named_parameters():
-                    self.assertIs(getattr(other, name), parameter)
+                    assert getattr(other, name) is parameter
             x = torch.randn(3, 4, 5) if classes is LAYERS else torch.randn(4, 5)
             assert_close(tensors(made(x)), tensors(layer(x)))
-            with self.assertRaisesRegex(TypeError, "takes an nn.*, got Linear"):
+            with pytest.raises(TypeError, match=r"takes an nn.*, got Linear"):
                 qnn_class.from_float(nn.Linear(2, 2))
 
     def test_tied_weights_stay_tied(self) -> None:
         model = nn.ModuleList([nn.LSTM(7, 7), nn.LSTM(7, 7)])
         model[1].weight_hh_l0 = model[0].weight_hh_l0
         made = [QuantizableLSTM.from_float(layer) for layer in model]
-        self.assertIs(made[0].weight_hh_l0, made[1].weight_hh_l0)
+        assert made[0].weight_hh_l0 is made[1].weight_hh_l0
 
     @parameterized.expand(EVERY)
     def test_copies(self, cell: str, split: bool) -> None:
@@ -525,11 +521,11 @@ class TestState(unittest.TestCase):
         for copied in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
             assert_close(tensors(copied(x)), want)
         meta = LAYERS[cell][1](5, 7, 2, bidirectional=True, split_gates=split, device="meta")
-        self.assertEqual(meta(x.to("meta"))[0].shape, want[0].shape)
+        assert meta(x.to("meta"))[0].shape == want[0].shape
         meta.load_state_dict(made.state_dict(), assign=True)
         assert_close(tensors(meta(x)), want)
         half = made.to(torch.bfloat16)
-        self.assertEqual({t.dtype for t in tensors(half(x.bfloat16()))}, {torch.bfloat16})
+        assert {t.dtype for t in tensors(half(x.bfloat16()))} == {torch.bfloat16}
 
     @parameterized.expand(EVERY)
     def test_functional_call_reads_the_weights_it_is_given(self, cell: str, split: bool) -> None:
@@ -548,7 +544,7 @@ class TestState(unittest.TestCase):
             QuantizableLSTMCell(5, 7, bias=False),
         ):
             made = eval(repr(layer), {type(layer).__name__: type(layer)})  # noqa: S307
-            self.assertEqual(repr(made), repr(layer))
+            assert repr(made) == repr(layer)
 
 
 class Widths(TorchDispatchMode):
@@ -566,7 +562,7 @@ class Widths(TorchDispatchMode):
         return result
 
 
-class TestSplitGates(unittest.TestCase):
+class TestSplitGates:
     """No tensor of two axes or more is as wide as all gates. I, H, P, B and T are such that 4H and
     3H are no other size.
     """
@@ -587,7 +583,7 @@ class TestSplitGates(unittest.TestCase):
                 layer(torch.randn(3, 2, 6))
                 y, _ = layer(torch.randn(3, 2, 6), lengths=torch.tensor([3, 1]))
                 y.sum().backward()
-            self.assertEqual(width in widths.seen, not split, sorted(widths.seen))
+            assert (width in widths.seen) == (not split), sorted(widths.seen)
 
     @parameterized.expand(BOTH)
     def test_compiled_graphs(self, cell: str) -> None:
@@ -607,57 +603,57 @@ class TestSplitGates(unittest.TestCase):
             layer = LAYERS[cell][1](6, 11, split_gates=split)
             y, _ = torch.compile(layer, fullgraph=True, backend=backend)(torch.randn(2, 3, 6))
             y.sum().backward()
-            self.assertEqual(width in seen, not split, sorted(seen))
+            assert (width in seen) == (not split), sorted(seen)
 
 
-class TestFaults(unittest.TestCase):
+class TestFaults:
     """What torch's own quantisable LSTM does wrong."""
 
     @parameterized.expand(EVERY)
     def test_dropout_is_not_ignored(self, cell: str, split: bool) -> None:
         made = LAYERS[cell][1](5, 7, 2, dropout=0.5, split_gates=split)
         x = torch.randn(4, 3, 5)
-        self.assertFalse(torch.equal(made(x)[0], made(x)[0]))
+        assert not torch.equal(made(x)[0], made(x)[0])
 
     def test_projections(self) -> None:
         y, (h, c) = QuantizableLSTM(5, 7, proj_size=3, split_gates=True)(torch.randn(4, 2, 5))
-        self.assertEqual((y.shape[-1], h.shape[-1], c.shape[-1]), (3, 3, 7))
+        assert (y.shape[-1], h.shape[-1], c.shape[-1]) == (3, 3, 7)
 
     @parameterized.expand(EVERY)
     def test_packed_sequences(self, cell: str, split: bool) -> None:
         packed = pack_padded_sequence(torch.randn(4, 2, 5), torch.tensor([4, 2]))
         y, _ = LAYERS[cell][1](5, 7, split_gates=split)(packed)
-        self.assertTrue(torch.equal(y.batch_sizes, packed.batch_sizes))
+        assert torch.equal(y.batch_sizes, packed.batch_sizes)
 
     @parameterized.expand(EVERY)
     def test_shape_of_an_unbatched_input(self, cell: str, split: bool) -> None:
         for batch_first in (False, True):
             made = LAYERS[cell][1](5, 7, batch_first=batch_first, split_gates=split)
             y, last = made(torch.randn(4, 5))
-            self.assertEqual(y.shape, (4, 7))
-            self.assertEqual({state.shape for state in tensors(last)}, {(1, 7)})
+            assert y.shape == (4, 7)
+            assert {state.shape for state in tensors(last)} == {(1, 7)}
 
     @parameterized.expand(EVERY)
     def test_two_bidirectional_layers(self, cell: str, split: bool) -> None:
         y, last = LAYERS[cell][1](5, 7, 2, bidirectional=True, split_gates=split)(
             torch.randn(4, 3, 5)
         )
-        self.assertEqual((y.shape, tensors(last)[0].shape), ((4, 3, 14), (4, 3, 7)))
+        assert (y.shape, tensors(last)[0].shape) == ((4, 3, 14), (4, 3, 7))
 
     @parameterized.expand([(*e, obs) for e in EVERY for obs in (None, False, True)])
     def test_an_empty_batch(self, cell: str, split: bool, qat: bool | None) -> None:
         made = LAYERS[cell][1](5, 7, 2, bidirectional=True, split_gates=split)
         made = made if qat is None else made.observe(qat=qat)
         y, last = made(torch.randn(4, 0, 5))
-        self.assertEqual((y.shape, tensors(last)[0].shape), ((4, 0, 14), (4, 0, 7)))
+        assert (y.shape, tensors(last)[0].shape) == ((4, 0, 14), (4, 0, 7))
         y.sum().backward()
         y, _ = made(torch.randn(4, 0, 5), lengths=torch.zeros(0, dtype=torch.int64))
-        self.assertEqual(y.shape, (4, 0, 14))
+        assert y.shape == (4, 0, 14)
 
     @parameterized.expand(EVERY)
     def test_no_steps_is_refused_in_words(self, cell: str, split: bool) -> None:
         made = LAYERS[cell][1](5, 7, split_gates=split)
-        with self.assertRaisesRegex(RuntimeError, "sequence length to be larger than 0"):
+        with pytest.raises(RuntimeError, match="sequence length to be larger than 0"):
             made(torch.randn(0, 3, 5))
 
     @parameterized.expand([(*e, d) for e in EVERY for d in (torch.bfloat16, torch.float64)])
@@ -665,13 +661,11 @@ class TestFaults(unittest.TestCase):
         self, cell: str, split: bool, dtype: torch.dtype
     ) -> None:
         made = LAYERS[cell][1](5, 7, split_gates=split, dtype=dtype)
-        self.assertEqual(
-            {t.dtype for t in tensors(made(torch.randn(4, 3, 5, dtype=dtype)))}, {dtype}
-        )
+        assert {t.dtype for t in tensors(made(torch.randn(4, 3, 5, dtype=dtype)))} == {dtype}
 
     @parameterized.expand(EVERY)
     def test_no_dynamo_switch(self, cell: str, split: bool) -> None:
-        self.assertFalse(torch._dynamo.config.allow_rnn)
+        assert not torch._dynamo.config.allow_rnn
         made = LAYERS[cell][1](5, 7, split_gates=split)
         x, lengths = torch.randn(3, 2, 5), torch.tensor([3, 1])
         compiled = torch.compile(made, fullgraph=True, backend="eager")
@@ -681,7 +675,7 @@ class TestFaults(unittest.TestCase):
             assert_close(tensors(compiled(x)), tensors(made(x)))
 
 
-class TestGraphs(unittest.TestCase):
+class TestGraphs:
     @parameterized.expand([("LSTM", False), ("GRU", True)])
     def test_padded_lengths_bound_the_graphs_of_training(self, cell: str, qat: bool) -> None:
         torch.manual_seed(0)
@@ -703,18 +697,18 @@ class TestGraphs(unittest.TestCase):
                 found.append([p.grad.clone() for p in layer.parameters() if p.grad is not None])
             for got, want in zip(*found, strict=True):
                 torch.testing.assert_close(got, want)
-        self.assertEqual(counter.frame_count, 2)
+        assert counter.frame_count == 2
 
 
-class TestPreparedAgain(unittest.TestCase):
+class TestPreparedAgain:
     def test_a_layer_without_points_gets_them(self) -> None:
         for made in (QuantizableLSTM(5, 7), QuantizableGRU(5, 7)):
             prepared = qnn.prepare(nn.Sequential(made))
-            self.assertIn("hidden_state", prepared[0].parts())
-            self.assertEqual(made.parts(), {})
+            assert "hidden_state" in prepared[0].parts()
+            assert made.parts() == {}
 
 
-class TestModes(unittest.TestCase):
+class TestModes:
     @parameterized.expand([("LSTM", False), ("GRU", True)])
     def test_compiled_training_step(self, cell: str, split: bool) -> None:
         plain, made = pair(cell, 5, 7, split_gates=split)
@@ -753,14 +747,14 @@ class TestModes(unittest.TestCase):
         if split or runs_in_bfloat16(cell):
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 y = made(x[0])[0]
-            self.assertLess((y.float() - made(x[0])[0]).abs().max(), 0.03)
+            assert (y.float() - made(x[0])[0]).abs().max() < 0.03
         with torch.no_grad():
             # torch's kernels have no rule for vmap, so the cell is one with single operations.
             steps = CELLS[cell][1](5, 7, split_gates=True)
             h = tensors(torch.vmap(steps)(x[0]))[0]
             want = tensors(steps(x[0].flatten(0, 1)))[0]
-            self.assertTrue(torch.allclose(h, want.view_as(h), atol=1e-6))
-        self.assertEqual(made(x[1], lengths=lengths)[0].shape, (3, 2, 7))
+            assert torch.allclose(h, want.view_as(h), atol=1e-6)
+        assert made(x[1], lengths=lengths)[0].shape == (3, 2, 7)
 
 
 @functools.cache

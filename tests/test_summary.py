@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-import unittest
+import re
 
 import torch
 from torch import nn
@@ -24,8 +24,8 @@ class Mixed(nn.Module):
         self.scale = nn.Parameter(torch.ones(3))
 
 
-class TestSummary(unittest.TestCase):
-    def setUp(self) -> None:
+class TestSummary:
+    def setup_method(self) -> None:
         self.model = qnn.convert(Mixed(), exclude="second")
         self.summary = qnn.summary(self.model)
         self.rows = {row.name: row for row in self.summary.rows}
@@ -36,50 +36,50 @@ class TestSummary(unittest.TestCase):
 
     def test_every_parameter_is_counted_once(self) -> None:
         held = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
-        self.assertEqual(self.summary.bytes_after, held)
+        assert self.summary.bytes_after == held
         floats = sum(t.numel() * t.element_size() for t in Mixed().state_dict().values())
-        self.assertEqual(self.summary.bytes_before, floats)
+        assert self.summary.bytes_before == floats
         tied = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
         tied[1].weight = tied[0].weight
-        self.assertEqual(qnn.summary(qnn.convert(tied)).bytes_after, 16 + 16)
+        assert qnn.summary(qnn.convert(tied)).bytes_after == 16 + 16
 
     def test_rows(self) -> None:
         row = self.rows["first"]
-        self.assertEqual((row.layer, row.scheme, row.shape), ("QLinear", "int8", (32, 16)))
-        self.assertEqual((row.bytes_before, row.bytes_after), (32 * 17 * 4, 32 * (16 + 4 + 4)))
-        self.assertIn("cpu: ", str(row.backend))
-        self.assertIsNone(row.reason)
-        self.assertEqual(self.rows["second"].reason, "matches the exclude pattern 'second'")
+        assert (row.layer, row.scheme, row.shape) == ("QLinear", "int8", (32, 16))
+        assert (row.bytes_before, row.bytes_after) == (32 * 17 * 4, 32 * (16 + 4 + 4))
+        assert "cpu: " in str(row.backend)
+        assert row.reason is None
+        assert self.rows["second"].reason == "matches the exclude pattern 'second'"
 
     def test_nothing_is_skipped_without_a_reason(self) -> None:
         for row in self.summary.rows:
-            self.assertTrue(row.backend or row.reason, row)
+            assert row.backend or row.reason, row
         for name in ("rnn", "attention", "conv", "emb", "norm", ""):
-            self.assertIn(name, self.rows)
+            assert name in self.rows
 
     def test_text_and_dict(self) -> None:
         text = str(self.summary)
-        self.assertEqual(text, repr(self.summary))
-        self.assertTrue(text.startswith("name"))
-        self.assertIn("there is no quantised nn.RNN", text)
-        self.assertLessEqual(len(text.splitlines()), len(self.rows) + len(self.summary.totals) + 7)
+        assert text == repr(self.summary)
+        assert text.startswith("name")
+        assert "there is no quantised nn.RNN" in text
+        assert len(text.splitlines()) <= len(self.rows) + len(self.summary.totals) + 7
         data = json.loads(json.dumps(self.summary.to_dict()))
-        self.assertEqual(len(data["totals"]), len(self.summary.totals))
-        self.assertEqual(len(data["rows"]), len(self.rows))
-        self.assertEqual(data["bytes_after"], self.summary.bytes_after)
+        assert len(data["totals"]) == len(self.summary.totals)
+        assert len(data["rows"]) == len(self.rows)
+        assert data["bytes_after"] == self.summary.bytes_after
 
     def test_totals_by_reason(self) -> None:
         totals = self.summary.totals
         left = [row for row in self.summary.rows if row.reason is not None]
-        self.assertEqual(sum(total.bytes for total in totals), sum(r.bytes_after for r in left))
-        self.assertEqual(sum(total.layers for total in totals), len(left))
-        self.assertEqual([t.bytes for t in totals], sorted((t.bytes for t in totals), reverse=True))
+        assert sum(total.bytes for total in totals) == sum(r.bytes_after for r in left)
+        assert sum(total.layers for total in totals) == len(left)
+        assert [t.bytes for t in totals] == sorted((t.bytes for t in totals), reverse=True)
         ties = nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in "abcd"})
         ties["x"], ties["y"] = nn.Embedding(8, 8), nn.Embedding(8, 8)
         ties["x"].weight, ties["y"].weight = ties["a"].weight, ties["b"].weight
         totals = qnn.summary(qnn.convert(ties)).totals
-        self.assertEqual([(t.layers, t.bytes) for t in totals], [(2, 512), (2, 0)])
-        self.assertIn("its weight is tied to (Embedding)", totals[0].reason)
+        assert [(t.layers, t.bytes) for t in totals] == [(2, 512), (2, 0)]
+        assert "its weight is tied to (Embedding)" in totals[0].reason
 
     def test_what_is_probably_a_weight(self) -> None:
         class Experts(nn.Module):
@@ -96,33 +96,30 @@ class TestSummary(unittest.TestCase):
 
         table = qnn.summary(nn.Sequential(Experts(8), Experts(32), Router()))
         words = [str(row.reason) for row in table.rows]
-        self.assertEqual(
-            words[0],
+        assert words[0] == (
             "Experts has no quantised layer; up [4, 8, 16] (2.0 kB) is probably a weight that "
-            "stays float",
+            "stays float"
         )
-        self.assertRegex(words[2], r"weight \[4, 16\] .*, other \[4, 16\] .* each is probably a")
+        assert re.search(r"weight \[4, 16\] .*, other \[4, 16\] .* each is probably a", words[2])
         reasons = [total.reason for total in table.totals]
-        self.assertEqual(
-            reasons, ["Experts has no quantised layer", "Router has no quantised layer"]
-        )
+        assert reasons == ["Experts has no quantised layer", "Router has no quantised layer"]
 
     def test_specific_reasons(self) -> None:
         model = nn.Sequential(nn.MultiheadAttention(8, 2, kdim=4, vdim=6), nn.LazyLinear(3))
         model.append(nn.LazyConv1d(3, 3)).append(nn.LazyBatchNorm1d())
         words = {row.name: str(row.reason) for row in qnn.summary(model).rows}
-        self.assertIn("projections are parameters of its own, not linear", words["0"])
-        self.assertIn("weight nn.MultiheadAttention reads", words["0.out_proj"])
+        assert "projections are parameters of its own, not linear" in words["0"]
+        assert "weight nn.MultiheadAttention reads" in words["0.out_proj"]
         for name in "123":
-            self.assertIn("run one batch first", words[name])
+            assert "run one batch first" in words[name]
 
     def test_float_and_meta_models(self) -> None:
         rows = qnn.summary(nn.Sequential(nn.Linear(2, 2))).rows
-        self.assertEqual([row.reason for row in rows], ["not converted"])
+        assert [row.reason for row in rows] == ["not converted"]
         with torch.device("meta"):
             model = nn.Sequential(nn.Linear(2, 2))
-        self.assertIn("meta", str(qnn.summary(qnn.convert(model)).rows[0].backend))
-        self.assertEqual(qnn.summary(nn.ReLU()).rows, [])
+        assert "meta" in str(qnn.summary(qnn.convert(model)).rows[0].backend)
+        assert qnn.summary(nn.ReLU()).rows == []
 
     def test_summary_and_convert_leave_no_pack(self) -> None:
         out = forked(
@@ -136,4 +133,4 @@ class TestSummary(unittest.TestCase):
             print(pack.count() - before)
             """
         )
-        self.assertEqual(out.strip(), "0")
+        assert out.strip() == "0"

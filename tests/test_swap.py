@@ -7,13 +7,13 @@ import functools
 import importlib.util
 import threading
 import types
-import unittest
 import weakref
 from collections import deque, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from parameterized import parameterized
 from torch import nn
@@ -114,7 +114,7 @@ def model() -> Model:
     return Model().eval()
 
 
-class TestReferences(unittest.TestCase):
+class TestReferences:
     @parameterized.expand(
         [(n, i) for n in HOLDERS for i in (False, True) if i or n != "weak method"]  # no deepcopy
     )
@@ -127,19 +127,19 @@ class TestReferences(unittest.TestCase):
             if owner:
                 holder.register_forward_hook(functools.partial(lambda h, *_: None, holder.held))
             out = qnn.convert(net, inplace=inplace)
-            self.assertIs(read(out.get_submodule(owner).held), out.second)
-            self.assertIs(type(out.second), qnn.QLinear)
+            assert read(out.get_submodule(owner).held) is out.second
+            assert type(out.second) is qnn.QLinear
             if not inplace:
-                self.assertIs(read(net.get_submodule(owner).held), layer)
-                self.assertIs(type(layer), nn.Linear)
+                assert read(net.get_submodule(owner).held) is layer
+                assert type(layer) is nn.Linear
 
     def test_the_variables_of_others_stay(self) -> None:
         net = model()
         layer = net.second
         net.get = lambda: layer  # type: ignore[assignment]
         out = qnn.convert(net, inplace=True)
-        self.assertIs(type(layer), nn.Linear)
-        self.assertIs(out.get(), out.second)
+        assert type(layer) is nn.Linear
+        assert out.get() is out.second
 
     @parameterized.expand([(False,), (True,)])
     def test_methods_become_those_of_the_new_class(self, inplace: bool) -> None:
@@ -148,30 +148,30 @@ class TestReferences(unittest.TestCase):
         x = torch.randn(3, 16)
         want = qnn.convert(model())(x)
         out = qnn.convert(net, inplace=inplace)
-        self.assertTrue(same_bits(out.calls[1](out.calls[0](x)), want))
+        assert same_bits(out.calls[1](out.calls[0](x)), want)
 
     def test_a_forward_on_the_model_follows_its_copy(self) -> None:
         for inplace in (False, True):
             net, x = model(), torch.randn(3, 16)
             net.forward = lambda x, net=net: net.second(net.first(x))  # type: ignore[method-assign]
             out = qnn.convert(net, inplace=inplace)
-            self.assertTrue(same_bits(out(x), qnn.convert(model())(x)))
+            assert same_bits(out(x), qnn.convert(model())(x))
 
     def test_what_cannot_be_changed_is_named(self) -> None:
         net = model()
         net.later = functools.lru_cache(net.second)  # type: ignore[assignment]
         del net.later.__wrapped__
         before = list(net.children())
-        with self.assertRaisesRegex(ValueError, "later names the layer 'second' in a form"):
+        with pytest.raises(ValueError, match="later names the layer 'second' in a form"):
             qnn.convert(net, inplace=True)
-        self.assertEqual(list(net.children()), before)
+        assert list(net.children()) == before
 
     @parameterized.expand([(False,), (True,)])
     def test_a_forward_that_reads_a_global_is_refused(self, inplace: bool) -> None:
         space: dict[str, Any] = {"net": model()}
         exec("layer = net.second\ndef forward(x): return layer(net.first(x))", space)  # noqa: S102
         space["net"].forward = space["forward"]
-        with self.assertRaisesRegex(ValueError, "the forward of the model would go on calling"):
+        with pytest.raises(ValueError, match="the forward of the model would go on calling"):
             qnn.convert(space["net"], inplace=inplace)
 
     def test_a_forward_through_a_shared_object_is_refused(self) -> None:
@@ -182,9 +182,7 @@ class TestReferences(unittest.TestCase):
         net = model()
         runner = Runner(net)
         net.forward = lambda x: runner.net.second(x)  # type: ignore[method-assign]
-        with self.assertRaisesRegex(
-            ValueError, "in a global variable, its class or another object"
-        ):
+        with pytest.raises(ValueError, match="in a global variable, its class or another object"):
             qnn.convert(net)
 
 
@@ -208,7 +206,7 @@ def out_of(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return got.detach()
 
 
-class TestCalls(unittest.TestCase):
+class TestCalls:
     """Nothing of the old layer goes on calling it."""
 
     def nets(self, name: str) -> tuple[nn.Sequential, nn.Sequential]:
@@ -226,9 +224,9 @@ class TestCalls(unittest.TestCase):
         x = torch.randn(1, 3, 16)
         swap = KINDS[name][1]
         out, want = swap(net, inplace=inplace), swap(twin)
-        self.assertTrue(same_bits(out_of(out[0], x), out_of(want[0], x)))  # type: ignore[index]
+        assert same_bits(out_of(out[0], x), out_of(want[0], x))  # type: ignore[index]
         # A copy is not compiled, as one by deepcopy is not; in place it stays compiled.
-        self.assertEqual(out[0]._compiled_call_impl is not None, inplace)  # type: ignore[index]
+        assert (out[0]._compiled_call_impl is not None) == inplace  # type: ignore[index]
 
     @parameterized.expand([("Linear",), ("LSTM",), ("training",)])
     def test_torch_compile_around_a_layer(self, name: str) -> None:
@@ -237,7 +235,7 @@ class TestCalls(unittest.TestCase):
             net[0] = torch.compile(net[0], backend="eager")
             swap, x = KINDS[name][1], torch.randn(1, 3, 16)
             out, want = swap(net, inplace=inplace), swap(twin)
-            self.assertTrue(same_bits(out_of(out, x), out_of(want, x)))
+            assert same_bits(out_of(out, x), out_of(want, x))
 
     @parameterized.expand(CASES)
     def test_wrapped_forwards_move(self, name: str, inplace: bool) -> None:
@@ -271,8 +269,8 @@ class TestCalls(unittest.TestCase):
             wrap(net[0])
             out = swap(net, inplace=inplace)
             want = out_of(swap(twin), x)
-            self.assertTrue(same_bits(out_of(out, x), want), wrap.__name__)
-            self.assertEqual(len(calls), 1, wrap.__name__)
+            assert same_bits(out_of(out, x), want), wrap.__name__
+            assert len(calls) == 1, wrap.__name__
 
     @parameterized.expand(CASES)
     def test_other_forwards_are_refused(self, name: str, inplace: bool) -> None:
@@ -284,11 +282,13 @@ class TestCalls(unittest.TestCase):
             types.MethodType(lambda self, x: x, layer),
         ):
             layer.forward = forward
-            with self.assertRaisesRegex(ValueError, "0: a forward of its own .* del layer.forward"):
+            with pytest.raises(ValueError, match=r"0: a forward of its own .* del layer.forward"):
                 KINDS[name][1](net, inplace=inplace)
-            self.assertIs(net[0], layer)
+            assert net[0] is layer
 
-    @unittest.skipUnless(importlib.util.find_spec("accelerate"), "accelerate is not installed")
+    @pytest.mark.skipif(
+        not importlib.util.find_spec("accelerate"), reason="accelerate is not installed"
+    )
     def test_hooks_of_accelerate(self) -> None:
         from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
         from accelerate.hooks import remove_hook_from_module as remove
@@ -302,17 +302,17 @@ class TestCalls(unittest.TestCase):
             add_hook_to_module(net.second, Double())
             add_hook_to_module(net.first, AlignDevicesHook("cpu", io_same_device=True))
             out, want = qnn.convert(net, inplace=inplace), qnn.convert(model())(x)
-            self.assertTrue(same_bits(out(x), 2 * want))
+            assert same_bits(out(x), 2 * want)
             remove(out, recurse=True)
-            self.assertTrue(same_bits(out(x), want))
+            assert same_bits(out(x), want)
         net = model()
         add_hook_to_module(net.first, AlignDevicesHook("cpu", offload=True, weights_map={}))
         for verb in (qnn.convert, qnn.prepare):
-            with self.assertRaisesRegex(ValueError, "first: accelerate offloads its weights"):
+            with pytest.raises(ValueError, match="first: accelerate offloads its weights"):
                 verb(net)
 
 
-class TestHooks(unittest.TestCase):
+class TestHooks:
     def test_every_kind_lives_on_and_can_be_removed(self) -> None:
         def add(layer: nn.Module, calls: list[str]) -> list[Any]:
             def note(name: str) -> Callable[..., None]:
@@ -335,23 +335,21 @@ class TestHooks(unittest.TestCase):
             ]
 
         for name, inplace in CASES:
-            with self.subTest(name, inplace=inplace):
-                net, _ = TestCalls().nets(name)
-                calls: list[str] = []
-                handles = add(net[0], calls)
-                out = KINDS[name][1](net, inplace=inplace)
-                y = out(torch.randn(5, 3, 16, requires_grad=True))
-                (y[0] if isinstance(y, tuple) else y).sum().backward()
+            net, _ = TestCalls().nets(name)
+            calls: list[str] = []
+            handles = add(net[0], calls)
+            out = KINDS[name][1](net, inplace=inplace)
+            y = out(torch.randn(5, 3, 16, requires_grad=True))
+            (y[0] if isinstance(y, tuple) else y).sum().backward()
+            out.load_state_dict(out.state_dict())
+            assert len(set(calls)) == len(calls) == len(handles), (name, inplace, calls)
+            if inplace:
+                calls.clear()
+                for handle in handles:
+                    handle.remove()
+                out(torch.randn(5, 3, 16))
                 out.load_state_dict(out.state_dict())
-                self.assertEqual(len(set(calls)), len(handles), calls)
-                self.assertEqual(len(calls), len(handles), calls)
-                if inplace:
-                    calls.clear()
-                    for handle in handles:
-                        handle.remove()
-                    out(torch.randn(5, 3, 16))
-                    out.load_state_dict(out.state_dict())
-                    self.assertEqual(calls, [])
+                assert calls == [], name
 
     @parameterized.expand([(False,), (True,)])
     def test_a_hook_before_loading_gets_the_layer_that_loads(self, inplace: bool) -> None:
@@ -360,10 +358,10 @@ class TestHooks(unittest.TestCase):
         net.first.register_load_state_dict_pre_hook(lambda module, *_: seen.append(module))
         out = qnn.convert(net, inplace=inplace)
         out.load_state_dict(out.state_dict())
-        self.assertEqual(seen, [out.first])
+        assert seen == [out.first]
 
 
-class TestCopies(unittest.TestCase):
+class TestCopies:
     @parameterized.expand(
         [
             ("lock", lambda m: setattr(m, "lock", threading.Lock()), "'lock' .lock. of the model"),
@@ -379,9 +377,9 @@ class TestCopies(unittest.TestCase):
         for verb in (qnn.convert, qnn.prepare):
             net = model()
             spoil(net)
-            with self.assertRaisesRegex(ValueError, f"{words}.*Pass inplace=True"):
+            with pytest.raises(ValueError, match=f"{words}.*Pass inplace=True"):
                 verb(net)
-            self.assertIs(type(net.first), nn.Linear)
+            assert type(net.first) is nn.Linear
             verb(net, inplace=True)
 
 
@@ -400,15 +398,15 @@ class Registry(nn.Module):
         return y
 
 
-class TestClasses(unittest.TestCase):
+class TestClasses:
     """What a class holds is not copied, and its functions are not changed."""
 
     def test_a_list_of_the_class(self) -> None:
         model, x = Registry(), torch.randn(2, 16)
-        with self.assertRaisesRegex(ValueError, "the forward of the model would go on calling"):
+        with pytest.raises(ValueError, match="the forward of the model would go on calling"):
             qnn.convert(model)
         want = qnn.convert(copy.deepcopy(model.layer))(x)
-        self.assertTrue(same_bits(qnn.convert(model, inplace=True)(x), want))
+        assert same_bits(qnn.convert(model, inplace=True)(x), want)
 
     @parameterized.expand([(False,), (True,)])
     def test_a_variable_around_the_class(self, inplace: bool) -> None:
@@ -423,7 +421,7 @@ class TestClasses(unittest.TestCase):
                 y: torch.Tensor = layer(x)
                 return y
 
-        with self.assertRaisesRegex(ValueError, "would go on calling the float layers"):
+        with pytest.raises(ValueError, match="would go on calling the float layers"):
             qnn.convert(Enclosed(), inplace=inplace)
 
     @parameterized.expand([(False,), (True,)])
@@ -433,4 +431,4 @@ class TestClasses(unittest.TestCase):
         net = space["net"]
         space["net_of"] = lambda: net
         net.forward = lambda x: net.second(net.first(x))
-        self.assertIs(type(qnn.convert(net, inplace=inplace).second), qnn.QLinear)
+        assert type(qnn.convert(net, inplace=inplace).second) is qnn.QLinear

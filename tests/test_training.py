@@ -6,10 +6,10 @@ import copy
 import functools
 import itertools
 import tempfile
-import unittest
 from collections import Counter
 from typing import Any
 
+import pytest
 import torch
 from functorch.compile import make_boxed_func
 from parameterized import parameterized
@@ -67,21 +67,21 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class TestModule(unittest.TestCase):
+class TestModule:
     @parameterized.expand(itertools.product(NAMES, (True, False)))
     def test_is_an_nn_linear_with_a_scheme(self, scheme: str, bias: bool) -> None:
         torch.manual_seed(3)
         plain = nn.Linear(64, 32, bias)
         mine = layer(scheme, bias=bias)
-        self.assertEqual(list(mine.state_dict()), list(plain.state_dict()))
+        assert list(mine.state_dict()) == list(plain.state_dict())
         for name, tensor in plain.state_dict().items():
-            self.assertTrue(torch.equal(mine.state_dict()[name], tensor), name)
+            assert torch.equal(mine.state_dict()[name], tensor), name
         other = nn.Linear(64, 32, bias)
         mine.load_state_dict(other.state_dict(), strict=True)
         plain.load_state_dict(mine.state_dict(), strict=True)
-        self.assertTrue(torch.equal(plain.weight, other.weight))
-        self.assertIn(f"scheme={scheme!r}", repr(mine))
-        self.assertEqual(eval(repr(mine), {"Linear": qnn.Linear}).scheme, scheme)  # noqa: S307
+        assert torch.equal(plain.weight, other.weight)
+        assert f"scheme={scheme!r}" in repr(mine)
+        assert eval(repr(mine), {"Linear": qnn.Linear}).scheme == scheme  # noqa: S307
 
     @parameterized.expand(
         [
@@ -96,26 +96,26 @@ class TestModule(unittest.TestCase):
         ]
     )
     def test_bad_arguments(self, args: Any, kwargs: Any, kind: Any, message: str) -> None:
-        with self.assertRaisesRegex(kind, message):
+        with pytest.raises(kind, match=message):
             qnn.Linear(*args, **kwargs)
 
     def test_bad_input(self) -> None:
         module = layer("fp8")
-        with self.assertRaisesRegex(ValueError, r"qnn.Linear\(64, 32, .*\[..., 64\], got \(2, 47"):
+        with pytest.raises(ValueError, match=r"qnn.Linear\(64, 32, .*\[..., 64\], got \(2, 47"):
             module(torch.randn(2, 47))
-        with self.assertRaisesRegex(TypeError, "storage dtype"):
+        with pytest.raises(TypeError, match="storage dtype"):
             module(torch.zeros(2, 64).to(torch.float8_e4m3fn))
-        with self.assertRaisesRegex(TypeError, "cast it with .float"):
+        with pytest.raises(TypeError, match=r"cast it with .float"):
             module(torch.zeros(2, 64, dtype=torch.int64))
-        with self.assertRaisesRegex(ValueError, "the input is on meta, the layer on cpu"):
+        with pytest.raises(ValueError, match="the input is on meta, the layer on cpu"):
             module(torch.zeros(2, 64, device="meta"))
         for bad, message in (
             ((torch.randn(3), torch.randn(4, 5)), r"x must be \[..., K\] and weight \[N, K\]"),
             ((torch.randn(2, 5), torch.randn(4, 5), torch.randn(3)), r"bias must be \[4\]"),
         ):
-            with self.assertRaisesRegex(ValueError, message):
+            with pytest.raises(ValueError, match=message):
                 F.training_linear(*bad)
-        with self.assertRaisesRegex(TypeError, "weight must be one of"):
+        with pytest.raises(TypeError, match="weight must be one of"):
             F.training_linear(torch.randn(2, 5), torch.zeros(4, 5, dtype=torch.int8))
 
     @parameterized.expand(TRAINED)
@@ -124,34 +124,32 @@ class TestModule(unittest.TestCase):
         model = nn.Sequential(nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 32, bias=False))
         plain = copy.deepcopy(model)
         training = qnn.convert(model, scheme, training=True)
-        self.assertIsInstance(training[0], qnn.Linear)
-        self.assertIs(type(model[0]), nn.Linear)
-        self.assertIs(training[0].weight, model[0].weight)
-        self.assertEqual(list(training.state_dict()), list(plain.state_dict()))
-        with self.assertRaisesRegex(ValueError, "converted already .2 Linear, scheme"):
+        assert isinstance(training[0], qnn.Linear)
+        assert type(model[0]) is nn.Linear
+        assert training[0].weight is model[0].weight
+        assert list(training.state_dict()) == list(plain.state_dict())
+        with pytest.raises(ValueError, match=r"converted already .2 Linear, scheme"):
             qnn.convert(training, scheme, training=True)
         weight = model[0].weight
         inplace = qnn.convert(model, scheme, training=True, inplace=True)
-        self.assertIs(inplace, model)
-        self.assertIs(inplace[0].weight, weight)
+        assert inplace is model
+        assert inplace[0].weight is weight
         x = torch.randn(5, 96)
         deployed = qnn.convert(training, scheme)
-        self.assertIsInstance(deployed[0], qnn.QLinear)
-        self.assertTrue(torch.equal(deployed(x), qnn.convert(plain, scheme)(x)))
+        assert isinstance(deployed[0], qnn.QLinear)
+        assert torch.equal(deployed(x), qnn.convert(plain, scheme)(x))
         row = qnn.summary(training).rows[0]
-        self.assertEqual((row.layer, row.scheme), ("Linear", scheme))
-        self.assertIn("quantised in each step", str(row.backend))
+        assert (row.layer, row.scheme) == ("Linear", scheme)
+        assert "quantised in each step" in str(row.backend)
 
     def test_convert_names_the_layers_that_a_scheme_does_not_take(self) -> None:
         model = nn.Sequential(nn.Linear(100, 64), nn.Linear(64, 10))
-        with self.assertRaisesRegex(
-            ValueError, r"0: in_features must be a multiple of 32, got 100"
-        ):
+        with pytest.raises(ValueError, match=r"0: in_features must be a multiple of 32, got 100"):
             qnn.convert(model, "mxfp8", training=True)
         skipped = qnn.convert(model, "mxfp8", training=True, on_unsupported="skip")
-        self.assertIs(type(skipped[0]), nn.Linear)
-        self.assertIsInstance(skipped[1], qnn.Linear)
-        with self.assertRaisesRegex(ValueError, "qnn.convert: scheme 'int8' has no layer for"):
+        assert type(skipped[0]) is nn.Linear
+        assert isinstance(skipped[1], qnn.Linear)
+        with pytest.raises(ValueError, match=r"qnn.convert: scheme 'int8' has no layer for"):
             qnn.convert(model, "int8", training=True)
 
 
@@ -164,7 +162,7 @@ def operands(
     return x.to(dtype), w, torch.randn(n), torch.randn(*lead, n).to(dtype)
 
 
-class TestNumerics(unittest.TestCase):
+class TestNumerics:
     """SQNR against float64, a few tenths of a dB under what an independent simulation gives."""
 
     GATES = {  # noqa: RUF012  # output, dgrad, wgrad
@@ -185,8 +183,8 @@ class TestNumerics(unittest.TestCase):
         xd, wd, dyd = x.detach().double(), w.detach().double(), dy.double()
         wanted = xd @ wd.T, dyd @ wd, dyd.T @ xd
         for got, want, gate in zip((y, x.grad, w.grad), wanted, self.GATES[scheme], strict=True):
-            self.assertGreater(sqnr(got.detach(), want), gate)  # type: ignore[union-attr]
-            self.assertLess(sqnr(got.detach(), want), gate + 1)  # type: ignore[union-attr]
+            assert sqnr(got.detach(), want) > gate  # type: ignore[union-attr]
+            assert sqnr(got.detach(), want) < gate + 1  # type: ignore[union-attr]
 
     @parameterized.expand(TRAINED)
     def test_no_gradient_is_silently_zero(self, scheme: str) -> None:
@@ -204,7 +202,7 @@ class TestNumerics(unittest.TestCase):
         for got, want in zip(*found, strict=True):
             assert got is not None
             assert want is not None
-            self.assertGreater(cosine(got, want), 0.95 if scheme == "nvfp4" else 0.99)
+            assert cosine(got, want) > (0.95 if scheme == "nvfp4" else 0.99)
 
     @parameterized.expand(TRAINED)
     def test_codes_are_those_of_the_references(self, scheme: str) -> None:
@@ -220,14 +218,14 @@ class TestNumerics(unittest.TestCase):
 
         for call in (parts, torch.compile(parts, fullgraph=True)):
             for got, wanted in zip(call(x), want, strict=True):
-                self.assertTrue(same_bits(got, wanted))
+                assert same_bits(got, wanted)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
             for call in (F.training_linear, torch.compile(F.training_linear, fullgraph=True)):
                 saved: list[torch.Tensor] = []
                 y = call(x, w, scheme=scheme)
                 y.sum().backward()
                 for wanted in want[len(training.x.parts) :]:
-                    self.assertTrue(any(same_bits(wanted, each) for each in saved))
+                    assert any(same_bits(wanted, each) for each in saved)
 
     @parameterized.expand(
         [(*case,) for case in itertools.product(NAMES, (1, 37, 130), (64, 96), (1, 10, 200))]
@@ -238,9 +236,9 @@ class TestNumerics(unittest.TestCase):
         want = gradients(nn.functional.linear, x, w, bias, dy)
         least = 9 if scheme == "nvfp4" else 20
         for mine, exact in zip(got, want, strict=True):
-            self.assertEqual(mine.shape, exact.shape)
+            assert mine.shape == exact.shape
             if mine.numel() >= 10:  # one sum alone may cancel
-                self.assertGreater(sqnr(mine, exact), least)
+                assert sqnr(mine, exact) > least
             else:
                 torch.testing.assert_close(mine, exact, rtol=0.5, atol=0.5)
 
@@ -251,8 +249,8 @@ class TestNumerics(unittest.TestCase):
         y = module(x)
         y.sum().backward()
         assert x.grad is not None
-        self.assertEqual({y.dtype, x.grad.dtype}, {dtype})
-        self.assertTrue(all(p.grad.dtype == dtype for p in module.parameters()))  # type: ignore[union-attr]
+        assert {y.dtype, x.grad.dtype} == {dtype}
+        assert all(p.grad.dtype == dtype for p in module.parameters())  # type: ignore[union-attr]
 
     @parameterized.expand([("fp8", 1), ("fp8_block", 1), ("mxfp8", 32), ("fp8_tensor", 0)])
     def test_rows_do_not_touch_each_other(self, scheme: str, _: int) -> None:
@@ -261,13 +259,13 @@ class TestNumerics(unittest.TestCase):
         plain = F.training_linear(x, w, scheme=scheme)
         x[0], x[1], x[2], x[3, 7] = 0, x[1] * 1e20, x[2] * 1e-20, torch.nan
         y = F.training_linear(x, w, scheme=scheme)
-        self.assertTrue(torch.equal(y[0], torch.zeros(32)))
-        self.assertFalse(y[3].isfinite().any())
-        self.assertTrue(y[[0, 1, 2, 4, 5]].isfinite().all())
+        assert torch.equal(y[0], torch.zeros(32))
+        assert not y[3].isfinite().any()
+        assert y[[0, 1, 2, 4, 5]].isfinite().all()
         if scheme != "fp8_tensor":  # there the huge row takes the others' scale away
-            self.assertTrue(torch.equal(y[4:], plain[4:]))
+            assert torch.equal(y[4:], plain[4:])
             for row, factor in ((1, 1e20), (2, 1e-20)):
-                self.assertGreater(sqnr(y[row] / factor, plain[row]), 25)
+                assert sqnr(y[row] / factor, plain[row]) > 25
 
     @parameterized.expand(TRAINED)
     def test_special_values_in_gradients(self, scheme: str) -> None:
@@ -276,43 +274,43 @@ class TestNumerics(unittest.TestCase):
             for mine in gradients(
                 functools.partial(F.training_linear, scheme=scheme), x * factor, w, bias, dy
             ):
-                self.assertTrue(mine.isfinite().all())
+                assert mine.isfinite().all()
             got = gradients(
                 functools.partial(F.training_linear, scheme=scheme), x, w, bias, dy * factor
             )
-            self.assertTrue(all(mine.isfinite().all() for mine in got))
+            assert all(mine.isfinite().all() for mine in got)
             if factor == 0:
-                self.assertTrue(all(not mine.any() for mine in got[1:]))
+                assert all(not mine.any() for mine in got[1:])
         x, w, bias, dy = operands((5,))
         x[1, 3] = torch.nan
         y, dx, dw, _ = gradients(
             functools.partial(F.training_linear, scheme=scheme), x, w, bias, dy
         )
-        self.assertFalse(y[1].isfinite().any())
-        self.assertTrue(y[[0, 2, 3, 4]].isfinite().all())
-        self.assertTrue(dx.isfinite().all())
-        self.assertFalse(dw[:, 3].isfinite().any())
-        self.assertTrue(dw[:, [0, 1, 2, 4]].isfinite().all())
+        assert not y[1].isfinite().any()
+        assert y[[0, 2, 3, 4]].isfinite().all()
+        assert dx.isfinite().all()
+        assert not dw[:, 3].isfinite().any()
+        assert dw[:, [0, 1, 2, 4]].isfinite().all()
         x, w, bias, dy = operands((5,))
         dy[1, 3] = torch.inf
         _, dx, dw, dbias = gradients(
             functools.partial(F.training_linear, scheme=scheme), x, w, bias, dy
         )
-        self.assertFalse(dx[1].isfinite().any())
-        self.assertTrue(dx[[0, 2, 3, 4]].isfinite().all())
-        self.assertFalse(dw[3].isfinite().any())
-        self.assertTrue(dw[[0, 1, 2, 4]].isfinite().all())
-        self.assertFalse(dbias[3].isfinite())
+        assert not dx[1].isfinite().any()
+        assert dx[[0, 2, 3, 4]].isfinite().all()
+        assert not dw[3].isfinite().any()
+        assert dw[[0, 1, 2, 4]].isfinite().all()
+        assert not dbias[3].isfinite()
 
     @parameterized.expand(itertools.product(NAMES, ((0,), (2, 0), ())))
     def test_empty_and_single(self, scheme: str, lead: tuple[int, ...]) -> None:
         x, w, bias, dy = operands(lead)
         got = gradients(functools.partial(F.training_linear, scheme=scheme), x, w, bias, dy)
-        self.assertEqual(got[0].shape, (*lead, 32))
-        self.assertTrue(all(mine.isfinite().all() for mine in got))
+        assert got[0].shape == (*lead, 32)
+        assert all(mine.isfinite().all() for mine in got)
         if 0 in lead:
-            self.assertFalse(got[2].any())
-            self.assertEqual(got[2].shape, w.shape)
+            assert not got[2].any()
+            assert got[2].shape == w.shape
 
     def test_stochastic_rounding_is_unbiased_and_follows_the_seed(self) -> None:
         x, w, _, dy = operands((64,), 64, 64)
@@ -324,15 +322,15 @@ class TestNumerics(unittest.TestCase):
             y = F.training_linear(x, w, scheme="nvfp4")
             return torch.autograd.grad(y, x, dy)[0]
 
-        self.assertTrue(torch.equal(dx(1), dx(1)))
-        self.assertFalse(torch.equal(dx(1), dx(2)))
+        assert torch.equal(dx(1), dx(1))
+        assert not torch.equal(dx(1), dx(2))
         # The mean of many draws is closer to the product with the float dy than any draw.
         training = SCHEMES["nvfp4"].training
         assert training is not None
         parts = training.weight.quantize(w.detach().T)
         exact = dy.double() @ training.weight.dequantize(parts, torch.float64).T
         draws = torch.stack([dx(seed) for seed in range(64)])
-        self.assertGreater(sqnr(draws.mean(0), exact), sqnr(draws[0], exact) + 12)
+        assert sqnr(draws.mean(0), exact) > sqnr(draws[0], exact) + 12
 
 
 def gradients(function: Any, *given: torch.Tensor) -> list[torch.Tensor]:
@@ -349,7 +347,7 @@ def products(graph: torch.fx.Graph) -> list[str]:
     return [region.scheme for region in passes.regions(graph) if region.scheme is not None]
 
 
-class TestWhatIsAskedFor(unittest.TestCase):
+class TestWhatIsAskedFor:
     @parameterized.expand(
         [
             *itertools.product(NAMES, *itertools.repeat((False, True), 3), (None,)),
@@ -366,16 +364,16 @@ class TestWhatIsAskedFor(unittest.TestCase):
         run = functools.partial(F.training_linear, scheme=scheme)
         call = torch.compile(run, fullgraph=True, backend=backend) if backend else run
         y = call(x, w, bias)
-        self.assertEqual(y.requires_grad, of_x or of_w or of_bias)
-        self.assertTrue(torch.equal(y, wanted[0]))
+        assert y.requires_grad == (of_x or of_w or of_bias)
+        assert torch.equal(y, wanted[0])
         if y.requires_grad:
             y.backward(dy)
         for leaf, wants, want in zip((x, w, bias), (of_x, of_w, of_bias), wanted[1:], strict=True):
-            self.assertEqual(leaf.grad is not None, wants)
+            assert (leaf.grad is not None) == wants
             if leaf.grad is not None and scheme != "nvfp4":
-                self.assertTrue(torch.equal(leaf.grad, want))
+                assert torch.equal(leaf.grad, want)
             elif leaf.grad is not None:  # another draw
-                self.assertGreater(cosine(leaf.grad, want), 0.95)
+                assert cosine(leaf.grad, want) > 0.95
 
     @parameterized.expand(TRAINED)
     def test_nothing_else_is_computed(self, scheme: str) -> None:
@@ -389,15 +387,15 @@ class TestWhatIsAskedFor(unittest.TestCase):
             with Calls() as calls:
                 y = F.training_linear(x, w, bias, scheme=scheme)
             both = sum(v for name, v in calls.count.items() if name.endswith("_quantize_both"))
-            self.assertEqual(both, int(of_w))  # xᵀ is cast for dw alone
-            self.assertEqual(sum(calls.count[name] for name in products), 1)
+            assert both == int(of_w)  # xᵀ is cast for dw alone
+            assert sum(calls.count[name] for name in products) == 1
             if y.requires_grad:
                 with Calls() as calls:
                     y.backward(dy)
-                self.assertEqual(sum(calls.count[name] for name in products), of_x + of_w)
+                assert sum(calls.count[name] for name in products) == of_x + of_w
                 casts = sum(v for name, v in calls.count.items() if "_quantize" in name)
                 # dy, in one or both forms, and w for dx.
-                self.assertEqual(casts, int(of_x or of_w) + int(of_x))
+                assert casts == int(of_x or of_w) + int(of_x)
 
     @parameterized.expand(
         [("fp8", 0.52), ("fp8_tensor", 0.52), ("fp8_block", 0.54), ("mxfp8", 0.54), ("nvfp4", 0.3)]
@@ -412,19 +410,17 @@ class TestWhatIsAskedFor(unittest.TestCase):
             y.sum().backward()
         own = {p.data_ptr() for p in module.parameters()}
         held = sum(t.numel() * t.element_size() for t in kept if t.data_ptr() not in own)
-        self.assertLessEqual(held, share * x.numel() * 2)
-        self.assertGreater(held, 0.2 * x.numel() * 2)
+        assert held <= share * x.numel() * 2
+        assert held > 0.2 * x.numel() * 2
         module.weight.requires_grad_(False)
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
             module(x.requires_grad_()).sum().backward()
-        self.assertFalse(
-            [
-                t
-                for t in kept
-                if t.numel() >= x.numel() // 2 and t.dim() == 2 and t.data_ptr() not in own
-            ]
-        )
+        assert not [
+            t
+            for t in kept
+            if t.numel() >= x.numel() // 2 and t.dim() == 2 and t.data_ptr() not in own
+        ]
 
     @parameterized.expand(TRAINED)
     def test_one_node_a_product(self, scheme: str) -> None:
@@ -440,10 +436,10 @@ class TestWhatIsAskedFor(unittest.TestCase):
         backend = aot_autograd(fw_compiler=note("forward"), bw_compiler=note("backward"))
         x = torch.randn(5, 64, requires_grad=True)
         torch.compile(layer(scheme), fullgraph=True, backend=backend)(x).sum().backward()
-        self.assertEqual(graphs, {"forward": [scheme], "backward": [scheme, scheme]})
+        assert graphs == {"forward": [scheme], "backward": [scheme, scheme]}
 
 
-class TestCompile(unittest.TestCase):
+class TestCompile:
     @parameterized.expand(itertools.product(CODE_PATHS, BACKENDS))
     def test_dynamic_batches_without_recompiling(self, scheme: str, backend: str) -> None:
         """Eager and compiled steps agree, on models of their own."""
@@ -461,7 +457,7 @@ class TestCompile(unittest.TestCase):
                         y.square().sum().backward()
                         results.append((y.detach(), x.grad))
                 for got, want in zip(*results, strict=True):
-                    self.assertTrue(torch.equal(got, want), (size, scheme))
+                    assert torch.equal(got, want), (size, scheme)
         for got, want in zip(model.parameters(), eager.parameters(), strict=True):
             assert got.grad is not None
             torch.testing.assert_close(got.grad, want.grad)
@@ -480,8 +476,8 @@ class TestCompile(unittest.TestCase):
                 y = compiled(x)
                 if train:
                     y.sum().backward()
-            self.assertEqual(y.requires_grad, train)
-            self.assertTrue(torch.equal(y, model(x)))
+            assert y.requires_grad == train
+            assert torch.equal(y, model(x))
 
     @parameterized.expand(
         [
@@ -509,7 +505,7 @@ class TestCompile(unittest.TestCase):
             got, want = step(wrap), step(lambda model: model)
         for mine, plain in zip(got, want, strict=True):
             if scheme == "nvfp4":  # a compiled graph may draw in another order
-                self.assertGreater(cosine(mine, plain), 0.9)
+                assert cosine(mine, plain) > 0.9
             else:
                 torch.testing.assert_close(mine, plain)
 
@@ -523,13 +519,13 @@ class TestCompile(unittest.TestCase):
         x = torch.randn(5, 64, requires_grad=True)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y = call(x)
-        self.assertEqual(y.dtype, torch.bfloat16)
+        assert y.dtype == torch.bfloat16
         y.float().sum().backward()
         assert x.grad is not None
         assert module.weight.grad is not None
-        self.assertEqual((x.grad.dtype, module.weight.grad.dtype), (torch.float32,) * 2)
+        assert (x.grad.dtype, module.weight.grad.dtype) == (torch.float32,) * 2
         want = F.training_linear(x.bfloat16(), module.weight, module.bias, scheme=scheme)
-        self.assertTrue(torch.equal(y, want))
+        assert torch.equal(y, want)
 
     @parameterized.expand(TRAINED)
     def test_export(self, scheme: str) -> None:
@@ -539,22 +535,24 @@ class TestCompile(unittest.TestCase):
             program = torch.export.export(
                 module, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=strict
             )
-            self.assertEqual(products(program.graph), [scheme])
+            assert products(program.graph) == [scheme]
             longer = torch.randn(9, 64)
-            self.assertTrue(torch.equal(program.module()(longer), module(longer)))
+            assert torch.equal(program.module()(longer), module(longer))
 
-    @unittest.skipIf(torch.__version__ >= "2.12", f"torch {torch.__version__} packages it rightly")
+    @pytest.mark.skipif(
+        torch.__version__ >= "2.12", reason=f"torch {torch.__version__} packages it rightly"
+    )
     def test_what_a_package_would_call_with_another_dtype_is_refused(self) -> None:
         program = torch.export.export(layer("fp8").eval(), (torch.randn(5, 64),))
         with (
             tempfile.TemporaryDirectory() as folder,
-            self.assertRaisesRegex(Exception, "has a dtype for an argument.*with torch 2.12"),
+            pytest.raises(Exception, match=r"has a dtype for an argument.*with torch 2.12"),
             torch.no_grad(),
         ):
             torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/model.pt2")
 
 
-class TestScripts(unittest.TestCase):
+class TestScripts:
     """What training scripts do around a layer."""
 
     @parameterized.expand([*((n, False) for n in NAMES), *((n, True) for n in CODE_PATHS)])
@@ -570,7 +568,7 @@ class TestScripts(unittest.TestCase):
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        self.assertLess(losses[-1], 0.6 * losses[0])
+        assert losses[-1] < 0.6 * losses[0]
 
     @parameterized.expand(TRAINED)
     def test_gradients_accumulate(self, scheme: str) -> None:
@@ -581,7 +579,7 @@ class TestScripts(unittest.TestCase):
         once = module.weight.grad.clone()
         torch.manual_seed(1)
         module(torch.ones(3, 64)).sum().backward()
-        self.assertTrue(torch.equal(module.weight.grad, 2 * once))
+        assert torch.equal(module.weight.grad, 2 * once)
 
     @parameterized.expand(TRAINED)
     def test_gradient_scaling(self, scheme: str) -> None:
@@ -602,25 +600,25 @@ class TestScripts(unittest.TestCase):
     def test_copies_functional_calls_and_ties(self, scheme: str) -> None:
         module, x = layer(scheme), torch.randn(3, 64)
         twin = copy.deepcopy(module)
-        self.assertEqual(twin.scheme, scheme)
-        self.assertTrue(torch.equal(twin(x), module(x)))
+        assert twin.scheme == scheme
+        assert torch.equal(twin(x), module(x))
         other = {name: p.detach() * 2 for name, p in module.named_parameters()}
         called = torch.func.functional_call(module, other, (x,))
         twin.load_state_dict(other)
-        self.assertTrue(torch.equal(called, twin(x)))
+        assert torch.equal(called, twin(x))
 
         tied = nn.Sequential(nn.Linear(64, 64, False), nn.Linear(64, 64, False))
         tied[1].weight = tied[0].weight
         tied = qnn.convert(tied, scheme, training=True)
-        self.assertIs(tied[0].weight, tied[1].weight)
+        assert tied[0].weight is tied[1].weight
         tied(torch.randn(3, 64)).sum().backward()
-        self.assertEqual(len(list(tied.parameters())), 1)
+        assert len(list(tied.parameters())) == 1
 
         embedding = nn.ModuleDict({"emb": nn.Embedding(10, 64), "head": nn.Linear(64, 10, False)})
         embedding["head"].weight = embedding["emb"].weight
         embedding = qnn.convert(embedding, scheme, training=True)
-        self.assertIs(embedding["head"].weight, embedding["emb"].weight)
-        self.assertIsInstance(embedding["head"], qnn.Linear)
+        assert embedding["head"].weight is embedding["emb"].weight
+        assert isinstance(embedding["head"], qnn.Linear)
 
     @parameterized.expand(TRAINED)
     def test_torch_func(self, scheme: str) -> None:
@@ -632,7 +630,7 @@ class TestScripts(unittest.TestCase):
         torch.manual_seed(1)
         mine = torch.func.grad(loss)(x)
         exact = torch.func.grad(lambda v: (v @ module.weight.detach().T).square().sum())(x)
-        self.assertGreater(cosine(mine, exact), 0.95)
+        assert cosine(mine, exact) > 0.95
 
     def test_a_frozen_weight_still_gives_the_bias_its_gradient(self) -> None:
         for (scheme,), backend in itertools.product(TRAINED, (None, *BACKENDS)):
@@ -641,18 +639,18 @@ class TestScripts(unittest.TestCase):
             call = torch.compile(module, fullgraph=True, backend=backend) if backend else module
             call(torch.randn(5, 64)).sum().backward()
             assert module.bias.grad is not None
-            self.assertTrue(torch.equal(module.bias.grad, torch.full((32,), 5.0)))
-            self.assertIsNone(module.weight.grad)
+            assert torch.equal(module.bias.grad, torch.full((32,), 5.0))
+            assert module.weight.grad is None
             torch._dynamo.reset()
 
 
-class TestFoundation(unittest.TestCase):
+class TestFoundation:
     def test_a_format_of_ones_own_needs_no_case_elsewhere(self) -> None:
         """Every fact that the ops and layers use stands in the format."""
         for scheme in SCHEMES.values():
-            self.assertIsInstance(scheme, Scheme)
-            self.assertIsInstance(scheme.weight, Format)
+            assert isinstance(scheme, Scheme)
+            assert isinstance(scheme.weight, Format)
             shapes = [part.shape(256, 128) for part in scheme.weight.parts]
             stored = scheme.weight.quantize(torch.randn(256, 128))
-            self.assertEqual(shapes, [tuple(part.shape) for part in stored])
-            self.assertEqual([p.dtype for p in scheme.weight.parts], [p.dtype for p in stored])
+            assert shapes == [tuple(part.shape) for part in stored]
+            assert [p.dtype for p in scheme.weight.parts] == [p.dtype for p in stored]

@@ -10,9 +10,10 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import subprocess
 import sys
-import unittest
+from collections.abc import Iterator
 from unittest import mock
 
 import pytest
@@ -44,10 +45,10 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 if RUNS:
     from qnn.kernels.cuda import cast, gemm, weight_only
 
-needs_triton = unittest.skipUnless(HAS_TRITON, "triton is not installed")
-needs_kernels = unittest.skipUnless(
-    RUNS,
-    "triton is not installed"
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+needs_kernels = pytest.mark.skipif(
+    not RUNS,
+    reason="triton is not installed"
     if not HAS_TRITON
     else "this Triton's interpreter needs NumPy below 2.4"
     if TOO_NEW
@@ -126,9 +127,9 @@ def on_device(parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
 
 
 @needs_triton
-@unittest.skipIf(TOO_NEW, "this Triton's interpreter needs NumPy below 2.4")
-@unittest.skipIf(RUNS, "the tests below run here")
-class TestInterpreter(unittest.TestCase):
+@pytest.mark.skipif(TOO_NEW, reason="this Triton's interpreter needs NumPy below 2.4")
+@pytest.mark.skipif(RUNS, reason="the tests below run here")
+class TestInterpreter:
     def test_all_that_is_below(self) -> None:
         pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
         done = subprocess.run(
@@ -139,15 +140,15 @@ class TestInterpreter(unittest.TestCase):
             env={**os.environ, "TRITON_INTERPRET": "1"},
             check=False,
         )
-        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 @needs_kernels
 @pytest.mark.usefixtures("poisoned_memory")
-class TestCasts(unittest.TestCase):
+class TestCasts:
     """Bit for bit."""
 
-    def setUp(self) -> None:
+    def setup_method(self) -> None:
         torch.manual_seed(1)
 
     def check(
@@ -156,12 +157,12 @@ class TestCasts(unittest.TestCase):
         seed = seeds(rows, columns)
         wanted = quantize_reference(rows, columns)(x, *seed)
         given = cast.quantize(rows, columns)(*on_device((x, *seed)))
-        self.assertEqual(len(given), len(wanted))
+        assert len(given) == len(wanted)
         for i, (got, want) in enumerate(zip(given, wanted, strict=True)):
-            self.assertEqual((got.shape, got.dtype), (want.shape, want.dtype), label)
-            self.assertTrue(got.is_contiguous(), label)
+            assert (got.shape, got.dtype) == (want.shape, want.dtype), label
+            assert got.is_contiguous(), label
             wrong = (bits(got) != bits(want)).sum().item()
-            self.assertEqual(wrong, 0, f"{label}: {wrong} bytes of part {i} differ")
+            assert wrong == 0, f"{label}: {wrong} bytes of part {i} differ"
 
     @parameterized.expand(CASTS)
     def test_sizes_and_dtypes(self, _: str, rows: Format | None, columns: Format | None) -> None:
@@ -196,22 +197,22 @@ class TestCasts(unittest.TestCase):
         x = torch.randn(16, 64, device=DEVICE)
         kernel = cast.quantize(nvfp4.GRADIENT)
         one, two = (kernel(x, torch.tensor([s], device=DEVICE))[0] for s in (1, 2))
-        self.assertFalse(torch.equal(one, two))
+        assert not torch.equal(one, two)
 
 
 @needs_kernels
-class TestProducts(unittest.TestCase):
+class TestProducts:
     """Within the error of a float32 sum, and of the last cast."""
 
-    def setUp(self) -> None:
+    def setup_method(self) -> None:
         torch.manual_seed(2)
 
     def near(self, got: torch.Tensor, want: torch.Tensor, terms: torch.Tensor, last: float) -> None:
-        self.assertEqual((got.shape, got.dtype), (want.shape, want.dtype))
-        self.assertTrue(got.is_contiguous())
+        assert (got.shape, got.dtype) == (want.shape, want.dtype)
+        assert got.is_contiguous()
         error = (got.cpu().float() - want.float()).abs()
         limit = terms * 2**-20 + want.float().abs() * last + 1e-30
-        self.assertLessEqual((error / limit).max().item(), 1.0)
+        assert (error / limit).max().item() <= 1.0
 
     def operands(
         self, x: Format, w: Format, m: int, n: int, k: int
@@ -291,16 +292,16 @@ class TestProducts(unittest.TestCase):
 
 
 @needs_kernels
-class TestScaledMM(unittest.TestCase):
-    def setUp(self) -> None:
+class TestScaledMM:
+    def setup_method(self) -> None:
         torch.manual_seed(3)
 
     # The CPU knows scales of rows and tensors; a GPU is left to the self-test.
     @parameterized.expand(PRODUCTS[:2])
-    @unittest.skipIf(ON_GPU, "the CPU's")
-    @unittest.skipUnless(
-        torch._C._dispatch_has_kernel_for_dispatch_key("aten::_scaled_mm_v2", "CPU"),
-        f"torch {torch.__version__} has no aten::_scaled_mm_v2 on the CPU",
+    @pytest.mark.skipif(ON_GPU, reason="the CPU's")
+    @pytest.mark.skipif(
+        not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_scaled_mm_v2", "CPU"),
+        reason=f"torch {torch.__version__} has no aten::_scaled_mm_v2 on the CPU",
     )
     def test_padding_and_scales(self, _: str, x: Format, w: Format) -> None:
         for m, n, k in ((5, 37, 199), (64, 128, 96)):
@@ -309,8 +310,8 @@ class TestScaledMM(unittest.TestCase):
                 for given in (None, bias):
                     want = matmul_reference(x, w)(*parts, given, dtype)
                     got = gemm.scaled_matmul(x, w)(*parts, given, dtype)
-                    self.assertEqual((got.shape, got.dtype), (want.shape, want.dtype))
-                    self.assertTrue(got.is_contiguous())
+                    assert (got.shape, got.dtype) == (want.shape, want.dtype)
+                    assert got.is_contiguous()
                     # Twice the rounding of one cast: the bias comes behind the first.
                     near = 4 * torch.finfo(dtype).eps
                     torch.testing.assert_close(got, want, atol=40 * near, rtol=near)
@@ -322,7 +323,7 @@ class TestScaledMM(unittest.TestCase):
             parts = [p.to("meta") for p in (*quantized(x, m, k), *quantized(w, n, k))]
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 y = gemm.scaled_matmul(x, w)(*parts, torch.empty(n, device="meta"), dtype)
-                self.assertEqual((y.shape, y.dtype), ((m, n), dtype))
+                assert (y.shape, y.dtype) == ((m, n), dtype)
 
     def test_order_of_swizzled_scales(self) -> None:
         scale = torch.randint(0, 256, (200, 6), dtype=torch.uint8)
@@ -331,7 +332,7 @@ class TestScaledMM(unittest.TestCase):
             down, r = divmod(row, 128)
             right, c = divmod(group, 4)
             at = r % 32 * 16 + r // 32 * 4 + c
-            self.assertEqual(given[down, right, at].item(), scale[row, group].item())
+            assert given[down, right, at].item() == scale[row, group].item()
 
     def test_fast_accumulation_is_for_outputs(self) -> None:
         e4m3, e5m2 = (FLOAT8[f"float8_{kind}_tensor"] for kind in ("e4m3", "e5m2"))
@@ -344,10 +345,10 @@ class TestScaledMM(unittest.TestCase):
             parts = (*quantized(x, 16, 16), *quantized(w, 16, 16))
             with mock.patch.object(gemm.F, "scaled_mm", return_value=torch.zeros(16, 16)) as call:
                 gemm.scaled_matmul(x, w, fast)(*parts, None, torch.bfloat16)
-            self.assertEqual(call.call_args.kwargs["use_fast_accum"], wanted)
+            assert call.call_args.kwargs["use_fast_accum"] == wanted
 
 
-class TestTable(unittest.TestCase):
+class TestTable:
     @parameterized.expand(
         [
             ("fp8_matmul", (None, "triton", "scaled_mm", "scaled_mm", "scaled_mm", "scaled_mm")),
@@ -365,24 +366,24 @@ class TestTable(unittest.TestCase):
     )
     def test_choose(self, op: str, wanted: tuple[str | None, ...]) -> None:
         capabilities = ((7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0))
-        self.assertEqual(tuple(backends.choose(op, c).kernel for c in capabilities), wanted)
+        assert tuple(backends.choose(op, c).kernel for c in capabilities) == wanted
 
     def test_an_older_cuda(self) -> None:
-        self.assertEqual(backends.choose("fp8_block_matmul", (9, 0), (12, 8)).kernel, "triton")
-        self.assertEqual(backends.choose("fp8_block_matmul", (9, 0), (12, 9)).kernel, "scaled_mm")
-        self.assertEqual(backends.choose("nvfp4_matmul", (10, 0), (12, 6)).kernel, "triton")
+        assert backends.choose("fp8_block_matmul", (9, 0), (12, 8)).kernel == "triton"
+        assert backends.choose("fp8_block_matmul", (9, 0), (12, 9)).kernel == "scaled_mm"
+        assert backends.choose("nvfp4_matmul", (10, 0), (12, 6)).kernel == "triton"
 
     def test_every_op_ends_in_the_reference_and_has_a_reason(self) -> None:
         for op in OPS:
             last = backends.candidates(op, (9, 0))[-1]
-            self.assertIsNone(last.kernel)
-        self.assertTrue(all(all(row) for row in backends.table()))
+            assert last.kernel is None
+        assert all(all(row) for row in backends.table())
 
     def test_ops_with_a_kernel_are_those_that_have_a_role(self) -> None:
-        self.assertEqual(
-            {op for op in OPS if kernels_for(op)}, {op for op in OPS if "CUDA" in OPS[op].kernels}
-        )
-        self.assertEqual({op for op in OPS if kernels_for(op)}, set(backends.roles()))
+        assert {op for op in OPS if kernels_for(op)} == {
+            op for op in OPS if "CUDA" in OPS[op].kernels
+        }
+        assert {op for op in OPS if kernels_for(op)} == set(backends.roles())
 
     def test_importing_qnn_imports_no_triton_and_starts_no_cuda(self) -> None:
         child("""
@@ -394,29 +395,26 @@ class TestTable(unittest.TestCase):
 
 
 @needs_kernels
-class TestSelfTest(unittest.TestCase):
-    def setUp(self) -> None:
+class TestSelfTest:
+    @pytest.fixture(autouse=True)
+    def _small(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         backends.state.cache_clear()
-        self.addCleanup(backends.state.cache_clear)
         capability = torch.cuda.get_device_capability() if ON_GPU else (9, 0)
-        patches = [mock.patch.object(backends, "_gpu", return_value=(capability, (13, 0)))]
+        monkeypatch.setattr(backends, "_gpu", lambda *_: (capability, (13, 0)))
         if not ON_GPU:  # small: the interpreter is slow
             sizes = ((37, 61, 199), (1, 16, 32))
-            patches += [
-                mock.patch.object(backends, "_SIZES", sizes[:1]),
-                mock.patch.object(backends, "_PRODUCT_SIZES", sizes),
-            ]
-        for patch in patches:
-            patch.start()
-            self.addCleanup(patch.stop)
+            monkeypatch.setattr(backends, "_SIZES", sizes[:1])
+            monkeypatch.setattr(backends, "_PRODUCT_SIZES", sizes)
+        yield
+        backends.state.cache_clear()
 
     # Without a GPU, scaled_mm is missing for blocks and Triton serves.
     @parameterized.expand(sorted(backends.roles()))
     def test_a_kernel_passes(self, op: str) -> None:
         state = backends.state(op, DEVICE)
-        self.assertIsNotNone(state.entry.kernel, state.passed_over)
+        assert state.entry.kernel is not None, state.passed_over
         if ON_GPU:
-            self.assertEqual(state.passed_over, ())
+            assert state.passed_over == ()
 
     def test_a_wrong_kernel_is_passed_over_with_the_reason(self) -> None:
         def wrong(x: Format, w: Format, fast: bool = False) -> object:
@@ -425,10 +423,10 @@ class TestSelfTest(unittest.TestCase):
 
         with mock.patch.object(gemm, "scaled_matmul", wrong):
             state = backends.state("fp8_matmul", DEVICE)
-        self.assertEqual(state.entry.kernel, "triton")
+        assert state.entry.kernel == "triton"
         ((entry, reason),) = state.passed_over
-        self.assertEqual(entry.kernel, "scaled_mm")
-        self.assertRegex(reason, r"ArithmeticError: \d+ of \d+ wrong at \[37, 61, 199\]|256")
+        assert entry.kernel == "scaled_mm"
+        assert re.search(r"ArithmeticError: \d+ of \d+ wrong at \[37, 61, 199\]|256", reason)
 
     def test_one_wrong_code_is_enough(self) -> None:
         def wrong(*forms: Format | None) -> object:
@@ -441,17 +439,17 @@ class TestSelfTest(unittest.TestCase):
 
         with mock.patch.object(cast, "quantize", wrong):
             state = backends.state("mxfp8_quantize", DEVICE)
-        self.assertIsNone(state.entry.kernel)
-        self.assertRegex(state.passed_over[0][1], "ArithmeticError: 1 of")
+        assert state.entry.kernel is None
+        assert re.search("ArithmeticError: 1 of", state.passed_over[0][1])
 
     def test_what_raises_leaves_the_reference(self) -> None:
         with mock.patch.object(backends, "build", side_effect=RuntimeError("no such\ninstruction")):
             state = backends.state("fp8_matmul", DEVICE)
             parts = on_device((*quantized(E4M3, 3, 16), *quantized(E4M3, 5, 16)))
             y = backends.kernel("fp8_matmul")(*parts, None, torch.float32)
-        self.assertEqual([reason for _, reason in state.passed_over], ["RuntimeError: no such"] * 2)
-        self.assertIsNone(state.entry.kernel)
-        self.assertEqual(y.shape, (3, 5))
+        assert [reason for _, reason in state.passed_over] == ["RuntimeError: no such"] * 2
+        assert state.entry.kernel is None
+        assert y.shape == (3, 5)
 
 
 # Launches nothing: Triton compiles for a GPU that is not there, with the arguments of real calls.
@@ -506,11 +504,7 @@ _COMPILE = """
 
 
 @needs_triton
-class TestCompiles(unittest.TestCase):
+class TestCompiles:
     @parameterized.expand([("8.0", (8, 0)), ("9.0", (9, 0))])
     def test_for_a_gpu(self, _: str, capability: tuple[int, int]) -> None:
         child(_COMPILE.format(capability=capability), TRITON_INTERPRET="0")
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -6,7 +6,6 @@ import copy
 import io
 import operator
 import pickle
-import unittest
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +44,7 @@ def quantised(values: torch.Tensor, scheme: str) -> torch.Tensor:
     return floats(qnn.QLinear.from_float(plain, scheme))
 
 
-class TestReads(unittest.TestCase):
+class TestReads:
     @parameterized.expand([(s, d) for s in SCHEMES for d in (torch.float32, torch.bfloat16)])
     def test_looks_like_a_float_weight(self, scheme: str, dtype: torch.dtype) -> None:
         module = layer(scheme).to(dtype)
@@ -54,7 +53,7 @@ class TestReads(unittest.TestCase):
             "shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_meta", "is_leaf",
             "grad", "grad_fn", "is_sparse", "is_quantized", "is_nested",
         ):  # fmt: skip
-            self.assertEqual(getattr(weight, ask), getattr(plain, ask), ask)
+            assert getattr(weight, ask) == getattr(plain, ask), ask
         for ask in (
             "numel",
             "element_size",
@@ -64,11 +63,11 @@ class TestReads(unittest.TestCase):
             "is_contiguous",
             "is_floating_point",
         ):
-            self.assertEqual(getattr(weight, ask)(), getattr(plain, ask)(), ask)
-        self.assertFalse(weight.requires_grad)
-        self.assertIsInstance(weight, nn.Parameter)
-        self.assertEqual(weight.T.shape, (K, N))
-        self.assertIn("float view of qnn.QLinear(32, 16", repr(weight))
+            assert getattr(weight, ask)() == getattr(plain, ask)(), ask
+        assert not weight.requires_grad
+        assert isinstance(weight, nn.Parameter)
+        assert weight.T.shape == (K, N)
+        assert "float view of qnn.QLinear(32, 16" in repr(weight)
 
     @parameterized.expand([(s,) for s in SCHEMES])
     def test_values(self, scheme: str) -> None:
@@ -77,16 +76,16 @@ class TestReads(unittest.TestCase):
         for name, use in USES.items():
             got = use(module.weight, x)
             torch.testing.assert_close(got, use(want, x), rtol=1e-6, atol=1e-6, msg=name)
-        self.assertEqual(module.weight.tolist(), want.tolist())
-        self.assertTrue((module.weight.numpy() == want.numpy()).all())
+        assert module.weight.tolist() == want.tolist()
+        assert (module.weight.numpy() == want.numpy()).all()
         for twin in (
             copy.deepcopy(module.weight),
             pickle.loads(pickle.dumps(module.weight)),
             module.weight.clone(),
             saved(module.weight),
         ):
-            self.assertNotIsInstance(twin, FloatWeight)
-            self.assertTrue(torch.equal(twin, want))
+            assert not isinstance(twin, FloatWeight)
+            assert torch.equal(twin, want)
 
     @parameterized.expand([("int8",), ("nvfp4",)])
     def test_traced(self, scheme: str) -> None:
@@ -104,34 +103,28 @@ class TestReads(unittest.TestCase):
         reader = Reader()
         want = reader(x)
         torch.testing.assert_close(want, module(x) + x @ floats(module).T)
-        self.assertTrue(
-            torch.equal(torch.compile(reader, backend="eager", fullgraph=True)(x), want)
-        )
+        assert torch.equal(torch.compile(reader, backend="eager", fullgraph=True)(x), want)
         for strict in (True, False):
             exported = torch.export.export(reader, (x,), strict=strict)
-            self.assertTrue(torch.equal(exported.module()(x), want))
-            self.assertTrue(
-                all(
-                    not t.dtype.is_floating_point
-                    or t.dim() < 2
-                    or t.shape[1] != K
-                    or t.dtype.itemsize == 1
-                    for t in exported.state_dict.values()
-                )
+            assert torch.equal(exported.module()(x), want)
+            assert all(
+                not t.dtype.is_floating_point
+                or t.dim() < 2
+                or t.shape[1] != K
+                or t.dtype.itemsize == 1
+                for t in exported.state_dict.values()
             )
         with torch.no_grad():
             traced = torch.jit.trace(reader, x)
-            self.assertTrue(torch.equal(traced(x), want))
+            assert torch.equal(traced(x), want)
 
     def test_transforms(self) -> None:
         module, x = layer(), torch.randn(3, K)
         plain = floats(module)
         want = x @ plain.T
-        self.assertTrue(
-            torch.equal(
-                torch.vmap(lambda v: module.weight @ v)(x),
-                torch.vmap(lambda v: plain @ v)(x),
-            )
+        assert torch.equal(
+            torch.vmap(lambda v: module.weight @ v)(x),
+            torch.vmap(lambda v: plain @ v)(x),
         )
         gradient = torch.func.grad(lambda v: (v @ module.weight.T).sum())(x)
         torch.testing.assert_close(gradient, floats(module).sum(0).expand(3, K))
@@ -142,24 +135,24 @@ class TestReads(unittest.TestCase):
 
     def test_is_no_parameter(self) -> None:
         module = nn.Sequential(layer())
-        self.assertEqual(
-            {p.dtype for n, p in module.named_parameters() if "weight" in n},
-            {torch.int8, torch.float32},
-        )
-        self.assertEqual(module.state_dict()["0.weight"].dtype, torch.int8)
-        self.assertIs(module[0].get_parameter("weight"), module[0].stored[0])
+        assert {p.dtype for n, p in module.named_parameters() if "weight" in n} == {
+            torch.int8,
+            torch.float32,
+        }
+        assert module.state_dict()["0.weight"].dtype == torch.int8
+        assert module[0].get_parameter("weight") is module[0].stored[0]
         codes = torch.ones(N, K, dtype=torch.int8)
         x = torch.randn(2, K)
         state = {**dict(module.named_parameters()), "0.weight": codes}
         want = copy.deepcopy(module)
         want[0].stored[0].data = codes
-        self.assertTrue(torch.equal(torch.func.functional_call(module, state, (x,)), want(x)))
+        assert torch.equal(torch.func.functional_call(module, state, (x,)), want(x))
 
     def test_no_reference_is_kept(self) -> None:
         module = layer()
         keys = set(vars(module))
         _ = module.weight + 1
-        self.assertEqual(set(vars(module)), keys)
+        assert set(vars(module)) == keys
 
     def test_set_in_the_dtype_that_it_shows(self) -> None:
         """As accelerate does, which writes `_parameters`: codes survive as floats."""
@@ -171,12 +164,12 @@ class TestReads(unittest.TestCase):
                 module._parameters["weight"] = nn.Parameter(codes, requires_grad=False)
                 if dtype == torch.float16:
                     compiled = torch.compile(module, backend="eager", fullgraph=True)
-                    self.assertTrue(torch.equal(compiled(x), want))
-                self.assertTrue(torch.equal(module(x), want))
-                self.assertIs(module.stored[0].dtype, module._storage)  # and take their room again
-                self.assertTrue(torch.equal(module.weight, qnn.QLinear.dequantize(module).weight))
+                    assert torch.equal(compiled(x), want)
+                assert torch.equal(module(x), want)
+                assert module.stored[0].dtype is module._storage  # and take their room again
+                assert torch.equal(module.weight, qnn.QLinear.dequantize(module).weight)
                 for name, tensor in module.state_dict().items():
-                    self.assertTrue(same_bits(tensor, state[name]), name)
+                    assert same_bits(tensor, state[name]), name
 
 
 def saved(tensor: torch.Tensor) -> torch.Tensor:
@@ -252,7 +245,7 @@ WRITES: dict[str, Callable[[Any, torch.Tensor], Any]] = {
 }  # fmt: skip
 
 
-class TestWrites(unittest.TestCase):
+class TestWrites:
     @parameterized.expand([(w, s) for w in WRITES for s in ("int8", "fp8", "nvfp4")])
     def test_is_quantised_into_the_layer(self, write: str, scheme: str) -> None:
         module, x = layer(scheme), torch.randn(2, K)
@@ -261,13 +254,11 @@ class TestWrites(unittest.TestCase):
         torch.testing.assert_close(floats(module), want, rtol=0, atol=2e-6)
         twin = qnn.QLinear.from_float(nn.Linear(K, N), scheme)
         twin.load_state_dict({**module.state_dict()})
-        self.assertTrue(torch.equal(module(x), twin(x)))
+        assert torch.equal(module(x), twin(x))
         for name, tensor in zip(module._stored, module.stored, strict=True):
-            self.assertIs(type(tensor), nn.Parameter, name)
-            self.assertFalse(tensor.requires_grad)
-        self.assertEqual(
-            [n for n, _ in module.named_parameters() if n not in module._stored], ["bias"]
-        )
+            assert type(tensor) is nn.Parameter, name
+            assert not tensor.requires_grad
+        assert [n for n, _ in module.named_parameters() if n not in module._stored] == ["bias"]
 
     @parameterized.expand(
         [(w, s) for w in ("assign", "assign data", "copy_", "index") for s in ("int8", "nvfp4")]
@@ -277,16 +268,16 @@ class TestWrites(unittest.TestCase):
         state = copy.deepcopy(module.state_dict())
         bad = NEW.clone()
         bad[3, 4] = float("nan")
-        with self.assertRaisesRegex(
-            ValueError, r"qnn.QLinear\(32, 16, .*weight holds NaN or inf in row 3"
+        with pytest.raises(
+            ValueError, match=r"qnn.QLinear\(32, 16, .*weight holds NaN or inf in row 3"
         ):
             WRITES[write](module, bad)
         self.unchanged(module, state)
 
     def unchanged(self, module: nn.Module, state: dict[str, torch.Tensor]) -> None:
-        self.assertEqual(list(module.state_dict()), list(state))
+        assert list(module.state_dict()) == list(state)
         for name, tensor in module.state_dict().items():
-            self.assertTrue(same_bits(tensor, state[name]), name)
+            assert same_bits(tensor, state[name]), name
 
     @parameterized.expand(
         [
@@ -348,7 +339,7 @@ class TestWrites(unittest.TestCase):
     def test_refused(self, _: str, write: Callable[[Any], Any], message: str) -> None:
         module = layer()
         state = copy.deepcopy(module.state_dict())
-        with self.assertRaisesRegex((TypeError, ValueError), message):
+        with pytest.raises((TypeError, ValueError), match=message):
             write(module)
         self.unchanged(module, state)
 
@@ -363,8 +354,8 @@ class TestWrites(unittest.TestCase):
             module = layer(scheme)
             scale = module.stored[1].clone()
             module.weight = wrap(other.stored[0])
-            self.assertTrue(same_bits(module.stored[0], other.stored[0]))
-            self.assertTrue(same_bits(module.stored[1], scale))
+            assert same_bits(module.stored[0], other.stored[0])
+            assert same_bits(module.stored[1], scale)
             module(torch.randn(2, K))
 
     def test_nan_codes_are_refused(self) -> None:
@@ -374,7 +365,7 @@ class TestWrites(unittest.TestCase):
             codes = module.stored[0].detach().clone()
             codes.view(torch.uint8)[2, 0] = 0x7F
             for write in (lambda m, c: setattr(m, "weight", c), assign_data):
-                with self.assertRaisesRegex(ValueError, "codes hold NaN in row 2"):
+                with pytest.raises(ValueError, match="codes hold NaN in row 2"):
                     write(module, codes)
             self.unchanged(module, state)
 
@@ -382,27 +373,31 @@ class TestWrites(unittest.TestCase):
     def test_codes_are_never_trained_in_silence(self, scheme: str) -> None:
         """float8 codes may be asked for a gradient, which there is none of."""
         module = layer(scheme)
-        with self.assertRaises((TypeError, RuntimeError)):
+
+        def train() -> None:
             nn.Sequential(module).requires_grad_()  # torch's own words for integers
             module(torch.randn(2, K))
+
+        with pytest.raises((TypeError, RuntimeError)):
+            train()
 
     def test_ties_follow_writes_in_place(self) -> None:
         model = nn.Sequential(nn.Linear(K, K), nn.Linear(K, K))
         model[1].weight = model[0].weight
         model = qnn.convert(model)
         model[0].weight.data += 1
-        self.assertTrue(torch.equal(floats(model[0]), floats(model[1])))
+        assert torch.equal(floats(model[0]), floats(model[1]))
         model[0].weight = torch.zeros(K, K)
-        self.assertFalse(torch.equal(floats(model[0]), floats(model[1])))
+        assert not torch.equal(floats(model[0]), floats(model[1]))
 
     def test_a_meta_layer_takes_values(self) -> None:
         for scheme in ("int8", "nvfp4"):
             module = qnn.QLinear(K, N, False, device="meta", scheme=scheme)
             module.weight = NEW
-            self.assertTrue(torch.equal(floats(module), quantised(NEW, scheme)))
+            assert torch.equal(floats(module), quantised(NEW, scheme))
 
 
-class TestRecurrent(unittest.TestCase):
+class TestRecurrent:
     """Each weight of a recurrent layer or cell, by its own name."""
 
     @parameterized.expand([("lstm", qnn.QLSTM), ("gru", qnn.QGRU), ("cell", qnn.QLSTMCell)])
@@ -410,24 +405,24 @@ class TestRecurrent(unittest.TestCase):
         module = kind(K, N)
         plain = module.dequantize()
         names = [name for name, p in plain.named_parameters() if p.dim() == 2]
-        self.assertEqual(len(names), 2)
+        assert len(names) == 2
         for name in names:
             want = getattr(plain, name).detach()
             weight = getattr(module, name)
-            self.assertIsInstance(weight, FloatWeight)
-            self.assertEqual((weight.dtype, weight.shape), (torch.float32, want.shape))
-            self.assertTrue(torch.equal(weight, want))
-            self.assertEqual(module.state_dict()[name].dtype, torch.int8)
+            assert isinstance(weight, FloatWeight)
+            assert (weight.dtype, weight.shape) == (torch.float32, want.shape)
+            assert torch.equal(weight, want)
+            assert module.state_dict()[name].dtype == torch.int8
             getattr(module, name).data += 1
             torch.testing.assert_close(getattr(module, name) + 0, want + 1, rtol=0.02, atol=0.02)
             setattr(module, name, want)
-            self.assertTrue(torch.equal(module.dequantize().get_parameter(name), want))
+            assert torch.equal(module.dequantize().get_parameter(name), want)
             state = copy.deepcopy(module.state_dict())
             for bad in (torch.full_like(want, torch.nan), want[1:], want.long()):
-                with self.assertRaisesRegex((TypeError, ValueError), name):
+                with pytest.raises((TypeError, ValueError), match=name):
                     setattr(module, name, bad)
             for key, tensor in module.state_dict().items():
-                self.assertTrue(same_bits(tensor, state[key]), key)
+                assert same_bits(tensor, state[key]), key
         x = torch.randn(3, K)
         called = torch.compile(
             lambda: getattr(module, names[0]).sum(), backend="eager", fullgraph=True
@@ -436,7 +431,7 @@ class TestRecurrent(unittest.TestCase):
         module(x)
 
 
-class TestNeighbours(unittest.TestCase):
+class TestNeighbours:
     def test_peft_merges(self) -> None:
         peft = pytest.importorskip("peft", reason="needs the extra 'examples'")
         for scheme in ("int8", "nvfp4_weight"):
@@ -451,5 +446,5 @@ class TestNeighbours(unittest.TestCase):
                 with torch.no_grad():
                     want = adapted(x)
                     merged = adapted.merge_and_unload(safe_merge=safe)
-                    self.assertGreater(qnn.sqnr(want, merged(x)), 30 if scheme == "int8" else 12)
-                self.assertIs(type(merged[0]), qnn.QLinear)
+                    assert qnn.sqnr(want, merged(x)) > (30 if scheme == "int8" else 12)
+                assert type(merged[0]) is qnn.QLinear
