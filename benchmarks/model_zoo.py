@@ -35,7 +35,7 @@ import qnn
 from report import table
 from stock_models import MODELS, build
 
-SCHEMES = ("int8", "fp8", "nvfp4_weight")
+SCHEMES = ("int8", "fp8", "nvfp4_weight", "int4_weight_g32")  # 96 is a usual width of theirs
 COLUMNS = (
     "model", "library", "scheme", "layers", "quantised_kB", "was_kB", "left_kB", "sqnr_dB",
     "fullgraph", "export", "reload", "remark",

@@ -173,6 +173,10 @@ SCHEMES: dict[str, Scheme] = {
 }  # fmt: skip
 
 
+# What a prepared layer is converted to.
+STATIC = next(scheme.name for scheme in SCHEMES.values() if scheme.static)
+
+
 def schemes_of(kind: str) -> list[str]:
     """The schemes that have a layer of a kind, `"linear"`, `"lstm"`, ….
 

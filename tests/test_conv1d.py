@@ -116,17 +116,17 @@ def twin(conv: Any) -> nn.Linear:
 class TestConv1D(unittest.TestCase):
     @parameterized.expand([(scheme, nf) for scheme in WITHOUT_DATA for nf in (64, 48)])
     def test_it_is_the_linear_layer(self, scheme: str, nf: int) -> None:
-        conv, x = conv1d(nf=nf), torch.randn(2, 5, 64)
+        conv, x = conv1d(128, nf), torch.randn(2, 5, 128)
         layer, want = qnn.convert(conv, scheme), qnn.convert(twin(conv), scheme)
         self.assertIsInstance(layer, QLinear)
         self.assertTrue(same_bits(layer(x), want(x)))
         state = want.state_dict()
         self.assertEqual(list(layer.state_dict()), list(state))
         self.assertTrue(all(same_bits(t, state[n]) for n, t in layer.state_dict().items()))
-        again = qnn.convert(conv1d(nf=nf), scheme)
+        again = qnn.convert(conv1d(128, nf), scheme)
         again.load_state_dict(layer.state_dict())
         self.assertTrue(same_bits(again(x), want(x)))
-        again = qnn.convert(conv1d(nf=nf), scheme)
+        again = qnn.convert(conv1d(128, nf), scheme)
         again.load_state_dict(conv.state_dict())  # a float checkpoint, transposed
         self.assertTrue(same_bits(again(x), want(x)))
         back = layer.dequantize()
@@ -137,7 +137,7 @@ class TestConv1D(unittest.TestCase):
         file.seek(0)
         copied = torch.load(file, weights_only=False)
         self.assertTrue(same_bits(copied(x), want(x)))
-        with self.assertRaisesRegex(RuntimeError, r"weight must be \[64, .*as Conv1D has it"):
+        with self.assertRaisesRegex(RuntimeError, r"weight must be \[128, .*as Conv1D has it"):
             layer.load_state_dict({**conv.state_dict(), "weight": torch.ones(7, 64)})
 
     @parameterized.expand(TRAINED)

@@ -606,7 +606,9 @@ def sharded_inference(rank: int, scheme: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(5)
-    layers, x = nn.Sequential(Block(), Block()).eval(), torch.randn(2, 20, 96)
+    width, hidden = (128, 256) if "int4" in scheme else (96, 160)
+    layers = nn.Sequential(Block(width, hidden), Block(width, hidden)).eval()
+    x = torch.randn(2, 20, width)
     if scheme == "int8_static":
         layers = qnn.convert(qnn.calibrate(qnn.prepare(layers), [x]))
     else:
@@ -614,7 +616,7 @@ def sharded_inference(rank: int, scheme: str) -> None:
     want = layers(x)
     want.square().mean().backward()
     gradients = [p.grad for p in layers.parameters() if p.grad is not None]
-    before = {name: tensor.clone() for name, tensor in layers.state_dict().items()}
+    before = {name: tensor.detach().clone() for name, tensor in layers.named_parameters()}
     for block in layers:
         fully_shard(block, mesh=mesh(2))
     fully_shard(layers, mesh=mesh(2))
@@ -635,7 +637,7 @@ def sharded_inference(rank: int, scheme: str) -> None:
 class TestInference(unittest.TestCase):
     @parameterized.expand(qnn.SCHEMES)
     def test_fsdp2(self, scheme: str) -> None:
-        layer = qnn.QLinear(32, 32, scheme=scheme)
+        layer = qnn.QLinear(128, 32, scheme=scheme)
         if not all(part.is_floating_point() for part in layer.parameters()):
             need_sharded_integers()
         both_ranks(sharded_inference, scheme)

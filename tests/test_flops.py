@@ -25,13 +25,13 @@ def count(call: Callable[[], Any]) -> int:
 @pytest.mark.parametrize("scheme", [s for s in SCHEMES if s != "int8_static"])
 def test_linear(scheme: str) -> None:
     """The forward, and the gradient to the input: a frozen weight has none."""
-    layer = nn.Linear(64, 96)
+    layer = nn.Linear(128, 96)
     layer.weight.requires_grad_(False)
     quantized = qnn.convert(nn.Sequential(layer), scheme)[0]
-    x = torch.randn(2, 5, 64, requires_grad=True)
-    assert count(lambda: quantized(x)) == count(lambda: layer(x)) == 2 * 10 * 64 * 96
+    x = torch.randn(2, 5, 128, requires_grad=True)
+    assert count(lambda: quantized(x)) == count(lambda: layer(x)) == 2 * 10 * 128 * 96
     step = [count(lambda m=m: m(x).sum().backward()) for m in (layer, quantized)]
-    assert step[0] == step[1] == 2 * 2 * 10 * 64 * 96
+    assert step[0] == step[1] == 2 * 2 * 10 * 128 * 96
 
 
 @pytest.mark.parametrize("scheme", [s.name for s in SCHEMES.values() if s.trainable])

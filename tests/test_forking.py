@@ -18,8 +18,8 @@ with torch.no_grad():
 class Model(nn.Module):
     def __init__(self, rnn):
         super().__init__()
-        self.embedding = nn.Embedding(256, 192)
-        self.linear = nn.Linear(192, 256)
+        self.embedding = nn.Embedding(256, 256)
+        self.linear = nn.Linear(256, 256)
         self.rnn = rnn(256, 64) if rnn else nn.Identity()
     def forward(self, x):
         return self.rnn(self.linear(self.embedding(x)))

@@ -98,10 +98,10 @@ def test_an_epilogue_has_the_gradients_of_its_parts(op: Op, activation: str) -> 
 
 def mlp(scheme: str, *, training: bool = False) -> nn.Module:
     torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32))
+    model = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 32))
     if scheme == "int8_static":
         prepared = qnn.prepare(model)
-        qnn.calibrate(prepared, [torch.randn(16, 64)])
+        qnn.calibrate(prepared, [torch.randn(16, 128)])
         return qnn.convert(prepared)
     return qnn.convert(model, scheme, training=training)
 
@@ -146,7 +146,7 @@ EXPORTED = [
 
 @pytest.mark.parametrize(("scheme", "strict", "how"), EXPORTED)
 def test_exported(scheme: str, strict: bool, how: str) -> None:
-    model, x = mlp(scheme), torch.randn(5, 64)
+    model, x = mlp(scheme), torch.randn(5, 128)
     module = torch.export.export(model, (x,), strict=strict).module()
     call = module if how == "call" else torch.compile(module, fullgraph=True, backend=how)
     alike(gradients(call, module, x), gradients(model, model, x))
@@ -163,7 +163,7 @@ def test_exported_recurrent(cell: type[nn.RNNBase], strict: bool) -> None:
 @pytest.mark.parametrize("strict", [True, False])
 def test_an_exported_training_layer_refuses(scheme: str, strict: bool) -> None:
     """It runs, and its gradients are refused at the attempt."""
-    model, x = mlp(scheme, training=True), torch.randn(5, 64)
+    model, x = mlp(scheme, training=True), torch.randn(5, 128)
     module = torch.export.export(model, (x,), strict=strict).module()
     y = module(x)
     torch.testing.assert_close(y, model(x))
@@ -172,7 +172,7 @@ def test_an_exported_training_layer_refuses(scheme: str, strict: bool) -> None:
 
 
 def test_a_bias_after_a_frozen_weight_has_its_gradient_in_an_exported_training_layer() -> None:
-    model, x = mlp("fp8", training=True)[2:], torch.randn(5, 96)
+    model, x = mlp("fp8", training=True)[2:], torch.randn(5, 128)
     model[0].weight.requires_grad_(False)
     module = torch.export.export(model, (x,)).module()
     module(x).sum().backward()
@@ -183,13 +183,13 @@ def test_a_bias_after_a_frozen_weight_has_its_gradient_in_an_exported_training_l
 @pytest.mark.parametrize("make", [lambda: mlp("int8"), lambda: Recurrent(nn.LSTM)])
 def test_jit_trace(make: Any) -> None:
     model = make()
-    x = torch.randn(5, 64) if isinstance(model, nn.Sequential) else torch.randn(4, 3, 12)
+    x = torch.randn(5, 128) if isinstance(model, nn.Sequential) else torch.randn(4, 3, 12)
     traced = torch.jit.trace(model, (x,))
     alike(gradients(traced, traced, x), gradients(model, model, x))
 
 
 def test_a_jit_traced_training_layer_refuses() -> None:
-    x = torch.randn(5, 64)
+    x = torch.randn(5, 128)
     traced = torch.jit.trace(mlp("fp8", training=True), (x,))
     # A NotImplementedError that went through TorchScript is a RuntimeError.
     with pytest.raises(RuntimeError, match="has no gradient with respect to"):
@@ -208,7 +208,7 @@ def test_joint_graphs(scheme: str, training: bool) -> None:
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
             return (self.model(x).square().mean(),)
 
-    module, x = Loss(), torch.randn(5, 64)
+    module, x = Loss(), torch.randn(5, 128)
     wanted = {name for name, p in module.named_parameters() if p.requires_grad}
     _, signature = aot_export_module(module, [x], trace_joint=True, output_loss_index=0)
     assert signature.backward_signature is not None

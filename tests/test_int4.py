@@ -100,7 +100,7 @@ class TestRule:
         words = pack(torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8, 15]]))
         assert [word & 0xFFFFFFFF for word in words[0].tolist()] == [0x87654321, 0x0000000F]
         codes = torch.randint(0, 16, (3, 5, 64))
-        assert torch.equal(unpack(pack(codes)), codes.int())
+        assert torch.equal(unpack(pack(codes)).int(), codes.int())
 
     @parameterized.expand([(key,) for key, form in INT4.items() if form.symmetric])
     def test_minus_eight_of_others_is_taken(self, key: str) -> None:

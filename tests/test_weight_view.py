@@ -22,7 +22,10 @@ from qnn.nn.weight_view import FloatWeight
 
 from .common import same_bits
 
-SCHEMES = ("int8", "fp8", "mxfp8", "nvfp4", "int8_weight", "nvfp4_weight")
+SCHEMES = (
+    "int8", "fp8", "mxfp8", "nvfp4", "int8_weight", "nvfp4_weight", "int4_weight_g32",
+    "int4_weight_asym_g32",
+)  # fmt: skip
 N, K = 16, 32
 
 

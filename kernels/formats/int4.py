@@ -19,12 +19,13 @@ Source: Frantar et al., "GPTQ", 2022, for the grids; the layout is that of compr
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from qnn.kernels.formats.base import Format, Part, finite_amax, spread
+from qnn.kernels.formats.base import Format, Part, finite_amax
 
 GROUPS = (32, 64, 128)
 _BITS, _WORD = 4, 8
@@ -36,18 +37,18 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     """Eight codes a word along the last axis, the first in the lowest bits; zeros after the end."""
     missing = -codes.shape[-1] % _WORD
     codes = torch.nn.functional.pad(codes.to(torch.int32), (0, missing))
-    words = codes.unflatten(-1, (codes.shape[-1] // _WORD, _WORD)) << _shifts(codes)
+    shifts = torch.arange(0, 32, _BITS, dtype=torch.int32, device=codes.device)
+    words = codes.unflatten(-1, (codes.shape[-1] // _WORD, _WORD)) << shifts
     packed: torch.Tensor = words.sum(-1, dtype=torch.int32)  # no bit twice: a sum is an or
     return packed
 
 
 def unpack(words: torch.Tensor) -> torch.Tensor:
-    """The codes `[..., 8p]` of `[..., p]`, int32."""
-    return ((words[..., None] >> _shifts(words)) & 15).flatten(-2)
-
-
-def _shifts(words: torch.Tensor) -> torch.Tensor:
-    return torch.arange(0, 32, _BITS, dtype=torch.int32, device=words.device)
+    """The codes `[..., 8p]` of `[..., p]`, uint8."""
+    octets = words.contiguous().view(torch.uint8)
+    if sys.byteorder == "big":
+        octets = octets.unflatten(-1, (words.shape[-1], 4)).flip(-1).flatten(-2)
+    return torch.stack((octets & 15, octets >> _BITS), -1).flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,9 @@ class Int4(Format):
         self, parts: Sequence[torch.Tensor], compute: torch.dtype
     ) -> tuple[torch.Tensor, None]:
         words, scale, *zero = parts
-        code = unpack(words)
-        columns = code.shape[-1]
-        point = spread(zero[0], self.group, columns) if zero else _ZERO
-        values = (code - point).to(compute)
-        return values * spread(scale, self.group, columns).to(compute), None
+        code = unpack(words).to(compute).unflatten(-1, (scale.shape[-1], self.group))
+        point = zero[0].to(compute)[..., None] if zero else _ZERO
+        return ((code - point) * scale.to(compute)[..., None]).flatten(-2), None
 
     @property
     def on_disk(self) -> tuple[Part, ...]:

@@ -517,16 +517,14 @@ class Quantized(nn.Module):
         if self._parameters.keys() & self._disk_names():
             return  # held as in a file
         for weight, shape in self._weight_shapes().items():
-            held = [(destination.get(prefix + n), part) for n, part in self._parts_of(weight)]
-            if any(each is None for each, _ in held):
-                continue
-            parts = [  # as in `_part`
-                each if each.dtype == part.dtype else each.detach().to(part.dtype)
-                for each, part in held
-            ]
-            if any(map(is_distributed, parts)):
-                continue  # a shard is held as it is
-            made = zip(form.on_disk, form.to_disk(parts, shape), strict=True)
+            parts = self._parts_of(weight)
+            held = [destination[prefix + n] for n, _ in parts if prefix + n in destination]
+            if len(held) < len(parts) or any(map(is_distributed, held)):
+                continue  # deleted, or a shard, which is written as it is
+            for i, (_, part) in enumerate(parts):
+                if held[i].dtype != part.dtype:  # as in `_part`
+                    held[i] = held[i].detach().to(part.dtype)
+            made = zip(form.on_disk, form.to_disk(held, shape), strict=True)
             destination.update({prefix + weight + part.suffix: each for part, each in made})
 
     def _bytes_in_float(self, counted: Iterable[torch.Tensor]) -> int:

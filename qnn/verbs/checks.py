@@ -38,7 +38,7 @@ def left_alone(
     return kind.why_left(module, scheme, named=named, training=training)
 
 
-def why_not(module: nn.Module, scheme: str = "int8_static") -> str | None:
+def why_not(module: nn.Module, scheme: str) -> str | None:
     """Why a selected layer cannot be converted to `scheme` or prepared for it, or None."""
     if waits(module):
         return WAITS

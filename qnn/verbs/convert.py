@@ -11,6 +11,7 @@ from torch import nn
 from qnn import kinds
 from qnn.calibration.doubts import warn_of
 from qnn.kernels import get_scheme, training_scheme
+from qnn.kernels.schemes import STATIC
 from qnn.kinds import Own, kind_of
 from qnn.nn.base import Quantized
 from qnn.verbs import patterns
@@ -170,7 +171,7 @@ def _plan_of_prepared(
     modules: dict[str, nn.Module], include: Patterns | None, exclude: Patterns | None
 ) -> Plan:
     candidates = [name for name, module in modules.items() if kinds.is_prepared(module)]
-    rules: list[tuple[Pattern, str | None]] = [(nn.Module, "int8_static")]
+    rules: list[tuple[Pattern, str | None]] = [(nn.Module, STATIC)]
     plan, selected = select("qnn.convert", modules, candidates, rules, include, exclude)
     for name, choice in selected.items():
         plan.schemes[id(modules[name])] = choice.scheme

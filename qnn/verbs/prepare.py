@@ -8,6 +8,7 @@ from torch import nn
 
 from qnn import kinds
 from qnn.calibration.parts import PartSpecs, Specs, check
+from qnn.kernels.schemes import STATIC
 from qnn.kinds import Observation, Own, kind_of
 from qnn.verbs.checks import (
     keep_ties_to_float,
@@ -25,7 +26,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 def prepare(
     model: ModelT,
-    scheme: str = "int8_static",
+    scheme: str = STATIC,
     *,
     parts: Specs | None = None,
     split_gates: bool = False,
@@ -75,14 +76,14 @@ def prepare(
     'QLinear'
     """
     require_module("qnn.prepare", model)
-    if scheme != "int8_static":
+    if scheme != STATIC:
         raise ValueError(
-            f"qnn.prepare: scheme must be 'int8_static', whose grids need data, got {scheme!r}; "
-            "other schemes are converted at once: qnn.convert(model, scheme)."
+            f"qnn.prepare: scheme must be {STATIC!r}, whose grids need data, got {scheme!r}; other "
+            "schemes are converted at once: qnn.convert(model, scheme)."
         )
     check_progress("qnn.prepare", progress)
     modules = dict(model.named_modules(remove_duplicate=False))
-    plan = _make_plan(modules, include, exclude, qat)
+    plan = _make_plan(modules, scheme, include, exclude, qat)
     raise_unsupported(plan, "qnn.prepare", "prepared", "Exclude them to leave them in float.")
     if not plan.schemes:
         raise ValueError(nothing_to_do("qnn.prepare", "prepare", modules, plan))
@@ -97,6 +98,7 @@ def prepare(
 
 def _make_plan(
     modules: dict[str, nn.Module],
+    scheme: str,
     include: Patterns | None,
     exclude: Patterns | None,
     qat: bool,
@@ -106,7 +108,7 @@ def _make_plan(
         for name, module in modules.items()
         if kind_of(module) and not kinds.is_quantized(module) and not kinds.is_training(module)
     ]
-    rules: list[Any] = [(nn.Module, "int8_static")]
+    rules: list[Any] = [(nn.Module, scheme)]
     plan, selected = select("qnn.prepare", modules, candidates, rules, include, exclude)
     for name, (scheme, named) in selected.items():
         module = modules[name]
@@ -119,7 +121,7 @@ def _make_plan(
             plan.reasons[id(module)] = f"there is no observed {kind.name} layer"
         elif (reason := left_alone(module, scheme, named=named)) is not None:
             plan.reasons[id(module)] = reason
-        elif (why := why_not(module)) is not None:
+        elif (why := why_not(module, scheme)) is not None:
             plan.unsupported[name] = plan.reasons[id(module)] = why
         else:
             plan.schemes[id(module)] = scheme

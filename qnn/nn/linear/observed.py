@@ -13,6 +13,7 @@ from qnn import functional as F
 from qnn.calibration.fake_quantize import FakeQuantize
 from qnn.calibration.parts import Specs
 from qnn.calibration.spec import QuantSpec
+from qnn.kernels.schemes import STATIC
 from qnn.nn.values import of_other_kind
 
 # The clipping that errs least, from a histogram; in training the range has to be cheap and to
@@ -117,7 +118,7 @@ def fake_quantize_weight(weight: torch.Tensor) -> torch.Tensor:
     identity.
     """
     with torch.no_grad():
-        q, scale = F.quantize(weight, "int8_static")
+        q, scale = F.quantize(weight, STATIC)
         stored = F.dequantize(q, scale, weight.dtype)
     # Minus a zero, and not `weight + (stored - weight)`, which would round.
     return stored - (weight.detach() - weight)

@@ -12,6 +12,7 @@ from qnn.functional.linear import linear_of
 from qnn.kernels import get_scheme
 from qnn.kernels.backends import linear_backend
 from qnn.kernels.formats import FLOATS
+from qnn.kernels.schemes import STATIC
 from qnn.nn.base import Quantized
 from qnn.nn.linear.observed import ObservedLinear, grid
 from qnn.nn.values import (
@@ -180,7 +181,7 @@ class QLinear(Quantized, nn.Linear):
                 "qnn.QLinear.from_observed takes a qnn.ObservedLinear, got "
                 f"{type(observed).__name__}."
             )
-        layer = cls._around(observed, "int8_static")
+        layer = cls._around(observed, STATIC)
         found = (part.to(observed.weight.device) for part in grid(observed.input_quantize))
         layer._set_calibration(dict(zip(layer._calibration(), found, strict=True)))
         note_on(layer, [observed.input_quantize])

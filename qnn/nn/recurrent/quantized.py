@@ -16,7 +16,7 @@ from qnn.functional.float_recurrent import States
 from qnn.kernels.backends import recurrent_backend
 from qnn.kernels.formats import FLOATS
 from qnn.kernels.reference.recurrent import CELLS
-from qnn.kernels.schemes import schemes_of
+from qnn.kernels.schemes import STATIC, schemes_of
 from qnn.nn.base import Quantized
 from qnn.nn.recurrent.observed import Observed
 from qnn.nn.values import Found, frozen, normal, quantize, require_float, why_not_finite
@@ -161,7 +161,7 @@ class QRecurrent(Quantized):
                 infinite or NaN, or has too many bits for the int8 product; the part is named.
         """
         tables = cls.tables_of(layer)
-        made = cls._of(layer, "int8_static", None)
+        made = cls._of(layer, STATIC, None)
         device = made._device
         made._set_calibration({f"table{end}": each.to(device) for end, each in tables.items()})
         note_on(made, layer.points.values())
