@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 INPUTS := pyproject.toml setup.py constraints.txt
-CSRC := $(wildcard $(foreach d,kernels/cpu/csrc tests/cpp benchmarks,$(d)/*.cpp $(d)/*.h))
+CSRC := $(wildcard $(foreach d,kernels/cpu/csrc/* tests/cpp benchmarks,$(d)/*.cpp $(d)/*.h))
 
 # `make test-torch`: another torch, in a folder of its own that stays from run to run.
 TORCH ?= 2.11.0

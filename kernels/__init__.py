@@ -9,7 +9,7 @@ from qnn.kernels.formats import Format
 from qnn.kernels.op import OPS, Op
 from qnn.kernels.schemes import SCHEMES, Scheme, get_scheme, training_scheme
 
-native.replaces(op for op in OPS.values() if op.native)
+native.ready()  # once all are declared: it takes the place of their kernels
 
 __all__ = [
     "OPS",

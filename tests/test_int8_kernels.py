@@ -307,32 +307,6 @@ def test_calls_at_the_same_time(tier: str) -> None:
 X, W, SW = torch.randn(3, 8), torch.ones(5, 8, dtype=torch.int8), torch.ones(5, 1)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"x": torch.tensor(1.0)}, r"x must be \[\.\.\., k\], got \[\]"),
-        ({"x": X.long()}, r"x must be one of torch\.float32"),
-        ({"w": W[:, :7]}, r"w must be \[n, k\] with k = 8 as in x, got \[5, 7\]"),
-        ({"w": W[0]}, r"w must be \[n, k\].*, got \[8\]"),
-        ({"w": W.float()}, r"w must be .*torch\.int8"),
-        ({"sw": SW[:4]}, r"sw must be \[n, 1\] with n = 5 as in w, got \[4, 1\]"),
-        ({"sw": SW.view(-1)}, r"sw must be \[n, 1\].*, got \[5\]"),
-        ({"sw": SW.double()}, r"sw must be .*torch\.float32"),
-        ({"bias": torch.ones(4)}, r"bias must be \[n\] with n = 5 as in w, got \[4\]"),
-        ({"bias": torch.ones(5, dtype=torch.int32)}, r"bias must be one of torch\.float32"),
-        ({"residual": torch.ones(3, 4)}, r"residual must be .*, got \[3, 4\]"),
-        ({"residual": torch.ones(5)}, r"residual must be .*, got \[5\]"),
-        ({"residual": torch.ones(3, 5).double()}, r"residual must be .*torch\.float32"),
-        ({"activation": "swish"}, r"'swish'\): activation must be one of 'none', 'relu'"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_wrong_arguments(wrong: dict[str, object], message: str) -> None:
-    call = replace(Call(X, W, SW), **wrong)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=message):
-        call.run("int8", "portable")
-
-
 def test_wrong_scheme_and_tier() -> None:
     with pytest.raises(ValueError, match=r"scheme must be one of 'int8', 'int8_weight', got"):
         Call(X, W, SW).run("int4", "portable")

@@ -20,6 +20,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from parameterized import parameterized
 
 from qnn import __main__ as command
 from qnn.kernels.cpu import native, toolchain
@@ -48,6 +49,22 @@ STABLE_TORCH_LIBRARY_IMPL(qnn_fake, CompositeExplicitAutograd, m) {
 COMMON_H = "constexpr int kAnswer = 41;\nint portable();\n"
 PORTABLE = '#include "common.h"\nint portable() { return 1; }\n'
 AVX2 = "#include <immintrin.h>\nint avx2(__m256i x) { return _mm256_extract_epi32(x, 0); }\n"
+OBJCOPY = ("objcopy", "llvm-objcopy")
+# Two tiers with an inline function of one name, as a compiler may make of a template.
+SHARED = """
+template <class T> __attribute__((noinline)) T shared(T x) {{ return x + {number}; }}
+namespace qnn {{
+struct Tier {{ int (*run)(int); }};
+extern const Tier {name};
+constexpr Tier {name} = {{shared<int>}};
+}}
+"""
+BOTH = """
+namespace qnn { struct Tier { int (*run)(int); }; extern const Tier avx2, avx_vnni; }
+extern "C" __attribute__((visibility("default"))) int both() {
+  return 10 * qnn::avx2.run(0) + qnn::avx_vnni.run(0);
+}
+"""
 
 # Writes down each call; fails while a file `broken` is there, is slow while a file `slow` is.
 WRAPPER = """#!/bin/sh
@@ -115,7 +132,8 @@ class Case(unittest.TestCase):
         done = subprocess.run(
             [sys.executable, "-c", "import os, sys, time, pathlib, torch\n"
              f"from qnn.kernels.cpu import native\ncsrc = pathlib.Path({str(self.csrc)!r})\n"
-             f"native._final = None  # whatever import qnn has loaded\n{code}"],
+             "native._final = None  # whatever import qnn has loaded\n"
+             f"native.OPS = {{}}  # of which these sources have none\n{code}"],
             capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
         self.assertEqual(done.returncode, 0, done.stderr)
@@ -209,6 +227,21 @@ class TestBuild(Case):
         self.assertEqual(record.missing, ("avx_vnni",))
         self.assertEqual((self.compiled("avx2.cpp"), self.compiled("avx_vnni.cpp")), (1, 0))
         self.assertEqual(ctypes.CDLL(str(path)).without_avx_vnni(), 1)
+
+    @parameterized.expand(OBJCOPY)
+    def test_tiers_share_no_function(self, program: str) -> None:
+        """Each runs its own, whatever the compiler makes of the sources."""
+        path = shutil.which(program)
+        if platform.machine() != "x86_64" or path is None:
+            self.skipTest(f"tiers are for x86-64, and there must be {program}")
+        for number, name in enumerate(("avx2", "avx_vnni"), 1):
+            (self.csrc / f"{name}.cpp").write_text(SHARED.format(number=number, name=name))
+        (self.csrc / "ops.cpp").write_text(OPS + BOTH)
+        which = shutil.which
+        there = lambda name: None if name in OBJCOPY and name != program else which(name)  # noqa: E731
+        with mock.patch.object(shutil, "which", there):
+            library = self.build()
+        self.assertEqual(ctypes.CDLL(str(library)).both(), 12)
 
     def test_one_line_of_progress(self) -> None:
         plain = io.StringIO()

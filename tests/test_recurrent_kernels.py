@@ -371,7 +371,6 @@ def test_calls_at_the_same_time() -> None:
 
 # -- errors ----------------------------------------------------------------------------------------
 
-LSTM = make("lstm", "int8", 2, 3, 4, 5, 6)
 STATIC = make("lstm", "int8_static", 2, 3, 4, 5)
 
 
@@ -382,34 +381,9 @@ def table_with(row: int, *values: float) -> torch.Tensor:
     return table
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"x": LSTM.x[0]}, r"x must be \[t, b, i\], got \[3, 4\]"),
-        ({"x": LSTM.x.long()}, r"x must be one of torch\.float32"),
-        ({"h0": LSTM.h0[:2]}, r"h0 must be \[b, p\] with b = 3 as in x, got \[2, 6\]"),
-        ({"h0": LSTM.h0.double()}, r"h0 must be .*torch\.float32"),
-        ({"c0": LSTM.h0}, r"w_ih must be \[h\*4, i\] with h\*4 = 24 as in c0, got \[20, 4\]"),
-        ({"w_ih": LSTM.w_ih[:, :3]}, r"w_ih must be \[h\*4, i\] with i = 4 as in x"),
-        ({"w_hh": LSTM.w_hh.float()}, r"w_hh must be .*torch\.int8"),
-        ({"sw_hh": LSTM.sw_hh.view(-1)}, r"sw_hh must be \[h\*4, 1\], got \[20\]"),
-        ({"b_ih": torch.ones(4)}, r"b_ih must be \[h\*4\] with h\*4 = 20 as in c0, got \[4\]"),
-        ({"lengths": torch.ones(3)}, r"lengths must be .*torch\.int64"),
-        ({"direction": "back"}, r"direction must be one of 'forward', 'reverse', got 'back'"),
-        ({"sw_hr": None}, r"w_hr and sw_hr belong together"),
-        ({"w_hr": None, "sw_hr": None}, r"h0 must be as wide as c0, 5, .* got 6"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_wrong_arguments(wrong: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        replace(LSTM, **wrong).run("portable")  # type: ignore[arg-type]
-
-
 def test_wrong_tables() -> None:
     assert STATIC.table is not None
     for table, message in (
-        (STATIC.table[:11], r"table must be \[17, 4\], got \[11, 4\]"),
         (table_with(0, 0, 0, 0, 255), "part input a positive scale"),
         (table_with(1, math.nan, 0, 0, 255), "part hidden_state a positive scale"),
         (table_with(1, 1e-3, 0, -32768, 32767), "part hidden_state 8 bits"),

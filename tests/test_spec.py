@@ -513,7 +513,7 @@ class TestSignature(unittest.TestCase):
     def test_the_fast_check_reads_as_its_page_says(self) -> None:
         inputs, _ = parse_signature("op", "x: ... k, w: n k -> ... n")
         floats = (torch.float32,)
-        source = source_of(inputs, {"x": floats, "w": floats}, {})
+        source = source_of(inputs, {"x": floats, "w": floats}, {}, {})
         page = inspect.getdoc(fast_check) or ""
         self.assertIn(textwrap.indent(source, "    "), page)
 

@@ -17,10 +17,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TextIO
+from typing import Literal, TextIO
 
 import torch
 
@@ -37,6 +37,7 @@ from qnn.kernels.cpu.toolchain import (
     digest,
     find_compiler,
 )
+from qnn.kernels.op import OPS, on_first_call
 from qnn.kernels.torch_private import plain_dispatch
 
 __all__ = [
@@ -47,9 +48,7 @@ __all__ = [
     "ensure",
     "find",
     "passed_over",
-    "preferred",
     "ready",
-    "replaces",
     "status",
 ]
 
@@ -86,40 +85,6 @@ class Status:
     @property
     def loaded(self) -> bool:
         return self.state in ("prebuilt", "built")
-
-
-class _Replaceable(Protocol):
-    name: str
-
-    def enable(self, key: str) -> None: ...
-
-    def disable(self, key: str) -> None: ...
-
-    def go_direct(self) -> None: ...
-
-
-_replaced: list[_Replaceable] = []
-
-
-def replaces(ops: Iterable[_Replaceable]) -> None:
-    """Take over the CPU kernels of these ops, once all are declared: else the kernel of a later
-    declaration would lie over the library's. It is loaded, if it is there.
-    """
-    _replaced.extend(ops)
-    ready()
-
-
-def preferred(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The CPU kernel of `qnn::name` while the library is not loaded: the first call builds it and
-    goes through it; where that cannot be, `kernel` serves.
-    """
-
-    def run(*args: Any) -> Any:
-        if ensure().loaded:
-            return getattr(torch.ops.qnn, name).default(*args)
-        return kernel(*args)
-
-    return run
 
 
 _NOT_BUILT = Status(
@@ -225,6 +190,11 @@ def ensure(csrc: Path = CSRC) -> Status:
         return _final
 
 
+@on_first_call
+def _there() -> bool:
+    return ensure().loaded
+
+
 def status(csrc: Path = CSRC) -> Status:
     """As `ready`, and asks which compiler would build what is not there; for `doctor`."""
     now = ready(csrc)
@@ -246,7 +216,7 @@ def _disabled(csrc: Path) -> str:
         return f"there are no native kernels for {platform.system()}, only for Linux"
     if (path := cache.forbidden()) is not None:
         return f"native code is forbidden by {path}"
-    if not next(csrc.glob("*.cpp"), None):
+    if not next(csrc.rglob("*.cpp"), None):
         return f"this installation has no C++ sources in {csrc}: install qnn again"
     return ""
 
@@ -293,17 +263,12 @@ def _open(path: Path, csrc: Path) -> Status:
 
 
 def _load(path: Path) -> None:
-    """Put the library's kernels in the place of the Python ones."""
-    for op in _replaced:
-        op.disable("CPU")
-    try:
-        torch.ops.load_library(str(path))
-    except OSError:
-        for op in _replaced:
-            op.enable("CPU")
-        raise
-    for op in _replaced:
-        op.go_direct()
+    """Load the library, and let it have the place of the Python kernels."""
+    torch.ops.load_library(str(path))
+    with plain_dispatch():
+        for op in OPS.values():
+            if op.native:
+                op.go_native(torch.ops.qnn.cpu_declare)
 
 
 def _tiers() -> tuple[tuple[str, str], ...]:

@@ -118,16 +118,16 @@ class Record:
 
 
 def digest(csrc: Path) -> str:
-    """16 hex digits over the names and contents of the sources, the flags and the machine.
+    """16 hex digits over the paths and contents of the sources, the flags and the machine.
 
     Neither the compiler nor torch is part of it: asking the one costs a process, and the other
     offers the same interface from 2.11 on.
     """
     table = (COMMON, LINK, MACHINE_FLAGS, platform.machine())
     total = hashlib.sha256(repr(table).encode())
-    for path in sorted([*csrc.glob("*.cpp"), *csrc.glob("*.h")]):
-        content = path.read_bytes()
-        total.update(f"{path.name} {len(content)} ".encode() + content)
+    for path in sorted([*csrc.rglob("*.cpp"), *csrc.rglob("*.h")]):
+        content, name = path.read_bytes(), path.relative_to(csrc).as_posix()
+        total.update(f"{name} {len(content)} ".encode() + content)
     return total.hexdigest()[:16]
 
 
@@ -234,7 +234,8 @@ def build_library(
     key: str,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Record:
-    """Compile and link `csrc/*.cpp` to `target`, with its record beside it.
+    """Compile and link the `.cpp` files in `csrc` and its folders to `target`, with its record
+    beside it. Their names are unique; `csrc` itself is where includes are looked for.
 
     Objects lie in `scratch`, on the same file system as `target`, which appears whole or not at
     all. `key` is the digest of the sources, `progress(done, total)` counts commands.
@@ -247,10 +248,10 @@ def build_library(
     if not (include / "torch" / "csrc" / "stable").is_dir():
         raise BuildError(f"torch has no C++ headers in {include}: install torch from its wheel")
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    wanted = [p for p in sorted(csrc.glob("*.cpp")) if x86 or p.name not in MACHINE_FLAGS]
-    tiers = [path for path in wanted if path.name in MACHINE_FLAGS]
-    refused = _refused(compiler, [path.name for path in tiers], scratch)
-    left_out = [name for name in MACHINE_FLAGS if name in refused or csrc / name not in wanted]
+    wanted = [p for p in sorted(csrc.rglob("*.cpp")) if x86 or p.name not in MACHINE_FLAGS]
+    tiers = [path.name for path in wanted if path.name in MACHINE_FLAGS]
+    refused = _refused(compiler, tiers, scratch)
+    left_out = [name for name in MACHINE_FLAGS if name in refused or name not in tiers]
     defines = [f"-DQNN_NO_{Path(name).stem.upper()}" for name in left_out]
 
     compiled = [path for path in wanted if path.name not in refused]
@@ -260,11 +261,12 @@ def build_library(
         # Files for every machine hear which of the others were left out.
         flags = MACHINE_FLAGS.get(path.name, defines)
         commands[path.name] = [
-            *(*compiler.command, *COMMON, *flags, "-isystem", str(include)),
+            *(*compiler.command, *COMMON, *flags, f"-I{csrc}", "-isystem", str(include)),
             *("-c", str(path), "-o", str(out)),
         ]
     total = len(commands) + 1
     _run_all(compiler, commands, scratch, lambda done: progress(done, total))
+    make_local([path for path in objects if f"{path.stem}.cpp" in MACHINE_FLAGS], scratch)
     whole = scratch / LIBRARY
     link = [*compiler.command, *map(str, objects), "-o", str(whole), f"-L{lib}", *LINK]
     _run_all(compiler, {LIBRARY: link}, scratch, lambda done: progress(total, total))
@@ -286,6 +288,22 @@ def build_library(
     _replace(scratch / RECORD, target.with_name(RECORD))
     _replace(whole, target)
     return record
+
+
+def make_local(objects: list[Path], scratch: Path) -> None:
+    """Leave a tier's object no global name but the tier's. Of an inline function that several
+    objects have the linker keeps one copy, perhaps one with instructions that this CPU lacks. The
+    sources share none; this holds whatever a compiler makes of them. Where there is no program for
+    it, or it fails, the objects stay as they are.
+    """
+    program = shutil.which("objcopy") or shutil.which("llvm-objcopy")
+    for path in objects if program else []:
+        tier = f"_ZN3qnn{len(path.stem)}{path.stem}E"
+        # Out of its group, else a function would still be one for all objects.
+        options = [f"--keep-global-symbol={tier}", "--remove-section=.group"]
+        command = [str(program), *options, str(path)]
+        quiet = subprocess.DEVNULL
+        _Process(command, quiet, quiet, _environment(scratch)).wait(_TRIED)
 
 
 def _replace(new: Path, old: Path) -> None:

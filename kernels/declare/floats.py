@@ -13,6 +13,7 @@ from qnn.kernels.cpu.float_linear import quantized_linear, weight_linear
 from qnn.kernels.cuda import kernels_for
 from qnn.kernels.formats.base import FLOATS, Format
 from qnn.kernels.formats.float8 import E4M3, E5M2, FLOAT8
+from qnn.kernels.formats.int4 import INT4
 from qnn.kernels.op import OPS, Op
 from qnn.kernels.reference.floats import (
     Reference,
@@ -25,7 +26,7 @@ from qnn.kernels.reference.floats import (
 from qnn.kernels.schemes import SCHEMES
 
 # The formats of weights that the C++ kernels decode, in the layers with activations as they are.
-_NATIVE = ("float8_e4m3", "nvfp4")
+_NATIVE = ("float8_e4m3", "nvfp4", *INT4)
 # Along the rows of a batch there is room for two groups' scales at least. One group would be an
 # axis of size 1, on which torch's tracing puts a guard: a batch of more than one group would be
 # compiled anew.

@@ -2,7 +2,7 @@
 
 from qnn.kernels.op.axes import Arg, Axis, describe, parse_axis, parse_signature, size_of
 from qnn.kernels.op.declaration import Declaration, too_long
-from qnn.kernels.op.op import LIBRARY, OPS, Op, on_trace
+from qnn.kernels.op.op import LIBRARY, OPS, Op, on_first_call, on_trace
 
 __all__ = [
     "LIBRARY",
@@ -12,6 +12,7 @@ __all__ = [
     "Declaration",
     "Op",
     "describe",
+    "on_first_call",
     "on_trace",
     "parse_axis",
     "parse_signature",

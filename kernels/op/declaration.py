@@ -125,6 +125,29 @@ class Declaration:
 
     # -- checks -----------------------------------------------------------------------------------
 
+    @property
+    def checks(self) -> str:
+        """What `check` asks of a call but for the rule, as the C++ kernels read it: a line for each
+        argument, with the dtypes or words that it may be, or the argument whose dtype it shares;
+        then the limits of axes, and what they are multiples of.
+
+            x: ... k | float32 bfloat16
+            residual?: ... n = x
+            k <= 132104
+            k % 32
+        """
+        lines, kinds = [], {"str": "str", "ScalarType": "dtype"}
+        for arg in self.inputs:
+            allowed = self.dtypes.get(arg.name) or self.choices[arg.name]
+            shares = isinstance(allowed, str)
+            accepted = f"= {allowed}" if shares else f"| {' '.join(map(str, allowed))}"
+            axes = " ".join([*([LEAD] if arg.has_lead else []), *map(str, arg.tail)])
+            name = f"{arg.name}?" if arg.optional else arg.name
+            lines.append(f"{name}: {kinds.get(arg.kind, axes)} {accepted}".replace("torch.", ""))
+        lines += [f"{axis} <= {most}" for axis, most in self.limits.items()]
+        lines += [f"{axis} % {number}" for axis, number in self.multiples.items()]
+        return "\n".join(lines)
+
     @functools.cached_property
     def source(self) -> str:
         """The source of the fast check, a function `fits`."""

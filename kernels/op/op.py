@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from qnn.kernels.cpu import native as library
 from qnn.kernels.op import flops
 from qnn.kernels.op.autograd import autograd_kernel
 from qnn.kernels.op.declaration import Declaration
@@ -29,6 +28,7 @@ from qnn.kernels.torch_private import (
 LIBRARY = torch.library.Library("qnn", "FRAGMENT")
 OPS: dict[str, Op] = {}
 _TRACE_HOOKS: list[Callable[[], None]] = []
+_LOADERS: list[Callable[[], bool]] = []
 
 
 def on_trace(hook: Callable[[], None]) -> Callable[[], None]:
@@ -37,6 +37,14 @@ def on_trace(hook: Callable[[], None]) -> Callable[[], None]:
     """
     _TRACE_HOOKS.append(hook)
     return hook
+
+
+def on_first_call(load: Callable[[], bool]) -> Callable[[], bool]:
+    """Have `load` called when a native op runs before the C++ library has its kernel: it loads the
+    library, and says whether it is there now.
+    """
+    _LOADERS.append(load)
+    return load
 
 
 class Op(Declaration):
@@ -52,6 +60,9 @@ class Op(Declaration):
         reference: the meaning of the op in plain torch, and its kernel where a device has none. One
             whose result is float takes `compute=`, the dtype of its float arithmetic.
         kernels: a kernel for each dispatch key, such as `"CPU"`.
+        native: whether the C++ library has a kernel for the CPU. That of `kernels`, or the
+            reference, then serves where there is no library; the first call of an op with products
+            builds it.
         backward: for a differentiable argument, the op that gives its gradient; `bias` needs no
             entry. See `autograd.py`.
         split: where one op gives the gradients of several arguments in one tensor, what takes that
@@ -71,8 +82,6 @@ class Op(Declaration):
         limits: the largest size of an axis whose products are summed in int32, which a longer sum
             could wrap around.
         multiples: for an axis, the number that its size must be a multiple of.
-        native: whether the library of C++ kernels has it. The kernel for `"CPU"`, or the reference,
-            then serves where there is no library.
         rowwise: whether the leading axes are independent of each other; a scale for the whole
             tensor ties them.
     """
@@ -81,9 +90,7 @@ class Op(Declaration):
         super().__init__(name, signature, **declared)
         self.native = native
         if native:
-            other = self.kernels.get("CPU", self.reference)
-            self.kernels["CPU"] = library.preferred(name, other)
-        self._enabled: dict[str, torch.library.Library] = {}
+            self.kernels.setdefault("CPU", self.reference)
         self._direct: Callable[..., Any] | None = None
         self._register()
         OPS[name] = self
@@ -91,11 +98,15 @@ class Op(Declaration):
     def _register(self) -> None:
         LIBRARY.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(self.name, self._checked(self.reference), "CompositeExplicitAutograd")
-        if self.native:
-            # The twin that `call` goes to; it has the kernel and nothing else.
-            LIBRARY.define(self.schema.replace(self.name, f"{self.name}_no_grad", 1))
-        for key in self.kernels:
-            self.enable(key)
+        for key, kernel in self.kernels.items():
+            if key == "CPU" and self.native:
+                # The twin that `call` may go to; it has the kernel and nothing else.
+                LIBRARY.define(self.schema.replace(self.name, f"{self.name}_no_grad", 1))
+                self._replaceable = torch.library.Library("qnn", "IMPL", key)
+                kernel = self._native_first(kernel) if self.products else kernel
+                self._replaceable.impl(self.name, self._checked(kernel))
+            else:
+                LIBRARY.impl(self.name, self._checked(kernel), key)
         torch.library.register_fake(f"qnn::{self.name}", self.fake, lib=LIBRARY)
         torch.library.register_vmap(f"qnn::{self.name}", self._vmap, lib=LIBRARY)
         self.overload = getattr(torch.ops.qnn, self.name).default
@@ -112,20 +123,22 @@ class Op(Declaration):
             return self.overload(*args)
         return direct(*args)
 
-    def go_direct(self) -> None:
-        """The C++ library is loaded, and has the kernel of the twin."""
+    def go_native(self, declare: Callable[[str, str], None]) -> None:
+        """Let the C++ library, which is loaded, have the place of the kernel in Python: `declare`
+        takes the op's name and `checks`. Between the two the reference serves.
+        """
+        unregister(self._replaceable)
+        declare(self.name, self.checks)
         self._direct = getattr(torch.ops.qnn, f"{self.name}_no_grad").default
 
-    def enable(self, key: str) -> None:
-        """Register the kernel of a dispatch key."""
-        self._enabled[key] = torch.library.Library("qnn", "IMPL", key)
-        self._enabled[key].impl(self.name, self._checked(self.kernels[key]))
+    def _native_first(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        """`kernel`, but for a call that finds the library loaded."""
 
-    def disable(self, key: str) -> None:
-        """Take the kernel of a dispatch key back, to make room for another; between the two the
-        reference serves.
-        """
-        unregister(self._enabled.pop(key))
+        def run(*args: Any) -> Any:
+            loaded = any(load() for load in _LOADERS)
+            return self.overload(*args) if loaded else kernel(*args)
+
+        return run
 
     def _checked(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
         tails, require = self.tails, self.require

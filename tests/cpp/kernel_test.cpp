@@ -30,15 +30,17 @@
 #include <thread>
 #include <vector>
 
-#include "tiers.h"
+#include "linear/describe.h"
+#include "tiers/tiers.h"
 
 namespace {
 
 using qnn::Activation;
+using qnn::Decoder;
 using qnn::DType;
 using qnn::Linear;
 using qnn::Tier;
-using qnn::Weight;
+using qnn::WeightFormat;
 
 const Tier* const kTiers[] = {
 #if defined(__x86_64__)
@@ -197,33 +199,30 @@ struct Call {
   int zero_point = 0;
   float grid_scale = 0;
   int parts = 1;
-  Weight weight{};
+  WeightFormat weight = qnn::kInt8;
   int64_t m = 0, k = 0, n = 0;
   DType x_dtype{}, bias_dtype{}, y_dtype{};
   Activation activation{};
   std::vector<double> x, bias, residual;  // the last two: empty, or given
   std::vector<int8_t> xq, w;              // w: bytes of any format
-  std::vector<uint8_t> block_scale;
-  std::vector<double> values;  // of a float weight
+  std::vector<uint8_t> group_codes;       // scales of e2m1's groups, or zero points
+  std::vector<float> group_scales;
+  std::vector<double> values;  // of a weight that is not int8
   std::vector<float> sx, sw;
 
-  int64_t blocks() const { return (k + 15) / 16; }
-  int64_t w_stride() const { return weight == Weight::e2m1 ? blocks() * 8 : k; }
+  int64_t groups() const { return weight.groups(k); }
 
   std::string text() const {
     static const char* const kActivations[] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
-    char line[400], grid[80] = "";
+    char line[500], grid[80] = "";
     if (fixed) std::snprintf(grid, sizeof grid, " fixed %g from %d", grid_scale, zero_point);
     std::snprintf(line, sizeof line,
                   "%s%s m=%lld k=%lld n=%lld x=%s bias=%s residual=%s activation=%s y=%s parts=%d, "
                   "operands %s "
                   "(repeat with 1 case and seed %llu)",
-                  !weight_only             ? "int8"
-                  : weight == Weight::e4m3 ? "e4m3 weight"
-                  : weight == Weight::e2m1 ? "e2m1 weight"
-                                           : "int8_weight",
-                  grid, static_cast<long long>(m), static_cast<long long>(k),
-                  static_cast<long long>(n), codes ? "codes" : format_of(x_dtype).name,
+                  weight_only ? ("weight of " + qnn::text(weight)).c_str() : "int8", grid,
+                  static_cast<long long>(m), static_cast<long long>(k), static_cast<long long>(n),
+                  codes ? "codes" : format_of(x_dtype).name,
                   bias.empty() ? "none" : format_of(bias_dtype).name,
                   residual.empty() ? "none" : "given", kActivations[static_cast<int>(activation)],
                   format_of(y_dtype).name, parts, at_end ? "end at a page" : "begin at a page",
@@ -241,7 +240,7 @@ class Draw {
     c.seed = seed;
     sizes(c);
     c.weight_only = one_in(2);
-    if (c.weight_only) c.weight = static_cast<Weight>(between(0, 2));
+    if (c.weight_only) format(c);
     c.codes = !c.weight_only && one_in(3);
     if (!c.weight_only && !c.codes && one_in(2)) grid(c);
     c.at_end = !one_in(3);
@@ -298,30 +297,62 @@ class Draw {
     return (code & 127) == 127 && !one_in(30) ? code ^ 1 : code;
   }
 
-  void float_weight(Call& c) {
-    const bool packed = c.weight == Weight::e2m1;
-    c.w.resize(c.n * c.w_stride());
-    c.block_scale.resize(packed ? c.n * c.blocks() : 0);
+  void format(Call& c) {
+    const WeightFormat kFormats[] = {qnn::kInt8, qnn::kE4m3, qnn::kE2m1};
+    const int which = between(0, 4);
+    c.weight = which < 3 ? kFormats[which] : qnn::int4_in_groups(32 << between(0, 2), one_in(2));
+    if (which > 2) c.k = (c.k + c.weight.group - 1) / c.weight.group * c.weight.group;
+  }
+
+  // Codes of any kind, and what they stand for.
+  void decoded_weight(Call& c) {
+    const bool e4m3 = c.weight.decoder == Decoder::e4m3, e2m1 = c.weight.decoder == Decoder::e2m1;
+    const int64_t stride = c.weight.row_bytes(c.k), groups = c.groups();
+    c.w.resize(c.n * stride);
+    c.group_codes.resize(e2m1 || c.weight.zero_points ? c.n * groups : 0);
+    c.group_scales.resize(c.weight.decoder == Decoder::int4 ? c.n * groups : 0);
     c.values.resize(c.n * c.k);
     for (int8_t& byte : c.w)
-      byte = static_cast<int8_t>(packed ? static_cast<uint8_t>(random_() >> 56) : e4m3());
-    for (uint8_t& scale : c.block_scale) scale = e4m3();
+      byte = static_cast<int8_t>(e4m3 ? this->e4m3() : static_cast<uint8_t>(random_() >> 56));
+    for (uint8_t& code : c.group_codes)
+      code = e2m1 ? this->e4m3() : static_cast<uint8_t>(between(0, 15));
+    for (float& scale : c.group_scales) scale = this->scale();
     for (int64_t j = 0; j < c.n; ++j) {
-      // Of long rows of e4m3 few are without one of NaN.
+      // Of long rows few are without a NaN.
       const bool clean = !one_in(6);
+      if (!c.group_scales.empty() && groups > 0 && !clean && one_in(3))
+        c.group_scales[j * groups + between(0, static_cast<int>(groups) - 1)] = NAN;
       for (int64_t l = 0; l < c.k; ++l) {
-        int8_t& byte = c.w[j * c.w_stride() + (packed ? l / 2 : l)];
-        if (!packed) {
+        int8_t& byte = c.w[j * stride + (e4m3 ? l : l / 2)];
+        double& value = c.values[j * c.k + l];
+        if (e4m3) {
           if (clean && (byte & 127) == 127) byte ^= 1;
-          c.values[j * c.k + l] = value_of_e4m3(static_cast<uint8_t>(byte));
+          value = value_of_e4m3(static_cast<uint8_t>(byte));
           continue;
         }
-        uint8_t& scale = c.block_scale[j * c.blocks() + l / 16];
-        if (clean && (scale & 127) == 127) scale ^= 1;
-        c.values[j * c.k + l] = value_of_e2m1(byte >> (l % 2 * 4) & 15) * value_of_e4m3(scale);
+        const int64_t group = j * groups + l / c.weight.group;
+        const int code = byte >> (l % 2 * 4) & 15;
+        if (e2m1) {
+          uint8_t& scale = c.group_codes[group];
+          if (clean && (scale & 127) == 127) scale ^= 1;
+          value = value_of_e2m1(code) * value_of_e4m3(scale);
+        } else {
+          value = code - (c.weight.zero_points ? c.group_codes[group] : 8);
+          value *= c.group_scales[group];
+        }
       }
     }
-    if (packed) std::fill(c.sw.begin(), c.sw.end(), c.sw.empty() ? 1.0f : c.sw[0]);
+    if (c.weight.grouped()) {
+      const float all = c.weight.decoder == Decoder::int4 || c.sw.empty() ? 1.0f : c.sw[0];
+      std::fill(c.sw.begin(), c.sw.end(), all);
+    }
+  }
+
+  float scale() {
+    static const float kOdd[] = {0, -0.5f, 1e-38f, 1e30f};
+    return one_in(20)   ? kOdd[between(0, 3)]
+           : one_in(10) ? 1
+                        : static_cast<float>(1e-3 + 2e-2 * std::fabs(normal()));
   }
 
   void grid(Call& c) {
@@ -344,12 +375,9 @@ class Draw {
                                      : kind == 2 ? (l % 2 ? 127 : -128)
                                                  : random_() >> 56);
       }
-      static const float kOdd[] = {0, -0.5f, 1e-38f, 1e30f};
-      c.sw[j] = one_in(20)   ? kOdd[between(0, 3)]
-                : one_in(10) ? 1
-                             : static_cast<float>(1e-3 + 2e-2 * std::fabs(normal()));
+      c.sw[j] = scale();
     }
-    if (c.weight != Weight::int8) float_weight(c);
+    if (c.weight.decoder != Decoder::int8) decoded_weight(c);
   }
 
   void rows(Call& c) {
@@ -444,8 +472,9 @@ void quantize(Call& c) {
 
 struct Bounds {
   double low, high;
-  bool any = false;    // overflow that depends on the order of a sum
-  bool fixed = false;  // to the bit, the sign of a zero included
+  bool any = false;     // overflow that depends on the order of a sum
+  bool fixed = false;   // to the bit, the sign of a zero included
+  bool or_nan = false;  // of an inf in x, which NaN may stand for
 
   template <class Function>
   void apply(const Function& f) {
@@ -481,12 +510,23 @@ Bounds float_sum(const Call& c, int64_t i, int64_t j) {
     if (std::isfinite(product)) magnitude += std::fabs(product);
   }
   const bool any = magnitude > FLT_MAX / 2;
-  if (!std::isfinite(sum)) return {sum, sum, any};
+  const bool infinite = std::any_of(x, x + c.k, [](double v) { return !std::isfinite(float(v)); });
+  if (!std::isfinite(sum))
+    return {sum, sum, any, false, c.weight.decoder == Decoder::int4 && infinite};
   // K roundings, each of at most half a unit in the last place of a partial sum, or of the smallest
   // number; e4m3 may be summed as 1/256 of its value.
-  const int smallest = c.weight == Weight::e4m3 ? -142 : -150;
-  const double error =
+  const int smallest = c.weight.decoder == Decoder::e4m3 ? -142 : -150;
+  double error =
       static_cast<double>(c.k + 1) * (std::ldexp(magnitude, -24) + std::ldexp(1, smallest));
+  // Of int4 x may be rounded too: by 2^-23 of the largest of its eight, or by 2^-127.
+  for (int64_t l = 0; c.weight.decoder == Decoder::int4 && l < c.k; l += 8) {
+    double most = 0, weights = 0;
+    for (int64_t i = l; i < l + 8; ++i) {
+      most = std::max(most, std::fabs(x[i]));
+      weights += std::fabs(c.values[j * c.k + i]);
+    }
+    error += (std::ldexp(most, -23) + std::ldexp(1, -127)) * weights;
+  }
   return {static_cast<float>(sum - error), static_cast<float>(sum + error), any};
 }
 
@@ -540,7 +580,7 @@ Bounds expected(const Call& c, int64_t i, int64_t j) {
 }
 
 bool holds(const Bounds& want, double got) {
-  if (want.any) return true;
+  if (want.any || (want.or_nan && std::isnan(got))) return true;
   if (std::isnan(want.low)) return std::isnan(got);
   if (want.fixed && std::signbit(got) != std::signbit(want.low)) return false;
   return want.low <= got && got <= want.high;
@@ -548,7 +588,7 @@ bool holds(const Bounds& want, double got) {
 
 // -- running --------------------------------------------------------------------------------------
 
-char running[600];  // the call, for the last words
+char running[700];  // the call, for the last words
 
 #if !defined(QNN_HEAP)
 void last_words(int signal) {
@@ -584,10 +624,12 @@ void run(const Tier& tier, const Call& c, char* y) {
   p.fixed = c.fixed, p.grid_scale = c.grid_scale, p.zero_point = c.zero_point;
   p.weight = c.weight;
   p.w = reinterpret_cast<const int8_t*>(place(c.w.data(), c.w.size()));
-  p.w_stride = c.w_stride();
-  p.block_scale =
-      reinterpret_cast<const uint8_t*>(place(c.block_scale.data(), c.block_scale.size()));
-  const size_t scales = c.weight == Weight::e2m1 ? std::min<size_t>(1, c.sw.size()) : c.sw.size();
+  const char* codes = place(c.group_codes.data(), c.group_codes.size());
+  const char* floats = place(c.group_scales.data(), c.group_scales.size() * sizeof(float));
+  if (c.weight.grouped() && c.k > 0)
+    p.group_scale = c.weight.scale == qnn::ScaleKind::e4m3 ? codes : floats;
+  if (c.weight.zero_points && c.k > 0) p.zero_points = reinterpret_cast<const uint8_t*>(codes);
+  const size_t scales = c.weight.grouped() ? std::min<size_t>(1, c.sw.size()) : c.sw.size();
   p.sw = reinterpret_cast<const float*>(place(c.sw.data(), scales * sizeof(float)));
   if (!c.bias.empty()) p.bias = place_floats(c.bias, c.bias_dtype);
   p.bias_dtype = c.bias_dtype;
@@ -596,6 +638,10 @@ void run(const Tier& tier, const Call& c, char* y) {
   p.y = y;
   p.y_dtype = c.y_dtype;
 
+  if (const char* why = c.m > 0 && c.n > 0 ? qnn::why_not(p) : nullptr) {
+    std::printf("%s\n  not a call: %s\n", running, why);
+    std::exit(1);
+  }
   const qnn::Kernel& kernel = c.weight_only ? tier.weight_only : tier.int8;
   const size_t bytes = kernel.scratch_bytes(p);
   std::vector<std::thread> threads;

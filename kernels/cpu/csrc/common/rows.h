@@ -1,0 +1,69 @@
+// A row of floats to int8: its scale and its codes.
+#pragma once
+
+#include <limits>
+
+#include "common/vec.h"
+
+namespace qnn {
+namespace {
+
+// amax / 127, at least the smallest normal float; 1 for a zero row. NaN and inf pass through.
+inline float scale_of(float amax) {
+  if (amax == 0.0f) return 1.0f;
+  const float scale = amax / 127.0f, least = std::numeric_limits<float>::min();
+  return scale < least ? least : scale;
+}
+
+// Compared as integers, the magnitudes of NaN and inf are above every number's.
+template <class Format>
+inline float row_scale(const typename Format::Value* x, int64_t k) {
+  float amax;
+  if constexpr (sizeof(typename Format::Value) == 2) {
+    vhalves most = {};
+    for (int64_t i = 0; i < k; i += 2 * kLanes) {
+      vhalves here = {};
+      std::memcpy(&here, x + i, k - i < 2 * kLanes ? (k - i) * sizeof *x : sizeof here);
+      here &= 0x7fff;
+      most = here > most ? here : most;
+    }
+    uint16_t top[kLanes] = {};
+    for (int lane = 0; lane < 2 * kLanes; ++lane)
+      top[0] = most[lane] > top[0] ? most[lane] : top[0];
+    amax = Format::load(top)[0];
+  } else {
+    vint most = {};
+    for (int64_t i = 0; i < k; i += kLanes) {
+      const vint here = bits(load_some<Format>(x + i, k - i)) & 0x7fffffff;
+      most = here > most ? here : most;
+    }
+    int32_t top = 0;
+    for (int lane = 0; lane < kLanes; ++lane) top = most[lane] > top ? most[lane] : top;
+    std::memcpy(&amax, &top, sizeof amax);
+  }
+  return scale_of(amax);
+}
+
+// The low bytes, or halves, of kLanes words.
+template <class Code>
+inline void write_codes(Code* p, vint q) {
+  if constexpr (sizeof(Code) == 1) {
+#if defined(__AVX512F__) && QNN_LANES == 16
+    write(p, _mm512_cvtepi32_epi8((__m512i)q));
+#else
+    write(p, __builtin_convertvector(q, vbyte));
+#endif
+  } else {
+    write(p, __builtin_convertvector(q, vshort));
+  }
+}
+
+// round(x · inverse) of kLanes values. A product rounds to at most 127. Adding 1.5 · 2^23 rounds it
+// to nearest, ties to even, and leaves it in the low bits.
+inline vint codes_of(vfloat x, float inverse) {
+  const vfloat round = splat(0x1.8p23f);
+  return bits(x * inverse + round) - bits(round);
+}
+
+}  // namespace
+}  // namespace qnn

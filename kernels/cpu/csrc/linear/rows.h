@@ -1,0 +1,136 @@
+// Rows of x as a tier multiplies them: quantised, on a grid, or as floats.
+#pragma once
+
+#include "common/rows.h"
+#include "linear/linear.h"
+
+namespace qnn {
+namespace {
+
+// One row: its codes, padded with zeros to `padded`, and its scale. Returns the sum of the codes.
+template <class Format, class Code>
+inline int32_t quantize_row(const typename Format::Value* x, int64_t k, int64_t padded, Code* codes,
+                            float* scale) {
+  *scale = row_scale<Format>(x, k);
+  const float inverse = 1.0f / *scale;
+  vint sum = {};
+  int64_t i = 0;
+  // Else the row holds NaN or inf, and its codes are 0.
+  if (*scale <= std::numeric_limits<float>::max()) {
+    if constexpr (std::is_same_v<Format, BFloat16> && sizeof(Code) == 1) {
+      // Two values to a word are two floats by a shift and a mask, and two codes again.
+      for (; i + 2 * kLanes <= k; i += 2 * kLanes) {
+        const vuint pair = read<vuint>(x + i);
+        const vint low = codes_of((vfloat)(pair << 16), inverse);
+        const vint high = codes_of((vfloat)(pair & 0xffff0000), inverse);
+        sum += low + high;
+        write(codes + i, __builtin_convertvector(((vuint)low & 0xff) | (vuint)high << 8, vhalf));
+      }
+    }
+    for (; i < k; i += kLanes) {
+      const vint q = codes_of(load_some<Format>(x + i, k - i), inverse);
+      sum += q;
+      write_codes(codes + i, q);
+    }
+  }
+  for (; i < padded; i += kLanes) write_codes(codes + i, vint{});
+  int32_t total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
+  return total;
+}
+
+// One row on the call's own grid; as above.
+template <class Format, class Code>
+inline int32_t quantize_on_grid(const Linear& p, const typename Format::Value* x, int64_t padded,
+                                Code* codes, float* scale) {
+  const float inverse = 1.0f / p.grid_scale;
+  const vfloat low = splat(static_cast<float>(-128 - p.zero_point)),
+               high = splat(static_cast<float>(127 - p.zero_point)), round = splat(0x1.8p23f);
+  vint lanes, most = {};
+  vuint sum = {};  // codes of NaN may wrap around
+  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
+  int64_t i = 0;
+  for (; i < p.k; i += kLanes) {
+    const vfloat value = load_some<Format>(x + i, p.k - i);
+    const vint magnitude = bits(value) & 0x7fffffff;
+    most = magnitude > most ? magnitude : most;
+    vfloat v = value * inverse;
+    v = v < low ? low : v;
+    v = v > high ? high : v;
+    vint q = bits(v + round) - bits(round) + p.zero_point;
+    if (p.k - i < kLanes) q = lanes < static_cast<int32_t>(p.k - i) ? q : vint{};
+    sum += (vuint)q;
+    write_codes(codes + i, q);
+  }
+  for (; i < padded; i += kLanes) write_codes(codes + i, vint{});
+  bool good = p.grid_scale == p.grid_scale;
+  for (int lane = 0; lane < kLanes; ++lane) good = good && most[lane] < 0x7f800000;
+  *scale = good ? p.grid_scale : std::numeric_limits<float>::quiet_NaN();
+  if (!good) return 0;  // whatever the codes are
+  int32_t total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += static_cast<int32_t>(sum[lane]);
+  return total;
+}
+
+inline void quantize(const Quantize& p, int part, int parts) {
+  with_format(p.x_dtype, [&](auto format) {
+    using Format = decltype(format);
+    for (int64_t row = p.m * part / parts; row < p.m * (part + 1) / parts; ++row) {
+      const auto* x = static_cast<const typename Format::Value*>(p.x) + row * p.k;
+      int8_t* codes = p.codes + row * p.k;
+      const int64_t whole = p.k / kLanes * kLanes, rest = p.k - whole;
+      p.scales[row] = row_scale<Format>(x, p.k);
+      if (!(p.scales[row] <= std::numeric_limits<float>::max())) {
+        std::memset(codes, 0, p.k);
+        continue;
+      }
+      const float inverse = 1.0f / p.scales[row];
+      for (int64_t i = 0; i < whole; i += kLanes)
+        write_codes(codes + i, codes_of(Format::load(x + i), inverse));
+      if (rest > 0) {
+        int8_t last[kLanes];
+        write_codes(last, codes_of(load_some<Format>(x + whole, rest), inverse));
+        std::memcpy(codes + whole, last, rest);
+      }
+    }
+  });
+}
+
+// One row of x as a tier wants it, `padded` codes long; returns the sum of its codes. Not for
+// inlining: a switch over formats, each time, is much of a file.
+template <class T>
+__attribute__((noinline)) int32_t read_row(const Linear& p, int64_t row, int64_t padded, typename T::Code* out,
+                        float* scale) {
+  if constexpr (std::is_same_v<typename T::Code, float>) {
+    with_format(p.x_dtype, [&](auto format) {
+      using Format = decltype(format);
+      const auto* x = static_cast<const typename Format::Value*>(p.x) + row * p.k;
+      for (int64_t i = 0; i < padded; i += kLanes)
+        write(out + i, i < p.k ? load_some<Format>(x + i, p.k - i) : vfloat{});
+    });
+    return 0;
+  } else if (p.row_scale != nullptr) {
+    const int8_t* codes = static_cast<const int8_t*>(p.x) + row * p.k;
+    *scale = p.row_scale[row];
+    // Loops of one purpose each: those the compiler makes vectors of.
+    for (int64_t i = 0; i < p.k; ++i) out[i] = codes[i];
+    for (int64_t i = p.k; i < padded; ++i) out[i] = 0;
+    int32_t sum = 0;
+    if constexpr (T::kOffset != 0) {
+      for (int64_t i = 0; i < p.k; ++i) sum += codes[i];
+    }
+    return sum;
+  } else {
+    int32_t sum = 0;
+    with_format(p.x_dtype, [&](auto format) {
+      using Format = decltype(format);
+      const auto* x = static_cast<const typename Format::Value*>(p.x) + row * p.k;
+      sum = p.fixed ? quantize_on_grid<Format>(p, x, padded, out, scale)
+                    : quantize_row<Format>(x, p.k, padded, out, scale);
+    });
+    return sum;
+  }
+}
+
+}  // namespace
+}  // namespace qnn

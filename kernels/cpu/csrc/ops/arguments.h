@@ -1,0 +1,106 @@
+// What every op on the CPU does with its arguments: they are checked by the op's own declaration,
+// which Python hands over (kernels/op), and errors repeat the call; and tensors through torch's
+// stable interface.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "linear/linear.h"
+
+namespace qnn {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+
+// An op's arguments as declared, parsed once.
+struct Signature;
+
+// That of an op, which is filled when the op is declared; the reference stays good.
+const Signature& signature_of(const std::string& op);
+
+// The kernels of this library by their ops, each of which `cpu_declare` puts in place.
+struct NativeOp {
+  const char* name;
+  void (*kernel)(StableIValue*, uint64_t, uint64_t);
+};
+bool add_ops(std::initializer_list<NativeOp> ops);
+
+// Of a dtype that FLOATS in kernels/formats/base.py has.
+DType float_format(ScalarType dtype);
+inline DType float_format(const Tensor& t) { return float_format(t.scalar_type()); }
+
+// One argument of a call: a tensor, null where it was left out; or a word; or else a dtype. One
+// that is given by a pointer is an argument of some ops only: of those, for whose calls it is not
+// null.
+struct Argument {
+  Argument() = default;
+  Argument(const Tensor& t) : tensor(&t) {}
+  Argument(const Maybe& t) : tensor(t.has_value() ? &*t : nullptr) {}
+  Argument(const std::string& s) : word(&s) {}
+  Argument(const Tensor* t) : tensor(t), exists(t != nullptr) {}
+  Argument(const Maybe* t) : exists(t != nullptr) {
+    if (exists && t->has_value()) tensor = &**t;
+  }
+  Argument(const ScalarType* d) : exists(d != nullptr) {
+    if (exists) dtype = *d;
+  }
+  const Tensor* tensor = nullptr;
+  const std::string* word = nullptr;
+  ScalarType dtype = ScalarType::Float;
+  bool exists = true;
+};
+
+// The arguments of a call, which are as the op declares them; else the constructor throws the words
+// of Op.check. (There a wrong dtype is a TypeError; torch lets C++ raise a ValueError only.)
+class Arguments {
+ public:
+  template <class... Given>
+  explicit Arguments(const Signature& signature, const Given&... given) : signature_(signature) {
+    static_assert(sizeof...(given) <= kMost);
+    const auto add = [&](const Argument& a) { a.exists ? void(all_[count_++] = a) : void(); };
+    (add(Argument(given)), ...);
+    check();
+  }
+
+  // Throws, with the call repeated.
+  [[noreturn]] void fail(const std::string& reason) const;
+  // The words of torch's own error, by which programs know that a smaller batch may do.
+  [[noreturn]] void no_memory(double bytes, const std::string& what) const;
+
+  // The values of a tensor, row-major and dense, for as long as this lives; null where it was left
+  // out.
+  const void* data(const Tensor& t);
+  const void* data(const Tensor* t) { return t == nullptr ? nullptr : data(*t); }
+  const void* data(const Maybe& t) { return t.has_value() ? data(*t) : nullptr; }
+  const void* data(const Maybe* t) { return t == nullptr ? nullptr : data(*t); }
+  template <class Value, class T>
+  const Value* data(const T& t) {
+    return static_cast<const Value*>(data(t));
+  }
+
+  // A new tensor.
+  Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) const;
+
+ private:
+  static constexpr size_t kMost = 16;
+
+  void check() const;
+  std::string call() const;
+
+  const Signature& signature_;
+  size_t count_ = 0;
+  std::array<Argument, kMost> all_;
+  std::vector<Tensor> copies_;
+};
+
+}  // namespace qnn

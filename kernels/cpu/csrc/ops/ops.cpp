@@ -1,0 +1,261 @@
+// The ops of kernels/int8.py, and those of kernels/float_ops.py over a float weight, on the CPU,
+// registered through torch's stable interface.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <iterator>
+#include <limits>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "linear/describe.h"
+#include "ops/arguments.h"
+#include "ops/threads.h"
+#include "tiers/tier_choice.h"
+
+namespace qnn {
+namespace {
+
+constexpr const char* kActivations[] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
+
+void run_parallel(const Arguments& args, const Kernel& kernel, const Linear& p) {
+  // A thread more is worth its start, some µs, from about so many products, or so many bytes of w,
+  // to each.
+  constexpr int64_t kProducts = 1 << 20, kBytes = 1 << 17;
+  const int64_t worth = std::max(p.m * p.n * p.k / kProducts, p.n * p.k / kBytes);
+  if (const char* why = why_not(p))
+    throw std::logic_error("qnn: a weight of " + text(p.weight) + ": " + why + ".");
+  const size_t bytes = kernel.scratch_bytes(p);
+  with_memory(args, [&] {
+    share(worth,
+          [&](int part, int parts) { kernel.run(p, part, parts, scratch_of_this_thread(bytes)); });
+  });
+}
+
+// y of the leading sizes of x and n columns, or nothing to compute: then m is 0.
+Tensor result(const Arguments& args, Linear& p, const Tensor& x, ScalarType dtype) {
+  std::vector<int64_t> sizes(x.dim(), p.n);
+  p.m = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) p.m *= sizes[i] = x.size(i);
+  Tensor y = args.empty(sizes, dtype);
+  p.y = y.data_ptr();
+  if (p.n == 0) p.m = 0;
+  return y;
+}
+
+// A layer over an int8 weight.
+struct Int8Linear {
+  const Tensor &x, &w, &sw;
+  const Maybe &bias, &residual;
+  const std::string& activation;
+  const Tensor* scale = nullptr;              // where x is codes
+  const ScalarType* dtype = nullptr;          // of y then
+  const Tensor *sx = nullptr, *zx = nullptr;  // of a fixed grid
+};
+
+Tensor linear(const Signature& op, const Kernel& kernel, const Int8Linear& a) {
+  Arguments args(op, a.x, a.scale, a.w, a.sw, a.sx, a.zx, a.bias, a.residual, a.activation,
+                 a.dtype);
+  const ScalarType dtype = a.dtype == nullptr ? a.x.scalar_type() : *a.dtype;
+  Linear p{};
+  p.n = a.w.size(0), p.k = a.w.size(1), p.weight = kInt8;
+  p.x_dtype = p.y_dtype = float_format(dtype);
+  Tensor y = result(args, p, a.x, dtype);
+  if (p.m == 0) return y;
+  p.x = args.data(a.x), p.w = args.data<int8_t>(a.w), p.sw = args.data<float>(a.sw);
+  p.row_scale = args.data<float>(a.scale);
+  if (a.sx != nullptr) {
+    const float sx = *args.data<float>(*a.sx);
+    const bool usable = sx >= std::numeric_limits<float>::min() && std::isfinite(sx);
+    p.fixed = true;
+    p.grid_scale = usable ? sx : std::numeric_limits<float>::quiet_NaN();
+    p.zero_point = *args.data<int8_t>(*a.zx);
+  }
+  p.bias = args.data(a.bias), p.residual = args.data(a.residual);
+  if (p.bias != nullptr) p.bias_dtype = float_format(*a.bias);
+  const auto* named = std::find(std::begin(kActivations), std::end(kActivations), a.activation);
+  p.activation = static_cast<Activation>(named - std::begin(kActivations));
+  run_parallel(args, kernel, p);
+  return y;
+}
+
+// A layer over a weight in any other format, with its parts where the format has them.
+struct DecodedLinear {
+  const Tensor &x, &wq, &sw;
+  const Tensor* gw;  // what the scales of all groups are divided by
+  const Tensor* zw;  // zero points
+  const Maybe& bias;
+};
+
+Tensor linear(const Signature& op, const Tier& tier, const WeightFormat& weight,
+              const DecodedLinear& a) {
+  Arguments args(op, a.x, a.wq, a.sw, a.gw, a.zw, a.bias);
+  Linear p{};
+  p.n = a.wq.size(0), p.k = a.x.size(a.x.dim() - 1), p.weight = weight;
+  p.x_dtype = p.y_dtype = float_format(a.x);
+  Tensor y = result(args, p, a.x, a.x.scalar_type());
+  if (p.m == 0) return y;
+  p.x = args.data(a.x), p.w = args.data<int8_t>(a.wq), p.zero_points = args.data<uint8_t>(a.zw);
+  const float all = a.gw == nullptr ? 1.0f : 1.0f / *args.data<float>(*a.gw);
+  p.sw = weight.grouped() ? &all : args.data<float>(a.sw);
+  if (weight.grouped()) p.group_scale = args.data(a.sw);
+  p.bias = args.data(a.bias);
+  if (p.bias != nullptr) p.bias_dtype = float_format(*a.bias);
+  run_parallel(args, tier.weight_only, p);
+  return y;
+}
+
+// -- ops
+
+Tensor int8_linear(Tensor x, Tensor w, Tensor sw, Maybe bias, Maybe residual,
+                   std::string activation) {
+  static const Signature& op = signature_of("int8_linear");
+  return linear(op, best_tier().int8, {x, w, sw, bias, residual, activation});
+}
+
+Tensor int8_weight_linear(Tensor x, Tensor w, Tensor sw, Maybe bias, Maybe residual,
+                          std::string activation) {
+  static const Signature& op = signature_of("int8_weight_linear");
+  return linear(op, best_tier().weight_only, {x, w, sw, bias, residual, activation});
+}
+
+Tensor int8_static_linear(Tensor x, Tensor w, Tensor sw, Tensor sx, Tensor zx, Maybe bias,
+                          Maybe residual, std::string activation) {
+  static const Signature& op = signature_of("int8_static_linear");
+  return linear(op, best_tier().int8,
+                {x, w, sw, bias, residual, activation, nullptr, nullptr, &sx, &zx});
+}
+
+Tensor int8_rows_linear(Tensor q, Tensor scale, Tensor w, Tensor sw, Maybe bias, Maybe residual,
+                        std::string activation, ScalarType dtype) {
+  static const Signature& op = signature_of("int8_rows_linear");
+  return linear(op, best_tier().int8, {q, w, sw, bias, residual, activation, &scale, &dtype});
+}
+
+Tensor fp8_weight_linear(Tensor x, Tensor wq, Tensor sw, Maybe bias) {
+  static const Signature& op = signature_of("fp8_weight_linear");
+  return linear(op, best_tier(), kE4m3, {x, wq, sw, nullptr, nullptr, bias});
+}
+
+Tensor nvfp4_weight_linear(Tensor x, Tensor wq, Tensor sw, Tensor gw, Maybe bias) {
+  static const Signature& op = signature_of("nvfp4_weight_linear");
+  return linear(op, best_tier(), kE2m1, {x, wq, sw, &gw, nullptr, bias});
+}
+
+std::string int4_op(int64_t group, bool zero_points) {
+  return std::string("int4_") + (zero_points ? "asym_" : "") +
+         (group == 128 ? "" : "g" + std::to_string(group) + "_") + "weight_linear";
+}
+
+template <int kGroup>
+Tensor int4_linear(Tensor x, Tensor wq, Tensor sw, Maybe bias) {
+  static const Signature& op = signature_of(int4_op(kGroup, false));
+  return linear(op, best_tier(), int4_in_groups(kGroup, false),
+                {x, wq, sw, nullptr, nullptr, bias});
+}
+
+template <int kGroup>
+Tensor int4_asym_linear(Tensor x, Tensor wq, Tensor sw, Tensor zw, Maybe bias) {
+  static const Signature& op = signature_of(int4_op(kGroup, true));
+  return linear(op, best_tier(), int4_in_groups(kGroup, true), {x, wq, sw, nullptr, &zw, bias});
+}
+
+std::tuple<Tensor, Tensor> int8_quantize(Tensor x) {
+  static const Signature& op = signature_of("int8_quantize");
+  Arguments args(op, x);
+  std::vector<int64_t> sizes(x.dim());
+  for (int64_t i = 0; i < x.dim(); ++i) sizes[i] = x.size(i);
+  const Tensor codes = args.empty(sizes, ScalarType::Char);
+  const int64_t k = sizes.back();
+  sizes.back() = 1;
+  const Tensor scales = args.empty(sizes, ScalarType::Float);
+  const Quantize p{scales.numel(),
+                   k,
+                   args.data(x),
+                   float_format(x),
+                   static_cast<int8_t*>(codes.data_ptr()),
+                   static_cast<float*>(scales.data_ptr())};
+  constexpr int64_t kValues =
+      1 << 16;  // a thread more is worth its start from so many values to each
+  share(p.m * k / kValues, [&](int part, int parts) { best_tier().quantize(p, part, parts); });
+  return {codes, scales};
+}
+
+// For tests and benchmarks: `scheme` is int8 or int8_weight, and the tier is the named one.
+Tensor cpu_linear(Tensor x, Tensor w, Tensor sw, Maybe bias, Maybe residual, std::string activation,
+                  std::string scheme, std::string tier) {
+  const bool weight_only = scheme == "int8_weight";
+  if (!weight_only && scheme != "int8") {
+    throw std::invalid_argument(
+        "qnn::cpu_linear: scheme must be one of 'int8', 'int8_weight', got '" + scheme + "'.");
+  }
+  const Tier& named = tier_called(tier);
+  return linear(signature_of(scheme + "_linear"), weight_only ? named.weight_only : named.int8,
+                {x, w, sw, bias, residual, activation});
+}
+
+Tensor cpu_static_linear(Tensor x, Tensor w, Tensor sw, Tensor sx, Tensor zx, Maybe bias,
+                         Maybe residual, std::string activation, std::string tier) {
+  return linear(signature_of("int8_static_linear"), tier_called(tier).int8,
+                {x, w, sw, bias, residual, activation, nullptr, nullptr, &sx, &zx});
+}
+
+// The same for a weight in any other format: of nvfp4 where `gw` is given, of int4 where `group` is
+// one, with zero points or without; else of fp8.
+Tensor cpu_decoded_linear(Tensor x, Tensor wq, Tensor sw, Maybe gw, Maybe zw, Maybe bias,
+                          int64_t group, std::string tier) {
+  const bool zeros = zw.has_value();
+  const std::string op = gw.has_value() ? "nvfp4_weight_linear"
+                         : group != 0   ? int4_op(group, zeros)
+                                        : "fp8_weight_linear";
+  return linear(signature_of(op), tier_called(tier),
+                gw.has_value() ? kE2m1
+                : group != 0   ? int4_in_groups(group, zeros)
+                               : kE4m3,
+                {x, wq, sw, gw.has_value() ? &*gw : nullptr, zeros ? &*zw : nullptr, bias});
+}
+
+[[maybe_unused]] const bool added = add_ops({
+    {"int8_quantize", TORCH_BOX(&int8_quantize)},
+    {"int8_linear", TORCH_BOX(&int8_linear)},
+    {"int8_weight_linear", TORCH_BOX(&int8_weight_linear)},
+    {"int8_static_linear", TORCH_BOX(&int8_static_linear)},
+    {"int8_rows_linear", TORCH_BOX(&int8_rows_linear)},
+    {"fp8_weight_linear", TORCH_BOX(&fp8_weight_linear)},
+    {"nvfp4_weight_linear", TORCH_BOX(&nvfp4_weight_linear)},
+    {"int4_weight_linear", TORCH_BOX(&int4_linear<128>)},
+    {"int4_g64_weight_linear", TORCH_BOX(&int4_linear<64>)},
+    {"int4_g32_weight_linear", TORCH_BOX(&int4_linear<32>)},
+    {"int4_asym_weight_linear", TORCH_BOX(&int4_asym_linear<128>)},
+    {"int4_asym_g64_weight_linear", TORCH_BOX(&int4_asym_linear<64>)},
+    {"int4_asym_g32_weight_linear", TORCH_BOX(&int4_asym_linear<32>)},
+});
+
+}  // namespace
+}  // namespace qnn
+
+STABLE_TORCH_LIBRARY_FRAGMENT(qnn, m) {
+  m.def("cpu_tiers() -> str");
+  m.def(
+      "cpu_linear(Tensor x, Tensor w, Tensor sw, Tensor? bias, Tensor? residual, str activation, "
+      "str scheme, str tier) "
+      "-> Tensor");
+  m.def(
+      "cpu_static_linear(Tensor x, Tensor w, Tensor sw, Tensor sx, Tensor zx, Tensor? bias, "
+      "Tensor? residual, str activation, str tier) -> Tensor");
+  m.def(
+      "cpu_decoded_linear(Tensor x, Tensor wq, Tensor sw, Tensor? gw, Tensor? zw, Tensor? bias, "
+      "int group, str tier) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(qnn, CompositeExplicitAutograd, m) {
+  m.impl("cpu_tiers", TORCH_BOX(&qnn::cpu_tiers));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(qnn, CPU, m) {
+  m.impl("cpu_linear", TORCH_BOX(&qnn::cpu_linear));
+  m.impl("cpu_static_linear", TORCH_BOX(&qnn::cpu_static_linear));
+  m.impl("cpu_decoded_linear", TORCH_BOX(&qnn::cpu_decoded_linear));
+}

@@ -1,0 +1,22 @@
+// AVX-512 with VNNI: see vnni512.h.
+#define QNN_LANES 16
+#include "linear/loops.h"
+#include "recurrent/recurrent.h"
+#include "tiers/tiers.h"
+#include "tiers/vnni512.h"
+
+namespace qnn {
+
+constexpr Tier avx512_vnni = [] {
+  Tier t{};
+  t.name = "avx512_vnni";
+  t.runs_here = vnni512_runs_here;
+  t.int8 = kernel<Vnni>();
+  t.weight_only = kernel<FloatTier<Avx512Machine>>();
+  t.quantize = quantize;
+  t.recurrent = recurrent<IntegerProduct<Vnni, 6, 8>>();
+  t.recurrent_weight = recurrent<FloatProduct<Avx512Machine, 6, 8>>();
+  return t;
+}();
+
+}  // namespace qnn

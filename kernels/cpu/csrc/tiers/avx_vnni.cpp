@@ -1,0 +1,71 @@
+// AVX-VNNI: vpdpbusd on 256 bits, for CPUs without AVX-512 (Alder Lake, Sierra Forest, …). The
+// arithmetic is avx512_vnni.cpp's. With AVX-512-VNNI's own 256-bit form (QNN_EVEX) the same source
+// runs where a test has no such CPU.
+#define QNN_LANES 8
+#include <cpuid.h>
+
+#include "linear/loops.h"
+#include "recurrent/recurrent.h"
+#include "tiers/avx2.h"
+#include "tiers/tiers.h"
+
+namespace qnn {
+namespace {
+
+#ifdef QNN_EVEX
+inline __m256i dpbusd(__m256i sum, __m256i w, __m256i x) { return _mm256_dpbusd_epi32(sum, w, x); }
+#else
+inline __m256i dpbusd(__m256i sum, __m256i w, __m256i x) {
+  return _mm256_dpbusd_avx_epi32(sum, w, x);
+}
+#endif
+
+struct Vnni256 : Avx2, Inner<Vnni256> {
+  using Code = int8_t;
+  static constexpr bool kQuantizes = true;
+  using Panel = uint8_t;
+  using Acc = int32_t;
+  using Sum = vint;
+  static constexpr int64_t kGroup = 4, kOffset = 128, kDepth = 1024, kWordStep = 8;
+
+  static __m256i unsign(__m256i w) { return _mm256_xor_si256(w, _mm256_set1_epi8(-128)); }
+
+  static void fill_panel(Panel* to, const int8_t* w, int64_t depth) {
+    for (int64_t i = 0; i < depth; i += 32)
+      write(to + i, unsign(bytes_of<__m256i>(w + i, depth - i)));
+  }
+
+  static vint multiply_add(vint sum, vint column, vint row) {
+    return (vint)dpbusd((__m256i)sum, (__m256i)column, (__m256i)row);
+  }
+  static vint column(const int8_t* w, int64_t left) {
+    return (vint)unsign(bytes_of<__m256i>(w, left));
+  }
+  static int32_t sum(vint s) { return qnn::sum((__m256i)s); }
+};
+
+bool runs_here() {
+#ifdef QNN_EVEX
+  return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+#else
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return false;
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
+#endif
+}
+
+}  // namespace
+
+constexpr Tier avx_vnni = [] {
+  Tier t{};
+  t.name = "avx_vnni";
+  t.runs_here = runs_here;
+  t.int8 = kernel<Vnni256>();
+  t.weight_only = kernel<FloatTier<Avx2Machine>>();
+  t.quantize = quantize;
+  t.recurrent = recurrent<IntegerProduct<Vnni256, 3, 3>>();
+  t.recurrent_weight = recurrent<FloatProduct<Avx2Machine, 2, 3>>();
+  return t;
+}();
+
+}  // namespace qnn

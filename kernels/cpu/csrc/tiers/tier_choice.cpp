@@ -1,0 +1,252 @@
+// The tiers, their known-answer tests, and the choice among them. Compiled with a define for each
+// tier that this library is without.
+#include "tiers/tier_choice.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+namespace qnn {
+namespace {
+
+const Tier* const kTiers[] = {
+#if defined(__x86_64__)
+#ifndef QNN_NO_AMX
+    &amx,
+#endif
+#ifndef QNN_NO_AVX512_VNNI
+    &avx512_vnni,
+#endif
+#ifndef QNN_NO_AVX_VNNI
+    &avx_vnni,
+#endif
+#ifndef QNN_NO_AVX2
+    &avx2,
+#endif
+#endif
+    &portable,
+};
+
+void run_alone(const Kernel& kernel, const Linear& p) {
+  const size_t bytes = kernel.scratch_bytes(p);
+  std::vector<char> scratch(bytes + 64);
+  void* aligned = scratch.data();
+  size_t space = scratch.size();
+  kernel.run(p, 0, 1, static_cast<char*>(std::align(64, bytes, aligned, space)));
+}
+
+// Full-range operands whose product plain loops know, in both forms of the kernel.
+bool known_integers(const Tier& tier) {
+  for (const auto& [m, k, n] : {std::array<int64_t, 3>{3, 301, 50}, {40, 1100, 33}}) {
+    std::vector<int8_t> x(m * k), w(n * k);
+    uint32_t state = 1;
+    const auto next = [&] {
+      return static_cast<int>((state = state * 1664525 + 1013904223) >> 24);
+    };
+    for (auto& v : x) v = static_cast<int8_t>(std::max(next() - 128, -127));
+    for (auto& v : w) v = static_cast<int8_t>(next() - 128);
+    std::fill_n(x.begin(), k, int8_t{127});
+    std::fill_n(w.begin(), k, int8_t{127});
+    std::fill_n(w.end() - k, k, int8_t{-128});
+    const std::vector<float> ones(std::max(m, n), 1.0f);
+    std::vector<float> y(m * n);
+    Linear p{};
+    p.m = m, p.k = k, p.n = n;
+    p.x = x.data(), p.row_scale = ones.data();
+    p.weight = kInt8, p.w = w.data(), p.sw = ones.data();
+    p.y = y.data();
+    for (const int32_t zero_point : {0, -77}) {
+      p.zero_point = zero_point;
+      run_alone(tier.int8, p);
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+          int32_t sum = 0;
+          for (int64_t l = 0; l < k; ++l) sum += (x[i * k + l] - zero_point) * w[j * k + l];
+          if (y[i * n + j] != static_cast<float>(sum)) return false;
+        }
+      }
+    }
+  }
+  return true;
+}
+
+double value_of_e4m3(uint8_t code) {
+  const int exponent = code >> 3 & 15, mantissa = code & 7;
+  const double magnitude = (code & 127) == 127 ? std::nan("")
+                           : exponent == 0     ? std::ldexp(mantissa, -9)
+                                               : std::ldexp(8 + mantissa, exponent - 10);
+  return code & 128 ? -magnitude : magnitude;
+}
+
+double value_of_e2m1(int code) {
+  const double magnitude =
+      (code & 7) < 2 ? 0.5 * (code & 7) : std::ldexp(2 + (code & 1), (code >> 1 & 3) - 2);
+  return code & 8 ? -magnitude : magnitude;
+}
+
+// All codes of the formats whose decoders a tier has, in both forms of the kernel. Two rows of w
+// hold a NaN; the other sums may err by the order of their terms, and x by its rounding for int4.
+// 1 ms a tier, when the library is loaded.
+bool known_floats(const Tier& tier) {
+  const WeightFormat formats[] = {kE4m3, kE2m1, int4_in_groups(32, true)};
+  for (const auto& [m, most, n] : {std::array<int64_t, 3>{3, 301, 20}, {20, 560, 9}}) {
+    for (const WeightFormat& format : formats) {
+      const int64_t k = format.decoder == Decoder::int4 ? most / 32 * 32 : most;
+      const int64_t groups = format.groups(k), stride = format.row_bytes(k);
+      const bool e2m1 = format.decoder == Decoder::e2m1, int4 = format.decoder == Decoder::int4;
+      std::vector<float> x(m * k), y(m * n), scales(n * groups);
+      std::vector<uint8_t> w(n * stride), bytes(n * groups);  // of e4m3 scales, or of zero points
+      uint32_t state = 1;
+      const auto next = [&] {
+        return static_cast<uint8_t>((state = state * 1664525 + 1013904223) >> 24);
+      };
+      for (auto& v : x) v = static_cast<float>(next() - 128) / 64;
+      for (auto& v : w) {
+        do {
+          v = next();
+        } while (format.decoder == Decoder::e4m3 && (v & 127) == 127);
+      }
+      for (auto& v : bytes) v = static_cast<uint8_t>(next() & (int4 ? 15 : 126));
+      for (auto& v : scales) v = static_cast<float>(next() + 1) / 64;
+      auto& holds_nan = e2m1 ? bytes : w;
+      if (int4) {
+        scales.front() = scales.back() = std::nanf("");
+      } else {
+        holds_nan.front() = 127;
+        holds_nan.back() = 255;
+      }
+      const std::vector<float> ones(n, 1.0f);
+      Linear p{};
+      p.m = m, p.k = k, p.n = n;
+      p.x = x.data();
+      p.weight = format, p.w = reinterpret_cast<const int8_t*>(w.data());
+      p.sw = ones.data();
+      if (e2m1) p.group_scale = bytes.data();
+      if (int4) p.group_scale = scales.data(), p.zero_points = bytes.data();
+      p.y = y.data();
+      run_alone(tier.weight_only, p);
+      for (int64_t j = 0; j < n; ++j) {
+        std::vector<double> values(k);
+        for (int64_t l = 0; l < k; ++l) {
+          const int64_t group = j * groups + (format.grouped() ? l / format.group : 0);
+          const int code =
+              format.bits == 8 ? w[j * stride + l] : w[j * stride + l / 2] >> 4 * (l % 2) & 15;
+          values[l] = int4   ? (code - bytes[group]) * static_cast<double>(scales[group])
+                      : e2m1 ? value_of_e2m1(code) * value_of_e4m3(bytes[group])
+                             : value_of_e4m3(static_cast<uint8_t>(code));
+        }
+        for (int64_t i = 0; i < m; ++i) {
+          double sum = 0, size = 0;
+          for (int64_t l = 0; l < k; ++l) {
+            sum += x[i * k + l] * values[l];
+            size += std::fabs(x[i * k + l] * values[l]);
+          }
+          const float got = y[i * n + j];
+          if (std::isnan(sum) ? !std::isnan(got) : !(std::fabs(got - sum) <= 1e-5 * size))
+            return false;
+        }
+      }
+    }
+  }
+  return true;
+}
+
+// A step or two of every kind of layer, to the bit as in the portable tier, whose products are
+// plain C++: full-range operands, in both forms of AMX's product. 0.1 ms a tier.
+bool known_steps(const Tier& tier) {
+  for (const int kind : {0, 1, 2, 3}) {
+    Recurrent p{};
+    p.cell = kind % 2 == 0 ? Cell::lstm : Cell::gru;
+    p.scheme = kind < 2 ? Scheme::dynamic : Scheme::fixed;
+    const CellParts& parts = parts_of(p.cell);
+    const int64_t gates = parts.gates;
+    p.steps = 2, p.batch = kind < 2 ? 9 : 3, p.inputs = 70, p.hidden = p.outputs = 18;
+    uint32_t state = 1;
+    const auto next = [&] {
+      return static_cast<int>((state = state * 1664525 + 1013904223) >> 24) - 128;
+    };
+    std::vector<int8_t> w_ih(gates * p.hidden * p.inputs), w_hh(gates * p.hidden * p.outputs);
+    for (auto* codes : {&w_ih, &w_hh}) {
+      for (auto& v : *codes) v = static_cast<int8_t>(next());
+      std::fill_n(codes->begin(), p.outputs, int8_t{-128});
+    }
+    std::vector<float> x(p.steps * p.batch * p.inputs), h0(p.batch * p.outputs), c0(h0.size());
+    for (auto* values : {&x, &h0, &c0}) {
+      for (auto& v : *values) v = static_cast<float>(next()) / 64;
+    }
+    const std::vector<float> sw(gates * p.hidden, 1e-4f);
+    std::vector<float> table;
+    for (int64_t part = 0; part < parts.count; ++part)
+      table.insert(table.end(), {1.0f / 64, part == 0 ? 128.0f : 0.0f, part == 0 ? 0.0f : -127.0f,
+                                 part == 0 ? 255.0f : 127.0f});
+    p.x = x.data(), p.h0 = h0.data(), p.c0 = c0.data();
+    p.w_ih = w_ih.data(), p.w_hh = w_hh.data(), p.sw_ih = p.sw_hh = sw.data();
+    if (p.scheme == Scheme::fixed) p.table = table.data();
+    const auto result = [&](const RecurrentKernel& kernel) {
+      const int64_t last = p.batch * p.outputs;
+      std::vector<float> y((p.steps + 2) * last);
+      p.y = y.data(), p.h_n = y.data() + p.steps * last, p.c_n = y.data() + (p.steps + 1) * last;
+      std::vector<char> memory(kernel.scratch_bytes(p, 1) + 64);
+      void* aligned = memory.data();
+      size_t space = memory.size();
+      std::align(64, space - 64, aligned, space);
+      kernel.run(p, {0, 1, 1, nullptr}, static_cast<char*>(aligned));
+      return y;
+    };
+    if (result(tier.recurrent) != result(portable.recurrent)) return false;
+  }
+  return true;
+}
+
+// Why a tier may not be used, or null; tried once a process.
+const char* why_not(size_t index) {
+  static const auto reasons = [] {
+    std::array<const char*, std::size(kTiers)> found{};
+    for (size_t i = 0; i < std::size(kTiers); ++i) {
+      found[i] = !kTiers[i]->runs_here()       ? "this CPU lacks the instructions"
+                 : !known_integers(*kTiers[i]) ? "wrong integers in the known-answer test"
+                 : !known_floats(*kTiers[i])   ? "wrong floats in the known-answer test"
+                 : !known_steps(*kTiers[i])    ? "wrong steps in the known-answer test"
+                                               : nullptr;
+    }
+    return found;
+  }();
+  return reasons[index];
+}
+
+}  // namespace
+
+const Tier& best_tier() {
+  static const Tier& best = []() -> const Tier& {
+    for (size_t i = 0; i < std::size(kTiers); ++i) {
+      if (why_not(i) == nullptr) return *kTiers[i];
+    }
+    throw std::runtime_error("qnn: no kernel gives right results on this CPU.");
+  }();
+  return best;
+}
+
+const Tier& tier_called(const std::string& name) {
+  for (size_t i = 0; i < std::size(kTiers); ++i) {
+    if (name != kTiers[i]->name) continue;
+    if (why_not(i) != nullptr)
+      throw std::invalid_argument("qnn: tier '" + name + "' cannot run: " + why_not(i) + ".");
+    return *kTiers[i];
+  }
+  throw std::invalid_argument("qnn: unknown tier '" + name + "'.");
+}
+
+std::string cpu_tiers() {
+  std::string text;
+  for (size_t i = 0; i < std::size(kTiers); ++i) {
+    const char* reason = why_not(i);
+    text += std::string(i == 0 ? "" : ",") + kTiers[i]->name + ":" +
+            (reason == nullptr ? "ok" : reason);
+  }
+  return text;
+}
+
+}  // namespace qnn

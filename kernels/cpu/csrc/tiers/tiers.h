@@ -1,0 +1,22 @@
+// The tiers, best first. Each stands in the file of its name, compiled for its own instruction set,
+// and is a constant: code that fills one would run on every CPU.
+#pragma once
+
+#include "linear/linear.h"
+#include "recurrent/recurrent_call.h"
+
+namespace qnn {
+
+struct Tier {
+  const char* name;
+  bool (*runs_here)();
+  Kernel int8;         // rows quantised to int8, and w so too
+  Kernel weight_only;  // rows as they are, float32 accumulation, w in any format
+  void (*quantize)(const Quantize&, int part, int parts);
+  RecurrentKernel recurrent;         // of int8 and int8_static
+  RecurrentKernel recurrent_weight;  // of int8_weight
+};
+
+extern const Tier amx, avx512_vnni, avx_vnni, avx2, portable;
+
+}  // namespace qnn
