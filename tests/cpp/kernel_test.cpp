@@ -30,7 +30,6 @@
 #include <thread>
 #include <vector>
 
-#include "linear/describe.h"
 #include "tiers/tiers.h"
 
 namespace {
@@ -38,27 +37,10 @@ namespace {
 using qnn::Activation;
 using qnn::Decoder;
 using qnn::DType;
+using qnn::kTiers;
 using qnn::Linear;
 using qnn::Tier;
 using qnn::WeightFormat;
-
-const Tier* const kTiers[] = {
-#if defined(__x86_64__)
-#ifndef QNN_NO_AMX
-    &qnn::amx,
-#endif
-#ifndef QNN_NO_AVX512_VNNI
-    &qnn::avx512_vnni,
-#endif
-#ifndef QNN_NO_AVX_VNNI
-    &qnn::avx_vnni,
-#endif
-#ifndef QNN_NO_AVX2
-    &qnn::avx2,
-#endif
-#endif
-    &qnn::portable,
-};
 
 constexpr int64_t kLongestRow = 132104;   // 128 · 127 · K stays below 2^31
 constexpr int64_t kLongestFixed = 65793;  // 255 · 128 · K does

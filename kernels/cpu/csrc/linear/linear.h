@@ -31,6 +31,25 @@ struct Linear {
   DType y_dtype;
 };
 
+namespace {
+
+// Why the kernels cannot take a call, or null.
+inline const char* why_not(const Linear& p) {
+  if (const char* why = why_not(p.weight)) return why;
+  if (p.m <= 0 || p.n <= 0 || p.k < 0) return "an empty result";
+  if (p.y == nullptr || p.sw == nullptr) return "a missing operand";
+  if (p.k > 0 && (p.x == nullptr || p.w == nullptr)) return "a missing operand";
+  if (p.weight.grouped() ? p.k > 0 && p.group_scale == nullptr : p.group_scale != nullptr)
+    return "scales of groups, or none, against the format";
+  if (p.weight.zero_points ? p.k > 0 && p.zero_points == nullptr : p.zero_points != nullptr)
+    return "zero points, or none, against the format";
+  if (p.weight.decoder == Decoder::int4 && p.k % p.weight.group != 0)
+    return "rows that are not whole groups";
+  return nullptr;
+}
+
+}  // namespace
+
 // An implementation for one instruction set. `run` does share `part` of `parts` of a call, on any
 // thread, in `scratch_bytes` of memory of its own, aligned to 64.
 struct Kernel {

@@ -99,8 +99,8 @@ inline void quantize(const Quantize& p, int part, int parts) {
 // One row of x as a tier wants it, `padded` codes long; returns the sum of its codes. Not for
 // inlining: a switch over formats, each time, is much of a file.
 template <class T>
-__attribute__((noinline)) int32_t read_row(const Linear& p, int64_t row, int64_t padded, typename T::Code* out,
-                        float* scale) {
+__attribute__((noinline)) int32_t read_row(const Linear& p, int64_t row, int64_t padded,
+                                           typename T::Code* out, float* scale) {
   if constexpr (std::is_same_v<typename T::Code, float>) {
     with_format(p.x_dtype, [&](auto format) {
       using Format = decltype(format);

@@ -10,7 +10,6 @@
 #include <utility>
 #include <vector>
 
-#include "linear/describe.h"
 #include "ops/arguments.h"
 #include "ops/threads.h"
 #include "tiers/tier_choice.h"
@@ -81,28 +80,22 @@ Tensor linear(const Signature& op, const Kernel& kernel, const Int8Linear& a) {
   return y;
 }
 
-// A layer over a weight in any other format, with its parts where the format has them.
-struct DecodedLinear {
-  const Tensor &x, &wq, &sw;
-  const Tensor* gw;  // what the scales of all groups are divided by
-  const Tensor* zw;  // zero points
-  const Maybe& bias;
-};
-
-Tensor linear(const Signature& op, const Tier& tier, const WeightFormat& weight,
-              const DecodedLinear& a) {
-  Arguments args(op, a.x, a.wq, a.sw, a.gw, a.zw, a.bias);
+// A layer over a weight in any other format; `extra` is its divisor or its zero points.
+Tensor linear(const WeightOp& op, const Signature& signature, const Tier& tier, const Tensor& x,
+              const Tensor& wq, const Tensor& sw, const Tensor* extra, const Maybe& bias) {
+  Arguments args(signature, x, wq, sw, extra, bias);
   Linear p{};
-  p.n = a.wq.size(0), p.k = a.x.size(a.x.dim() - 1), p.weight = weight;
-  p.x_dtype = p.y_dtype = float_format(a.x);
-  Tensor y = result(args, p, a.x, a.x.scalar_type());
+  p.n = wq.size(0), p.k = x.size(x.dim() - 1), p.weight = op.weight;
+  p.x_dtype = p.y_dtype = float_format(x);
+  Tensor y = result(args, p, x, x.scalar_type());
   if (p.m == 0) return y;
-  p.x = args.data(a.x), p.w = args.data<int8_t>(a.wq), p.zero_points = args.data<uint8_t>(a.zw);
-  const float all = a.gw == nullptr ? 1.0f : 1.0f / *args.data<float>(*a.gw);
-  p.sw = weight.grouped() ? &all : args.data<float>(a.sw);
-  if (weight.grouped()) p.group_scale = args.data(a.sw);
-  p.bias = args.data(a.bias);
-  if (p.bias != nullptr) p.bias_dtype = float_format(*a.bias);
+  p.x = args.data(x), p.w = args.data<int8_t>(wq);
+  if (p.weight.zero_points) p.zero_points = args.data<uint8_t>(*extra);
+  const float all = p.weight.divisor ? 1.0f / *args.data<float>(*extra) : 1.0f;
+  p.sw = p.weight.grouped() ? &all : args.data<float>(sw);
+  if (p.weight.grouped()) p.group_scale = args.data(sw);
+  p.bias = args.data(bias);
+  if (p.bias != nullptr) p.bias_dtype = float_format(*bias);
   run_parallel(args, tier.weight_only, p);
   return y;
 }
@@ -134,32 +127,32 @@ Tensor int8_rows_linear(Tensor q, Tensor scale, Tensor w, Tensor sw, Maybe bias,
   return linear(op, best_tier().int8, {q, w, sw, bias, residual, activation, &scale, &dtype});
 }
 
-Tensor fp8_weight_linear(Tensor x, Tensor wq, Tensor sw, Maybe bias) {
-  static const Signature& op = signature_of("fp8_weight_linear");
-  return linear(op, best_tier(), kE4m3, {x, wq, sw, nullptr, nullptr, bias});
+// The ops of kWeightOps, by their place there.
+template <size_t kIndex>
+Tensor weight_linear(Tensor x, Tensor wq, Tensor sw, Maybe bias) {
+  static const Signature& signature = signature_of(kWeightOps[kIndex].name);
+  return linear(kWeightOps[kIndex], signature, best_tier(), x, wq, sw, nullptr, bias);
 }
 
-Tensor nvfp4_weight_linear(Tensor x, Tensor wq, Tensor sw, Tensor gw, Maybe bias) {
-  static const Signature& op = signature_of("nvfp4_weight_linear");
-  return linear(op, best_tier(), kE2m1, {x, wq, sw, &gw, nullptr, bias});
+template <size_t kIndex>
+Tensor weight_linear_extra(Tensor x, Tensor wq, Tensor sw, Tensor extra, Maybe bias) {
+  static const Signature& signature = signature_of(kWeightOps[kIndex].name);
+  return linear(kWeightOps[kIndex], signature, best_tier(), x, wq, sw, &extra, bias);
 }
 
-std::string int4_op(int64_t group, bool zero_points) {
-  return std::string("int4_") + (zero_points ? "asym_" : "") +
-         (group == 128 ? "" : "g" + std::to_string(group) + "_") + "weight_linear";
+template <size_t kIndex>
+NativeOp weight_op() {
+  constexpr WeightFormat weight = kWeightOps[kIndex].weight;
+  if constexpr (weight.divisor || weight.zero_points) {
+    return {kWeightOps[kIndex].name, TORCH_BOX(&weight_linear_extra<kIndex>)};
+  } else {
+    return {kWeightOps[kIndex].name, TORCH_BOX(&weight_linear<kIndex>)};
+  }
 }
 
-template <int kGroup>
-Tensor int4_linear(Tensor x, Tensor wq, Tensor sw, Maybe bias) {
-  static const Signature& op = signature_of(int4_op(kGroup, false));
-  return linear(op, best_tier(), int4_in_groups(kGroup, false),
-                {x, wq, sw, nullptr, nullptr, bias});
-}
-
-template <int kGroup>
-Tensor int4_asym_linear(Tensor x, Tensor wq, Tensor sw, Tensor zw, Maybe bias) {
-  static const Signature& op = signature_of(int4_op(kGroup, true));
-  return linear(op, best_tier(), int4_in_groups(kGroup, true), {x, wq, sw, nullptr, &zw, bias});
+template <size_t... kIndex>
+bool add_weight_ops(std::index_sequence<kIndex...>) {
+  return add_ops({weight_op<kIndex>()...});
 }
 
 std::tuple<Tensor, Tensor> int8_quantize(Tensor x) {
@@ -202,35 +195,25 @@ Tensor cpu_static_linear(Tensor x, Tensor w, Tensor sw, Tensor sx, Tensor zx, Ma
                 {x, w, sw, bias, residual, activation, nullptr, nullptr, &sx, &zx});
 }
 
-// The same for a weight in any other format: of nvfp4 where `gw` is given, of int4 where `group` is
-// one, with zero points or without; else of fp8.
-Tensor cpu_decoded_linear(Tensor x, Tensor wq, Tensor sw, Maybe gw, Maybe zw, Maybe bias,
-                          int64_t group, std::string tier) {
-  const bool zeros = zw.has_value();
-  const std::string op = gw.has_value() ? "nvfp4_weight_linear"
-                         : group != 0   ? int4_op(group, zeros)
-                                        : "fp8_weight_linear";
-  return linear(signature_of(op), tier_called(tier),
-                gw.has_value() ? kE2m1
-                : group != 0   ? int4_in_groups(group, zeros)
-                               : kE4m3,
-                {x, wq, sw, gw.has_value() ? &*gw : nullptr, zeros ? &*zw : nullptr, bias});
+// The same for an op of kWeightOps.
+Tensor cpu_weight_linear(Tensor x, Tensor wq, Tensor sw, Maybe extra, Maybe bias, std::string op,
+                         std::string tier) {
+  for (const WeightOp& known : kWeightOps) {
+    if (op != known.name) continue;
+    return linear(known, signature_of(op), tier_called(tier), x, wq, sw,
+                  extra.has_value() ? &*extra : nullptr, bias);
+  }
+  throw std::invalid_argument("qnn::cpu_weight_linear: no op '" + op + "'.");
 }
 
+[[maybe_unused]] const bool added_over_weights =
+    add_weight_ops(std::make_index_sequence<std::size(kWeightOps)>());
 [[maybe_unused]] const bool added = add_ops({
     {"int8_quantize", TORCH_BOX(&int8_quantize)},
     {"int8_linear", TORCH_BOX(&int8_linear)},
     {"int8_weight_linear", TORCH_BOX(&int8_weight_linear)},
     {"int8_static_linear", TORCH_BOX(&int8_static_linear)},
     {"int8_rows_linear", TORCH_BOX(&int8_rows_linear)},
-    {"fp8_weight_linear", TORCH_BOX(&fp8_weight_linear)},
-    {"nvfp4_weight_linear", TORCH_BOX(&nvfp4_weight_linear)},
-    {"int4_weight_linear", TORCH_BOX(&int4_linear<128>)},
-    {"int4_g64_weight_linear", TORCH_BOX(&int4_linear<64>)},
-    {"int4_g32_weight_linear", TORCH_BOX(&int4_linear<32>)},
-    {"int4_asym_weight_linear", TORCH_BOX(&int4_asym_linear<128>)},
-    {"int4_asym_g64_weight_linear", TORCH_BOX(&int4_asym_linear<64>)},
-    {"int4_asym_g32_weight_linear", TORCH_BOX(&int4_asym_linear<32>)},
 });
 
 }  // namespace
@@ -246,8 +229,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qnn, m) {
       "cpu_static_linear(Tensor x, Tensor w, Tensor sw, Tensor sx, Tensor zx, Tensor? bias, "
       "Tensor? residual, str activation, str tier) -> Tensor");
   m.def(
-      "cpu_decoded_linear(Tensor x, Tensor wq, Tensor sw, Tensor? gw, Tensor? zw, Tensor? bias, "
-      "int group, str tier) -> Tensor");
+      "cpu_weight_linear(Tensor x, Tensor wq, Tensor sw, Tensor? extra, Tensor? bias, str op, "
+      "str tier) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qnn, CompositeExplicitAutograd, m) {
@@ -257,5 +240,5 @@ STABLE_TORCH_LIBRARY_IMPL(qnn, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(qnn, CPU, m) {
   m.impl("cpu_linear", TORCH_BOX(&qnn::cpu_linear));
   m.impl("cpu_static_linear", TORCH_BOX(&qnn::cpu_static_linear));
-  m.impl("cpu_decoded_linear", TORCH_BOX(&qnn::cpu_decoded_linear));
+  m.impl("cpu_weight_linear", TORCH_BOX(&qnn::cpu_weight_linear));
 }

@@ -1,5 +1,4 @@
-// The tiers, their known-answer tests, and the choice among them. Compiled with a define for each
-// tier that this library is without.
+// The tiers, their known-answer tests, and the choice among them.
 #include "tiers/tier_choice.h"
 
 #include <algorithm>
@@ -11,24 +10,6 @@
 
 namespace qnn {
 namespace {
-
-const Tier* const kTiers[] = {
-#if defined(__x86_64__)
-#ifndef QNN_NO_AMX
-    &amx,
-#endif
-#ifndef QNN_NO_AVX512_VNNI
-    &avx512_vnni,
-#endif
-#ifndef QNN_NO_AVX_VNNI
-    &avx_vnni,
-#endif
-#ifndef QNN_NO_AVX2
-    &avx2,
-#endif
-#endif
-    &portable,
-};
 
 void run_alone(const Kernel& kernel, const Linear& p) {
   const size_t bytes = kernel.scratch_bytes(p);

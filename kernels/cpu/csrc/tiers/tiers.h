@@ -19,4 +19,26 @@ struct Tier {
 
 extern const Tier amx, avx512_vnni, avx_vnni, avx2, portable;
 
+namespace {
+
+// Those that a library is linked with; it is compiled with a define for each that it is without.
+constexpr const Tier* kTiers[] = {
+#if defined(__x86_64__)
+#ifndef QNN_NO_AMX
+    &amx,
+#endif
+#ifndef QNN_NO_AVX512_VNNI
+    &avx512_vnni,
+#endif
+#ifndef QNN_NO_AVX_VNNI
+    &avx_vnni,
+#endif
+#ifndef QNN_NO_AVX2
+    &avx2,
+#endif
+#endif
+    &portable,
+};
+
+}  // namespace
 }  // namespace qnn

@@ -22,7 +22,7 @@ struct E4m3Table {
 };
 constexpr E4m3Table kE4m3Values;
 
-#if defined(__AVX2__)
+#if (defined(__AVX512F__) && QNN_LANES == 16) || (defined(__AVX2__) && QNN_LANES == 8)
 // By way of float16, whose exponent has one bit more and a bias of 15: moved to its place, a
 // code is the float16 of 1/256 of its value, subnormals included, and the CPU's conversion of
 // float16 honours those whatever the mode for denormals. NaN would be ±480, and is looked for

@@ -101,13 +101,14 @@ struct Int4Codes {
       for (int64_t lane = 0; lane < kLanes; ++lane) {
         for (int64_t j = 0; j < 8; ++j) turned[j * kLanes + lane] = x[i + 8 * lane + j];
       }
-      vint top = {};
+      vuint top = {};
       for (int64_t j = 0; j < 8; ++j) {
-        const vint here = bits(read<vfloat>(turned + j * kLanes)) & 0x7fffffff;
+        const vuint here = read<vuint>(turned + j * kLanes) & 0x7fffffff;
         top = here > top ? here : top;
       }
       // What is near the next power of two rounds to it, and three bytes hold the rest.
-      const vint exponent = ((top + 0x10400) >> 23) - 22, normal = exponent < 1 ? 1 : exponent;
+      const vint exponent = (vint)((top + 0x10400) >> 23) - 22;
+      const vint normal = exponent < 1 ? vint{} + 1 : exponent;
       const vfloat inverse = (vfloat)((254 - normal) << 23);
       const vint finite = top < 0x7f800000;
       vuint packed[6] = {};
@@ -127,14 +128,14 @@ struct Int4Codes {
   }
 
   static void panel(float* to, const WeightRow& w, int64_t k, int64_t depth) {
-    vuint shifts;
-    for (int lane = 0; lane < kLanes; ++lane) shifts[lane] = 4 * (lane % 8);
+    vint lanes;
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
+    const vuint shifts = (vuint)(lanes & 7) << 2;
     for (int64_t i = k; i < k + depth; i += kLanes) {
       const int64_t group = i >> w.shift;
       vuint words = vuint{} + read<uint32_t>(w.codes + i / 8 * 4);
       if constexpr (kLanes == 16) {
-        const vuint next = vuint{} + read<uint32_t>(w.codes + i / 8 * 4 + 4);
-        for (int lane = 8; lane < kLanes; ++lane) words[lane] = next[lane];
+        words = lanes < 8 ? words : vuint{} + read<uint32_t>(w.codes + i / 8 * 4 + 4);
       }
       if constexpr (kLanes == 4) words = words >> (i % 8 * 4);
       const vint zero = splat(w.zero_points == nullptr ? 8 : int32_t{w.zero_points[group]});
