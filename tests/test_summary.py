@@ -31,7 +31,7 @@ class TestSummary:
         self.rows = {row.name: row for row in self.summary.rows}
 
     def test_takes_models(self) -> None:
-        with self.assertRaisesRegex(TypeError, "qnn.summary takes an nn.Module, got str"):
+        with pytest.raises(TypeError, match=r"qnn\.summary takes an nn\.Module, got str"):
             qnn.summary("model.pt")  # type: ignore[arg-type]
 
     def test_every_parameter_is_counted_once(self) -> None:

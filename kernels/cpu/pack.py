@@ -1,4 +1,4 @@
-"""Packed weights, cached behind the ops.
+"""Packed weights, cached by the ops.
 
 A module holds a plain int8 weight; what an engine makes of it lives here, keyed on the weight's
 memory and dropped with its storage, so nothing of it is ever saved, copied, pickled or traced. A

@@ -13,8 +13,8 @@ struct Dots {
   using Code = typename T::Code;
   static constexpr int64_t kCodeStep = kLine / static_cast<int64_t>(sizeof(Code));
 
-  // Those of x and, where zero has a code, a row of ones, whose products are the sums of the rows
-  // of w: w is read once, and memory is what the time goes to.
+  // Those of x. Where the zero point is not 0, one more, all ones: its products with w are the sums
+  // of the rows of w, Σ w, without reading w twice; memory is what takes the time.
   static int64_t rows_of(const Linear& p) { return p.m + (T::kQuantizes && p.zero_point != 0); }
 
   // Codes of a row with the zeros after it.
@@ -86,7 +86,7 @@ struct Dots {
 
   static void multiply(const Linear& p, Buffers& b) {
     for (int64_t c = 0; c < b.columns.count; c += T::kDotColumns) {
-      // Behind the last row of w its last row again: the same memory, and sums that nobody reads.
+      // After the last row of w its last row again: the same memory, and sums that nobody reads.
       decltype(row_of(p, 0)) w[T::kDotColumns];
       for (int64_t i = 0; i < T::kDotColumns; ++i) {
         const int64_t column = c + i < b.columns.count ? c + i : b.columns.count - 1;

@@ -36,7 +36,7 @@ struct Product {
 template <class T>
 struct Inner {
   // Every loop over the sums is written out, so that they stay in registers. Float sums of a panel
-  // begin at zero and are added at the end: of 4,096 terms one behind the other the error is 3.5
+  // begin at zero and are added at the end: of 4,096 terms one after the other the error is 3.5
   // times that of torch's float32 product, of 16 panels of 256 it is about the same.
   template <int R, int G>
   QNN_KERNEL static void block(const Product<T>& p) {

@@ -11,7 +11,7 @@ template <class P, int G>
 struct Panels {
   static constexpr int64_t kWidth = G * kLanes;  // columns in a block
 
-  // A block, and behind it its panel.
+  // A block, and after it its panel.
   struct Block {
     int32_t start[kWidth];  // what sums start at: low times the sum of a column's codes
     float sw[kWidth], bias[kWidth];

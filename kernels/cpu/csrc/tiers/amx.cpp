@@ -85,7 +85,8 @@ struct AmxProduct : IntegerProduct<Vnni, 6, 8> {
   using Session = Amx::Session;
   static constexpr int64_t kWordStep = 16, kTileRows = 16, kFewRows = 7;
 
-  // Sums in tiles 0 to 3, activations in 4, w in 5 to 7. Rows behind the last are memory too.
+  // Sums in tiles 0 to 3, activations in 4, w in 5 to 7. Tiles read rows after the last one: the
+  // scratch memory is padded, so that is in bounds.
   template <int G>
   QNN_KERNEL static void tiles(const Code* x, int64_t stride, const char* panel,
                                const int32_t* start, int64_t words, Acc* acc) {

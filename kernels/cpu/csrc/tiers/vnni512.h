@@ -36,7 +36,7 @@ struct Vnni : Avx512, Inner<Vnni> {
   }
   static int32_t sum(vint s) { return qnn::sum((__m512i)s); }
 
-  // One row of x takes the rows of w one behind the other, as they lie: memory gives one stream
+  // One row of x takes the rows of w one after the other, as they lie: memory gives one stream
   // faster than several. Four sums along K hide the latency.
   template <int R>
   static void dot(const Code* x, int64_t stride, const int8_t* const* w, int64_t k, Acc* acc) {
