@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 
+import pytest
 import torch
 from torch import nn
 
