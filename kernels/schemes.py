@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
+import torch
+
 from qnn.kernels.formats import Format, nvfp4
 from qnn.kernels.formats.float8 import FLOAT8
 from qnn.kernels.formats.int4 import INT4
@@ -82,6 +84,9 @@ class Scheme:
 
     def why_not_linear(self, in_features: int, out_features: int) -> str | None:
         """Why a linear layer of this size cannot be held in this scheme, or None."""
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if not isinstance(size, int | torch.SymInt):
+                return f"{name} must be an integer, got {size!r}"
         if in_features < 1 or out_features < 1:
             return (
                 "in_features and out_features must be at least 1, "

@@ -44,7 +44,8 @@ def name_of(layer: Any) -> str:
 
 
 def of_other_kind(layer: nn.Module, *inputs: Any, **options: Any) -> Any:
-    """The result of a layer for an input that is no plain tensor, or None where it is one.
+    """The result of a layer for an input that is not a plain tensor, or None where it is one; a
+    TypeError for what is not a tensor at all.
 
     `torch.fx` passes a proxy: the layer is a leaf of its graph, whoever traces, as torch's own
     layers are. A jagged nested tensor gives another one.
@@ -54,7 +55,10 @@ def of_other_kind(layer: nn.Module, *inputs: Any, **options: Any) -> Any:
         tracer: Any = nested.tracer
         target = tracer.path_of_module(layer)
         return tracer.create_proxy("call_module", target, inputs, options)
-    if isinstance(inputs[0], torch.Tensor) and nested.layout == torch.jagged:
+    if not isinstance(nested, torch.Tensor):
+        kind, got = type(layer).__name__, type(nested).__name__
+        raise TypeError(f"qnn.{kind}: the input must be a tensor, got {got}.")
+    if nested.layout == torch.jagged:
         if not isinstance(nested.shape[-1], int):
             return None  # the last axis is the ragged one
         return torch.nested.nested_tensor_from_jagged(

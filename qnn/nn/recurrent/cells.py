@@ -27,7 +27,7 @@ class Cells(OfCell, RNNCellBase):
         return [""]
 
     def forward(self, input: torch.Tensor, hx: Any = None) -> Any:
-        if isinstance(input, torch.fx.Proxy):
+        if not isinstance(input, torch.Tensor):
             return of_other_kind(self, input, hx)
         if input.dim() not in (1, 2):
             raise ValueError(

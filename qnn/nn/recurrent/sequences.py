@@ -28,7 +28,7 @@ class Sequences(OfCell, RNNBase):
         raise NotImplementedError
 
     def forward(self, input: Any, hx: Any = None, lengths: Any = None) -> tuple[Any, Any]:
-        if isinstance(input, torch.fx.Proxy):
+        if not isinstance(input, torch.Tensor | PackedSequence):
             return cast(tuple[Any, Any], of_other_kind(self, input, hx, lengths))
         if isinstance(input, PackedSequence):
             if lengths is not None:

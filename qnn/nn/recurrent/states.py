@@ -21,8 +21,10 @@ class OfCell:
         """States as torch takes and returns them, in a tuple."""
         if len(self._cell.states) == 1:
             return (hx,)
-        h, c = hx
-        return h, c
+        if not isinstance(hx, tuple | list) or len(hx) != 2:
+            got = f"{len(hx)} values" if isinstance(hx, tuple | list) else type(hx).__name__
+            raise TypeError(f"{type(self).__name__}: hx must be a pair (h_0, c_0), got {got}.")
+        return tuple(hx)
 
     def _returned(self, states: States) -> Any:
         """The inverse of `_states`."""
