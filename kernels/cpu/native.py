@@ -90,6 +90,8 @@ class Status:
 
 class _Replaceable(Protocol):
     name: str
+    kernels: dict[str, Callable[..., Any]]
+    reference: Callable[..., Any]
 
     def enable(self, key: str) -> None: ...
 
@@ -105,7 +107,10 @@ def replaces(ops: Iterable[_Replaceable]) -> None:
     """Take over the CPU kernels of these ops, once all are declared: else the kernel of a later
     declaration would lie over the library's. It is loaded, if it is there.
     """
-    _replaced.extend(ops)
+    for op in ops:
+        op.kernels["CPU"] = preferred(op.name, op.kernels.get("CPU", op.reference))
+        op.enable("CPU")
+        _replaced.append(op)
     ready()
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from qnn.kernels.cpu import native as library
 from qnn.kernels.op import flops
 from qnn.kernels.op.autograd import autograd_kernel
 from qnn.kernels.op.declaration import Declaration
@@ -72,7 +71,7 @@ class Op(Declaration):
             could wrap around.
         multiples: for an axis, the number that its size must be a multiple of.
         native: whether the library of C++ kernels has it. The kernel for `"CPU"`, or the reference,
-            then serves where there is no library.
+            then serves where there is no library; see `native.replaces`.
         rowwise: whether the leading axes are independent of each other; a scale for the whole
             tensor ties them.
     """
@@ -80,9 +79,6 @@ class Op(Declaration):
     def __init__(self, name: str, signature: str, *, native: bool = False, **declared: Any) -> None:
         super().__init__(name, signature, **declared)
         self.native = native
-        if native:
-            other = self.kernels.get("CPU", self.reference)
-            self.kernels["CPU"] = library.preferred(name, other)
         self._enabled: dict[str, torch.library.Library] = {}
         self._direct: Callable[..., Any] | None = None
         self._register()
@@ -95,7 +91,8 @@ class Op(Declaration):
             # The twin that `call` goes to; it has the kernel and nothing else.
             LIBRARY.define(self.schema.replace(self.name, f"{self.name}_no_grad", 1))
         for key in self.kernels:
-            self.enable(key)
+            if not (self.native and key == "CPU"):  # which `native.replaces` does
+                self.enable(key)
         torch.library.register_fake(f"qnn::{self.name}", self.fake, lib=LIBRARY)
         torch.library.register_vmap(f"qnn::{self.name}", self._vmap, lib=LIBRARY)
         self.overload = getattr(torch.ops.qnn, self.name).default
