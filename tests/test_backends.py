@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import unittest
+import re
 from unittest import mock
 
 from parameterized import parameterized
@@ -19,7 +19,7 @@ ABSENT = native.Status("absent", reason="no compiler")
 DYNAMIC = [name for name, scheme in qnn.SCHEMES.items() if not scheme.static]
 
 
-class TestLinear(unittest.TestCase):
+class TestLinear:
     @parameterized.expand(DYNAMIC)
     def test_casts_are_those_of_activations(self, name: str) -> None:
         layer, scheme = qnn.QLinear(128, 128, scheme=name), get_scheme(name)
@@ -34,18 +34,18 @@ class TestLinear(unittest.TestCase):
                         stack.enter_context(mock.patch.object(each, "native", has and each.native))
                     text = layer._backend()
                 if scheme.activation is None:
-                    self.assertNotIn("activations", text)
+                    assert "activations" not in text
                 if has:
-                    self.assertNotIn("torch operations", text)
+                    assert "torch operations" not in text
                 elif scheme.activation is not None:
-                    self.assertIn("activations cast in torch operations", text)
+                    assert "activations cast in torch operations" in text
                 native_runs = "avx2: passed the known-answer test; not amx: no" in text
-                self.assertNotEqual(native_runs, "not native: " in text, text)
+                assert native_runs != ("not native: " in text), text
                 if status is ABSENT:
-                    self.assertFalse(native_runs)
+                    assert not native_runs
 
 
-class TestDoctor(unittest.TestCase):
+class TestDoctor:
     @parameterized.expand([("loaded", LOADED), ("absent", ABSENT)])
     def test_without_vnni(self, _: str, status: native.Status) -> None:
         def tested(name: str) -> Report:
@@ -56,11 +56,7 @@ class TestDoctor(unittest.TestCase):
             mock.patch.object(doctor, "self_test", tested),
         ):
             text = doctor.render(doctor.report())
-        self.assertIn("no VNNI instructions", text)
-        self.assertEqual("int8 runs on exact float32 GEMMs" in text, status is ABSENT)
-        self.assertEqual("the native kernels run" in text, status is LOADED)
-        self.assertRegex(text, r"exact +" + ("ready" if status is LOADED else "used"))
-
-
-if __name__ == "__main__":
-    unittest.main()
+        assert "no VNNI instructions" in text
+        assert ("int8 runs on exact float32 GEMMs" in text) == (status is ABSENT)
+        assert ("the native kernels run" in text) == (status is LOADED)
+        assert re.search(r"exact +" + ("ready" if status is LOADED else "used"), text)

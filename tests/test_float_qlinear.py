@@ -6,7 +6,6 @@ import copy
 import io
 import itertools
 import tempfile
-import unittest
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,7 @@ def same_state(a: nn.Module, b: nn.Module) -> bool:
     return list(left) == list(right) and all(same_bits(left[k], right[k]) for k in left)
 
 
-class TestState(unittest.TestCase):
+class TestState:
     @parameterized.expand(itertools.product(EVERY, (True, False)))
     def test_names_shapes_and_dtypes(self, scheme: str, bias: bool) -> None:
         module = layer(scheme, bias=bias)
@@ -78,16 +77,14 @@ class TestState(unittest.TestCase):
             for name, t in module.state_dict().items()
         }
         want = dict(STATE[scheme])
-        self.assertEqual(found, {**want, "bias": ("float32", (160,))} if bias else want)
-        self.assertTrue(
-            same_state(module, qnn.QLinear.from_float(plain(K[scheme], bias=bias), scheme))
-        )
+        assert found == ({**want, "bias": ("float32", (160,))} if bias else want)
+        assert same_state(module, qnn.QLinear.from_float(plain(K[scheme], bias=bias), scheme))
         stored = [p for name, p in module.named_parameters() if name != "bias"]
-        self.assertFalse(any(p.requires_grad for p in stored))
-        self.assertEqual(list(module.stored), stored)
-        self.assertEqual(list(module.buffers()), [])
+        assert not any(p.requires_grad for p in stored)
+        assert list(module.stored) == stored
+        assert list(module.buffers()) == []
         if scheme.startswith("nvfp4"):
-            self.assertIs(module.stored[0], module.weight_packed)
+            assert module.stored[0] is module.weight_packed
 
     @parameterized.expand(itertools.product(NAMES, DTYPES))
     def test_output(self, scheme: str, dtype: torch.dtype) -> None:
@@ -97,12 +94,12 @@ class TestState(unittest.TestCase):
         for lead in ((256,), (), (1,), (0,), (2, 3)):
             x = torch.randn(*lead, K[scheme], dtype=dtype)
             y = module(x)
-            self.assertEqual((y.shape, y.dtype), ((*lead, 160), dtype))
+            assert (y.shape, y.dtype) == ((*lead, 160), dtype)
             if x.numel() > 1000:
-                self.assertGreater(qnn.sqnr(float_layer(x.float()), y.float()), LEAST[scheme] - 0.3)
+                assert qnn.sqnr(float_layer(x.float()), y.float()) > LEAST[scheme] - 0.3
         back = module.dequantize()
-        self.assertEqual(back.weight.dtype, dtype)
-        self.assertGreater(qnn.sqnr(float_layer.weight, back.weight.float()), 19)
+        assert back.weight.dtype == dtype
+        assert qnn.sqnr(float_layer.weight, back.weight.float()) > 19
 
     @parameterized.expand(NAMES)
     def test_a_weight_of_several_blocks(self, scheme: str) -> None:
@@ -113,42 +110,42 @@ class TestState(unittest.TestCase):
         # Half as much again: e2m1 may round x up by a quarter.
         sizes = 1.5 * x.abs() @ module.dequantize().weight.abs().T + module.bias.abs()
         over = (module(x) - want).abs() / sum_bound(sizes, 2048 + 4)
-        self.assertLessEqual(over.max().item(), 1)
+        assert over.max().item() <= 1
 
     def test_normal_weights_alone_in_nvfp4(self) -> None:
         linear = plain(384, 512, False)
         nn.init.normal_(linear.weight)
         got = qnn.QLinear.from_float(linear, "nvfp4_weight").dequantize().weight
-        self.assertGreater(qnn.sqnr(linear.weight, got), 19.5)
+        assert qnn.sqnr(linear.weight, got) > 19.5
 
     @parameterized.expand(NAMES)
     def test_survives_casts_copies_and_files(self, scheme: str) -> None:
         module, x = layer(scheme), torch.randn(3, K[scheme])
         y = module(x)
         cast = copy.deepcopy(module).half().to(torch.bfloat16).double().float()
-        self.assertTrue(all(map(same_bits, module.stored, cast.stored)))
-        self.assertEqual(cast.stored[-1].dtype, module.stored[-1].dtype)
-        self.assertTrue(same_state(copy.deepcopy(module), module))
+        assert all(map(same_bits, module.stored, cast.stored))
+        assert cast.stored[-1].dtype == module.stored[-1].dtype
+        assert same_state(copy.deepcopy(module), module)
         # Plain pickle loads no float8 tensor, in torch 2.13; torch.save does.
         file = io.BytesIO()
         torch.save(module, file)
         file.seek(0)
-        self.assertTrue(torch.equal(torch.load(file, weights_only=False)(x), y))
+        assert torch.equal(torch.load(file, weights_only=False)(x), y)
         file = io.BytesIO()
         torch.save(module.state_dict(), file)
         file.seek(0)
         fresh = layer(scheme, device="meta")
-        self.assertTrue(all(p.is_meta for p in fresh.parameters()))
+        assert all(p.is_meta for p in fresh.parameters())
         fresh.load_state_dict(torch.load(file, weights_only=True), assign=True)
-        self.assertTrue(torch.equal(fresh(x), y))
-        self.assertFalse(any(p.requires_grad for p in fresh.stored))
+        assert torch.equal(fresh(x), y)
+        assert not any(p.requires_grad for p in fresh.stored)
 
     @parameterized.expand(NAMES)
     def test_a_float_checkpoint_is_quantised_on_the_way_in(self, scheme: str) -> None:
         module = layer(scheme)
         other = nn.Linear(K[scheme], 160)
         module.load_state_dict(other.state_dict())
-        self.assertTrue(same_state(module, qnn.QLinear.from_float(other, scheme)))
+        assert same_state(module, qnn.QLinear.from_float(other, scheme))
 
     @parameterized.expand(NAMES)
     def test_bad_state(self, scheme: str) -> None:
@@ -167,70 +164,66 @@ class TestState(unittest.TestCase):
         ]  # fmt: skip
         for change, message in cases:
             state = {k: v for k, v in {**good, **change}.items() if v is not None}
-            with self.assertRaisesRegex(RuntimeError, message):
+            with pytest.raises(RuntimeError, match=message):
                 module.load_state_dict(state)
         nan = {k: v for k, v in good.items() if k == "bias"}
-        with self.assertRaisesRegex(RuntimeError, "weight holds NaN or inf in row 0 and 159 more"):
+        with pytest.raises(RuntimeError, match="weight holds NaN or inf in row 0 and 159 more"):
             module.load_state_dict({**nan, "weight": spoiled})
-        self.assertTrue(same_state(module, layer(scheme)))
+        assert same_state(module, layer(scheme))
 
     def test_another_scheme_says_so(self) -> None:
         packed = layer("nvfp4").state_dict()
-        with self.assertRaisesRegex(
-            RuntimeError, "weight_packed, weight_global_scale belongs to an"
-        ):
+        with pytest.raises(RuntimeError, match="weight_packed, weight_global_scale belongs to an"):
             layer("fp8").load_state_dict(packed)
-        with self.assertRaisesRegex(
-            RuntimeError, "weight is torch.float8_e4m3fn, but scheme 'nvfp4"
-        ):
+        with pytest.raises(RuntimeError, match=r"weight is torch.float8_e4m3fn, but scheme 'nvfp4"):
             layer("nvfp4").load_state_dict(layer("fp8").state_dict())
 
     def test_sizes(self) -> None:
         for scheme in NAMES:
             if scheme.startswith(("nvfp4", "mxfp8")):
                 name = rf"qnn.QLinear\(3071, 7, scheme='{scheme}'\): in_features must be a multiple"
-                with self.assertRaisesRegex(ValueError, name + ".*got 3071.*pad to 3072"):
+                with pytest.raises(ValueError, match=name + ".*got 3071.*pad to 3072"):
                     qnn.QLinear(3071, 7, scheme=scheme)
                 module = layer(scheme, 32, 7)
             elif scheme.startswith("int4"):
-                with self.assertRaisesRegex(ValueError, "multiple of 128.*200.*pad to 256"):
+                with pytest.raises(ValueError, match=r"multiple of 128.*200.*pad to 256"):
                     qnn.QLinear(200, 7, scheme="int4_weight")
                 module = layer(scheme, 128, 7)
             else:
                 module = layer(scheme, 37, 7)
             x = torch.randn(5, module.in_features)
-            self.assertGreater(qnn.sqnr(module.dequantize()(x), module(x)), 10)
+            assert qnn.sqnr(module.dequantize()(x), module(x)) > 10
 
     def test_a_model_in_schemes_of_its_own(self) -> None:
         model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 33))
         mixed = qnn.convert(model, {"*": "nvfp4_weight", "2": "fp8", "3": "int8"})
         table = qnn.summary(mixed)
-        self.assertEqual([row.scheme for row in table.rows], ["nvfp4_weight", "fp8", "int8"])
-        self.assertTrue(all(row.backend for row in table.rows))
+        assert [row.scheme for row in table.rows] == ["nvfp4_weight", "fp8", "int8"]
+        assert all(row.backend for row in table.rows)
         # 4.5 bits a weight, and the global scale.
-        self.assertEqual(table.rows[0].bytes_after, 64 * 64 * 9 // 16 + 4 + 64 * 4)
-        self.assertEqual(table.rows[0].bytes_before, 64 * 64 * 4 + 64 * 4)
+        assert table.rows[0].bytes_after == 64 * 64 * 9 // 16 + 4 + 64 * 4
+        assert table.rows[0].bytes_before == 64 * 64 * 4 + 64 * 4
         compared = qnn.compare(model, mixed, torch.randn(16, 64))
-        self.assertEqual({row.name for row in compared.rows}, {"0", "2", "3", "(output)"})
-        self.assertTrue(all(row.sqnr > 10 for row in compared.rows))
+        assert {row.name for row in compared.rows} == {"0", "2", "3", "(output)"}
+        assert all(row.sqnr > 10 for row in compared.rows)
 
 
-class TestSpecialValues(unittest.TestCase):
+class TestSpecialValues:
     @parameterized.expand(NAMES)
     def test_each_row_by_itself(self, scheme: str) -> None:
         module = layer(scheme, bias=False)
         x = torch.randn(6, K[scheme])
         x[0], x[1], x[2], x[3, 5], x[4, 5] = 0, x[1] * 1e20, x[2] * 1e-20, torch.nan, torch.inf
         y = module(x)
-        self.assertFalse(y[0].any())
-        self.assertFalse(y[3:5].isfinite().any())
-        self.assertTrue(y[[0, 1, 2, 5]].isfinite().all())
+        assert not y[0].any()
+        assert not y[3:5].isfinite().any()
+        assert y[[0, 1, 2, 5]].isfinite().all()
         zero = nn.Linear(K[scheme], 160, False)
         zero.weight.data.zero_()
-        self.assertFalse(qnn.QLinear.from_float(zero, scheme)(torch.randn(3, K[scheme])).any())
+        assert not qnn.QLinear.from_float(zero, scheme)(torch.randn(3, K[scheme])).any()
 
 
-class TestGradients(unittest.TestCase):
+class TestGradients:
     @parameterized.expand(
         [*itertools.product(NAMES, (None, "aot_eager")), ("fp8", "inductor"), ("nvfp4", "inductor")]
     )
@@ -252,14 +245,14 @@ class TestGradients(unittest.TestCase):
         x = torch.randn(4, 128)
         want = base(x)
         lora = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["0", "2"]))
-        self.assertTrue(torch.equal(lora(x), want))
+        assert torch.equal(lora(x), want)
         lora(x).square().sum().backward()
         found = [name for name, p in lora.named_parameters() if p.grad is not None]
-        self.assertEqual(len(found), 4)
-        self.assertTrue(all("lora" in name for name in found))
+        assert len(found) == 4
+        assert all("lora" in name for name in found)
 
 
-class TestGraphs(unittest.TestCase):
+class TestGraphs:
     @parameterized.expand(itertools.product(NAMES, ("aot_eager", "inductor")))
     def test_compiled_with_dynamic_batch(self, scheme: str, backend: str) -> None:
         module = layer(scheme)
@@ -268,7 +261,7 @@ class TestGraphs(unittest.TestCase):
             for size in (4, 5, 40, 200):
                 with torch._dynamo.config.patch(error_on_recompile=size > 5):
                     x = torch.randn(size, K[scheme])
-                    self.assertTrue(torch.equal(compiled(x), module(x)))
+                    assert torch.equal(compiled(x), module(x))
 
     @parameterized.expand(itertools.product(NAMES, (False, True)))
     def test_export_and_reload(self, scheme: str, strict: bool) -> None:
@@ -277,12 +270,12 @@ class TestGraphs(unittest.TestCase):
         program = torch.export.export(
             module, (torch.randn(3, K[scheme]),), dynamic_shapes=shapes, strict=strict
         )
-        self.assertEqual(schemes_of(program.graph), [scheme])
+        assert schemes_of(program.graph) == [scheme]
         file = io.BytesIO()
         torch.export.save(program, file)
         file.seek(0)
         x = torch.randn(40, K[scheme])
-        self.assertTrue(torch.equal(torch.export.load(file).module()(x), module(x)))
+        assert torch.equal(torch.export.load(file).module()(x), module(x))
 
     def test_packaged_and_run_in_a_fresh_process(self) -> None:
         """All schemes in one package."""
@@ -292,7 +285,7 @@ class TestGraphs(unittest.TestCase):
             where = Path(folder)
             shapes = ({0: torch.export.Dim("batch")},)
             program = torch.export.export(model, (torch.randn(3, 128),), dynamic_shapes=shapes)
-            self.assertEqual(schemes_of(program.graph), NAMES)
+            assert schemes_of(program.graph) == NAMES
             package = torch._inductor.aoti_compile_and_package(
                 program, package_path=str(where / "model.pt2")
             )
@@ -312,10 +305,10 @@ class TestGraphs(unittest.TestCase):
                     print(*(torch.equal(f(x), want) for f in (packaged, exported, model)))
                 """
             )
-            self.assertEqual(out.split()[-3:], ["True"] * 3)
+            assert out.split()[-3:] == ["True"] * 3
 
 
-class TestDisk(unittest.TestCase):
+class TestDisk:
     """The compressed-tensors package reads what qnn writes, and takes it to mean the same."""
 
     @parameterized.expand([name for name in EVERY if name not in ("fp8_weight", "nvfp4_weight")])
@@ -358,4 +351,4 @@ class TestDisk(unittest.TestCase):
             want = model(ids).last_hidden_state
             again = type(model).from_pretrained(folder).eval()
             got = again(ids).last_hidden_state
-        self.assertGreater(qnn.sqnr(want, got), 12 if scheme == "nvfp4" else 20)
+        assert qnn.sqnr(want, got) > (12 if scheme == "nvfp4" else 20)

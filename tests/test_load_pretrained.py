@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import unittest
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -110,7 +109,7 @@ STOCK = {
 }
 
 
-class TestLoadPretrained(unittest.TestCase):
+class TestLoadPretrained:
     @parameterized.expand(
         [
             (f"{kind}, {scheme}", kind, scheme)
@@ -123,17 +122,17 @@ class TestLoadPretrained(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             again = qnn.load_pretrained(type(model), folder)
-            self.assertTrue(same_state(again, model))
+            assert same_state(again, model)
             for (key, got), want in zip(again.named_parameters(), model.parameters(), strict=True):
-                self.assertEqual(got.requires_grad, want.requires_grad, key)
-            self.assertFalse([k for k, b in again.named_buffers() if b.is_meta])
-            self.assertEqual(again.config.quantization_config, model.config.quantization_config)
+                assert got.requires_grad == want.requires_grad, key
+            assert not [k for k, b in again.named_buffers() if b.is_meta]
+            assert again.config.quantization_config == model.config.quantization_config
             with torch.no_grad():
                 x = torch.randn(1, 3, 16, 16) if kind == "renamed keys" else IDS
-                self.assertTrue(torch.equal(again(x)[0], model(x)[0]))
+                assert torch.equal(again(x)[0], model(x)[0])
             again.save_pretrained(Path(folder) / "twice")
             twice = qnn.load_pretrained(type(model), Path(folder) / "twice")
-            self.assertTrue(same_state(twice, model))
+            assert same_state(twice, model)
 
     def test_auto_classes_and_mixed_schemes(self) -> None:
         transformers = hub()
@@ -141,10 +140,10 @@ class TestLoadPretrained(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             model.save_pretrained(folder)
             again = qnn.load_pretrained(transformers.AutoModelForMaskedLM, folder)
-            self.assertTrue(same_state(again, model))
+            assert same_state(again, model)
             backbone = qnn.load_pretrained(transformers.AutoModel, folder)
             want = model.bert(IDS).last_hidden_state
-            self.assertTrue(torch.equal(backbone(IDS).last_hidden_state, want))
+            assert torch.equal(backbone(IDS).last_hidden_state, want)
 
     @parameterized.expand(
         [(kind, head) for kind in ("LSTM", "GRU", "LSTMCell") for head in (False, True)]
@@ -155,12 +154,12 @@ class TestLoadPretrained(unittest.TestCase):
         model = qnn.convert(cls(config(kind=kind, head=head)).eval())
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             model.save_pretrained(folder)
-            with self.assertRaisesRegex(ValueError, "(?s)format.*use qnn.load_pretrained"):
+            with pytest.raises(ValueError, match=r"(?s)format.*use qnn.load_pretrained"):
                 cls.from_pretrained(folder)
             again = qnn.load_pretrained(cls, folder)
-            self.assertTrue(same_state(again, model))
+            assert same_state(again, model)
             x = torch.randn(2, 5, 8)
-            self.assertTrue(torch.equal(again(x), model(x)))
+            assert torch.equal(again(x), model(x))
 
     def test_conv1d(self) -> None:
         """Its codes are transposed: plain transformers would read a square layer wrongly."""
@@ -169,11 +168,11 @@ class TestLoadPretrained(unittest.TestCase):
         model = qnn.convert(transformers.GPT2LMHeadModel(config).eval(), "fp8")
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             model.save_pretrained(folder)
-            with self.assertRaisesRegex(ValueError, "(?s)format.*use qnn.load_pretrained"):
+            with pytest.raises(ValueError, match=r"(?s)format.*use qnn.load_pretrained"):
                 type(model).from_pretrained(folder)
             again = qnn.load_pretrained(type(model), folder)
-            self.assertTrue(same_state(again, model))
-            self.assertTrue(torch.equal(again(IDS).logits, model(IDS).logits))
+            assert same_state(again, model)
+            assert torch.equal(again(IDS).logits, model(IDS).logits)
 
     def test_static(self) -> None:
         """A calibrated model comes back without data, also through plain transformers."""
@@ -182,10 +181,10 @@ class TestLoadPretrained(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             model.save_pretrained(folder)
             again = qnn.load_pretrained(type(model), folder)
-            self.assertTrue(same_state(again, model))
-            self.assertTrue(torch.equal(again(IDS).logits, model(IDS).logits))
+            assert same_state(again, model)
+            assert torch.equal(again(IDS).logits, model(IDS).logits)
             plain = type(model).from_pretrained(folder).eval()
-            self.assertGreater(qnn.sqnr(model(IDS).logits, plain(IDS).logits), 25)
+            assert qnn.sqnr(model(IDS).logits, plain(IDS).logits) > 25
 
     def test_refused(self) -> None:
         st = pytest.importorskip("safetensors.torch", reason="needs the extra 'dev'")
@@ -193,10 +192,10 @@ class TestLoadPretrained(unittest.TestCase):
         model, key = qnn.convert(masked()), "bert.encoder.layer.1.output.dense"
         with tempfile.TemporaryDirectory() as folder:
             masked().save_pretrained(folder)
-            with self.assertRaisesRegex(ValueError, "no description of qnn's"):
+            with pytest.raises(ValueError, match="no description of qnn's"):
                 qnn.load_pretrained(type(model), folder)
             model.save_pretrained(folder)
-            with self.assertRaisesRegex(ValueError, "describes other layers than GPT2Model has"):
+            with pytest.raises(ValueError, match="describes other layers than GPT2Model has"):
                 qnn.load_pretrained(
                     transformers.GPT2Model,
                     folder,
@@ -214,13 +213,13 @@ class TestLoadPretrained(unittest.TestCase):
                 state = {name: tensor.clone() for name, tensor in whole.items()}
                 change(state)
                 st.save_file(state, path, metadata={"format": "pt"})
-                with self.assertRaisesRegex(ValueError, message):
+                with pytest.raises(ValueError, match=message):
                     qnn.load_pretrained(type(model), folder)
             st.save_file(whole, path, metadata={"format": "pt"})
             short = model.config
             short.quantization_config["config_groups"]["group_0"]["targets"].remove(key)
             del short.quantization_config["qnn"]["group_1"]
-            with self.assertRaisesRegex(ValueError, "which the config does not describe"):
+            with pytest.raises(ValueError, match="which the config does not describe"):
                 qnn.load_pretrained(type(model), folder, config=short)
 
     def test_diffusers(self) -> None:
@@ -230,18 +229,18 @@ class TestLoadPretrained(unittest.TestCase):
             num_layers=1, sample_size=8, patch_size=2, num_embeds_ada_norm=10, norm_num_groups=4,
         )  # fmt: skip
         twin = qnn.convert(model.eval(), "fp8")
-        self.assertNotIn("quantization_config", model.config)
+        assert "quantization_config" not in model.config
         with tempfile.TemporaryDirectory() as folder:
             twin.save_pretrained(folder)
-            with self.assertRaisesRegex(ValueError, "use qnn.load_pretrained"):
+            with pytest.raises(ValueError, match=r"use qnn.load_pretrained"):
                 type(model).from_pretrained(folder)
             again = qnn.load_pretrained(type(model), folder)
-            self.assertTrue(same_state(again, twin))
-            with self.assertRaisesRegex(TypeError, "without options"):
+            assert same_state(again, twin)
+            with pytest.raises(TypeError, match="without options"):
                 qnn.load_pretrained(type(model), folder, device_map="auto")
 
 
-class TestNames(unittest.TestCase):
+class TestNames:
     """The description names the layers as the model that is saved does."""
 
     @parameterized.expand(
@@ -256,7 +255,7 @@ class TestNames(unittest.TestCase):
         model = unwrap(qnn.convert(wrap(masked()), "fp8"))
         group = model.config.quantization_config["config_groups"]["group_0"]["targets"]
         quantised = [n for n, m in model.named_modules() if isinstance(m, qnn.QLinear)]
-        self.assertEqual(group, quantised)
+        assert group == quantised
 
     def test_peft(self) -> None:
         peft = pytest.importorskip("peft", reason="needs the extra 'examples'")
@@ -265,7 +264,7 @@ class TestNames(unittest.TestCase):
         plain = model.unload()
         group = plain.config.quantization_config["config_groups"]["group_0"]["targets"]
         quantised = [n for n, m in plain.named_modules() if isinstance(m, qnn.QLinear)]
-        self.assertEqual(group, quantised)
+        assert group == quantised
 
     @parameterized.expand(
         [
@@ -298,7 +297,7 @@ class TestNames(unittest.TestCase):
                 got = head(IDS, output_hidden_states=True).hidden_states[-1]
             else:
                 got = transformers.AutoModel.from_pretrained(folder).eval()(IDS).last_hidden_state
-        self.assertGreater(qnn.sqnr(want, got), 60)
+        assert qnn.sqnr(want, got) > 60
 
     def test_a_part_that_was_converted_is_described_before_saving(self) -> None:
         transformers = hub()
@@ -307,21 +306,21 @@ class TestNames(unittest.TestCase):
         )
         model = transformers.VisionTextDualEncoderModel(pair).eval()
         model.text_model = qnn.convert(model.text_model, "fp8")
-        self.assertFalse(hasattr(model.config, "quantization_config"))
+        assert not hasattr(model.config, "quantization_config")
         describe(model)
         names = model.config.quantization_config["config_groups"]["group_0"]["targets"]
-        self.assertTrue(all(name.startswith("text_model.") for name in names))
+        assert all(name.startswith("text_model.") for name in names)
 
     def test_a_pattern_takes_no_layer_that_is_float(self) -> None:
         model = qnn.convert(masked(), "fp8", exclude="*.layer.1.output.dense")
         config = model.config.quantization_config
         found = schemes_of(model.config, model.bert)
-        self.assertIn("encoder.layer.0.output.dense", found)
-        self.assertNotIn("encoder.layer.1.output.dense", found)
-        self.assertEqual(set(config["qnn"].values()), {"fp8"})
+        assert "encoder.layer.0.output.dense" in found
+        assert "encoder.layer.1.output.dense" not in found
+        assert set(config["qnn"].values()) == {"fp8"}
 
 
-class TestWhatOthersRun(unittest.TestCase):
+class TestWhatOthersRun:
     @parameterized.expand(
         [
             ("nvfp4", torch.float32, 128, "bfloat16 alone"),
@@ -341,14 +340,14 @@ class TestWhatOthersRun(unittest.TestCase):
             warnings.simplefilter("always")
             qnn.convert(model, scheme)
         words = [str(w.message) for w in caught if "compressed-tensors runs" in str(w.message)]
-        self.assertEqual(len(words), said is not None, words)
+        assert len(words) == (said is not None), words
         if said is not None:
-            self.assertIn(said, words[0])
+            assert said in words[0]
 
     def test_nvfp4_is_described_as_what_its_file_holds(self) -> None:
         """Engines read an `input_global_scale` where a file asks for nvfp4 activations."""
         model = nn.Sequential(qnn.QLinear(32, 16, scheme="nvfp4"))
         config = quantization_config(model)
-        self.assertIsNone(config["config_groups"]["group_0"]["input_activations"])
+        assert config["config_groups"]["group_0"]["input_activations"] is None
         described = {"quantization_config": config}
-        self.assertEqual(schemes_of(described, nn.Sequential(nn.Linear(32, 16))), {"0": "nvfp4"})
+        assert schemes_of(described, nn.Sequential(nn.Linear(32, 16))) == {"0": "nvfp4"}

@@ -10,15 +10,17 @@ import ctypes
 import io
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import unittest
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 from parameterized import parameterized
 
@@ -83,33 +85,38 @@ except native.BuildError:
     COMPILER = ""
 
 
-class Case(unittest.TestCase):
+class Case:
     """A source folder, an empty cache and a compiler that counts its calls."""
 
-    def setUp(self) -> None:
+    @pytest.fixture(autouse=True)
+    def _places(self) -> Iterator[None]:
         if not sys.platform.startswith("linux"):
-            self.skipTest("native kernels are built on Linux only")
+            pytest.skip("native kernels are built on Linux only")
         if not COMPILER:
-            self.skipTest("no C++ compiler here")
-        stack = contextlib.ExitStack()
-        self.addCleanup(stack.close)
-        self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        self.csrc = self.folder / "package" / "csrc"
-        self.csrc.mkdir(parents=True)
-        for name, text in (("ops.cpp", OPS), ("portable.cpp", PORTABLE), ("common.h", COMMON_H)):
-            (self.csrc / name).write_text(text)
-        self.wrapper = self.folder / "wrapper"
-        self.wrapper.write_text(WRAPPER.format(folder=self.folder, compiler=COMPILER))
-        self.wrapper.chmod(0o755)
-        temporary = self.folder / "tmp"
-        temporary.mkdir()
-        cache = str(self.folder / "cache")
-        stack.enter_context(
-            mock.patch.dict(
-                os.environ, XDG_CACHE_HOME=cache, TMPDIR=str(temporary), CXX=str(self.wrapper)
+            pytest.skip("no C++ compiler here")
+        with contextlib.ExitStack() as stack:
+            self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            self.csrc = self.folder / "package" / "csrc"
+            self.csrc.mkdir(parents=True)
+            for name, text in (
+                ("ops.cpp", OPS),
+                ("portable.cpp", PORTABLE),
+                ("common.h", COMMON_H),
+            ):
+                (self.csrc / name).write_text(text)
+            self.wrapper = self.folder / "wrapper"
+            self.wrapper.write_text(WRAPPER.format(folder=self.folder, compiler=COMPILER))
+            self.wrapper.chmod(0o755)
+            temporary = self.folder / "tmp"
+            temporary.mkdir()
+            cache = str(self.folder / "cache")
+            stack.enter_context(
+                mock.patch.dict(
+                    os.environ, XDG_CACHE_HOME=cache, TMPDIR=str(temporary), CXX=str(self.wrapper)
+                )
             )
-        )
-        stack.enter_context(mock.patch.object(tempfile, "tempdir", str(temporary)))
+            stack.enter_context(mock.patch.object(tempfile, "tempdir", str(temporary)))
+            yield
 
     def build(self, **options: object) -> Path:
         return native.build(csrc=self.csrc, **options)
@@ -136,7 +143,7 @@ class Case(unittest.TestCase):
              f"native.OPS = {{}}  # of which these sources have none\n{code}"],
             capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
-        self.assertEqual(done.returncode, 0, done.stderr)
+        assert done.returncode == 0, done.stderr
         return done.stdout, done.stderr
 
 
@@ -145,78 +152,79 @@ class TestDigest(Case):
         before = toolchain.digest(self.csrc)
         (self.csrc / "notes.txt").write_text("not a source")
         (self.csrc / "ops.cpp").touch()
-        self.assertEqual(toolchain.digest(self.csrc), before)
+        assert toolchain.digest(self.csrc) == before
         for name in ("ops.cpp", "common.h"):
             (self.csrc / name).write_text((self.csrc / name).read_text() + "// changed\n")
             after = toolchain.digest(self.csrc)
-            self.assertNotEqual(after, before)
+            assert after != before
             before = after
         (self.csrc / "ops.cpp").rename(self.csrc / "sop.cpp")
-        self.assertNotEqual(toolchain.digest(self.csrc), before)
+        assert toolchain.digest(self.csrc) != before
 
     def test_covers_flags(self) -> None:
         before = toolchain.digest(self.csrc)
         with mock.patch.object(toolchain, "COMMON", (*toolchain.COMMON, "-g")):
-            self.assertNotEqual(toolchain.digest(self.csrc), before)
+            assert toolchain.digest(self.csrc) != before
 
 
 class TestFind(Case):
     def test_quick_and_without_the_compiler(self) -> None:
-        self.assertIsNone(self.find())
-        self.assertLess(calls_of(self.find), 2000)  # 348; some 1 ms
-        self.assertFalse((self.folder / "calls").exists())
-        self.assertFalse((self.folder / "cache").exists())
-        self.assertEqual(list((self.folder / "tmp").iterdir()), [])
+        assert self.find() is None
+        assert calls_of(self.find) < 2000  # 348; some 1 ms
+        assert not (self.folder / "calls").exists()
+        assert not (self.folder / "cache").exists()
+        assert list((self.folder / "tmp").iterdir()) == []
 
     def test_a_changed_source_is_another_library(self) -> None:
         first = self.build()
-        self.assertEqual(self.find(), first)
+        assert self.find() == first
         (self.csrc / "common.h").write_text(COMMON_H.replace("41", "1"))
-        self.assertIsNone(self.find())
+        assert self.find() is None
         second = self.build()
-        self.assertNotEqual(first, second)
-        self.assertEqual([ctypes.CDLL(str(p)).answer() for p in (first, second)], [42, 2])
+        assert first != second
+        assert [ctypes.CDLL(str(p)).answer() for p in (first, second)] == [42, 2]
 
     def test_prebuilt_beside_the_sources(self) -> None:
         built = self.build()
         for path in (built, built.with_name(toolchain.RECORD)):
             shutil.copy(path, self.csrc.parent)
-        self.assertEqual(self.find(), self.csrc.parent / toolchain.LIBRARY)
-        with self.assertRaisesRegex(native.BuildError, "the package brings .* delete it"):
+        assert self.find() == self.csrc.parent / toolchain.LIBRARY
+        with pytest.raises(native.BuildError, match=r"the package brings .* delete it"):
             self.build(force=True)
         (self.csrc / "portable.cpp").write_text(PORTABLE + "// changed\n")
-        self.assertIsNone(self.find())  # a library of other sources does not count
+        assert self.find() is None  # a library of other sources does not count
 
     def test_a_temporary_folder_that_others_can_write_to(self) -> None:
         os.environ["XDG_CACHE_HOME"] = str(self.wrapper / "below a file")
         base = self.folder / "tmp" / f"qnn-{os.getuid()}"
-        self.assertEqual(self.build().parent.parent, base)
-        self.assertIsNotNone(self.find())
+        assert self.build().parent.parent == base
+        assert self.find() is not None
         base.chmod(0o777)
-        self.assertIsNone(self.find())
-        with self.assertRaisesRegex(native.BuildError, "is not a folder.*set XDG_CACHE_HOME"):
+        assert self.find() is None
+        with pytest.raises(native.BuildError, match=r"is not a folder.*set XDG_CACHE_HOME"):
             self.build()
 
 
 class TestBuild(Case):
     def test_once(self) -> None:
         path = self.build()
-        self.assertEqual(self.build(), path)
-        self.assertEqual(self.compiled(), 1)
-        self.assertEqual(self.build(force=True), path)
-        self.assertEqual(self.compiled(), 2)
+        assert self.build() == path
+        assert self.compiled() == 1
+        assert self.build(force=True) == path
+        assert self.compiled() == 2
         record = toolchain.Record.read(path.with_name(toolchain.RECORD))
         assert record is not None
-        self.assertEqual(record.digest, toolchain.digest(self.csrc))
-        self.assertIn("wrapper", record.compiler)
-        self.assertEqual(
-            sorted(p.name for p in path.parent.iterdir()),
-            ["libqnn_cpu.json", "libqnn_cpu.so", "lock"],
-        )
+        assert record.digest == toolchain.digest(self.csrc)
+        assert "wrapper" in record.compiler
+        assert sorted(p.name for p in path.parent.iterdir()) == [
+            "libqnn_cpu.json",
+            "libqnn_cpu.so",
+            "lock",
+        ]
 
     def test_a_compiler_too_old_for_a_tier(self) -> None:
         if platform.machine() != "x86_64":
-            self.skipTest("the tiers are for x86-64")
+            pytest.skip("the tiers are for x86-64")
         for name in ("avx2.cpp", "avx_vnni.cpp"):
             (self.csrc / name).write_text(AVX2.replace("avx2", name.partition(".")[0]))
         text = self.wrapper.read_text()
@@ -224,16 +232,16 @@ class TestBuild(Case):
         path = self.build()
         record = toolchain.Record.read(path.with_name(toolchain.RECORD))
         assert record is not None
-        self.assertEqual(record.missing, ("avx_vnni",))
-        self.assertEqual((self.compiled("avx2.cpp"), self.compiled("avx_vnni.cpp")), (1, 0))
-        self.assertEqual(ctypes.CDLL(str(path)).without_avx_vnni(), 1)
+        assert record.missing == ("avx_vnni",)
+        assert (self.compiled("avx2.cpp"), self.compiled("avx_vnni.cpp")) == (1, 0)
+        assert ctypes.CDLL(str(path)).without_avx_vnni() == 1
 
     @parameterized.expand(OBJCOPY)
     def test_tiers_share_no_function(self, program: str) -> None:
         """Each runs its own, whatever the compiler makes of the sources."""
         path = shutil.which(program)
         if platform.machine() != "x86_64" or path is None:
-            self.skipTest(f"tiers are for x86-64, and there must be {program}")
+            pytest.skip(f"tiers are for x86-64, and there must be {program}")
         for number, name in enumerate(("avx2", "avx_vnni"), 1):
             (self.csrc / f"{name}.cpp").write_text(SHARED.format(number=number, name=name))
         (self.csrc / "ops.cpp").write_text(OPS + BOTH)
@@ -241,18 +249,18 @@ class TestBuild(Case):
         there = lambda name: None if name in OBJCOPY and name != program else which(name)  # noqa: E731
         with mock.patch.object(shutil, "which", there):
             library = self.build()
-        self.assertEqual(ctypes.CDLL(str(library)).both(), 12)
+        assert ctypes.CDLL(str(library)).both() == 12
 
     def test_one_line_of_progress(self) -> None:
         plain = io.StringIO()
         self.build(log=plain)
-        self.assertRegex(plain.getvalue(), r"\Aqnn: building .* \.\.\. done in \d+\.\d s\n\Z")
+        assert re.search(r"\Aqnn: building .* \.\.\. done in \d+\.\d s\n\Z", plain.getvalue())
         self.build(log=plain)
-        self.assertEqual(plain.getvalue().count("\n"), 1)
+        assert plain.getvalue().count("\n") == 1
         terminal = io.StringIO()
         terminal.isatty = lambda: True  # type: ignore[method-assign]
         self.build(log=terminal, force=True)
-        self.assertRegex(terminal.getvalue(), r"\r.*1/3\r.*2/3\r.*3/3\r.*done in \d+\.\d s\n\Z")
+        assert re.search(r"\r.*1/3\r.*2/3\r.*3/3\r.*done in \d+\.\d s\n\Z", terminal.getvalue())
         closed = io.StringIO()
         closed.close()
         self.build(log=closed, force=True)
@@ -262,23 +270,23 @@ class TestBuild(Case):
         terminal.isatty = lambda: True  # type: ignore[method-assign]
         with (
             mock.patch.object(native._Line, "step", side_effect=KeyboardInterrupt),
-            self.assertRaises(KeyboardInterrupt),
+            pytest.raises(KeyboardInterrupt),
         ):
             self.build(log=terminal)
-        self.assertTrue(terminal.getvalue().endswith("interrupted\n"))
-        self.assertEqual(native._not_loaded(self.csrc).state, "absent")  # not a failure
-        self.assertTrue(self.build().is_file())
+        assert terminal.getvalue().endswith("interrupted\n")
+        assert native._not_loaded(self.csrc).state == "absent"  # not a failure
+        assert self.build().is_file()
 
 
 class TestFailure(Case):
     def test_no_compiler(self) -> None:
         os.environ["CXX"] = "nowhere-to-be-found"
-        with self.assertRaisesRegex(native.BuildError, "CXX is 'nowhere-to-be-found'.*unset it"):
+        with pytest.raises(native.BuildError, match=r"CXX is 'nowhere-to-be-found'.*unset it"):
             self.build()
         os.environ.pop("CXX")
         with (
             mock.patch.dict(os.environ, PATH=str(self.csrc)),
-            self.assertRaisesRegex(native.BuildError, r"install g\+\+ or clang\+\+, or set CXX"),
+            pytest.raises(native.BuildError, match=r"install g\+\+ or clang\+\+, or set CXX"),
         ):
             self.build()
 
@@ -288,19 +296,20 @@ class TestFailure(Case):
             "for status in (native.ensure(csrc), native.ensure(csrc), native.status(csrc)):\n"
             "    print(status.state, status.reason)"
         )
-        self.assertEqual(out.count("absent no C++ compiler: CXX is"), 3, out)
-        self.assertEqual(err, "")
+        assert out.count("absent no C++ compiler: CXX is") == 3, out
+        assert err == ""
 
     def test_broken_source(self) -> None:
         (self.csrc / "portable.cpp").write_text('#include "common.h"\nint portable() { return }\n')
-        with self.assertRaisesRegex(
-            native.BuildError, "could not compile portable.cpp.*error.*the log is .*build.log"
+        with pytest.raises(
+            native.BuildError,
+            match=r"could not compile portable.cpp.*error.*the log is .*build.log",
         ):
             self.build(log=(log := io.StringIO()))
-        self.assertTrue(log.getvalue().endswith("... failed\n"))  # the error has the reason
+        assert log.getvalue().endswith("... failed\n")  # the error has the reason
         (path,) = (self.folder / "cache").rglob("build.log")
-        self.assertIn("portable.cpp:2", path.read_text())
-        self.assertEqual(list(path.parent.glob("tmp-*")), [])
+        assert "portable.cpp:2" in path.read_text()
+        assert list(path.parent.glob("tmp-*")) == []
 
     def test_remembered_until_build_is_called(self) -> None:
         (self.folder / "broken").touch()
@@ -314,18 +323,18 @@ class TestFailure(Case):
             "    os.wait()\n"
             "print(native.ready(csrc).state)\n"
         )
-        self.assertEqual(out.count("failed wrapper 1"), 3, out)  # as in "wrapper 12.2.0 could not"
-        self.assertEqual(out.count("broken on purpose; the log is"), 3, out)
-        self.assertTrue(out.endswith("failed\n"))
-        self.assertEqual(err.count("\n"), 1, err)
-        self.assertIn("... failed: wrapper", err)
-        self.assertEqual(self.tried(), 1)
-        with self.assertRaises(native.BuildError):
+        assert out.count("failed wrapper 1") == 3, out  # as in "wrapper 12.2.0 could not"
+        assert out.count("broken on purpose; the log is") == 3, out
+        assert out.endswith("failed\n")
+        assert err.count("\n") == 1, err
+        assert "... failed: wrapper" in err
+        assert self.tried() == 1
+        with pytest.raises(native.BuildError):
             self.build()  # asked for: tried again
-        self.assertEqual(self.tried(), 2)
+        assert self.tried() == 2
         (self.folder / "broken").unlink()
-        self.assertTrue(self.build().is_file())
-        self.assertEqual(native._not_loaded(self.csrc).state, "absent")  # and forgotten
+        assert self.build().is_file()
+        assert native._not_loaded(self.csrc).state == "absent"  # and forgotten
 
     def test_sources_that_change_meanwhile(self) -> None:
         def change(*_: object) -> None:
@@ -333,10 +342,10 @@ class TestFailure(Case):
 
         with (
             mock.patch.object(native._Line, "step", change),
-            self.assertRaisesRegex(native.BuildError, "changed while they were compiled"),
+            pytest.raises(native.BuildError, match="changed while they were compiled"),
         ):
             self.build()
-        self.assertIsNone(self.find())
+        assert self.find() is None
 
     def test_a_library_that_does_not_load(self) -> None:
         def broken(path: Path) -> None:
@@ -345,22 +354,22 @@ class TestFailure(Case):
         path = self.build()
         with mock.patch.object(native, "_load", broken), mock.patch.object(native, "_final", None):
             status = native.ensure(self.csrc)
-        self.addCleanup(native._unloadable.clear)
-        self.assertEqual((status.state, status.path), ("failed", path))
-        self.assertRegex(status.reason, "undefined symbol.*try python -m qnn build --force")
-        self.assertEqual(self.compiled(), 1)  # another would not load either
+        native._unloadable.clear()
+        assert (status.state, status.path) == ("failed", path)
+        assert re.search("undefined symbol.*try python -m qnn build --force", status.reason)
+        assert self.compiled() == 1  # another would not load either
 
     def test_a_damaged_library_is_built_again(self) -> None:
         path = self.build()
         path.write_bytes(path.read_bytes()[:1000])
-        self.assertIsNone(self.find())
-        self.assertEqual(ctypes.CDLL(str(self.build())).answer(), 42)
-        self.assertEqual(self.compiled(), 2)
+        assert self.find() is None
+        assert ctypes.CDLL(str(self.build())).answer() == 42
+        assert self.compiled() == 2
 
     def test_no_sources(self) -> None:
         shutil.rmtree(self.csrc)
-        self.assertIsNone(self.find())
-        with self.assertRaisesRegex(native.BuildError, "no C.. sources in .*install qnn again"):
+        assert self.find() is None
+        with pytest.raises(native.BuildError, match=r"no C.. sources in .*install qnn again"):
             self.build()
 
 
@@ -381,9 +390,9 @@ class TestProcesses(Case):
             "    os.wait()\n"
             "print(native.ready(csrc).state)\n"
         )
-        self.assertEqual(out, "built 42\n" * 8 + "built\n")
-        self.assertEqual((self.compiled(), self.compiled("ops.cpp")), (1, 1))
-        self.assertEqual((err.count("building"), err.count("done in")), (1, 1), err)
+        assert out == "built 42\n" * 8 + "built\n"
+        assert (self.compiled(), self.compiled("ops.cpp")) == (1, 1)
+        assert (err.count("building"), err.count("done in")) == (1, 1), err
 
     def test_builder_killed_midway(self) -> None:
         (self.folder / "slow").touch()
@@ -399,14 +408,14 @@ class TestProcesses(Case):
             "os.wait()\n"
         )
         leftovers = list((self.folder / "cache").glob("qnn/*/tmp-*"))
-        self.assertEqual(len(leftovers), 1)
-        self.assertIsNone(self.find())
+        assert len(leftovers) == 1
+        assert self.find() is None
         (self.folder / "slow").unlink()
-        self.assertEqual(ctypes.CDLL(str(self.build())).answer(), 42)
-        self.assertEqual(list((self.folder / "cache").glob("qnn/*/tmp-*")), [])
+        assert ctypes.CDLL(str(self.build())).answer() == 42
+        assert list((self.folder / "cache").glob("qnn/*/tmp-*")) == []
 
 
-class TestStatus(unittest.TestCase):
+class TestStatus:
     def test_tiers(self) -> None:
         for text, expected in (
             ("amx:no CPU support, avx2:ok", (("amx", "no CPU support"), ("avx2", "ok"))),
@@ -414,7 +423,7 @@ class TestStatus(unittest.TestCase):
             ("", ()),
         ):
             with mock.patch.object(torch.ops.qnn, "cpu_tiers", lambda t=text: t, create=True):
-                self.assertEqual(native._tiers(), expected)
+                assert native._tiers() == expected
 
     def test_doctor(self) -> None:
         built = native.Status(
@@ -428,9 +437,9 @@ class TestStatus(unittest.TestCase):
         ):
             with mock.patch.object(native, "status", lambda status=status: status):
                 data = doctor.report()
-            self.assertEqual(data["native"]["state"], status.state)
+            assert data["native"]["state"] == status.state
             for word in words:
-                self.assertIn(word, doctor.render(data))
+                assert word in doctor.render(data)
 
     def test_command(self) -> None:
         for outcome, code in ((Path("/some/where.so"), 0), (native.BuildError("no luck"), 1)):
@@ -441,12 +450,12 @@ class TestStatus(unittest.TestCase):
                 contextlib.redirect_stdout(out),
                 contextlib.redirect_stderr(err),
             ):
-                self.assertEqual(command.main(["build", "--force"]), code)
-            self.assertTrue(build.call_args.kwargs["force"])
+                assert command.main(["build", "--force"]) == code
+            assert build.call_args.kwargs["force"]
             expected = ("/some/where.so\n", "") if code == 0 else (
                 "", "python -m qnn build: no luck\n"
             )  # fmt: skip
-            self.assertEqual((out.getvalue(), err.getvalue()), expected)
+            assert (out.getvalue(), err.getvalue()) == expected
 
     def test_fork_and_threads(self) -> None:
         """A child forked while a thread builds does not wait for that thread."""
@@ -479,16 +488,11 @@ class TestWheel(Case):
             check=True, env={**os.environ, "QNN_PREBUILD": "1"},
         )  # fmt: skip
         (wheel,) = self.folder.glob("*.whl")
-        self.assertRegex(wheel.name, r"-py3-none-linux_\w+\.whl$")
+        assert re.search(r"-py3-none-linux_\w+\.whl$", wheel.name)
         target = self.folder / "installed"
         zipfile.ZipFile(wheel).extractall(target)
         cpu = target / "qnn" / "kernels" / "cpu"
-        self.assertEqual(native.find(cpu / "csrc"), cpu / toolchain.LIBRARY)
-        self.assertEqual(
-            {path.name for path in target.iterdir() if not path.name.endswith(".dist-info")},
-            {"qnn"},
-        )
-
-
-if __name__ == "__main__":
-    unittest.main()
+        assert native.find(cpu / "csrc") == cpu / toolchain.LIBRARY
+        assert {path.name for path in target.iterdir() if not path.name.endswith(".dist-info")} == {
+            "qnn"
+        }

@@ -3,10 +3,11 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import unittest
+import re
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from parameterized import parameterized
 from torch import nn
@@ -25,16 +26,16 @@ def layer(scheme: str = "int8", **kwargs: Any) -> qnn.QLinear:
     return qnn.QLinear(48, 64, scheme=scheme, **kwargs)
 
 
-class TestConstruction(unittest.TestCase):
+class TestConstruction:
     @parameterized.expand([(s, b) for s in SCHEMES for b in (True, False)])
     def test_draws_the_weights_of_nn_linear(self, scheme: str, bias: bool) -> None:
         torch.manual_seed(0)
         plain = nn.Linear(48, 64, bias)
         twin = qnn.QLinear.from_float(plain, scheme)
         for name, tensor in layer(scheme, bias=bias).state_dict().items():
-            self.assertTrue(torch.equal(tensor, twin.state_dict()[name]), name)
+            assert torch.equal(tensor, twin.state_dict()[name]), name
         step = twin.weight_scale / 2 * 1.001
-        self.assertTrue(bool(((twin.dequantize().weight - plain.weight).abs() <= step).all()))
+        assert bool(((twin.dequantize().weight - plain.weight).abs() <= step).all())
 
     @parameterized.expand(
         [
@@ -46,8 +47,8 @@ class TestConstruction(unittest.TestCase):
     def test_repr_rebuilds(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         text = repr(qnn.QLinear(*args, **kwargs))
         twin = eval(text, {"QLinear": qnn.QLinear, "torch": torch})  # noqa: S307
-        self.assertEqual(repr(twin), text)
-        self.assertIn("cpu: ", text.split("#")[1])
+        assert repr(twin) == text
+        assert "cpu: " in text.split("#")[1]
 
     @parameterized.expand(
         [
@@ -60,32 +61,32 @@ class TestConstruction(unittest.TestCase):
         ]
     )
     def test_bad_arguments(self, args: Any, kwargs: Any, kind: Any, message: str) -> None:
-        with self.assertRaisesRegex(kind, message):
+        with pytest.raises(kind, match=message):
             qnn.QLinear(*args, **kwargs)
 
     def test_from_float_refuses(self) -> None:
-        with self.assertRaisesRegex(TypeError, "takes an nn.Linear, got Conv2d"):
+        with pytest.raises(TypeError, match=r"takes an nn.Linear, got Conv2d"):
             qnn.QLinear.from_float(nn.Conv2d(1, 1, 1))  # type: ignore[arg-type]
-        with self.assertRaisesRegex(TypeError, "got QLinear"):
+        with pytest.raises(TypeError, match="got QLinear"):
             qnn.QLinear.from_float(layer())
         bad = nn.Linear(4, 4)
         bad.weight.data[2, 1] = float("inf")
-        with self.assertRaisesRegex(ValueError, "NaN or inf in row 2"):
+        with pytest.raises(ValueError, match="NaN or inf in row 2"):
             qnn.QLinear.from_float(bad)
 
     def test_from_float_keeps_mode_and_bias(self) -> None:
         plain = nn.Linear(4, 8).eval()
         plain.bias.requires_grad_(False)
         twin = qnn.QLinear.from_float(plain)
-        self.assertFalse(twin.training)
-        self.assertFalse(twin.bias.requires_grad)
-        self.assertFalse(twin.stored[0].requires_grad or twin.weight_scale.requires_grad)
+        assert not twin.training
+        assert not twin.bias.requires_grad
+        assert not any(part.requires_grad for part in (twin.stored[0], twin.weight_scale))
 
     def test_all_zero_weight_and_one_feature(self) -> None:
         plain = nn.Linear(1, 3)
         plain.weight.data.zero_()
         y = qnn.QLinear.from_float(plain)(torch.randn(2, 1))
-        self.assertTrue(torch.equal(y, plain.bias.expand(2, 3)))
+        assert torch.equal(y, plain.bias.expand(2, 3))
         one = nn.Linear(1, 1)
         x = torch.randn(5, 1)
         torch.testing.assert_close(qnn.QLinear.from_float(one)(x), one(x))
@@ -94,14 +95,14 @@ class TestConstruction(unittest.TestCase):
         for dtype in DTYPES:
             quantised = layer(dtype=dtype)
             plain = quantised.dequantize()
-            self.assertIs(type(plain), nn.Linear)
-            self.assertEqual(plain.weight.dtype, dtype)
-            self.assertTrue(plain.weight.requires_grad)
+            assert type(plain) is nn.Linear
+            assert plain.weight.dtype == dtype
+            assert plain.weight.requires_grad
             x = torch.randn(3, 48, dtype=dtype)
-            self.assertGreater(qnn.sqnr(plain(x), quantised(x)), 30)
+            assert qnn.sqnr(plain(x), quantised(x)) > 30
 
 
-class TestForward(unittest.TestCase):
+class TestForward:
     @parameterized.expand([(s, d) for s in SCHEMES for d in DTYPES])
     def test_shapes_and_dtypes(self, scheme: str, dtype: torch.dtype) -> None:
         module = layer(scheme, dtype=dtype)
@@ -118,10 +119,11 @@ class TestForward(unittest.TestCase):
         for name, x in inputs.items():
             x = x.to(dtype)
             y = module(x)
-            self.assertEqual((y.shape, y.dtype), ((*x.shape[:-1], 64), dtype), name)
-            self.assertTrue(y.is_contiguous() and y._base is None, name)
+            assert (y.shape, y.dtype) == ((*x.shape[:-1], 64), dtype), name
+            assert y.is_contiguous(), name
+            assert y._base is None, name
             if x.numel():
-                self.assertGreater(qnn.sqnr(plain(x), y), 30, name)
+                assert qnn.sqnr(plain(x), y) > 30, name
 
     @parameterized.expand(
         [
@@ -146,28 +148,25 @@ class TestForward(unittest.TestCase):
         """The same words in eager mode, in a compiled graph and in one that must not break."""
         module = layer()
         name = r"qnn.QLinear\(48, 64, scheme='int8'\): the input .*"
-        with self.assertRaisesRegex(kind, name + message.removeprefix("the input ")):
+        with pytest.raises(kind, match=name + message.removeprefix("the input ")):
             module(x)
-        with self.assertRaisesRegex(kind, message):
+        with pytest.raises(kind, match=message):
             torch.compile(module, backend="aot_eager")(x)
         torch._dynamo.reset()
-        with self.assertRaisesRegex(torch._dynamo.exc.Unsupported, message):
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
             torch.compile(module, backend="aot_eager", fullgraph=True)(x)
 
 
-class TestState(unittest.TestCase):
+class TestState:
     def test_names_shapes_and_dtypes(self) -> None:
         state = {k: (v.dtype, tuple(v.shape)) for k, v in layer().state_dict().items()}
-        self.assertEqual(
-            state,
-            {
-                "weight": (torch.int8, (64, 48)),
-                "weight_scale": (torch.float32, (64, 1)),
-                "bias": (torch.float32, (64,)),
-            },
-        )
-        self.assertEqual([n for n, p in layer().named_parameters() if p.requires_grad], ["bias"])
-        self.assertEqual(list(layer().buffers()), [])
+        assert state == {
+            "weight": (torch.int8, (64, 48)),
+            "weight_scale": (torch.float32, (64, 1)),
+            "bias": (torch.float32, (64,)),
+        }
+        assert [n for n, p in layer().named_parameters() if p.requires_grad] == ["bias"]
+        assert list(layer().buffers()) == []
 
     def test_round_trips(self) -> None:
         module, x = layer(), torch.randn(3, 48)
@@ -183,8 +182,8 @@ class TestState(unittest.TestCase):
         emptied = qnn.QLinear(48, 64, device="meta").to_empty(device="cpu")
         emptied.load_state_dict(module.state_dict())
         for twin in (*twins, on_meta, emptied):
-            self.assertTrue(torch.equal(twin(x), want))
-            self.assertFalse(twin.stored[0].requires_grad or twin.weight_scale.requires_grad)
+            assert torch.equal(twin(x), want)
+            assert not any(part.requires_grad for part in (twin.stored[0], twin.weight_scale))
 
     @parameterized.expand([(True,), (False,)])
     def test_a_float_state_is_quantised_on_the_way_in(self, strict: bool) -> None:
@@ -195,9 +194,9 @@ class TestState(unittest.TestCase):
                 state = {k: v.to(dtype) for k, v in plain.state_dict().items()}
                 module.load_state_dict(state, strict=strict, assign=assign)
                 want = qnn.QLinear.from_float(copy.deepcopy(plain).to(dtype))
-                self.assertTrue(torch.equal(module.stored[0], want.stored[0]))
-                self.assertTrue(torch.equal(module.weight_scale, want.weight_scale))
-                self.assertEqual(state["weight"].dtype, dtype)  # the caller's dict is its own
+                assert torch.equal(module.stored[0], want.stored[0])
+                assert torch.equal(module.weight_scale, want.weight_scale)
+                assert state["weight"].dtype == dtype  # the caller's dict is its own
 
     @parameterized.expand([(torch.bfloat16,), (torch.float16,), (torch.float64,)])
     def test_a_scale_of_another_dtype_is_read_as_float32(self, dtype: torch.dtype) -> None:
@@ -206,8 +205,8 @@ class TestState(unittest.TestCase):
         for assign in (False, True):
             module = qnn.QLinear(48, 64)
             module.load_state_dict(state, assign=assign)
-            self.assertEqual(module.weight_scale.dtype, torch.float32)
-            self.assertFalse(module.weight_scale.requires_grad)
+            assert module.weight_scale.dtype == torch.float32
+            assert not module.weight_scale.requires_grad
 
     @parameterized.expand(
         [
@@ -236,17 +235,17 @@ class TestState(unittest.TestCase):
         for strict in (True, False):
             if "bias" in change and not strict:
                 continue
-            with self.assertRaisesRegex(RuntimeError, message):
+            with pytest.raises(RuntimeError, match=message):
                 nn.ModuleDict({"head": module}).load_state_dict(
                     {f"head.{k}": v for k, v in state.items()}, strict=strict
                 )
         for name, tensor in module.state_dict().items():
-            self.assertTrue(torch.equal(tensor, before[name]))
+            assert torch.equal(tensor, before[name])
 
     def test_nan_in_a_float_state_is_named(self) -> None:
         state = nn.Linear(48, 64).state_dict()
         state["weight"][5, 3] = float("nan")
-        with self.assertRaisesRegex(RuntimeError, "proj: weight holds NaN or inf in row 5"):
+        with pytest.raises(RuntimeError, match="proj: weight holds NaN or inf in row 5"):
             nn.ModuleDict({"proj": layer()}).load_state_dict(
                 {f"proj.{k}": v for k, v in state.items()}
             )
@@ -256,42 +255,41 @@ class TestState(unittest.TestCase):
         module = layer()
         scale = module.weight_scale.detach().clone()
         parent = nn.Sequential(module, nn.LayerNorm(64)).to(dtype)
-        self.assertTrue(torch.equal(module.weight_scale, scale))
-        self.assertEqual((module.stored[0].dtype, module.bias.dtype), (torch.int8, dtype))
-        self.assertEqual(parent(torch.randn(3, 48, dtype=dtype)).dtype, dtype)
-        self.assertEqual(module.dequantize().weight.dtype, dtype)
-        self.assertIn(str(dtype), repr(module))
+        assert torch.equal(module.weight_scale, scale)
+        assert (module.stored[0].dtype, module.bias.dtype) == (torch.int8, dtype)
+        assert parent(torch.randn(3, 48, dtype=dtype)).dtype == dtype
+        assert module.dequantize().weight.dtype == dtype
+        assert str(dtype) in repr(module)
         parent.float()
-        self.assertTrue(torch.equal(module.weight_scale, scale))
+        assert torch.equal(module.weight_scale, scale)
 
     def test_type_keeps_the_weight(self) -> None:
         module = layer()
         codes = module.stored[0].clone()
         module.type(torch.float16)
-        self.assertTrue(torch.equal(module.stored[0], codes))
-        self.assertEqual(module(torch.randn(3, 48).half()).dtype, torch.float16)
+        assert torch.equal(module.stored[0], codes)
+        assert module(torch.randn(3, 48).half()).dtype == torch.float16
 
-    @unittest.skipUnless(native.ensure().loaded, native.ensure().reason)
+    @pytest.mark.skipif(not native.ensure().loaded, reason=native.ensure().reason)
     def test_repr_names_the_tier(self) -> None:
         best = next(name for name, state in native.ready().tiers if state == "ok")
         for scheme in ("int8", "int8_weight"):
-            with self.subTest(scheme):
-                text = repr(qnn.QLinear(256, 256, scheme=scheme))
-                self.assertIn(f"cpu: {best}: passed the known-answer test", text)
+            text = repr(qnn.QLinear(256, 256, scheme=scheme))
+            assert f"cpu: {best}: passed the known-answer test" in text
 
     def test_repr_names_the_engine_where_there_are_no_kernels(self) -> None:
         if not self_test("onednn").usable:
-            self.skipTest("one engine runs all sizes on this CPU")
+            pytest.skip("one engine runs all sizes on this CPU")
         absent = native.Status("absent", reason="no C++ compiler")
         with mock.patch.object(native, "ready", return_value=absent):
             small, middle, large = layer(), qnn.QLinear(256, 256), qnn.QLinear(512, 512)
-            self.assertIn("cpu: exact up to 128 rows, then onednn:", repr(small))
-            self.assertIn("cpu: exact up to 8 rows, then onednn:", repr(middle))
-            self.assertRegex(repr(large), "cpu: onednn: .*; not native: no C.. compiler")
+            assert "cpu: exact up to 128 rows, then onednn:" in repr(small)
+            assert "cpu: exact up to 8 rows, then onednn:" in repr(middle)
+            assert re.search("cpu: onednn: .*; not native: no C.. compiler", repr(large))
 
     def test_casts_on_meta_and_with_swapped_parameters(self) -> None:
         module = nn.Sequential(qnn.QLinear(4, 4, device="meta")).half()
-        self.assertEqual(module[0].weight_scale.dtype, torch.float32)
+        assert module[0].weight_scale.dtype == torch.float32
         forked(
             """
             import torch, qnn
@@ -307,22 +305,20 @@ class TestState(unittest.TestCase):
         before = module.weight.clone()
         torch.manual_seed(7)
         module.reset_parameters()
-        self.assertFalse(torch.equal(module.weight, before))
-        self.assertGreater(
-            qnn.sqnr(module.dequantize()(torch.ones(1, 48)), module(torch.ones(1, 48))), 30
-        )
+        assert not torch.equal(module.weight, before)
+        assert qnn.sqnr(module.dequantize()(torch.ones(1, 48)), module(torch.ones(1, 48))) > 30
 
 
-class TestWhatIsRefused(unittest.TestCase):
+class TestWhatIsRefused:
     """Strict means strict, in every scheme: what is no number is not loaded or converted."""
 
     def refused(self, module: nn.Module, state: dict[str, torch.Tensor], message: str) -> None:
         before = copy.deepcopy(module.state_dict())
         for assign in (False, True):
-            with self.assertRaisesRegex(RuntimeError, message):
+            with pytest.raises(RuntimeError, match=message):
                 module.load_state_dict(state, assign=assign)
         for name, tensor in module.state_dict().items():
-            self.assertTrue(same_bits(tensor, before[name]), name)
+            assert same_bits(tensor, before[name]), name
 
     @parameterized.expand([(scheme,) for scheme in qnn.SCHEMES])
     def test_nan_in_any_tensor(self, scheme: str) -> None:
@@ -343,7 +339,7 @@ class TestWhatIsRefused(unittest.TestCase):
             nan[tensor.dtype](bad[name])
             self.refused(module, bad, f"{name} ")
             spoilt += 1
-        self.assertGreaterEqual(spoilt, 2)
+        assert spoilt >= 2
         module.load_state_dict(state)
         for name in state.keys() - {"weight_shape"}:  # which the layer knows
             missing = {key: value for key, value in state.items() if key != name}
@@ -357,12 +353,12 @@ class TestWhatIsRefused(unittest.TestCase):
             module = qnn.QLinear(16, 4, dtype=torch.float64, scheme=scheme)
             message = "beyond float32, in which scales and sums are, in row 1"
             self.refused(module, plain.state_dict(), f"{part} holds values {message}")
-            with self.assertRaisesRegex(ValueError, message):
+            with pytest.raises(ValueError, match=message):
                 qnn.QLinear.from_float(plain, scheme)
             model = nn.Sequential(nn.Linear(16, 16, dtype=torch.float64), plain)
-            with self.assertRaisesRegex(ValueError, f"1: its {part} holds values {message}"):
+            with pytest.raises(ValueError, match=f"1: its {part} holds values {message}"):
                 qnn.convert(model, scheme, inplace=True)
-            self.assertIs(type(model[0]), nn.Linear)
+            assert type(model[0]) is nn.Linear
 
     def test_a_bias_of_another_kind(self) -> None:
         state = layer().state_dict()
@@ -370,7 +366,7 @@ class TestWhatIsRefused(unittest.TestCase):
         self.refused(layer(), {**state, "bias": torch.ones(3)}, r"bias must be \[64\], got \[3\]")
 
 
-class TestFollowsTheState(unittest.TestCase):
+class TestFollowsTheState:
     @parameterized.expand(
         [(bias, quantised) for bias in (True, False) for quantised in (True, False)]
     )
@@ -380,12 +376,12 @@ class TestFollowsTheState(unittest.TestCase):
         module = qnn.convert(nn.Sequential(nn.Linear(48, 64, bias)))
         module.load_state_dict(state, assign=True)
         want = torch.float32 if quantised and not bias else torch.bfloat16  # nothing says another
-        self.assertEqual((module[0].dtype, module[0].weight.dtype), (want, want))
+        assert (module[0].dtype, module[0].weight.dtype) == (want, want)
         plain = module[0].dequantize()
-        self.assertEqual(plain(torch.randn(2, 48, dtype=want)).dtype, want)
+        assert plain(torch.randn(2, 48, dtype=want)).dtype == want
         copied = qnn.convert(nn.Sequential(nn.Linear(48, 64, bias)))
         copied.load_state_dict(dict(state))  # assign=True is noted in a state's metadata
-        self.assertEqual({copied[0].dtype, copied[0].dequantize().weight.dtype}, {torch.float32})
+        assert {copied[0].dtype, copied[0].dequantize().weight.dtype} == {torch.float32}
 
     def test_pre_hooks_may_rename(self) -> None:
         module, calls = layer(), []
@@ -398,12 +394,12 @@ class TestFollowsTheState(unittest.TestCase):
         plain = nn.Linear(48, 64)
         state = {"0.kernel": plain.weight.detach(), "0.bias": plain.bias.detach()}
         nn.Sequential(module).load_state_dict(state)
-        self.assertEqual(calls, ["0."])
-        self.assertTrue(torch.equal(module.stored[0], qnn.QLinear.from_float(plain).stored[0]))
-        self.assertEqual(len(module._load_state_dict_pre_hooks), 1)
+        assert calls == ["0."]
+        assert torch.equal(module.stored[0], qnn.QLinear.from_float(plain).stored[0])
+        assert len(module._load_state_dict_pre_hooks) == 1
 
 
-class TestOtherInputs(unittest.TestCase):
+class TestOtherInputs:
     """What `nn.Linear` takes besides dense tensors with values."""
 
     @parameterized.expand(
@@ -419,7 +415,7 @@ class TestOtherInputs(unittest.TestCase):
             model = qnn.convert(nn.Sequential(nn.Linear(128, 64)), scheme, training=training)
             x = torch.empty(3, 128, dtype=torch.bfloat16)
         y = model(x)
-        self.assertEqual((y.shape, y.dtype, y.device.type), ((3, 64), torch.bfloat16, "meta"))
+        assert (y.shape, y.dtype, y.device.type) == ((3, 64), torch.bfloat16, "meta")
 
     def layers(self) -> list[nn.Module]:
         calibrated = qnn.prepare(nn.Sequential(nn.Linear(32, 16)))
@@ -439,11 +435,11 @@ class TestOtherInputs(unittest.TestCase):
             compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
             for call in (module, compiled) if type(module) is qnn.Linear else (module,):
                 y = call(x)
-                self.assertEqual(y.layout, torch.jagged)
+                assert y.layout == torch.jagged
                 torch.testing.assert_close(y.values(), want)
                 (gradient,) = torch.autograd.grad((y + y).values().sum(), x)
-                self.assertGreater(gradient.values().abs().sum().item(), 0)
-            with self.assertRaisesRegex(ValueError, "must be .*32.*its last axis"):
+                assert gradient.values().abs().sum().item() > 0
+            with pytest.raises(ValueError, match=r"must be .*32.*its last axis"):
                 module(x.transpose(1, 2))
 
     def test_sparse_and_strided_nested_are_refused(self) -> None:
@@ -451,9 +447,9 @@ class TestOtherInputs(unittest.TestCase):
         for module in self.layers():
             name = rf"qnn.{type(module).__name__}\(32, 16, .*the input is "
             for bad in (x.to_sparse(), x.to_sparse_csr()):
-                with self.assertRaisesRegex(TypeError, name + r"sparse .*\.to_dense\(\)"):
+                with pytest.raises(TypeError, match=name + r"sparse .*\.to_dense\(\)"):
                     module(bad)
-            with self.assertRaisesRegex(TypeError, name + "a nested tensor of strided.*jagged"):
+            with pytest.raises(TypeError, match=name + "a nested tensor of strided.*jagged"):
                 module(torch.nested.nested_tensor([x, x]))
 
     def test_leaves_of_symbolic_trace(self) -> None:
@@ -462,13 +458,13 @@ class TestOtherInputs(unittest.TestCase):
             model = nn.Sequential(module, nn.ReLU())
             graph = torch.fx.symbolic_trace(model)
             kinds = [node.op for node in graph.graph.nodes]
-            self.assertEqual(kinds, ["placeholder", "call_module", "call_module", "output"])
-            self.assertIs(graph.get_submodule("0"), module)
-            self.assertTrue(torch.equal(graph(x), model(x)))
+            assert kinds == ["placeholder", "call_module", "call_module", "output"]
+            assert graph.get_submodule("0") is module
+            assert torch.equal(graph(x), model(x))
 
     def test_jit_trace_with_its_check(self) -> None:
         x = torch.randn(4, 32)
         for module in self.layers():
             if isinstance(module, qnn.QLinear):
                 traced = torch.jit.trace(nn.Sequential(module, nn.ReLU()), x)
-                self.assertTrue(torch.equal(traced(x + 1), module(x + 1).relu()))
+                assert torch.equal(traced(x + 1), module(x + 1).relu())

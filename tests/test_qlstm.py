@@ -7,14 +7,15 @@ import inspect
 import io
 import itertools
 import pickle
+import re
 import tempfile
-import unittest
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,7 +65,7 @@ def grid(*axes: Any) -> list[tuple[Any, ...]]:
     return list(itertools.product(schemes_of("lstm"), (0, 1), *axes))
 
 
-class TestAccuracy(unittest.TestCase):
+class TestAccuracy:
     """Signal to noise of the outputs and last states against float32."""
 
     @parameterized.expand(
@@ -88,7 +89,7 @@ class TestAccuracy(unittest.TestCase):
                 found.items(), (dynamic, static, wide), strict=True
             ):
                 for got, each in zip(flat(quantized(x)), want, strict=True):
-                    self.assertGreater(qnn.sqnr(got, each), least, name)
+                    assert qnn.sqnr(got, each) > least, name
 
     def test_fixed_parameters(self) -> None:
         """Of torch's own tests: 16-bit linears and gates, int16 cell state, uint8 hidden state."""
@@ -98,17 +99,17 @@ class TestAccuracy(unittest.TestCase):
         qnn.calibrate(prepared, [torch.randn(100, 4, 96)])
         quantized, x = qnn.convert(prepared), torch.randn(100, 4, 96)
         rows = dict(zip(recurrent.LSTM_PARTS, quantized.table_l0.tolist(), strict=True))
-        self.assertEqual(rows["input_linear_g"], [2**-11, 2**15, 0, 65535])
-        self.assertEqual(rows["cell_state"], [2**-11, 0, -32768, 32767])
-        self.assertEqual(rows["hidden_state"], [2**-7, 128, 0, 255])
-        self.assertEqual(rows["forget_gate"], [2**-16, 0, 0, 65535])
-        self.assertEqual(rows["cell_tanh"], [2**-15, 2**15, 0, 65535])
+        assert rows["input_linear_g"] == [2**-11, 2**15, 0, 65535]
+        assert rows["cell_state"] == [2**-11, 0, -32768, 32767]
+        assert rows["hidden_state"] == [2**-7, 128, 0, 255]
+        assert rows["forget_gate"] == [2**-16, 0, 0, 65535]
+        assert rows["cell_tanh"] == [2**-15, 2**15, 0, 65535]
         y, (h, c) = quantized(x)
         for got, want in zip((y, h, c), flat(layer(x)), strict=True):
-            self.assertGreater(qnn.sqnr(got, want), 30)
+            assert qnn.sqnr(got, want) > 30
         for values, scale in ((y, 2**-7), (c, 2**-11)):
             codes = values / scale
-            self.assertTrue(torch.equal(codes, codes.round()))
+            assert torch.equal(codes, codes.round())
 
     @settings(max_examples=60)
     @given(
@@ -134,7 +135,7 @@ class TestAccuracy(unittest.TestCase):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-class TestContract(unittest.TestCase):
+class TestContract:
     """Shapes and options as in nn.LSTM and nn.GRU."""
 
     @parameterized.expand(grid((torch.float32, torch.bfloat16, torch.float16, torch.float64)))
@@ -145,7 +146,7 @@ class TestContract(unittest.TestCase):
         x = torch.randn(5, 2, 6)
         got, want = quantized.to(dtype)(x.to(dtype)), layer(x)
         for a, b in zip(flat(got), flat(want), strict=True):
-            self.assertEqual((a.shape, a.dtype), (b.shape, dtype))
+            assert (a.shape, a.dtype) == (b.shape, dtype)
             torch.testing.assert_close(a.float(), b, rtol=0, atol=0.05)
 
     @parameterized.expand(grid())
@@ -156,26 +157,24 @@ class TestContract(unittest.TestCase):
         hx = states if cell else (states, states.flip(0))
         y, last = quantized(pack_padded_sequence(x, lengths, enforce_sorted=False), hx)
         padded, found = pad_packed_sequence(y)
-        self.assertEqual(found.tolist(), lengths.tolist())
-        self.assertTrue(alike((padded, last), quantized(x, hx, lengths)))
+        assert found.tolist() == lengths.tolist()
+        assert alike((padded, last), quantized(x, hx, lengths))
         for b, length in enumerate(lengths.tolist()):
             one = tuple(s[:, b : b + 1] for s in hx) if cell == 0 else hx[:, b : b + 1]
             alone, _ = quantized(x[:length, b : b + 1], one)
-            self.assertTrue(same_bits(alone, padded[:length, b : b + 1]))
-            self.assertFalse(padded[length:, b].any())
+            assert same_bits(alone, padded[:length, b : b + 1])
+            assert not padded[length:, b].any()
 
     @parameterized.expand(grid())
     def test_unbatched_and_empty(self, scheme: str, cell: int) -> None:
         layer, quantized = twin(scheme, cell, 6, 9, batch_first=True)
         x = torch.randn(5, 6)
         for a, b in zip(flat(quantized(x)), flat(quantized(x[None])), strict=True):
-            self.assertTrue(same_bits(a, b.squeeze(0 if a is not None and b.dim() == 3 else 1)))
-        self.assertEqual([t.shape for t in flat(quantized(x))], [t.shape for t in flat(layer(x))])
+            assert same_bits(a, b.squeeze(0 if a is not None and b.dim() == 3 else 1))
+        assert [t.shape for t in flat(quantized(x))] == [t.shape for t in flat(layer(x))]
         none = x.new_zeros(0, 5, 6)
-        self.assertEqual(
-            [t.shape for t in flat(quantized(none))], [t.shape for t in flat(layer(none))]
-        )
-        with self.assertRaisesRegex(RuntimeError, "sequence length to be larger than 0"):
+        assert [t.shape for t in flat(quantized(none))] == [t.shape for t in flat(layer(none))]
+        with pytest.raises(RuntimeError, match="sequence length to be larger than 0"):
             quantized(x.new_zeros(2, 0, 6))
 
     def test_a_projection(self) -> None:
@@ -188,13 +187,13 @@ class TestContract(unittest.TestCase):
     def test_dropout_between_layers_in_training_only(self) -> None:
         _, quantized = twin("int8", 0, 6, 9, 2, dropout=0.5)
         x = torch.randn(5, 3, 6)
-        self.assertTrue(alike(quantized(x), quantized(x)))
+        assert alike(quantized(x), quantized(x))
         quantized.train()
         torch.manual_seed(0)
         one = quantized(x)
-        self.assertFalse(alike(one, quantized(x)))
+        assert not alike(one, quantized(x))
         torch.manual_seed(0)
-        self.assertTrue(alike(one, quantized(x)))
+        assert alike(one, quantized(x))
 
     @parameterized.expand(grid())
     def test_a_stream_is_the_whole_sequence(self, scheme: str, cell: int) -> None:
@@ -203,7 +202,7 @@ class TestContract(unittest.TestCase):
         for piece in x.split([1, 1, 4, 3]):
             y, hx = quantized(piece, hx)
             pieces.append(y)
-        self.assertTrue(alike((torch.cat(pieces), hx), quantized(x)))
+        assert alike((torch.cat(pieces), hx), quantized(x))
 
     @parameterized.expand(grid((float("nan"), float("inf"), -float("inf"))))
     def test_what_is_not_finite_spoils_what_it_enters(
@@ -214,16 +213,16 @@ class TestContract(unittest.TestCase):
         clean = quantized(x)[0]
         x[2, 1, 4] = value
         y = quantized(x)[0]
-        self.assertTrue(same_bits(y[:, ::2], clean[:, ::2]))
-        self.assertTrue(same_bits(y[:2], clean[:2]))
+        assert same_bits(y[:, ::2], clean[:, ::2])
+        assert same_bits(y[:2], clean[:2])
         if scheme != "int8_weight" or value != value:
-            self.assertFalse(y[2:, 1].isfinite().any())
+            assert not y[2:, 1].isfinite().any()
         if scheme == "int8_static":
             states = torch.zeros(1, 3, 9)
             states[0, 1, 0] = value
             y = quantized(x[:2], states if cell else (states, torch.zeros(1, 3, 9)))[0]
-            self.assertFalse(y[:, 1].isfinite().any())
-            self.assertTrue(y[:, ::2].isfinite().all())
+            assert not y[:, 1].isfinite().any()
+            assert y[:, ::2].isfinite().all()
 
     def test_errors(self) -> None:
         _, quantized = twin("int8", 0, 6, 9)
@@ -269,16 +268,16 @@ class TestContract(unittest.TestCase):
             ),
         ]
         for call, kind, words in cases:
-            with self.subTest(words), self.assertRaisesRegex(kind, words):
+            with pytest.raises(kind, match=words):
                 call()
         broken = nn.LSTM(6, 9)
         with torch.no_grad():
             broken.weight_hh_l0[3, 2] = torch.nan
-        with self.assertRaisesRegex(ValueError, "weight_hh_l0 holds NaN or inf"):
+        with pytest.raises(ValueError, match="weight_hh_l0 holds NaN or inf"):
             qnn.QLSTM.from_float(broken)
 
 
-class TestAsTorchs(unittest.TestCase):
+class TestAsTorchs:
     """What other code finds on a layer that it takes for torch's."""
 
     @parameterized.expand(
@@ -291,25 +290,24 @@ class TestAsTorchs(unittest.TestCase):
         order = torch.tensor([1, 0])
         for kind in (observed, CELLS[cell][1]):
             made = kind(6, 9, bias=bias, **LAYERS[options])
-            self.assertIsInstance(made, nn.RNNBase)
-            self.assertEqual([name for name in dir(layer) if not hasattr(made, name)], [])
+            assert isinstance(made, nn.RNNBase)
+            assert [name for name in dir(layer) if not hasattr(made, name)] == []
             for name in dir(layer):
                 mine, other = getattr(made, name), getattr(layer, name)
-                self.assertEqual(callable(mine), callable(other), name)
+                assert callable(mine) == callable(other), name
                 if isinstance(other, int | str | float | tuple) and name not in _OWN:
-                    self.assertEqual(mine, other, name)
+                    assert mine == other, name
                 if callable(other) and not name.startswith("_") and hasattr(other, "__self__"):
                     given = list(inspect.signature(other).parameters)
                     own = list(inspect.signature(mine).parameters)
-                    self.assertEqual(own[: len(given)], given, name)
-            self.assertIsNone(made.flatten_parameters())
-            self.assertEqual(made._flat_weights_names, layer._flat_weights_names)
-            self.assertEqual(made._all_weights, layer._all_weights)
-            self.assertEqual(
-                [[w.shape for w in each] for each in made.all_weights],
-                [[w.shape for w in each] for each in layer.all_weights],
-            )
-            self.assertEqual(len(made._flat_weights), len(layer._flat_weights))
+                    assert own[: len(given)] == given, name
+            assert made.flatten_parameters() is None
+            assert made._flat_weights_names == layer._flat_weights_names
+            assert made._all_weights == layer._all_weights
+            assert [[w.shape for w in each] for each in made.all_weights] == [
+                [w.shape for w in each] for each in layer.all_weights
+            ]
+            assert len(made._flat_weights) == len(layer._flat_weights)
             state = torch.randn(layer.get_expected_hidden_size(x, None))
             given: Any = (state, state) if cell == 0 else state
             for call in (
@@ -319,10 +317,10 @@ class TestAsTorchs(unittest.TestCase):
             ):
                 got, want = call(made), call(layer)
                 if want is None or isinstance(want[0], int):
-                    self.assertEqual(got, want)
+                    assert got == want
                 else:
-                    self.assertTrue(alike((got[0], got), (want[0], want)))
-            self.assertTrue(torch.equal(made(input=x, hx=given)[0], made(x, given)[0]))
+                    assert alike((got[0], got), (want[0], want))
+            assert torch.equal(made(input=x, hx=given)[0], made(x, given)[0])
 
     @parameterized.expand(grid())
     def test_one_tensor_may_be_both_states_and_the_input(self, scheme: str, cell: int) -> None:
@@ -333,7 +331,7 @@ class TestAsTorchs(unittest.TestCase):
             want = quantized(x, state)
             torch._dynamo.reset()
             compiled = torch.compile(quantized, backend="aot_eager", fullgraph=True)
-            self.assertTrue(alike(compiled(x, state), want))
+            assert alike(compiled(x, state), want)
 
     def test_lengths_in_every_form(self) -> None:
         for made in (qnn.QLSTM(6, 9), qnn.QGRU(6, 9), qnn.QuantizableGRU(6, 9)):
@@ -341,10 +339,10 @@ class TestAsTorchs(unittest.TestCase):
             want = made(x, None, torch.tensor([3, 2]))
             forms = [[3, 2], (3, 2), torch.tensor([3, 2], dtype=torch.int32)]
             for lengths in (*forms, torch.tensor([3, 2], dtype=torch.uint8)):
-                self.assertTrue(alike(made(x, None, lengths), want))
+                assert alike(made(x, None, lengths), want)
             bad = [[3], [3.0, 2.0], [True, False], "32", 3, np.array([3, 2]), torch.ones(2) > 0]
             for lengths in (*bad, torch.tensor([3.0, 2.0]), torch.tensor([[3], [2]])):
-                with self.assertRaisesRegex(ValueError, "lengths must be 2 whole numbers"):
+                with pytest.raises(ValueError, match="lengths must be 2 whole numbers"):
                     made(x, None, lengths)
 
     @parameterized.expand(
@@ -356,10 +354,10 @@ class TestAsTorchs(unittest.TestCase):
             empty = qnn.convert(nn.Sequential(kind(6, 8), nn.Linear(8, 2)), scheme)
         torch.manual_seed(0)
         full = qnn.convert(nn.Sequential(kind(6, 8), nn.Linear(8, 2)), scheme)
-        self.assertTrue(all(p.is_meta for p in empty.parameters()))
+        assert all(p.is_meta for p in empty.parameters())
         empty.load_state_dict(full.state_dict(), assign=True)
         x = torch.randn(4, 6)
-        self.assertTrue(all(map(same_bits, _leaves(empty[0](x)), _leaves(full[0](x)))))
+        assert all(map(same_bits, _leaves(empty[0](x)), _leaves(full[0](x))))
 
 
 class Encoder(nn.Module):
@@ -381,16 +379,16 @@ class Asking(Encoder):
         return (state[0] if self.rnn.mode == "LSTM" else state)[-1]
 
 
-class TestClassChecks(unittest.TestCase):
+class TestClassChecks:
     @parameterized.expand([(0,), (1,)])
     def test_said_where_the_class_is_asked_for(self, cell: int) -> None:
         model = nn.Sequential(Encoder(CELLS[cell][0](6, 9)), nn.Linear(9, 2))
         for verb in (qnn.prepare, qnn.convert):
-            with self.assertWarnsRegex(UserWarning, "Encoder.last asks.*'0.rnn'.*layer.mode == "):
+            with pytest.warns(UserWarning, match=r"Encoder.last asks.*'0.rnn'.*layer.mode == "):
                 swapped = verb(model)
             rows = {row.name: row.backend or row.reason for row in qnn.summary(swapped).rows}
-            self.assertRegex(rows["0.rnn"], "is False here, and Encoder.last asks")
-            self.assertNotIn("asks", rows["1"])
+            assert re.search("is False here, and Encoder.last asks", rows["0.rnn"])
+            assert "asks" not in rows["1"]
 
     @parameterized.expand([(0,), (1,)])
     def test_nothing_said_where_the_mode_is(self, cell: int) -> None:
@@ -400,16 +398,16 @@ class TestClassChecks(unittest.TestCase):
                 warnings.simplefilter("error")
                 swapped = [qnn.prepare(model), qnn.convert(model)]
                 rows = qnn.summary(swapped[1]).rows
-            self.assertFalse(any("asks" in (row.backend or "") for row in rows))
+            assert not any("asks" in (row.backend or "") for row in rows)
             for made in swapped:
-                self.assertEqual(made(x).shape, model(x).shape)
+                assert made(x).shape == model(x).shape
 
     def test_dynamo_takes_no_layer_that_is_one(self) -> None:
         # The reason why the layers are none: once it is gone, they can be.
         for kind in (nn.LSTM, nn.GRU):
             torch._dynamo.reset()
             mine = type("Mine", (kind,), {"forward": lambda self, x: x + 1})(6, 9)
-            with self.assertRaisesRegex(torch._dynamo.exc.Unsupported, "RNN, GRU, or LSTM"):
+            with pytest.raises(torch._dynamo.exc.Unsupported, match="RNN, GRU, or LSTM"):
                 torch.compile(nn.Sequential(mine), backend="eager", fullgraph=True)(torch.ones(2))
 
 
@@ -442,7 +440,7 @@ def _leaves(value: Any) -> list[torch.Tensor]:
     return [value] if isinstance(value, torch.Tensor) else [t for v in value for t in _leaves(v)]
 
 
-class TestModes(unittest.TestCase):
+class TestModes:
     """Compiled, exported and packaged: the same bits, one node a layer and direction."""
 
     @parameterized.expand(grid())
@@ -456,19 +454,19 @@ class TestModes(unittest.TestCase):
             frames = backend.frame_count
             for steps, batch in ((9, 2), (4, 6)):
                 x = torch.randn(steps, batch, 6)
-                self.assertTrue(alike(compiled(x), quantized(x)))
-            self.assertEqual(backend.frame_count, frames)
+                assert alike(compiled(x), quantized(x))
+            assert backend.frame_count == frames
             lengths = torch.tensor([1, 4, 0, 2, 3, 4])
-            self.assertTrue(alike(compiled(x, None, lengths), quantized(x, None, lengths)))
+            assert alike(compiled(x, None, lengths), quantized(x, None, lengths))
             hx = quantized(x)[1]
-            self.assertTrue(alike(compiled(x, hx), quantized(x, hx)))
+            assert alike(compiled(x, hx), quantized(x, hx))
 
     @parameterized.expand([(s, c) for s, c in grid() if (s, c) != ("int8_weight", 1)])
     def test_inductor(self, scheme: str, cell: int) -> None:
         _, quantized = twin(scheme, cell, 6, 9)
         compiled, x = torch.compile(quantized, fullgraph=True), torch.randn(5, 3, 6)
         with torch.no_grad():
-            self.assertTrue(alike(compiled(x), quantized(x)))
+            assert alike(compiled(x), quantized(x))
 
     def test_a_stream_is_compiled_once(self) -> None:
         _, quantized = twin("int8", 0, 6, 9)
@@ -481,8 +479,8 @@ class TestModes(unittest.TestCase):
             for step in x[1:]:
                 _, want = quantized(step[None], hx)
                 _, hx = compiled(step[None], hx)
-        self.assertTrue(alike((x, hx), (x, want)))
-        self.assertEqual(backend.frame_count, 1)
+        assert alike((x, hx), (x, want))
+        assert backend.frame_count == 1
 
     @parameterized.expand(
         [(s, c, strict) for (s, c), strict in zip(grid(), [True, False] * 3, strict=True)]
@@ -495,13 +493,13 @@ class TestModes(unittest.TestCase):
         program = torch.export.export(
             quantized, (x, None, lengths), dynamic_shapes=shapes, strict=strict
         )
-        self.assertEqual([r.scheme for r in qnn.passes.regions(program)], [scheme] * 4)
+        assert [r.scheme for r in qnn.passes.regions(program)] == [scheme] * 4
         stored = io.BytesIO()
         torch.export.save(program, stored)
         stored.seek(0)
         loaded = torch.export.load(stored).module()
         x, lengths = torch.randn(8, 2, 6), torch.tensor([8, 3])
-        self.assertTrue(alike(loaded(x, None, lengths), quantized(x, None, lengths)))
+        assert alike(loaded(x, None, lengths), quantized(x, None, lengths))
 
     def test_packaged_and_run_in_a_fresh_process(self) -> None:
         _, quantized = twin("int8", 0, 6, 9)
@@ -528,7 +526,7 @@ class TestModes(unittest.TestCase):
                 check(lstm(x))
                 print("equal")
             """
-            self.assertIn("equal", forked(code))
+            assert "equal" in forked(code)
 
     @parameterized.expand(grid())
     def test_gradients(self, scheme: str, cell: int) -> None:
@@ -575,14 +573,12 @@ class TestModes(unittest.TestCase):
         quantized.bias_hh_l0.requires_grad_(False)
         x, h = torch.randn(5, 3, 6, requires_grad=x_), torch.randn(1, 3, 9, requires_grad=h_)
         y, _ = quantized(x, h)
-        self.assertEqual(y.requires_grad, x_ or h_ or bias)
+        assert y.requires_grad == (x_ or h_ or bias)
         if y.requires_grad:
             y.sum().backward()
         wanted = [x.grad, h.grad, quantized.bias_ih_l0.grad, quantized.bias_hh_l0.grad]
-        self.assertEqual([g is not None for g in wanted], [x_, h_, bias, False])
-        self.assertFalse(
-            any(p.grad is not None for n, p in quantized.named_parameters() if "we" in n)
-        )
+        assert [g is not None for g in wanted] == [x_, h_, bias, False]
+        assert not any(p.grad is not None for n, p in quantized.named_parameters() if "we" in n)
 
     @parameterized.expand([("eager",), ("aot_eager",)])
     def test_activation_checkpointing(self, backend: str) -> None:
@@ -600,7 +596,7 @@ class TestModes(unittest.TestCase):
         torch.testing.assert_close(got, want)
 
 
-class TestState(unittest.TestCase):
+class TestState:
     @parameterized.expand(grid(("plain", "stack")))
     def test_round_trips(self, scheme: str, cell: int, options: str) -> None:
         sizes = (6, 9)
@@ -609,39 +605,36 @@ class TestState(unittest.TestCase):
         want = quantized(x)
         again = type(quantized)(*sizes, **LAYERS[options], scheme=scheme)
         again.load_state_dict(quantized.state_dict())
-        self.assertTrue(alike(again(x), want))
-        self.assertTrue(alike(copy.deepcopy(quantized)(x), want))
-        self.assertTrue(alike(pickle.loads(pickle.dumps(quantized))(x), want))
+        assert alike(again(x), want)
+        assert alike(copy.deepcopy(quantized)(x), want)
+        assert alike(pickle.loads(pickle.dumps(quantized))(x), want)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "lstm.safetensors"
             save_file(quantized.state_dict(), path)
             meta = type(quantized)(*sizes, **LAYERS[options], scheme=scheme, device="meta")
             meta.load_state_dict(load_file(path), assign=True)
-        self.assertTrue(alike(meta(x), want))
-        self.assertFalse(
-            any(p.requires_grad for n, p in meta.named_parameters() if "bias" not in n)
-        )
+        assert alike(meta(x), want)
+        assert not any(p.requires_grad for n, p in meta.named_parameters() if "bias" not in n)
         names = {n for n in quantized.state_dict() if not n.startswith("table")}
         floats = set(layer.state_dict())
         scales = {f"{n}_scale" for n in floats if n.startswith("weight")}
-        self.assertEqual(names, floats | scales)
+        assert names == floats | scales
         if scheme != "int8_static":
             again.reset_parameters()
             again.load_state_dict(layer.state_dict())
-            self.assertTrue(alike(again(x), want))
-        self.assertEqual(
-            {n: t.shape for n, t in quantized.dequantize().state_dict().items()},
-            {n: t.shape for n, t in layer.state_dict().items()},
-        )
+            assert alike(again(x), want)
+        assert {n: t.shape for n, t in quantized.dequantize().state_dict().items()} == {
+            n: t.shape for n, t in layer.state_dict().items()
+        }
 
     def test_casts_keep_codes_scales_and_tables(self) -> None:
         _, quantized = twin("int8_static", 0, 6, 9)
         kept = {n: t.clone() for n, t in quantized.state_dict().items() if "bias" not in n}
         parent = nn.Sequential(quantized).to(torch.bfloat16)
         state = parent[0].state_dict()
-        self.assertTrue(all(same_bits(state[name], value) for name, value in kept.items()))
-        self.assertEqual(state["bias_ih_l0"].dtype, torch.bfloat16)
-        self.assertEqual(parent[0].dtype, torch.bfloat16)
+        assert all(same_bits(state[name], value) for name, value in kept.items())
+        assert state["bias_ih_l0"].dtype == torch.bfloat16
+        assert parent[0].dtype == torch.bfloat16
 
     def test_bad_states(self) -> None:
         for scheme, kind in itertools.product(("int8", "int8_static"), _KINDS):
@@ -653,10 +646,9 @@ class TestState(unittest.TestCase):
             for words, change in self._bad(good, end, layer, scheme):
                 state = change(dict(good))
                 for strict in (True, False):
-                    with self.subTest(f"{kind.__name__}: {words}"):
-                        with self.assertRaisesRegex(RuntimeError, words):
-                            quantized.load_state_dict(state, strict=strict)
-                        self.assertTrue(all(map(same_bits, _leaves(quantized(x)), want)))
+                    with pytest.raises(RuntimeError, match=words):
+                        quantized.load_state_dict(state, strict=strict)
+                    assert all(map(same_bits, _leaves(quantized(x)), want)), (kind, words)
 
     def _bad(
         self, good: dict[str, torch.Tensor], end: str, layer: nn.Module, scheme: str
@@ -714,9 +706,7 @@ class TestState(unittest.TestCase):
             }
             | {n: t.double() for n, t in good.items() if n[0] == "t"}
         )
-        self.assertEqual(
-            {t.dtype for t in quantized.state_dict().values()}, {torch.int8, torch.float32}
-        )
+        assert {t.dtype for t in quantized.state_dict().values()} == {torch.int8, torch.float32}
 
     @parameterized.expand([(at,) for at in range(4)])
     def test_a_static_layer_without_ranges(self, at: int) -> None:
@@ -727,12 +717,12 @@ class TestState(unittest.TestCase):
             type(calibrated).from_float(layer, "int8_static"),
             qnn.convert(layer, "int8_static"),
         ):
-            self.assertIn("not calibrated", repr(made))
-            with self.assertRaisesRegex(RuntimeError, "is not calibrated.*Load a state.*prepare"):
+            assert "not calibrated" in repr(made)
+            with pytest.raises(RuntimeError, match=r"is not calibrated.*Load a state.*prepare"):
                 made(x)
             made.load_state_dict(calibrated.state_dict())
-            self.assertNotIn("not calibrated", repr(made))
-            self.assertTrue(all(map(same_bits, _leaves(made(x)), _leaves(calibrated(x)))))
+            assert "not calibrated" not in repr(made)
+            assert all(map(same_bits, _leaves(made(x)), _leaves(calibrated(x))))
 
     @parameterized.expand([(at, scheme) for at in range(4) for scheme in schemes_of("lstm")])
     def test_weights_read_as_floats_and_take_writes(self, at: int, scheme: str) -> None:
@@ -746,23 +736,23 @@ class TestState(unittest.TestCase):
         want = run()
         for name in [n for n, _ in layer.named_parameters() if n.startswith("weight")]:
             view = getattr(quantized, name)
-            self.assertEqual((view.dtype, view.shape), (torch.float32, getattr(layer, name).shape))
-            self.assertTrue(torch.equal(view + 0, getattr(back, name)))
+            assert (view.dtype, view.shape) == (torch.float32, getattr(layer, name).shape)
+            assert torch.equal(view + 0, getattr(back, name))
             codes = quantized.state_dict()[name].clone()
             with torch.no_grad():
                 view.mul_(2)
-            self.assertTrue(torch.equal(getattr(quantized, name) + 0, getattr(back, name) * 2))
-            with self.assertRaisesRegex(ValueError, f"{name} holds NaN"):
+            assert torch.equal(getattr(quantized, name) + 0, getattr(back, name) * 2)
+            with pytest.raises(ValueError, match=f"{name} holds NaN"):
                 setattr(quantized, name, nn.Parameter(getattr(layer, name).detach() * torch.nan))
-            with self.assertRaisesRegex(TypeError, "a write to a part or a view"):
+            with pytest.raises(TypeError, match="a write to a part or a view"):
                 getattr(quantized, name)[0].zero_()
             getattr(quantized, name).data = getattr(layer, name).detach()
-            self.assertTrue(torch.equal(quantized.state_dict()[name], codes))
+            assert torch.equal(quantized.state_dict()[name], codes)
             setattr(quantized, name, nn.Parameter(getattr(layer, name).detach() / 2))
-            self.assertFalse(same_bits(run()[0], want[0]))
+            assert not same_bits(run()[0], want[0])
             setattr(quantized, name, nn.Parameter(getattr(layer, name).detach()))
-            self.assertEqual(quantized.state_dict()[name].dtype, torch.int8)
-        self.assertTrue(all(map(same_bits, run(), want)))
+            assert quantized.state_dict()[name].dtype == torch.int8
+        assert all(map(same_bits, run(), want))
 
     def test_resident_bytes(self) -> None:
         layer, quantized = twin("int8", 0, 256, 512)
@@ -770,13 +760,13 @@ class TestState(unittest.TestCase):
             sum(p.numel() * p.element_size() for n, p in m.named_parameters() if "weight" in n)
             for m in (layer, quantized)
         )
-        self.assertLess(after / before, 0.3)
+        assert after / before < 0.3
         (row,) = qnn.summary(quantized).rows
-        self.assertEqual((row.scheme, row.shape), ("int8", (2048, 512)))
-        self.assertLess(row.bytes_after / row.bytes_before, 0.3)
+        assert (row.scheme, row.shape) == ("int8", (2048, 512))
+        assert row.bytes_after / row.bytes_before < 0.3
 
     def test_repr(self) -> None:
         _, quantized = twin("int8", 0, 6, 9, 2, proj_size=4)
-        self.assertRegex(
-            repr(quantized), r"^QLSTM\(6, 9, proj_size=4, num_layers=2, scheme='int8'\)  # cpu: "
+        assert re.search(
+            r"^QLSTM\(6, 9, proj_size=4, num_layers=2, scheme='int8'\)  # cpu: ", repr(quantized)
         )

@@ -6,7 +6,6 @@ import copy
 import io
 import itertools
 import pickle
-import unittest
 from collections.abc import Callable
 from typing import Any
 
@@ -103,7 +102,7 @@ def reference(
     return torch.stack(outputs)
 
 
-class TestObserving(unittest.TestCase):
+class TestObserving:
     @parameterized.expand([(*e, t) for e in EVERY for t in (False, True)])
     def test_changes_no_output_and_no_gradient(self, cell: str, split: bool, train: bool) -> None:
         """To the bit, also with dropout and the same seed."""
@@ -129,7 +128,7 @@ class TestObserving(unittest.TestCase):
                 sum(tensor.square().sum() for tensor in out).backward()
                 results.append(out + [p.grad for p in layer.parameters()] + [torch.rand(1)])
             for a, b in zip(*results, strict=True):
-                self.assertTrue(torch.equal(a, b))
+                assert torch.equal(a, b)
         for point in watched.parts(1, reverse=True).values():
             point.qparams()
 
@@ -139,13 +138,13 @@ class TestObserving(unittest.TestCase):
         watched = copy.deepcopy(made).observe()
         x = torch.randn(3, 5)
         for a, b in zip(tensors(made(x)), tensors(watched(x)), strict=True):
-            self.assertTrue(torch.equal(a, b))
-        self.assertTrue(torch.equal(tensors(made(x[0]))[0], tensors(watched(x[0]))[0]))
+            assert torch.equal(a, b)
+        assert torch.equal(tensors(made(x[0]))[0], tensors(watched(x[0]))[0])
         low, high = watched.parts()["input"].observer.low, watched.parts()["input"].observer.high
-        self.assertEqual((low.item(), high.item()), (x.min().item(), x.max().item()))
+        assert (low.item(), high.item()) == (x.min().item(), x.max().item())
         (qat := copy.deepcopy(made).observe(qat=True))(x)
         error = (tensors(qat(x))[0] - tensors(made(x))[0]).abs().max()
-        self.assertTrue(0 < error < 0.05, error)
+        assert 0 < error < 0.05, error
 
     @parameterized.expand(
         [
@@ -198,10 +197,9 @@ class TestObserving(unittest.TestCase):
                     kind = name.rpartition("_")[0]
                     parts = [part for part in expected if part.startswith(kind)]
                 values = torch.cat([v.flatten() for part in parts for v in expected[part]])
-                with self.subTest(form=form, part=name):
-                    low, high = point.observer.low, point.observer.high
-                    torch.testing.assert_close(low.item(), values.min().item(), atol=1e-6, rtol=0)
-                    torch.testing.assert_close(high.item(), values.max().item(), atol=1e-6, rtol=0)
+                low, high = point.observer.low, point.observer.high
+                torch.testing.assert_close(low.item(), values.min().item(), atol=1e-6, rtol=0)
+                torch.testing.assert_close(high.item(), values.max().item(), atol=1e-6, rtol=0)
 
     @parameterized.expand(EVERY)
     def test_frozen_points_see_nothing(self, cell: str, split: bool) -> None:
@@ -211,11 +209,11 @@ class TestObserving(unittest.TestCase):
         before = copy.deepcopy(made.state_dict())
         made(100 * torch.randn(4, 3, 5))
         for name, value in made.state_dict().items():
-            self.assertTrue(torch.equal(value, before[name]), name)
+            assert torch.equal(value, before[name]), name
 
     def test_nothing_seen_is_an_error_that_names_the_part(self) -> None:
         made = QuantizableLSTM(5, 7, bidirectional=True).observe()
-        with self.assertRaisesRegex(ValueError, "cell_state_l0_reverse"):
+        with pytest.raises(ValueError, match="cell_state_l0_reverse"):
             made.parts(0, reverse=True)["cell_state"].row()
 
     @parameterized.expand(EVERY)
@@ -229,25 +227,25 @@ class TestObserving(unittest.TestCase):
         torch.testing.assert_close(y, reference(made, x, given, {}), rtol=0, atol=2e-6)
 
 
-class TestParts(unittest.TestCase):
+class TestParts:
     @parameterized.expand([(cell, s, p) for cell, s in EVERY for p in (0, 3)])
     def test_names_are_the_tables(self, cell: str, split: bool, projection: int) -> None:
         if cell == "GRU" and projection:
             return
         options = {"proj_size": projection} if projection else {}
         made = layer_of(cell, 5, 7, 2, **options, split_gates=split)
-        self.assertEqual(made.parts(), {})
+        assert made.parts() == {}
         made.observe()
         table = OP_CELLS[cell.lower()].parts
         expected = [part for part in table if projection or part != "projection_input"]
-        self.assertEqual(list(made.parts(1)), expected)
+        assert list(made.parts(1)) == expected
         points = list(made.parts(1).values())
         fewer = 0 if split else 2 * len(made.parts()) and 2 * (4 if cell == "LSTM" else 3) - 2
-        self.assertEqual(len(set(points)), len(points) - fewer)
+        assert len(set(points)) == len(points) - fewer
         for point in points:
-            self.assertIsInstance(point, FakeQuantize)
+            assert isinstance(point, FakeQuantize)
         for index, reverse in ((2, False), (0, True)):
-            with self.assertRaisesRegex(IndexError, "num_layers=2 and bidirectional=False"):
+            with pytest.raises(IndexError, match="num_layers=2 and bidirectional=False"):
                 made.parts(index, reverse)
 
     @parameterized.expand([("LSTM",), ("GRU",)])
@@ -261,15 +259,15 @@ class TestParts(unittest.TestCase):
         expected |= dict.fromkeys(("cell_gate", "new_gate", "cell_tanh"), tanh)
         for name, point in made.parts().items():
             if name == "input":
-                with self.assertRaisesRegex(ValueError, "input_l0"):
+                with pytest.raises(ValueError, match="input_l0"):
                     point.row()
                 continue
             want = expected.get(name, linear if "_linear_" in name else sigmoid)
-            self.assertEqual(tuple(point.row().tolist()), want, name)
+            assert tuple(point.row().tolist()) == want, name
         x = torch.randn(20, 4, 5)
         y, plain = made(x)[0], made.to_float()(x)[0]
-        self.assertTrue(torch.equal((y * 2**7).round(), y * 2**7))
-        self.assertGreater(20 * torch.log10(plain.norm() / (plain - y).norm()), 30)
+        assert torch.equal((y * 2**7).round(), y * 2**7)
+        assert 20 * torch.log10(plain.norm() / (plain - y).norm()) > 30
 
     def test_presets(self) -> None:
         for preset, bits in ((EIGHT_BIT, 8), (SIXTEEN_BIT, 16), (None, 16), (DEFAULT, 16)):
@@ -279,19 +277,19 @@ class TestParts(unittest.TestCase):
                 for name, point in made.parts().items():
                     want = 8 if name in ("input", "hidden_state") else bits
                     _, _, low, high = point.row().tolist()
-                    self.assertIn(high - low, (2**want - 1, 2**want - 2), name)
+                    assert high - low in (2**want - 1, 2**want - 2), name
 
     def test_the_last_key_that_matches_counts(self) -> None:
         a, b = QuantSpec(torch.int16), QuantSpec(torch.uint16)
         made = QuantizableLSTM(5, 7, split_gates=True)
         parts = made.observe({"*_linear*": a, "input_linear_i": b, "cell_*": None}).parts()
-        self.assertEqual(parts["input_linear_i"].spec, b)
-        self.assertEqual(parts["hidden_linear_i"].spec, a)
-        self.assertNotIn("cell_state", parts)
-        self.assertIn("forget_gate", parts)
+        assert parts["input_linear_i"].spec == b
+        assert parts["hidden_linear_i"].spec == a
+        assert "cell_state" not in parts
+        assert "forget_gate" in parts
         parts = made.observe(SIXTEEN_BIT | {"*_gate": b, "cell_state": None}).parts()
-        self.assertEqual(parts["cell_gate"].spec, b)
-        self.assertNotIn("cell_state", parts)
+        assert parts["cell_gate"].spec == b
+        assert "cell_state" not in parts
 
     @parameterized.expand(
         [
@@ -308,13 +306,13 @@ class TestParts(unittest.TestCase):
         ]
     )
     def test_refused(self, _: str, parts: Any, error: type[Exception], message: str) -> None:
-        with self.assertRaisesRegex(error, message):
+        with pytest.raises(error, match=message):
             QuantizableLSTM(5, 7).observe(parts)
-        with self.assertRaisesRegex(error, message):
+        with pytest.raises(error, match=message):
             QuantizableLSTMCell(5, 7).observe(parts)
 
 
-class TestQat(unittest.TestCase):
+class TestQat:
     @parameterized.expand(
         [
             (cell, split, options, preset)
@@ -333,7 +331,7 @@ class TestQat(unittest.TestCase):
         made.eval()
         x = 1.2 * x
         y, _ = with_states(made, x, *given)
-        self.assertTrue(torch.equal(y, reference(made, x, given, None)))
+        assert torch.equal(y, reference(made, x, given, None))
 
     @parameterized.expand([(*e, o) for e in EVERY for o in ({}, {"proj_size": 3})])
     def test_equals_the_integer_layer(
@@ -378,14 +376,14 @@ class TestQat(unittest.TestCase):
         float_layer = made.to_float()
         want = torch.func.functional_call(float_layer, weights, x)
         fixed = [n for n, p in made.parts().items() if p.spec.fixed]
-        self.assertTrue(fixed)
+        assert fixed
         # No scale is known yet but the fixed ones of the gates.
         error = (made(x)[0] - want[0]).abs().max()
-        self.assertLess(error, 0.02)
+        assert error < 0.02
         known = copy.deepcopy(made)
         first = made(10 * x)[0]
-        self.assertTrue(torch.equal(first, known.eval()(10 * x)[0]))
-        self.assertFalse(torch.equal(first, made.eval()(10 * x)[0]))
+        assert torch.equal(first, known.eval()(10 * x)[0])
+        assert not torch.equal(first, made.eval()(10 * x)[0])
 
     @parameterized.expand(EVERY)
     def test_evaluation_changes_nothing(self, cell: str, split: bool) -> None:
@@ -394,7 +392,7 @@ class TestQat(unittest.TestCase):
         before = copy.deepcopy(made.state_dict())
         made.eval()(9 * torch.randn(4, 3, 5))
         for name, value in made.state_dict().items():
-            self.assertTrue(torch.equal(value, before[name]), name)
+            assert torch.equal(value, before[name]), name
 
     @parameterized.expand(EVERY)
     def test_gradients_are_close_to_floats(self, cell: str, split: bool) -> None:
@@ -408,7 +406,7 @@ class TestQat(unittest.TestCase):
             layer(x, lengths=lengths)[0].square().sum().backward()
         for (name, a), b in zip(made.named_parameters(), plain.parameters(), strict=True):
             cosine = F.cosine_similarity(a.grad.flatten(), b.grad.flatten(), 0)
-            self.assertGreater(cosine, 0.98, name)
+            assert cosine > 0.98, name
 
     def test_learned_scales(self) -> None:
         parts = {"*_linear*": QuantSpec(torch.uint8, learnable=True)}
@@ -417,13 +415,13 @@ class TestQat(unittest.TestCase):
         made(x)
         made(x)[0].square().sum().backward()
         learned = [n for n, p in made.named_parameters() if n.endswith("scale")]
-        self.assertEqual(len(learned), 2)
+        assert len(learned) == 2
         for name in learned:
-            self.assertGreater(made.get_parameter(name).grad.abs().max(), 0)
+            assert made.get_parameter(name).grad.abs().max() > 0
         before = {n: made.get_parameter(n).clone() for n in learned}
         made.reset_parameters()
         for name, value in before.items():
-            self.assertTrue(torch.equal(made.get_parameter(name), value))
+            assert torch.equal(made.get_parameter(name), value)
 
     def test_it_learns(self) -> None:
         """A step of memory: the output is to be the input before."""
@@ -439,7 +437,7 @@ class TestQat(unittest.TestCase):
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        self.assertLess(sum(losses[-5:]), 0.6 * sum(losses[:5]))
+        assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
 
     @parameterized.expand([(torch.bfloat16,), (torch.float64,)])
     def test_dtypes(self, dtype: torch.dtype) -> None:
@@ -448,13 +446,13 @@ class TestQat(unittest.TestCase):
             x = torch.randn(4, 3, 5, dtype=dtype)
             for _ in range(2):
                 y, last = made(x)
-            self.assertEqual({t.dtype for t in tensors((y, last))}, {dtype})
+            assert {t.dtype for t in tensors((y, last))} == {dtype}
             plain = made.to_float()(x)[0]
-            self.assertLess((y - plain).abs().max(), 0.05)
-            self.assertEqual(made.points["input_l0"].scale.dtype, torch.float32)
+            assert (y - plain).abs().max() < 0.05
+            assert made.points["input_l0"].scale.dtype == torch.float32
 
 
-class TestCompiled(unittest.TestCase):
+class TestCompiled:
     def check(self, made: Any, backend: str, x: torch.Tensor, **options: Any) -> None:
         """Three steps of training, compiled and not: outputs, weights and observers agree."""
         other = copy.deepcopy(made)
@@ -520,10 +518,10 @@ class TestCompiled(unittest.TestCase):
         freeze_observers(made.eval())
         compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
         with torch.no_grad():
-            self.assertTrue(torch.equal(compiled(x)[0], made(x)[0]))
+            assert torch.equal(compiled(x)[0], made(x)[0])
 
 
-class TestState(unittest.TestCase):
+class TestState:
     @parameterized.expand(MODES)
     def test_state_dict(self, cell: str, split: bool, qat: bool) -> None:
         plain = layer_of(cell, 5, 7, split_gates=split)
@@ -531,14 +529,14 @@ class TestState(unittest.TestCase):
         made(torch.randn(4, 3, 5))
         state = made.state_dict()
         extra = [key for key in state if key not in plain.state_dict()]
-        self.assertTrue(extra)
-        self.assertTrue(all(key.startswith("points.") for key in extra))
-        with self.assertRaisesRegex(RuntimeError, r"Missing key\(s\).*points\.input_l0"):
+        assert extra
+        assert all(key.startswith("points.") for key in extra)
+        with pytest.raises(RuntimeError, match=r"Missing key\(s\).*points\.input_l0"):
             made.load_state_dict(plain.state_dict())
         made.load_state_dict(plain.state_dict(), strict=False)
         made.parts()["hidden_state"].row()
         for key in extra:
-            self.assertTrue(torch.equal(made.state_dict()[key], state[key]), key)
+            assert torch.equal(made.state_dict()[key], state[key]), key
 
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -546,7 +544,7 @@ class TestState(unittest.TestCase):
         other = layer_of(cell, 5, 7, split_gates=split).observe(qat=qat)
         other.load_state_dict(torch.load(buffer, weights_only=True))
         for name, point in made.parts().items():
-            self.assertTrue(torch.equal(point.row(), other.parts()[name].row()))
+            assert torch.equal(point.row(), other.parts()[name].row())
 
     @parameterized.expand(MODES)
     def test_copies(self, cell: str, split: bool, qat: bool) -> None:
@@ -555,25 +553,25 @@ class TestState(unittest.TestCase):
         made(x)
         made.eval()
         for copied in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
-            self.assertTrue(torch.equal(copied(x)[0], made(x)[0]))
-            self.assertEqual(copied.qat, qat)
+            assert torch.equal(copied(x)[0], made(x)[0])
+            assert copied.qat == qat
         meta = layer_of(cell, 5, 7, split_gates=split, device="meta").observe(qat=qat)
         meta(x.to("meta"))
         meta.load_state_dict(made.state_dict(), assign=True)
-        self.assertTrue(torch.equal(meta.eval()(x)[0], made(x)[0]))
+        assert torch.equal(meta.eval()(x)[0], made(x)[0])
 
     def test_observing_anew_starts_over(self) -> None:
         made = QuantizableLSTM(5, 7).observe()
         made(torch.randn(4, 3, 5))
-        self.assertIs(made.observe(qat=True), made)
-        with self.assertRaisesRegex(ValueError, "input_l0"):
+        assert made.observe(qat=True) is made
+        with pytest.raises(ValueError, match="input_l0"):
             made.parts()["input"].row()
 
     @parameterized.expand(itertools.product(("LSTM", "GRU"), (False, True)))
     def test_to_float_leaves_the_points_behind(self, cell: str, split: bool) -> None:
         made = layer_of(cell, 5, 7, split_gates=split).observe(qat=True)
         back = made.to_float()
-        self.assertIs(type(back), LAYERS[cell][0])
-        self.assertIs(back.weight_ih_l0, made.weight_ih_l0)
+        assert type(back) is LAYERS[cell][0]
+        assert back.weight_ih_l0 is made.weight_ih_l0
         cell_made = (QuantizableLSTMCell if cell == "LSTM" else QuantizableGRUCell)(5, 7)
-        self.assertEqual(len(cell_made.observe().to_float().state_dict()), 4)
+        assert len(cell_made.observe().to_float().state_dict()) == 4
