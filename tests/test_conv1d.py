@@ -85,8 +85,7 @@ class TestSubclasses:
         assert "nn.MultiheadAttention reads" in words["attention.out_proj"]
 
     def test_values(self) -> None:
-        model, x = self.model()["block"]["same"], torch.randn(3, 32)
-        plain = nn.Linear(32, 8)
+        model, plain, x = Same(128, 8), nn.Linear(128, 8), torch.randn(3, 128)
         plain.load_state_dict(model.state_dict())
         for scheme in WITHOUT_DATA:
             got = qnn.convert(model, scheme, include=Same)(x)

@@ -199,7 +199,7 @@ def test_blocks_of_rows_are_refused() -> None:
     """A scale that rows share is of no whole number of gates."""
     known = get_scheme("fp8_block")
     made = Scheme("test_blocks", known.weight, None, {"linear": known.linear, "lstm": "test_lstm"})
-    with pytest.raises(ValueError, match=r"'h\*4/128' of sw_ih is no axis"):
+    with pytest.raises(ValueError, match=r"'h\*4/128' of sw_ih is not an axis"):
         recurrent.declare(CELLS["lstm"], made)
 
 

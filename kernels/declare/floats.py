@@ -41,12 +41,19 @@ def _scales(form: Format, name: str) -> tuple[str, ...]:
     return tuple(part.short.format(name) for part in form.parts if part.is_scale)
 
 
-def _whole(form: Format, axis: str) -> dict[str, Any]:
-    """Of an op whose `axis` is that of a row of `form`, or of its stored elements."""
+def _whole(form: Format, axis: str, name: str = "") -> dict[str, Any]:
+    """Of an op whose `axis` is that of a row of `form`, or of its stored elements, and that takes
+    the parts of `name`.
+    """
     if not form.whole_groups:
         return {}
     multiple = form.columns_multiple_of // (form.packing if axis == "p" else 1)
-    return {"multiples": {axis: multiple}, "sample": {axis: 3 * multiple}}
+    spans = {
+        part.short.format(name): (part.span[0], part.span[1] + 1)
+        for part in form.parts
+        if part.span
+    }
+    return {"multiples": {axis: multiple}, "sample": {axis: 3 * multiple, **spans}}
 
 
 def declare_format(form: Format, transposed: Format | None) -> None:
@@ -159,7 +166,7 @@ def declare_linear(name: str, dgrad: str, weight: Format, activation: Format | N
         positive=_scales(weight, "w"),
         products="... n k",
         rowwise=activation is None or activation.rowwise,
-        **_whole(weight, "k"),
+        **_whole(weight, "k", "w"),
     )
 
 
@@ -178,7 +185,7 @@ def declare_dgrad(name: str, weight: Format) -> None:
         backward={"dy": _plain(name)},
         products=f"... n {columns}",
         positive=_scales(weight, "w"),
-        **{"sample": sample, **_whole(weight, "p")},
+        **{"sample": sample, **_whole(weight, "p", "w")},
     )
 
 

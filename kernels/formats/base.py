@@ -32,12 +32,14 @@ class Part:
         short: its name as an argument of an op: `xq` for `"{}q"`.
         dtype: what it is stored as.
         axes: in the notation of `Op`, for the value's axes `r` (rows) and `c` (columns).
+        span: the least and the largest value that it may hold, where not all of its dtype.
     """
 
     suffix: str
     short: str
     dtype: torch.dtype
     axes: str
+    span: tuple[int, int] | None = None
 
     def declared(self, name: str, rows: str, columns: str, *, least: int = 0) -> str:
         """The argument of an op that holds this part of `name`: `sx: ... k/16`. There is room for

@@ -124,7 +124,7 @@ def _int4(group: int, symmetric: bool) -> Int4:
     parts = (
         Part("_packed", "{}q", torch.int32, f"r c/{_WORD}"),
         Part("_scale", "s{}", torch.float32, f"r c/{group}"),
-        Part("_zero_point", "z{}", torch.int8, f"r c/{group}"),
+        Part("_zero_point", "z{}", torch.int8, f"r c/{group}", (0, 15)),
     )
     return Int4(
         "int4",

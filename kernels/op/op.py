@@ -75,8 +75,8 @@ class Op(Declaration):
             them, or None.
         sizes: the functions that the signature names, by name: called with the sizes of their
             axes, one returns a size.
-        sample: for the samples, the size of an axis, or a function of the sizes that makes an
-            argument.
+        sample: for the samples, the size of an axis, a function of the sizes that makes an
+            argument, or the range that the integers of an argument are drawn from.
         products: the multiply-adds of a call as sums of products of axes, `"... n k"`; or, by the
             name of an optional argument, those that a call with it has besides those of `""`.
         limits: the largest size of an axis whose products are summed in int32, which a longer sum

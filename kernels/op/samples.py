@@ -63,7 +63,7 @@ def _sample(
         shape = (*(lead if arg.has_lead else ()), *axes)
         allowed = op.dtypes[arg.name]
         if isinstance(allowed[0], torch.dtype) and not allowed[0].is_floating_point:
-            low, high = _range(allowed[0], arg.name in op.positive)
+            low, high = op.sample.get(arg.name) or _range(allowed[0], arg.name in op.positive)
             return torch.randint(low, high, shape, dtype=allowed[0], generator=generator)
         value = torch.randn(shape, generator=generator)
         # Small: two scales times a sum of products must stay within float16.

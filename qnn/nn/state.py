@@ -208,6 +208,8 @@ class Stored(nn.Module):
             what = (
                 "must be positive and finite; it is not" if part.is_scale else "holds codes of NaN"
             )
+            if part.span is not None:
+                what = f"must lie in {part.span[0]} … {part.span[1]}; it does not"
             raise ValueError(f"{name} {what} in {rows_of(bad)}.")
         return tensor
 

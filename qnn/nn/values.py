@@ -183,6 +183,8 @@ def bad_part(tensor: torch.Tensor, part: Part) -> torch.Tensor | None:
         floats = values.float()
         # A block of zeros may have an e4m3 scale of zero; a float32 one never has.
         bad = ~(floats.isfinite() & (floats > 0 if part.dtype == torch.float32 else floats >= 0))
+    elif part.span is not None:
+        bad = (values < part.span[0]) | (values > part.span[1])
     else:
         return None
     return bad if bool(bad.any()) else None
