@@ -50,15 +50,16 @@ def of_other_kind(layer: nn.Module, *inputs: Any, **options: Any) -> Any:
     `torch.fx` passes a proxy: the layer is a leaf of its graph, whoever traces, as torch's own
     layers are. A jagged nested tensor gives another one.
     """
-    nested: Any = inputs[0]
-    if isinstance(nested, torch.fx.Proxy):
-        tracer: Any = nested.tracer
+    given: Any = inputs[0]
+    if isinstance(given, torch.fx.Proxy):
+        tracer: Any = given.tracer
         target = tracer.path_of_module(layer)
         return tracer.create_proxy("call_module", target, inputs, options)
-    if not isinstance(nested, torch.Tensor):
-        kind, got = type(layer).__name__, type(nested).__name__
+    if not isinstance(given, torch.Tensor):
+        kind, got = type(layer).__name__, type(given).__name__
         raise TypeError(f"qnn.{kind}: the input must be a tensor, got {got}.")
-    if nested.layout == torch.jagged:
+    if given.layout == torch.jagged:
+        nested: Any = given
         if not isinstance(nested.shape[-1], int):
             return None  # the last axis is the ragged one
         return torch.nested.nested_tensor_from_jagged(
