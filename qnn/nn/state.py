@@ -36,7 +36,7 @@ class Stored(nn.Module):
     _uncalibrated: bool
     _layout: Layout = MATRIX  # of the weights' axes
 
-    def _weight_shapes(self) -> dict[str, tuple[int, ...]]:
+    def _weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The float shape of each quantised weight, by its name in the float layer."""
         raise NotImplementedError
 

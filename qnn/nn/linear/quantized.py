@@ -89,7 +89,7 @@ class QLinear(Quantized, nn.Linear):
         self._operands = (*self._stored, *self._calibration())  # of the op, without x and bias
         self.reset_parameters()
 
-    def _weight_shapes(self) -> dict[str, tuple[int, ...]]:
+    def _weight_shapes(self) -> dict[str, tuple[int, int]]:
         return {"weight": (self.out_features, self.in_features)}
 
     def _calibration(self) -> dict[str, Found]:

@@ -58,7 +58,7 @@ class QRecurrent(OfCell, Quantized):
 
     # -- what the base asks for -------------------------------------------------------------------
 
-    def _weight_shapes(self) -> dict[str, tuple[int, ...]]:
+    def _weight_shapes(self) -> dict[str, tuple[int, int]]:
         return self._shapes
 
     def _calibration(self) -> dict[str, Found]:
