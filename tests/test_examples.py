@@ -201,3 +201,17 @@ def test_a_character_lstm_loses_little_in_int8(tmp_path: Path) -> None:
         assert rows[name][1] <= above
         assert rows[name][2] < 0.3 * size
     assert (tmp_path / "out" / "lstm_text.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_language_model_continues_its_prompt(tmp_path: Path) -> None:
+    _need("transformers", "tqdm")
+    text = _example("llm_int4.py", "--tiny", "--tokens", "6", "--prompt", "16", cwd=tmp_path)
+    rows = {}
+    for name in ("float32", "bfloat16", "int8", "int8_weight", "int4_weight"):
+        row = rf"\n{name} +([\d.]+) +[\d.]+ +[\d.]+ +([\d.]+) +([\d.]+|inf)\n"
+        rows[name] = _numbers(row, text)
+    assert rows["float32"][1:] == [1.0, float("inf")]
+    assert rows["int8"][0] < 0.6 * rows["float32"][0]  # the embeddings stay float
+    assert rows["int4_weight"][0] < 0.9 * rows["int8"][0]
+    for name, least in {"bfloat16": 30, "int8": 25, "int8_weight": 30, "int4_weight": 8}.items():
+        assert rows[name][2] > least
