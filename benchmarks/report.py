@@ -24,6 +24,7 @@ _COLOURS = {
     "qnn int8_weight": "#ffaabb",
     "torch.ao int8": "#ccbb44",
     "torchao int8": "#4477aa",
+    "torchao PT2E": "#4477aa",
     "ONNX Runtime": "#aaddee",
     "ONNX Runtime int8": "#66ccee",
     "OpenVINO": "#99cc99",

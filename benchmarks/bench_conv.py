@@ -1,0 +1,231 @@
+"""Convolutions: single layers and whole networks, qnn against float32, bfloat16 and the peers.
+
+    python benchmarks/bench_conv.py                       # docs/benchmarks/bench_conv.*
+    python benchmarks/bench_conv.py --only 'qnn|float'    # some variants, and the baseline
+    python benchmarks/bench_conv.py --quick --out /tmp/bench
+
+The networks are transformers' ResNet-18, ResNet-50 and MobileNetV2 on 224×224, with random weights
+(seed 0); the statistics of their BatchNorm layers come from random images, as training would leave
+them. Every library gets the network in eval mode and folds BatchNorm in its own way. Layers are
+those of the networks, and of a stack for speech.
+
+Counts. A convolution takes 2 · (elements of the output) · (input channels of a group) · (elements
+of the kernel) operations; a network all of its convolutions and linear layers, counted by hooks:
+3.63 G for ResNet-18 on one image.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from conv_variants import VARIANTS
+from harness import Case, all_rows, argument_parser, measure_grid, select
+from report import (
+    Aim,
+    Pick,
+    aims_table,
+    case_table,
+    save,
+    size_table,
+    speedups_chart,
+    without_time,
+)
+from timing import Effort
+from variants import Task
+
+BASELINE = "float fp32 compiled"
+# int8 of random weights, whose activations are spread as of no trained network.
+FLOOR = 8.0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One convolution on an image `size`."""
+
+    name: str
+    make: type[nn.Module]
+    channels: tuple[int, int]
+    kernel: int
+    size: tuple[int, ...]
+    options: tuple[tuple[str, int], ...] = ()
+
+    def build(self) -> nn.Module:
+        options = {"padding": self.kernel // 2, **dict(self.options)}
+        make: Any = self.make
+        return make(*self.channels, self.kernel, **options)
+
+    def input(self, batch: int) -> torch.Tensor:
+        return torch.randn(batch, self.channels[0], *self.size)
+
+
+LAYERS = (
+    Layer("ResNet 3x3 64, 56²", nn.Conv2d, (64, 64), 3, (56, 56)),
+    Layer("ResNet 3x3 256, 14²", nn.Conv2d, (256, 256), 3, (14, 14)),
+    Layer("ResNet 1x1 256->64, 56²", nn.Conv2d, (256, 64), 1, (56, 56)),
+    Layer("ResNet 7x7/2 3->64, 224²", nn.Conv2d, (3, 64), 7, (224, 224), (("stride", 2),)),
+    Layer("MobileNetV2 depthwise 144, 56²", nn.Conv2d, (144, 144), 3, (56, 56), (("groups", 144),)),
+    Layer("MobileNetV2 1x1 24->144, 56²", nn.Conv2d, (24, 144), 1, (56, 56)),
+    Layer("speech 1-D k=3/2 512, T=400", nn.Conv1d, (512, 512), 3, (400,), (("stride", 2),)),
+)
+QUICK_LAYERS = (Layer("3x3 8, 8²", nn.Conv2d, (8, 8), 3, (8, 8)),)
+
+
+class Logits(nn.Module):
+    """A network of transformers that gives a plain tensor, which every exporter takes."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.network(pixel_values, return_dict=False)[0]
+
+
+def networks(quick: bool) -> Iterator[tuple[str, nn.Module, int]]:
+    """Each with the side of its images."""
+    from transformers import (
+        MobileNetV2Config,
+        MobileNetV2ForImageClassification,
+        ResNetConfig,
+        ResNetForImageClassification,
+    )
+
+    basic = {"layer_type": "basic", "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2]}
+    if quick:
+        small = ResNetConfig(**{**basic, "hidden_sizes": [8, 16], "depths": [1, 1]})
+        yield "small ResNet", Logits(ResNetForImageClassification(small)), 32
+        return
+    yield "ResNet-18", Logits(ResNetForImageClassification(ResNetConfig(**basic))), 224
+    yield "ResNet-50", Logits(ResNetForImageClassification(ResNetConfig())), 224
+    yield "MobileNetV2", Logits(MobileNetV2ForImageClassification(MobileNetV2Config())), 224
+
+
+@torch.no_grad()
+def settled(model: nn.Module, side: int) -> nn.Module:
+    """`model` in eval mode, its BatchNorm layers with the statistics of random images."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the mean over all batches
+    model.train()
+    for _ in range(3):
+        model(torch.randn(4, 3, side, side))
+    return model.eval()
+
+
+@torch.no_grad()
+def operations(model: nn.Module, x: torch.Tensor) -> int:
+    """Of the convolutions and linear layers of one call."""
+    counted = 0
+
+    def count(module: nn.Module, _: Any, output: torch.Tensor) -> None:
+        nonlocal counted
+        weight: Any = module.weight
+        counted += 2 * output.numel() * math.prod(weight.shape[1:])
+
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Linear)
+    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, kinds)]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    return counted
+
+
+def cases(quick: bool, what: str, only: str) -> Iterator[Case[Task]]:
+    batches = (1, 2) if quick else (1, 16)
+    tasks: list[tuple[str, Task, dict[int, torch.Tensor]]] = []
+    torch.manual_seed(0)
+    if what != "networks":
+        for layer in QUICK_LAYERS if quick else LAYERS:
+            calibration = tuple(layer.input(1) for _ in range(4))
+            inputs = {batch: layer.input(batch) for batch in batches}
+            tasks.append((layer.name, Task(layer.build().eval(), inputs[1], calibration), inputs))
+    if what != "layers":
+        for name, model, side in networks(quick):
+            model = settled(model, side)
+            calibration = tuple(torch.randn(1, 3, side, side) for _ in range(8))
+            inputs = {batch: torch.randn(batch, 3, side, side) for batch in batches}
+            tasks.append((name, Task(model, inputs[1], calibration), inputs))
+    for name, task, inputs in tasks:
+        if not re.search(only, name):
+            continue
+        for batch, x in inputs.items():
+            with torch.no_grad():
+                reference = task.model(x)
+            count = operations(task.model, x)
+            yield Case(
+                name, f"batch {batch}", replace(task, input=x), reference, count, lambda _: FLOOR
+            )
+
+
+# Where, over whom, and how many times as fast at least.
+_AIMS = (
+    ("ResNet-18, batch 1", "torchao PT2E", 1 / 0.8),
+    ("ResNet-18, batch 16", "torchao PT2E", 1 / 0.9),
+    ("ResNet-18, batch 1", "ONNX Runtime int8", 1 / 0.85),
+    ("ResNet-18, batch 16", "ONNX Runtime int8", 1 / 0.85),
+    ("ResNet-18, batch 1", "OpenVINO int8", 1 / 1.1),
+    ("ResNet-18, batch 16", "OpenVINO int8", 1 / 1.05),
+    ("MobileNetV2, batch 1", "torchao PT2E", 1 / 0.3),
+    ("MobileNetV2, batch 16", "torchao PT2E", 1 / 0.4),
+    ("MobileNetV2, batch 1", "ONNX Runtime int8", 1 / 0.95),
+    ("MobileNetV2, batch 16", "ONNX Runtime int8", 1 / 0.7),
+    ("MobileNetV2, batch 1", "OpenVINO int8", 1 / 1.05),
+    ("MobileNetV2, batch 16", "OpenVINO int8", 1 / 1.05),
+)
+_DYNAMIC = tuple(
+    (f"{name}, batch {batch}", "float", 1 / 0.45)
+    for name in ("ResNet-18", "MobileNetV2")
+    for batch in (1, 16)
+)
+
+
+def aims() -> list[Aim]:
+    static = [
+        Aim(case, Pick("qnn int8_static", "compiled"), Pick(family), round(goal, 2), (case,))
+        for case, family, goal in _AIMS
+    ]
+    dynamic = [
+        Aim(case, Pick("qnn int8", "compiled"), Pick(family, "compiled", "fp32"), goal, (case,))
+        for case, family, goal in _DYNAMIC
+    ]
+    return static + dynamic
+
+
+def main() -> None:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--what", choices=("layers", "networks", "both"), default="both")
+    parser.add_argument("--case", default="", help="a regular expression of what is measured")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    effort = Effort(rounds=3, seconds=5) if options.quick else Effort(rounds=11, seconds=40)
+    grid = measure_grid(
+        cases(options.quick, options.what, options.case),
+        select(VARIANTS, options.only, BASELINE),
+        baseline=BASELINE,
+        effort=effort,
+        show=case_table,
+        verbose=options.verbose,
+    )
+    rows = all_rows(grid)
+    parts = [f"## {name}\n\n{size_table(each)}" for name, each in grid.items()]
+    parts += [aims_table(aims(), rows), without_time(rows)]
+    print("", *parts, sep="\n\n")
+    save(
+        options.out,
+        "bench_conv",
+        "convolutions",
+        rows,
+        parts,
+        {"bench_conv": lambda machine: speedups_chart(grid, "convolutions", BASELINE, machine)},
+    )
+
+
+if __name__ == "__main__":
+    main()

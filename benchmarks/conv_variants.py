@@ -1,0 +1,156 @@
+"""Ways to run a convolution network on a CPU, in qnn and its peers.
+
+All get the float32 network in eval mode. Float and qnn run it in channels-last memory, where
+torch's own convolutions are fastest; the peers choose their layout themselves. Static variants are
+calibrated on the same images.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import qnn
+
+from harness import Run, Variant, inductor_settings, needs
+from variants import Task, compiled_run, onnx_session, openvino, scratch
+
+
+def _channels_last(task: Task, dtype: torch.dtype) -> torch.Tensor:
+    x = task.input_in(dtype)
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def _in_channels_last(model: nn.Module) -> nn.Module:
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+# -- float and qnn -----------------------------------------------------------------------------
+
+
+def float_eager(task: Task, dtype: torch.dtype) -> Run:
+    model = _in_channels_last(task.model_in(dtype))
+    return Run(partial(model, _channels_last(task, dtype)))
+
+
+def float_compiled(task: Task, dtype: torch.dtype) -> Run:
+    return compiled_run(_in_channels_last(task.model_in(dtype)), _channels_last(task, dtype))
+
+
+def float_frozen(task: Task, dtype: torch.dtype) -> Run:
+    """Weights in oneDNN's own order, BatchNorm folded."""
+    with inductor_settings(freezing=True):
+        return float_compiled(task, dtype)
+
+
+@functools.lru_cache(maxsize=4)
+def _quantized(model: nn.Module, calibration: tuple[torch.Tensor, ...], scheme: str) -> nn.Module:
+    fused = qnn.fuse(copy.deepcopy(model))
+    if scheme != "int8_static":
+        return qnn.convert(fused, scheme)
+    return qnn.convert(qnn.calibrate(qnn.prepare(fused), calibration, progress=False))
+
+
+def qnn_eager(task: Task, dtype: torch.dtype, *, scheme: str = "int8") -> Run:
+    model = copy.deepcopy(_quantized(task.model, task.calibration, scheme)).to(dtype)
+    return Run(partial(model, _channels_last(task, dtype)))
+
+
+def qnn_compiled(task: Task, dtype: torch.dtype, *, scheme: str = "int8") -> Run:
+    model = copy.deepcopy(_quantized(task.model, task.calibration, scheme)).to(dtype)
+    with inductor_settings():
+        return compiled_run(model, _channels_last(task, dtype))
+
+
+# -- torchao -----------------------------------------------------------------------------------
+
+
+def torchao_pt2e(task: Task, dtype: torch.dtype) -> Run:
+    """Export, calibrate, convert, and freeze: the way that torchao documents for a CPU."""
+    from torch._dynamo.utils import counters
+
+    pt2e = needs("torchao.quantization.pt2e.quantize_pt2e")
+    with inductor_settings(freezing=True):
+        x86 = needs("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
+        quantizer = x86.X86InductorQuantizer()
+        quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+        exported = torch.export.export(task.model_in(torch.float32), (task.input,)).module()
+        prepared = pt2e.prepare_pt2e(exported, quantizer)
+        batch = len(task.input)  # the graph takes this batch alone
+        for image in task.calibration:
+            prepared(image.expand(batch, *image.shape[1:]).contiguous())
+        model: Any = pt2e.convert_pt2e(prepared)
+        counters["inductor"].clear()
+        run = compiled_run(model, task.input)
+    packed = counters["inductor"]["qconv_weight_prepack_matcher_count"]
+    return Run(run.call, f"prepacked: {packed} convolutions")
+
+
+# -- ONNX Runtime ------------------------------------------------------------------------------
+
+
+@functools.cache
+def _onnx_static(model: nn.Module, calibration: tuple[torch.Tensor, ...]) -> Path:
+    """The network in ONNX with QDQ nodes, calibrated, and a batch of any size."""
+    needs("onnxruntime")
+    needs("onnxscript")
+    quantization = needs("onnxruntime.quantization")
+    preparation = needs("onnxruntime.quantization.shape_inference")
+    folder = Path(tempfile.mkdtemp(dir=scratch()))
+    exported, prepared, quantised = (folder / f"{n}.onnx" for n in ("float", "pre", "int8"))
+    torch.onnx.export(
+        copy.deepcopy(model),
+        (calibration[0],),
+        exported,
+        dynamo=True,
+        dynamic_shapes=({0: torch.export.Dim.AUTO},),
+        external_data=False,
+        verbose=False,
+    )
+    preparation.quant_pre_process(exported, prepared)
+    name = needs("onnx").load(prepared).graph.input[0].name
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            self.batches = iter([{name: image.numpy()} for image in calibration])
+
+        def get_next(self) -> Any:
+            return next(self.batches, None)
+
+    quantization.quantize_static(
+        prepared,
+        quantised,
+        Reader(),
+        quant_format=quantization.QuantFormat.QDQ,
+        per_channel=True,
+        weight_type=quantization.QuantType.QInt8,
+        activation_type=quantization.QuantType.QUInt8,
+    )
+    return quantised
+
+
+def onnxruntime_static(task: Task, dtype: torch.dtype) -> Run:
+    return Run(onnx_session(_onnx_static(task.model, task.calibration), task.input))
+
+
+VARIANTS: tuple[Variant[Task], ...] = (
+    Variant("float", "fp32", "eager", float_eager),
+    Variant("float", "fp32", "compiled", float_compiled),
+    Variant("float", "fp32", "compiled+frozen", float_frozen),
+    Variant("float", "bf16", "compiled", float_compiled),
+    Variant("qnn int8", "fp32", "eager", qnn_eager),
+    Variant("qnn int8", "fp32", "compiled", qnn_compiled),
+    Variant("qnn int8_static", "fp32", "eager", partial(qnn_eager, scheme="int8_static")),
+    Variant("qnn int8_static", "fp32", "compiled", partial(qnn_compiled, scheme="int8_static")),
+    Variant("qnn int8_weight", "fp32", "compiled", partial(qnn_compiled, scheme="int8_weight")),
+    Variant("torchao PT2E", "fp32", "compiled+frozen", torchao_pt2e),
+    Variant("ONNX Runtime int8", "fp32", "static", onnxruntime_static),
+    Variant("OpenVINO int8", "fp32", "NNCF", openvino),
+)
