@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from qnn.kernels.cpu.conv import float32_sums
 from qnn.kernels.epilogue import ACTIVATIONS, LAST
 from qnn.kernels.formats.base import FLOATS
 from qnn.kernels.formats.int8 import INT8_MAX_K, INT8_STATIC_MAX_K
@@ -108,9 +109,9 @@ def _rule(names: Sequence[str], *, up: bool, limit: int | None) -> Callable[...,
                 f"result would be {sizes}; use a larger image, more padding or smaller kernels"
             )
         if "x_shape" in given:
-            want, got = [image[0], w[0], *sizes], list(args[0].shape)
+            want, got = [w[0], *sizes], list(args[0].shape[1:])
             if want != got or image[1] != w[1] * groups:
-                return f"dy of an image of {list(image)} must be {want}, got {got}"
+                return f"dy of images of {list(image[1:])} must be of {want}, got {got}"
         return None
 
     return rule
@@ -145,14 +146,17 @@ def _conv(
         "sample": _SAMPLE,
         "products": PRODUCTS_UP if up else PRODUCTS,
     }
+    if up and names[0] == "x":
+        reference = functools.partial(reference, transposed=True)
+    # What has a limit sums integers.
+    kernel = functools.partial(reference, integer_sums=float32_sums)
     return Op(
         name,
         f"{arguments} -> {result}",
         doc=doc,
         dtypes={each: dtypes[each] for each in names if each in dtypes},
-        reference=functools.partial(reference, transposed=True)
-        if up and names[0] == "x"
-        else reference,
+        reference=reference,
+        kernels={} if limit is None else {"CPU": kernel},
         rule=_rule(names, up=up, limit=limit),
         sizes=SIZES,
         layout=names[0],

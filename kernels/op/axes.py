@@ -12,8 +12,8 @@ Axes stand apart by blanks; `...` is any number of leading ones. An axis is
 - a function of known ones by its name, `out(h, kh, stride[0])`, which the declaration has.
 
 `w: (n k)[e]` is a list of `e` tensors. Other arguments are a `dtype`, `str`, `int`, `int[]`,
-`int[2]` or `bool`; `int=1` has a default. `size` and `size[2]` are integers that may be symbols in a
-trace. An integer argument is a known size too, and `stride[0]` the first of several. Results are
+`int[2]` or `bool`; `int=1` has a default. `size` and `size[2]` are integers that may be symbols in
+a trace. An integer argument is a known size too, and `stride[0]` the first of several. Results are
 `name: axes`, or the axes alone.
 """
 

@@ -293,8 +293,8 @@ class Declaration:
     # -- results ----------------------------------------------------------------------------------
 
     def results(self, *args: Any) -> Any:
-        """What the op returns, without its values: new, in the signature's shapes, and contiguous or,
-        where an argument lends its layout, in that argument's memory format.
+        """What the op returns, without its values: new, in the signature's shapes, and contiguous
+        or, where an argument lends its layout, in that argument's memory format.
         """
         args += self.tails[len(args)]
         sizes = self.check(*args)
