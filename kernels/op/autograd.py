@@ -37,7 +37,7 @@ from qnn.kernels.torch_private import (
     without_autocast,
 )
 
-__all__ = ["autograd_kernel", "bias_axis", "sum_of_rows"]
+__all__ = ["autograd_kernel", "sum_of_rows"]
 
 
 def sum_of_rows(dy: torch.Tensor, dtype: torch.dtype, axis: int = -1) -> torch.Tensor:
@@ -176,7 +176,7 @@ def _gradients(
     if op.differentiable:
         return _through_reference(op, given, douts, wanted)
     (dy, *_) = douts
-    axis = bias_axis(op)
+    axis = op.bias_axis
     able = {*op.backward, *(["bias"] if axis is not None else [])}
     if refused := [name for name in wanted if name not in able]:
         _refuse(op, refused, able)
@@ -194,14 +194,6 @@ def _gradients(
             # A packed weight stands for columns that x may lack.
             found[first] = dx if dx.shape[-1] == columns else dx[..., :columns]
     return found
-
-
-def bias_axis(op: Declaration) -> int | None:
-    """Along which axis of the result `bias` is added, from the end; None without one."""
-    (result, *_), bias = op.outputs, [arg for arg in op.inputs if arg.name == "bias"]
-    if not bias or len(bias[0].tail) != 1 or bias[0].tail[0] not in result.tail:
-        return None
-    return result.tail.index(bias[0].tail[0]) - len(result.tail)
 
 
 def _through_reference(
@@ -235,7 +227,7 @@ def _tangent(
     if op.split is None and op.backward:
         ((first, gradient),) = op.backward.items()
         (linearised,) = ops[gradient].backward.values()
-        able = {first, *(["bias"] if (axis := bias_axis(op)) is not None else [])}
+        able = {first, *(["bias"] if (axis := op.bias_axis) is not None else [])}
     refused = [name for name, t in moved.items() if t is not None and name not in able]
     if refused:
         _refuse(op, refused, able, "forward-mode derivative")
