@@ -432,9 +432,16 @@ void Arguments::no_memory(double bytes, const std::string& what) const {
 }
 
 const void* Arguments::data(const Tensor& t) {
-  if (t.is_contiguous()) return t.data_ptr();
+  return t.is_contiguous() ? t.data_ptr() : copy(t, MemoryFormat::Contiguous);
+}
+
+const void* Arguments::channels_last(const Tensor& t) {
+  return is_channels_last(t) ? t.data_ptr() : copy(t, MemoryFormat::ChannelsLast3d);
+}
+
+const void* Arguments::copy(const Tensor& t, MemoryFormat format) {
   try {
-    copies_.push_back(torch::stable::contiguous(t));
+    copies_.push_back(torch::stable::contiguous(t, format));
     return copies_.back().data_ptr();
   } catch (const std::exception&) {  // whose words name this interface and not the reason
     const auto same = [&](const Argument& a) { return a.tensor == &t; };
@@ -442,6 +449,16 @@ const void* Arguments::data(const Tensor& t) {
     no_memory(static_cast<double>(t.numel()) * static_cast<double>(t.element_size()),
               "a dense copy of " + signature_.parameters[i].name);
   }
+}
+
+bool is_channels_last(const Tensor& t) {
+  int64_t stride = 1;
+  for (const int axis : {1, 4, 3, 2, 0}) {
+    const int64_t size = t.size(axis);
+    if (size != 1 && t.stride(axis) != stride) return false;
+    stride *= size;
+  }
+  return true;
 }
 
 Tensor Arguments::empty(const std::vector<int64_t>& sizes, ScalarType dtype,

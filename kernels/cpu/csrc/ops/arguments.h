@@ -18,6 +18,7 @@
 
 namespace qnn {
 
+using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
@@ -38,6 +39,9 @@ bool add_ops(std::initializer_list<NativeOp> ops);
 // Of a dtype that FLOATS in kernels/formats/base.py has.
 DType float_format(ScalarType dtype);
 inline DType float_format(const Tensor& t) { return float_format(t.scalar_type()); }
+
+// Of an image [b, c, i1, i2, i3]: whether the channels are the last axis in memory.
+bool is_channels_last(const Tensor& t);
 
 Activation activation_called(const std::string& name);
 
@@ -94,7 +98,7 @@ class Arguments {
     return static_cast<const Value*>(data(t));
   }
 
-  // The values of an image [b, c, i1, i2, i3] where its channels are the last axis in memory.
+  // The same of an image, or of kernels, with the second axis last.
   const void* channels_last(const Tensor& t);
 
   // A new tensor, row-major, or with the second axis last in memory.
@@ -105,6 +109,7 @@ class Arguments {
 
   void check() const;
   std::string call() const;
+  const void* copy(const Tensor& t, MemoryFormat format);
 
   const Signature& signature_;
   size_t count_ = 0;
