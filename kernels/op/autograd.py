@@ -5,10 +5,11 @@ since a gradient is made of ops again. What has no gradient says so when it is d
 never gives zero or None.
 
 - An argument with an entry in `Op.backward` has the result of that op as its gradient. The op is
-  called with the incoming gradient and what it shares by name with the forward.
-- `bias` is added to the rows of the result: its gradient is their sum.
-- An epilogue (`activation`, `residual`) is differentiated as the separate torch calls that it
-  stands for.
+  called with the incoming gradient and what it shares by name with the forward; an argument
+  `x_shape` of it is the shape of the forward's `x`.
+- `bias` is added along one axis of the result: its gradient is the sum over the others.
+- An epilogue (`activation`, `residual`, `last`) is differentiated as the separate torch calls that
+  it stands for.
 - An op whose reference is differentiable (`Op.differentiable`) has the reference's gradient.
 """
 
@@ -36,12 +37,13 @@ from qnn.kernels.torch_private import (
     without_autocast,
 )
 
-__all__ = ["autograd_kernel", "sum_of_rows"]
+__all__ = ["autograd_kernel", "bias_axis", "sum_of_rows"]
 
 
-def sum_of_rows(dy: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The gradient of what is added to each row, `[N]` of `[..., N]`."""
-    return dy.to(dtype) if dy.dim() == 1 else dy.sum(list(range(dy.dim() - 1)), dtype=dtype)
+def sum_of_rows(dy: torch.Tensor, dtype: torch.dtype, axis: int = -1) -> torch.Tensor:
+    """The gradient of what is added along `axis`, to each row `[N]` of `[..., N]`."""
+    others = [each for each in range(dy.dim()) if each != axis % dy.dim()]
+    return dy.sum(others, dtype=dtype) if others else dy.to(dtype)
 
 
 def autograd_kernel(op: Declaration, ops: Mapping[str, Declaration]) -> Callable[..., Any]:
@@ -61,18 +63,23 @@ def autograd_kernel(op: Declaration, ops: Mapping[str, Declaration]) -> Callable
         return redispatch(keyset & AFTER_AUTOGRAD, *args)
 
     names = [arg.name for arg in op.inputs]
-    epilogue = [names.index(name) for name in ("residual", "activation") if name in names]
+    # What an epilogue has where it does nothing.
+    absent = {"residual": None, "activation": "none", "last": "none"}
+    epilogue = [names.index(name) for name in absent if name in names]
+    bare = [absent[names[at]] for at in epilogue]
     function = _function(op, ops)
 
     def differentiable(below: Any, *args: Any) -> Any:
         args += op.tails[len(args)]
         if epilogue:
-            residual, activation = (args[at] for at in epilogue)
-            if residual is not None or activation != "none":
-                plain = [value if i not in epilogue else None for i, value in enumerate(args)]
-                plain[epilogue[1]] = "none"
+            residual, activation, *last = given = [args[at] for at in epilogue]
+            if residual is not None or given != bare:
+                plain = list(args)
+                for at, value in zip(epilogue, bare, strict=True):
+                    plain[at] = value
                 y = ACTIVATIONS[activation](op.overload(*plain))
-                return y if residual is None else y + residual
+                y = y if residual is None else y + residual
+                return ACTIVATIONS[last[0]](y) if last else y
         with single_level_functions():
             return function.apply(functools.partial(redispatch, below), *args)
 
@@ -169,7 +176,8 @@ def _gradients(
     if op.differentiable:
         return _through_reference(op, given, douts, wanted)
     (dy, *_) = douts
-    able = {*op.backward, *(["bias"] if _has_bias(op) else [])}
+    axis = bias_axis(op)
+    able = {*op.backward, *(["bias"] if axis is not None else [])}
     if refused := [name for name in wanted if name not in able]:
         _refuse(op, refused, able)
     assert dy is not None  # noqa: S101  # an op with gradients has one result
@@ -177,8 +185,9 @@ def _gradients(
         (other,) = set(op.backward.values())
         return op.split(given, _called(ops[other], given, dy.contiguous()))
     found: dict[str, torch.Tensor] = {}
-    if "bias" in wanted and _has_bias(op):
-        found["bias"] = sum_of_rows(dy, like["bias"][1])
+    if "bias" in wanted and axis is not None:
+        found["bias"] = sum_of_rows(dy, like["bias"][1], axis)
+    given = {**given, **{f"{name}_shape": list(like[name][0]) for name in op.backward}}
     for first, other in op.backward.items():
         if first in wanted:
             dx, columns = _called(ops[other], given, dy), like[first][0][-1]
@@ -187,8 +196,12 @@ def _gradients(
     return found
 
 
-def _has_bias(op: Declaration) -> bool:
-    return any(arg.name == "bias" and arg.axes == op.outputs[0].tail[-1:] for arg in op.inputs)
+def bias_axis(op: Declaration) -> int | None:
+    """Along which axis of the result `bias` is added, from the end; None without one."""
+    (result, *_), bias = op.outputs, [arg for arg in op.inputs if arg.name == "bias"]
+    if not bias or len(bias[0].tail) != 1 or bias[0].tail[0] not in result.tail:
+        return None
+    return result.tail.index(bias[0].tail[0]) - len(result.tail)
 
 
 def _through_reference(
@@ -222,14 +235,15 @@ def _tangent(
     if op.split is None and op.backward:
         ((first, gradient),) = op.backward.items()
         (linearised,) = ops[gradient].backward.values()
-        able = {first, *(["bias"] if _has_bias(op) else [])}
+        able = {first, *(["bias"] if (axis := bias_axis(op)) is not None else [])}
     refused = [name for name, t in moved.items() if t is not None and name not in able]
     if refused:
         _refuse(op, refused, able, "forward-mode derivative")
     tx, tbias = moved[first], moved.get("bias")
     if tx is None:
         assert tbias is not None  # noqa: S101  # something has a tangent
-        return tbias.to(result[1]).expand(result[0])
+        assert axis is not None  # noqa: S101  # or it would have been refused
+        return tbias.to(result[1]).view(-1, *[1] * (-1 - axis)).expand(result[0])
     shared = {name: value for name, value in given.items() if name != first}
     return _called(ops[linearised], {**shared, "bias": tbias}, tx)
 

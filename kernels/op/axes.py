@@ -12,8 +12,9 @@ Axes stand apart by blanks; `...` is any number of leading ones. An axis is
 - a function of known ones by its name, `out(h, kh, stride[0])`, which the declaration has.
 
 `w: (n k)[e]` is a list of `e` tensors. Other arguments are a `dtype`, `str`, `int`, `int[]`,
-`int[2]` or `bool`; `int=1` has a default. An integer argument is a known size too, and `stride[0]`
-the first of several. Results are `name: axes`, or the axes alone.
+`int[2]` or `bool`; `int=1` has a default. `size` and `size[2]` are integers that may be symbols in a
+trace. An integer argument is a known size too, and `stride[0]` the first of several. Results are
+`name: axes`, or the axes alone.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ _NAME = r"[A-Za-z_]\w*"
 _FACTOR = re.compile(rf"(?P<name>{_NAME}(?:\[\d+\])?)(?:/(?P<divisor>\d+)(?:>(?P<least>\d+))?)?")
 _CALL = re.compile(rf"({_NAME})\((.*)\)")
 _LIST = re.compile(rf"\((?P<axes>.*)\)\[(?P<count>{_NAME})\]")
-_PLAIN = re.compile(r"(dtype|str|int|bool)(?:\[(\d*)\])?(?:=(.+))?")
-_SCHEMA = {"dtype": "ScalarType", "str": "str", "int": "int", "bool": "bool"}
+_PLAIN = re.compile(r"(dtype|str|int|size|bool)(?:\[(\d*)\])?(?:=(.+))?")
+_SCHEMA = {
+    "dtype": "ScalarType", "str": "str", "int": "int", "size": "SymInt", "bool": "bool",
+}  # fmt: skip
 FORMS = "names, k/128, k/128>2, p*2, t*b+b*h, f(h, k), and (n k)[e] for a list of tensors"
 
 
@@ -162,7 +165,13 @@ class Arg:
 
     @property
     def is_integers(self) -> bool:
-        return self.kind.startswith("int")
+        return self.kind.startswith(("int", "SymInt"))
+
+    @property
+    def length(self) -> int:
+        """How many integers it has, as far as its type says; 0 of one, or of any number."""
+        match = re.search(r"\[(\d+)\]", self.kind)
+        return int(match[1]) if match else 0
 
     def __str__(self) -> str:
         return f"[{', '.join([*([LEAD] if self.has_lead else []), *map(str, self.tail)])}]"
@@ -197,8 +206,8 @@ def parse_signature(
         fail(f"two arguments are called {twice}")
     known: set[str] = set()
     for arg in inputs:
-        if arg.kind.startswith("int"):
-            known |= {arg.name, *(f"{arg.name}[{i}]" for i in range(_length(arg)))}
+        if arg.is_integers:
+            known |= {arg.name, *(f"{arg.name}[{i}]" for i in range(arg.length))}
     for arg in inputs:
         known |= {arg.count} if arg.count else set()
         for axis in arg.tail:
@@ -217,12 +226,6 @@ def parse_signature(
             if lacks := axis.names - known:
                 fail(f"no argument says the size of {min(lacks)!r} in the result {arg.name}")
     return inputs, outputs
-
-
-def _length(arg: Arg) -> int:
-    """How many integers an argument has, as far as its type says."""
-    match = re.search(r"\[(\d+)\]", arg.kind)
-    return int(match[1]) if match else 0
 
 
 def _require_functions(
@@ -271,7 +274,7 @@ def _argument(part: str, fail: Callable[[str], Any], *, given: bool) -> Arg:
 def _plain(name: str, match: re.Match[str], optional: bool, fail: Callable[[str], Any]) -> Arg:
     """An argument that is not a tensor."""
     word, length, default = match.groups()
-    if length is not None and word != "int":
+    if length is not None and word not in ("int", "size"):
         fail(f"{name} is a list of {word}; only integers come in lists")
     kind = _SCHEMA[word] + ("" if length is None else f"[{length}]")
     if default is None:

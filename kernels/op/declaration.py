@@ -68,6 +68,7 @@ class Declaration:
         limits: Mapping[str, int] | None = None,
         multiples: Mapping[str, int] | None = None,
         rowwise: bool = True,
+        layout: str | None = None,
     ) -> None:
         self.name, self.signature, self.doc = name, signature, doc
         self.sizes = dict(sizes or {})
@@ -83,6 +84,8 @@ class Declaration:
         self.backward, self.split = dict(backward or {}), split
         self.differentiable, self.positive = differentiable, frozenset(positive)
         self.rowwise, self.rule, self.sample = rowwise, rule, dict(sample or {})
+        names = [arg.name for arg in self.inputs]
+        self.layout = None if layout is None else names.index(layout)
         self.products = {"": products} if isinstance(products, str) else dict(products or {})
         self.limits, self.multiples = dict(limits or {}), dict(multiples or {})
         # Torch drops trailing arguments that equal their default on the way to Python functions;
@@ -133,11 +136,15 @@ class Declaration:
 
             x: ... k | float32 bfloat16
             residual?: ... n = x
+            stride: ints 3 |
             k <= 132104
             k % 32
         """
         lines, kinds = [], {"str": "str", "ScalarType": "dtype"}
         for arg in self.inputs:
+            if arg.is_integers:
+                lines.append(f"{arg.name}: {f'ints {arg.length}' if arg.length else 'int'} |")
+                continue
             allowed = self.dtypes.get(arg.name) or self.choices[arg.name]
             shares = isinstance(allowed, str)
             accepted = f"= {allowed}" if shares else f"| {' '.join(map(str, allowed))}"
@@ -286,7 +293,9 @@ class Declaration:
     # -- results ----------------------------------------------------------------------------------
 
     def results(self, *args: Any) -> Any:
-        """What the op returns, without its values: new, contiguous, in the signature's shapes."""
+        """What the op returns, without its values: new, in the signature's shapes, and contiguous or,
+        where an argument lends its layout, in that argument's memory format.
+        """
         args += self.tails[len(args)]
         sizes = self.check(*args)
         by_name = {arg.name: value for arg, value in zip(self.inputs, args, strict=True)}
@@ -296,12 +305,23 @@ class Declaration:
             dtype = dtype_of(by_name[rule] if isinstance(rule, str) else rule)
             lead = sizes[LEAD] if result.has_lead else ()
             shape = (*lead, *(axis.size(sizes, self.sizes) for axis in result.tail))
-            return like.new_empty(shape, dtype=dtype)
+            memory = self.memory_format(args)
+            return torch.empty(shape, dtype=dtype, device=like.device, memory_format=memory)
 
         results = tuple(
             make(result, rule) for result, rule in zip(self.outputs, self.out, strict=True)
         )
         return results[0] if len(results) == 1 else results
+
+    def memory_format(self, args: Sequence[Any]) -> torch.memory_format:
+        """Of the results: that of the argument named by `layout`, which has five axes; contiguous
+        where both would do.
+        """
+        x = None if self.layout is None else args[self.layout]
+        channels_last = torch.channels_last_3d
+        if x is None or x.is_contiguous() or not x.is_contiguous(memory_format=channels_last):
+            return torch.contiguous_format
+        return channels_last
 
     def __repr__(self) -> str:
         return f"<qnn op {self.name}: {self.signature}>"

@@ -84,6 +84,8 @@ class Op(Declaration):
         multiples: for an axis, the number that its size must be a multiple of.
         rowwise: whether the leading axes are independent of each other; a scale for the whole
             tensor ties them.
+        layout: the argument whose memory format the results have, contiguous or channels-last: an
+            image `[b, c, …]` of three axes. A kernel may return another one, which costs a copy.
     """
 
     def __init__(self, name: str, signature: str, *, native: bool = False, **declared: Any) -> None:
@@ -148,9 +150,19 @@ class Op(Declaration):
             require(*args)
             # A kernel's own torch calls are arithmetic that autocast must not round.
             with below_autograd(), without_autocast():
-                return kernel(*args)
+                return kernel(*args) if self.layout is None else self._laid_out(args, kernel(*args))
 
         return run
+
+    def _laid_out(self, args: Sequence[Any], results: Any) -> Any:
+        """The results in the memory format that the fake promises."""
+        memory = self.memory_format(args)
+
+        def laid_out(y: torch.Tensor) -> torch.Tensor:
+            made = torch.empty(y.shape, dtype=y.dtype, device=y.device, memory_format=memory)
+            return y if y.stride() == made.stride() and y._base is None else made.copy_(y)
+
+        return tuple(map(laid_out, results)) if isinstance(results, tuple) else laid_out(results)
 
     def fake(self, *args: Any) -> Any:
         """`results`, in every trace."""
