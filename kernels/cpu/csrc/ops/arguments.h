@@ -105,7 +105,7 @@ class Arguments {
   Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, bool second_last = false) const;
 
  private:
-  static constexpr size_t kMost = 20;
+  static constexpr size_t kMost = 24;
 
   void check() const;
   std::string call() const;

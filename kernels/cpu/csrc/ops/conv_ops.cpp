@@ -64,7 +64,7 @@ void require_rules(const Arguments& args, const ConvArguments& a, int64_t limit,
               std::to_string(w[0]) + ", got " + std::to_string(a.groups));
   if (w[1] != image[1] / a.groups)
     args.fail("w must be [n, per(c,groups), k1, k2, k3] with per(c,groups) = " +
-              std::to_string(image[1] / a.groups) + " as in " + args.name(a.x) + ", got " +
+              std::to_string(image[1] / a.groups) + " as in " + (a.scale == nullptr ? "x" : "q") + ", got " +
               listed(w));
   p.batch = image[0], p.channels = image[1], p.outputs = w[0], p.groups = a.groups;
   Ints out;
@@ -108,10 +108,10 @@ int64_t parts_worth(const Conv& p) {
 // The largest magnitudes of the samples, as bits.
 std::vector<int32_t> magnitudes(const ConvKernel& kernel, const Conv& p) {
   constexpr int64_t kValues = 1 << 16;
-  const int parts = parts_of(p.batch * p.sample() / kValues);
+  const int parts = qnn::parts_of(p.batch * p.sample() / kValues);
   std::vector<int32_t> each(parts * p.batch);
   share(parts, [&](int part, int all) {
-    if (all == parts) kernel.magnitudes(p, part, all, each.data() + part * p.batch);
+    kernel.magnitudes(p, part, all, each.data() + part * p.batch);
   });
   for (int64_t i = 0; i < p.batch; ++i) {
     for (int part = 1; part < parts; ++part) each[i] = std::max(each[i], each[part * p.batch + i]);
