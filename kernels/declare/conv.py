@@ -126,6 +126,7 @@ def _conv(
     *,
     up: bool = False,
     limit: int | None = None,
+    native: bool = False,
     **declared: Any,
 ) -> Op:
     """Declare one of the family."""
@@ -161,6 +162,7 @@ def _conv(
         sizes=SIZES,
         layout=names[0],
         rowwise=False,
+        native=native,
         **{**defaults, **declared},
     )
 
@@ -176,6 +178,7 @@ int8_static_quantize = Op(
     positive=("sx",),
     layout="x",
     rowwise=False,
+    native=True,
 )
 
 for _up_too in (False, True):
@@ -191,6 +194,7 @@ for _up_too in (False, True):
         f"{_what}(xq, w)) · sw · sx + bias) + residual), in float32, with one cast after each of "
         "the four",
         up=_up_too,
+        native=not _up_too,
         limit=INT8_MAX_K,
         backward={"x": f"int8_conv{_end}_dgrad"},
     )
@@ -202,6 +206,7 @@ for _up_too in (False, True):
         "q = clamp(round(x · (1/sx)) + zx, −128, 127); last(activation(int32("
         f"{_what}(q − zx, w)) · sw · sx + bias) + residual), with casts as in int8_conv",
         up=_up_too,
+        native=not _up_too,
         limit=INT8_STATIC_MAX_K,
         backward={"x": f"int8_conv{_end}_dgrad"},
     )
@@ -213,6 +218,7 @@ for _up_too in (False, True):
         f"last(activation({_what}(x, w) · sw + bias) + residual), in float32, with casts as in "
         "int8_conv",
         up=_up_too,
+        native=not _up_too,
         backward={"x": f"int8_conv{_end}_dgrad"},
     )
 
@@ -247,6 +253,7 @@ int8_codes_conv = _conv(
     "int8_static_conv of x that int8_static_quantize has quantised; (rq − 128 − rz) · rscale is "
     "added to the residual",
     limit=INT8_STATIC_MAX_K,
+    native=True,
     out=("dtype",),
 )
 
@@ -257,5 +264,6 @@ int8_chain_conv = _conv(
     reference.chain_conv_reference,
     "int8_static_quantize(int8_codes_conv(…), so, zo)",
     limit=INT8_STATIC_MAX_K,
+    native=True,
     out=(torch.uint8, torch.float32),
 )

@@ -15,9 +15,9 @@ inline float scale_of(float amax) {
   return scale < least ? least : scale;
 }
 
-// Compared as integers, the magnitudes of NaN and inf are above every number's.
+// The largest magnitude. Compared as integers, those of NaN and inf are above every number's.
 template <class Format>
-inline float row_scale(const typename Format::Value* x, int64_t k) {
+inline float row_magnitude(const typename Format::Value* x, int64_t k) {
   float amax;
   if constexpr (sizeof(typename Format::Value) == 2) {
     vhalves most = {};
@@ -41,7 +41,12 @@ inline float row_scale(const typename Format::Value* x, int64_t k) {
     for (int lane = 0; lane < kLanes; ++lane) top = most[lane] > top ? most[lane] : top;
     std::memcpy(&amax, &top, sizeof amax);
   }
-  return scale_of(amax);
+  return amax;
+}
+
+template <class Format>
+inline float row_scale(const typename Format::Value* x, int64_t k) {
+  return scale_of(row_magnitude<Format>(x, k));
 }
 
 // The low bytes, or halves, of kLanes words.

@@ -7,7 +7,9 @@
 namespace qnn {
 
 enum class DType { float32, bfloat16, float16, float64 };
-enum class Activation { none, relu, gelu, gelu_tanh, silu };
+enum class Activation { none, relu, gelu, gelu_tanh, silu, relu6, hardswish, hardsigmoid };
+constexpr const char* kActivations[] = {"none", "relu",  "gelu",      "gelu_tanh",
+                                        "silu", "relu6", "hardswish", "hardsigmoid"};
 
 // A tier's own, as all that is inline: the linker would keep one copy for all tiers.
 namespace {

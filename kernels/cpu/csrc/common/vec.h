@@ -29,6 +29,7 @@ typedef uint16_t vhalf __attribute__((vector_size(2 * QNN_LANES)));
 typedef uint16_t vhalves __attribute__((vector_size(4 * QNN_LANES)));
 typedef int16_t vshort __attribute__((vector_size(2 * QNN_LANES)));
 typedef int8_t vbyte __attribute__((vector_size(QNN_LANES)));
+typedef uint8_t vubyte __attribute__((vector_size(QNN_LANES)));
 typedef double vdouble __attribute__((vector_size(8 * QNN_LANES)));
 
 template <class V>
@@ -299,6 +300,12 @@ inline vfloat activate(Activation activation, vfloat x) {
     }
     case Activation::silu:
       return x / (1.0f + exp(-x));
+    case Activation::relu6:
+      return at_most(splat(6.0f), at_least(splat(0.0f), x));
+    case Activation::hardswish:
+      return x * at_most(splat(6.0f), at_least(splat(0.0f), x + 3.0f)) / 6.0f;
+    case Activation::hardsigmoid:
+      return at_most(splat(6.0f), at_least(splat(0.0f), x + 3.0f)) / 6.0f;
   }
   return x;
 }
@@ -324,11 +331,18 @@ QNN_KERNEL void activate_all(Activation activation, float* values, int64_t rows)
       return each(std::integral_constant<Activation, Activation::gelu_tanh>{});
     case Activation::silu:
       return each(std::integral_constant<Activation, Activation::silu>{});
+    case Activation::relu6:
+      return each(std::integral_constant<Activation, Activation::relu6>{});
+    case Activation::hardswish:
+      return each(std::integral_constant<Activation, Activation::hardswish>{});
+    case Activation::hardsigmoid:
+      return each(std::integral_constant<Activation, Activation::hardsigmoid>{});
   }
 }
 
 // float64 output: in double, one value at a time; nobody waits for it.
 inline double activate(Activation activation, double x) {
+  const auto up_to_6 = [](double v) { return v < 0 ? 0 : v > 6 ? 6 : v; };
   switch (activation) {
     case Activation::none:
       return x;
@@ -340,6 +354,12 @@ inline double activate(Activation activation, double x) {
       return 0.5 * x * (1 + __builtin_tanh(0.79788456080286536 * (x + 0.044715 * x * x * x)));
     case Activation::silu:
       return x / (1 + __builtin_exp(-x));
+    case Activation::relu6:
+      return up_to_6(x);
+    case Activation::hardswish:
+      return x * up_to_6(x + 3) / 6;
+    case Activation::hardsigmoid:
+      return up_to_6(x + 3) / 6;
   }
   return x;
 }

@@ -56,10 +56,11 @@ struct Factor {
   int64_t number = 1, divisor = 1;
 };
 
-// A product. (No op of this library needs a sum, a function or a least size.)
+// A product; or a function of others, which the op itself checks. (No op of this library needs a sum
+// or a least size.)
 struct Axis {
   std::string text;
-  std::vector<Factor> factors;
+  std::vector<Factor> factors;  // none: a function
   int name = -1;  // of which axis it is the whole
 };
 
@@ -69,12 +70,13 @@ struct Named {
   int64_t most = std::numeric_limits<int64_t>::max(), multiple = 1;
 };
 
-enum class Kind { tensor, word, dtype };
+enum class Kind { tensor, word, dtype, integers };
 
 struct Parameter {
   std::string name;
   Kind kind = Kind::tensor;
   bool optional = false, lead = false;  // any number of axes first
+  size_t count = 0;                     // of a list of integers
   std::vector<Axis> axes;
   std::vector<std::string> allowed;  // words or dtypes; or, where it shares one, whose
   std::vector<ScalarType> dtypes;    // the same
@@ -178,6 +180,7 @@ class Reader {
 
   Axis axis(const std::string& text) {
     Axis result{text, {}};
+    if (text.back() == ')') return result;
     for (const std::string& each : apart(text, '*')) result.factors.push_back(factor(each));
     const Factor& first = result.factors[0];
     if (result.factors.size() == 1 && first.divisor == 1) result.name = first.axis;
@@ -190,7 +193,11 @@ class Reader {
     if (result.name.back() == '?') result.name.pop_back(), result.optional = true;
     size_t i = 1;
     for (; i < words.size() && words[i] != "|" && words[i] != "="; ++i) {
-      if (words[i] == "dtype" || words[i] == "str") {
+      if (words[i] == "int") {
+        result.kind = Kind::integers;
+      } else if (words[i] == "ints" && i + 1 < words.size()) {
+        result.kind = Kind::integers, result.count = number(words[++i]);
+      } else if (words[i] == "dtype" || words[i] == "str") {
         result.kind = words[i] == "str" ? Kind::word : Kind::dtype;
       } else if (words[i] == "...") {
         result.lead = true;
@@ -200,6 +207,7 @@ class Reader {
     }
     if (i == words.size()) unreadable(result.name);
     result.allowed.assign(words.begin() + i + 1, words.end());
+    if (result.kind == Kind::integers) return result;
     if (words[i] == "=") {
       result.like = 0;
     } else if (result.kind != Kind::word) {
@@ -263,6 +271,11 @@ DType float_format(ScalarType dtype) {
     default:
       throw std::invalid_argument("qnn: a kernel takes a dtype that it does not know.");
   }
+}
+
+Activation activation_called(const std::string& name) {
+  const auto* found = std::find(std::begin(kActivations), std::end(kActivations), name);
+  return static_cast<Activation>(found - std::begin(kActivations));
 }
 
 // -- a call
@@ -338,6 +351,12 @@ void Arguments::check() const {
         fail(p.name + " must be one of " + listed(p.allowed, "'", "'") + ", got '" + *a.word + "'");
       continue;
     }
+    if (p.kind == Kind::integers) {
+      if (a.count != p.count)
+        fail(p.name + " must hold " + std::to_string(p.count) + " integers, got " +
+             std::to_string(a.count));
+      continue;
+    }
     if (p.kind == Kind::tensor && a.tensor == nullptr) continue;
     const ScalarType dtype = dtype_of(i);
     if (p.like.has_value()) {
@@ -364,6 +383,7 @@ void Arguments::check() const {
     for (int64_t j = 0; j < tail; ++j) {
       const Axis& axis = p.axes[j];
       const int64_t size = shape[before + j];
+      if (axis.factors.empty()) continue;
       if (axis.name >= 0 && bound_by[axis.name] < 0) {
         sizes[axis.name] = size, bound_by[axis.name] = static_cast<int>(i);
         const Named& named = signature_.axes[axis.name];
@@ -387,6 +407,10 @@ std::string Arguments::call() const {
       if (!p.optional || *a.word != p.allowed[0]) value = "'" + *a.word + "'";
     } else if (p.kind == Kind::dtype) {
       if (!p.optional || a.dtype != ScalarType::Float) value = "torch." + name_of(a.dtype);
+    } else if (p.kind == Kind::integers) {
+      for (size_t j = 0; j < std::max<size_t>(a.count, 1); ++j)
+        value += (j == 0 ? "" : ", ") + std::to_string(a.integers[j]);
+      if (p.count > 0) value = "[" + value + "]";
     } else if (a.tensor != nullptr) {
       value = name_of(a.tensor->scalar_type()) + "[" + text_of(a.tensor->sizes()) + "]";
     }
@@ -408,9 +432,16 @@ void Arguments::no_memory(double bytes, const std::string& what) const {
 }
 
 const void* Arguments::data(const Tensor& t) {
-  if (t.is_contiguous()) return t.data_ptr();
+  return t.is_contiguous() ? t.data_ptr() : copy(t, MemoryFormat::Contiguous);
+}
+
+const void* Arguments::channels_last(const Tensor& t) {
+  return is_channels_last(t) ? t.data_ptr() : copy(t, MemoryFormat::ChannelsLast3d);
+}
+
+const void* Arguments::copy(const Tensor& t, MemoryFormat format) {
   try {
-    copies_.push_back(torch::stable::contiguous(t));
+    copies_.push_back(torch::stable::contiguous(t, format));
     return copies_.back().data_ptr();
   } catch (const std::exception&) {  // whose words name this interface and not the reason
     const auto same = [&](const Argument& a) { return a.tensor == &t; };
@@ -420,10 +451,25 @@ const void* Arguments::data(const Tensor& t) {
   }
 }
 
-Tensor Arguments::empty(const std::vector<int64_t>& sizes, ScalarType dtype) const {
+bool is_channels_last(const Tensor& t) {
+  int64_t stride = 1;
+  for (const int axis : {1, 4, 3, 2, 0}) {
+    const int64_t size = t.size(axis);
+    if (size != 1 && t.stride(axis) != stride) return false;
+    stride *= size;
+  }
+  return true;
+}
+
+Tensor Arguments::empty(const std::vector<int64_t>& sizes, ScalarType dtype,
+                        bool second_last) const {
   std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;)
-    strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  int64_t stride = second_last ? std::max<int64_t>(sizes[1], 1) : 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    if (second_last && i == 1) continue;
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes[i], 1);
+  }
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
   if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),

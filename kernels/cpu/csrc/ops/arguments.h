@@ -18,6 +18,7 @@
 
 namespace qnn {
 
+using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
@@ -39,7 +40,12 @@ bool add_ops(std::initializer_list<NativeOp> ops);
 DType float_format(ScalarType dtype);
 inline DType float_format(const Tensor& t) { return float_format(t.scalar_type()); }
 
-// One argument of a call: a tensor, null where it was left out; or a word; or else a dtype. One
+// Of an image [b, c, i1, i2, i3]: whether the channels are the last axis in memory.
+bool is_channels_last(const Tensor& t);
+
+Activation activation_called(const std::string& name);
+
+// One argument of a call: a tensor, null where it was left out; or a word; integers; or else a dtype. One
 // that is given by a pointer is an argument of some ops only: of those, for whose calls it is not
 // null.
 struct Argument {
@@ -47,6 +53,8 @@ struct Argument {
   Argument(const Tensor& t) : tensor(&t) {}
   Argument(const Maybe& t) : tensor(t.has_value() ? &*t : nullptr) {}
   Argument(const std::string& s) : word(&s) {}
+  Argument(const std::vector<int64_t>& list) : integers(list.data()), count(list.size()) {}
+  Argument(const int64_t& integer) : integers(&integer) {}
   Argument(const Tensor* t) : tensor(t), exists(t != nullptr) {}
   Argument(const Maybe* t) : exists(t != nullptr) {
     if (exists && t->has_value()) tensor = &**t;
@@ -56,6 +64,8 @@ struct Argument {
   }
   const Tensor* tensor = nullptr;
   const std::string* word = nullptr;
+  const int64_t* integers = nullptr;
+  size_t count = 0;  // of a list
   ScalarType dtype = ScalarType::Float;
   bool exists = true;
 };
@@ -88,14 +98,18 @@ class Arguments {
     return static_cast<const Value*>(data(t));
   }
 
-  // A new tensor.
-  Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) const;
+  // The same of an image, or of kernels, with the second axis last.
+  const void* channels_last(const Tensor& t);
+
+  // A new tensor, row-major, or with the second axis last in memory.
+  Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, bool second_last = false) const;
 
  private:
-  static constexpr size_t kMost = 16;
+  static constexpr size_t kMost = 24;
 
   void check() const;
   std::string call() const;
+  const void* copy(const Tensor& t, MemoryFormat format);
 
   const Signature& signature_;
   size_t count_ = 0;

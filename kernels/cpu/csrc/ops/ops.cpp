@@ -17,8 +17,6 @@
 namespace qnn {
 namespace {
 
-constexpr const char* kActivations[] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
-
 void run_parallel(const Arguments& args, const Kernel& kernel, const Linear& p) {
   // A thread more is worth its start, some µs, from about so many products, or so many bytes of w,
   // to each.
@@ -74,8 +72,7 @@ Tensor linear(const Signature& op, const Kernel& kernel, const Int8Linear& a) {
   }
   p.bias = args.data(a.bias), p.residual = args.data(a.residual);
   if (p.bias != nullptr) p.bias_dtype = float_format(*a.bias);
-  const auto* named = std::find(std::begin(kActivations), std::end(kActivations), a.activation);
-  p.activation = static_cast<Activation>(named - std::begin(kActivations));
+  p.activation = activation_called(a.activation);
   run_parallel(args, kernel, p);
   return y;
 }

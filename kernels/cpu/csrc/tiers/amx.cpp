@@ -3,6 +3,7 @@
 // layout, and the sums come out as in the other tiers. Few rows, and int8_weight, run as
 // avx512_vnni does.
 #define QNN_LANES 16
+#include "conv/loops.h"
 #include "linear/loops.h"
 #include "recurrent/recurrent.h"
 #include "tiers/tiers.h"
@@ -149,6 +150,8 @@ constexpr Tier amx = [] {
   t.quantize = quantize;
   t.recurrent = recurrent<AmxProduct>();
   t.recurrent_weight = recurrent<FloatProduct<Avx512Machine, 6, 8>>();
+  t.conv = conv<IntegerConv<Vnni>>();
+  t.conv_weight = conv<FloatConv<Avx512Machine>>();
   return t;
 }();
 

@@ -3,6 +3,7 @@
 #define QNN_LANES 8
 #include "tiers/avx2.h"
 
+#include "conv/loops.h"
 #include "linear/loops.h"
 #include "recurrent/recurrent.h"
 #include "tiers/tiers.h"
@@ -45,6 +46,8 @@ constexpr Tier avx2 = [] {
   t.quantize = quantize;
   t.recurrent = recurrent<IntegerProduct<Madd, 2, 3>>();
   t.recurrent_weight = recurrent<FloatProduct<Avx2Machine, 2, 3>>();
+  t.conv = conv<IntegerConv<Madd>>();
+  t.conv_weight = conv<FloatConv<Avx2Machine>>();
   return t;
 }();
 

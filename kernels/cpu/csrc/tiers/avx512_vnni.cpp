@@ -1,5 +1,6 @@
 // AVX-512 with VNNI: see vnni512.h.
 #define QNN_LANES 16
+#include "conv/loops.h"
 #include "linear/loops.h"
 #include "recurrent/recurrent.h"
 #include "tiers/tiers.h"
@@ -16,6 +17,8 @@ constexpr Tier avx512_vnni = [] {
   t.quantize = quantize;
   t.recurrent = recurrent<IntegerProduct<Vnni, 6, 8>>();
   t.recurrent_weight = recurrent<FloatProduct<Avx512Machine, 6, 8>>();
+  t.conv = conv<IntegerConv<Vnni>>();
+  t.conv_weight = conv<FloatConv<Avx512Machine>>();
   return t;
 }();
 

@@ -4,6 +4,7 @@
 #define QNN_LANES 8
 #include <cpuid.h>
 
+#include "conv/loops.h"
 #include "linear/loops.h"
 #include "recurrent/recurrent.h"
 #include "tiers/avx2.h"
@@ -65,6 +66,8 @@ constexpr Tier avx_vnni = [] {
   t.quantize = quantize;
   t.recurrent = recurrent<IntegerProduct<Vnni256, 3, 3>>();
   t.recurrent_weight = recurrent<FloatProduct<Avx2Machine, 2, 3>>();
+  t.conv = conv<IntegerConv<Vnni256>>();
+  t.conv_weight = conv<FloatConv<Avx2Machine>>();
   return t;
 }();
 

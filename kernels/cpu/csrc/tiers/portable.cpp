@@ -1,6 +1,7 @@
 // Plain C++ for any CPU, in vectors that the compiler lowers to what there is (SSE2, NEON, …): w
 // and x as 16-bit values, products in 32 bits.
 #define QNN_LANES 4
+#include "conv/loops.h"
 #include "linear/loops.h"
 #include "recurrent/recurrent.h"
 #include "tiers/tiers.h"
@@ -82,6 +83,8 @@ constexpr Tier portable = [] {
   t.quantize = quantize;
   t.recurrent = recurrent<IntegerProduct<Plain, 2, 3>>();
   t.recurrent_weight = recurrent<FloatProduct<PlainMachine, 2, 3>>();
+  t.conv = conv<IntegerConv<Plain>>();
+  t.conv_weight = conv<FloatConv<PlainMachine>>();
   return t;
 }();
 

@@ -2,6 +2,7 @@
 // and is a constant: code that fills one would run on every CPU.
 #pragma once
 
+#include "conv/conv.h"
 #include "linear/linear.h"
 #include "recurrent/recurrent_call.h"
 
@@ -15,6 +16,8 @@ struct Tier {
   void (*quantize)(const Quantize&, int part, int parts);
   RecurrentKernel recurrent;         // of int8 and int8_static
   RecurrentKernel recurrent_weight;  // of int8_weight
+  ConvKernel conv;                   // of int8, int8_static and codes
+  ConvKernel conv_weight;            // of int8_weight
 };
 
 extern const Tier amx, avx512_vnni, avx_vnni, avx2, portable;

@@ -1,0 +1,318 @@
+// The loops around a tier's products: an image of codes with its border, panels of the weight that
+// are turned as they are used, strips of pixels, the epilogue.
+//
+// Work is rows of y times panels of channels; a part does some of the one and all of the other. It
+// makes its own image of what it reads of x, so that no part waits for another.
+#pragma once
+
+#include "conv/image.h"
+#include "conv/output.h"
+#include "conv/products.h"
+
+namespace qnn {
+namespace {
+
+template <class P>
+class Convolution {
+ public:
+  static void magnitudes(const Conv& p, int part, int parts, int32_t* most) {
+    const int64_t size = p.sample(), all = p.batch * size;
+    const int64_t end = all * (part + 1) / parts;
+    for (int64_t sample = 0; sample < p.batch; ++sample) most[sample] = 0;
+    for (int64_t at = all * part / parts; at < end;) {
+      const int64_t sample = at / size, until = smaller(end, (sample + 1) * size);
+      with_format(p.x_dtype, [&](auto format) {
+        using Format = decltype(format);
+        const auto* x = static_cast<const typename Format::Value*>(p.x);
+        const float amax = row_magnitude<Format>(x + at, until - at);
+        std::memcpy(most + sample, &amax, sizeof amax);
+      });
+      at = until;
+    }
+  }
+
+  static float scale(int32_t most) {
+    float amax;
+    std::memcpy(&amax, &most, sizeof amax);
+    return scale_of(amax);
+  }
+
+  static void quantize(const Conv& p, int part, int parts) {
+    const int64_t size = p.sample(), all = p.batch * size, end = all * (part + 1) / parts;
+    const ConvQuantizer how = fixed_grid(p, p.zero_point + 128);
+    for (int64_t at = all * part / parts; at < end;) {
+      const int64_t sample = at / size, until = smaller(end, (sample + 1) * size);
+      with_format(p.x_dtype, [&](auto format) {
+        using Format = decltype(format);
+        const auto* x = static_cast<const typename Format::Value*>(p.x);
+        const int32_t most = convert_floats<Format>(x + at, until - at, how,
+                                                    static_cast<uint8_t*>(p.y) + at);
+        if (most >= 0x7f800000) __atomic_store_n(p.odd + sample, 1, __ATOMIC_RELAXED);
+      });
+      at = until;
+    }
+  }
+
+  static size_t scratch_bytes(const Conv& p, int parts) {
+    size_t used = 0;
+    Convolution(p, parts, Scratch(nullptr), &used);
+    return used;
+  }
+
+  static void run(const Conv& p, int part, int parts, char* scratch) {
+    Convolution(p, parts, Scratch(scratch), nullptr).run_part(part, parts);
+  }
+
+ private:
+  static constexpr int64_t kStrip = 64, kBandPixels = 8192, kImageBytes = 1 << 19;
+
+  // Of a group, or of some channels that are depthwise.
+  struct Group {
+    int64_t channel, channels, output, outputs;
+  };
+
+  const Conv& p_;
+  Image<P> image_;
+  int64_t groups_, panels_;  // panels of a group
+  int64_t vectors_, width_;  // of a panel, at most
+  int64_t run_count_, words_ = 0;
+  int64_t plane_rows_, planes_;  // rows of a plane, and whole planes, in a band at most
+  bool by_rows_, direct_;
+  ConvRun* runs_;
+  int64_t* at_;
+  float *scale_, *sw_, *bias_;
+  char* panel_;
+  int32_t* start_;
+  char* acc_;
+
+  Convolution(const Conv& p, int parts, Scratch scratch, size_t* used) : p_(p), image_(p) {
+    const bool depthwise = image_.depthwise;
+    const int64_t outputs = p.outputs / p.groups, window = p.depth() * p.taps();
+    vectors_ = kConvVectors;
+    // Where a panel is beyond the first-level cache, half as many channels by twice the pixels.
+    if (P::kQuantizes && kLanes == 16 && window > 640) vectors_ = 2;
+    if (depthwise) vectors_ = kStrip / kLanes;
+    vectors_ = smaller(vectors_, div_up(depthwise ? p.outputs : outputs, kLanes));
+    width_ = vectors_ * kLanes;
+    groups_ = depthwise ? div_up(p.outputs, width_) : p.groups;
+    panels_ = depthwise ? 1 : div_up(outputs, width_);
+    image_.pixel = depthwise ? width_ * 4 : p.depth() * image_.code_bytes;
+
+    const int64_t units = groups_ * panels_;
+    by_rows_ = p.rows() >= parts && (p.pixels() >= 256 * parts || units < parts);
+    bands();
+    direct_ = can_be_read_directly();
+
+    const bool split = !depthwise && p.kernel[2] > 1 && p.dilation[2] > 1;
+    const int64_t pieces = P::kDepth == 0 ? 1 : div_up(window, P::kDepth);
+    run_count_ = p.kernel[0] * p.kernel[1] * (split ? p.kernel[2] : 1);
+    runs_ = scratch.take<ConvRun>(run_count_ + pieces);
+    const int64_t pixels = smaller(planes_ * plane_rows_, p.rows()) * p.out[2];
+    const int64_t most_words =
+        p.kernel[0] * p.kernel[1] *
+        (depthwise ? div_up(p.kernel[2], P::kGroup)
+         : split   ? p.kernel[2] * div_up(p.depth(), P::kGroup)
+                   : div_up(p.kernel[2] * p.depth(), P::kGroup));
+    const int64_t bytes = direct_ ? 0 : planes_ * image_.plane_bytes(plane_rows_) + image_.slack();
+    image_.memory = scratch.take<char>(bytes);
+    image_.words = scratch.take<int32_t>(larger(kLanes * image_.source_width(), width_));
+    at_ = scratch.take<int64_t>(pixels);
+    scale_ = scratch.take<float>(pixels);
+    sw_ = scratch.take<float>(width_);
+    bias_ = scratch.take<float>(width_);
+    start_ = scratch.take<int32_t>(width_);
+    panel_ = scratch.take<char>(most_words * width_ * 4);
+    acc_ = scratch.take<char>(kStrip * width_ * 4);
+    if (used != nullptr) *used = scratch.used();
+  }
+
+  void bands() {
+    const int64_t height = p_.out[1];
+    int64_t most = kBandPixels / p_.out[2], low = 1, high = larger(1, smaller(most, height));
+    while (low < high) {  // the most rows that fit
+      const int64_t middle = (low + high + 1) / 2;
+      if (image_.plane_bytes(middle) <= kImageBytes) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+    plane_rows_ = div_up(height, div_up(height, low));
+    planes_ = 1;
+    if (plane_rows_ < height) return;
+    planes_ = smaller(kImageBytes / image_.plane_bytes(height), most / height);
+    planes_ = larger(1, smaller(planes_, p_.batch * p_.out[0]));
+  }
+
+  // Codes as they lie in x: each output sees one pixel, whole words of it.
+  bool can_be_read_directly() const {
+    bool can = P::kShifts && p_.input == ConvInput::codes && p_.x_last &&
+               p_.groups == 1 && !image_.depthwise && p_.taps() == 1 && p_.depth() % 4 == 0;
+    for (int axis = 0; axis < 3; ++axis)
+      can = can && p_.before[axis] == 0 && (p_.out[axis] - 1) * p_.stride[axis] < p_.in[axis];
+    return can;
+  }
+
+  // Depends on the rows of a plane in a band.
+  void set_runs(int64_t rows) {
+    const Conv& p = p_;
+    const bool split = !image_.depthwise && p.kernel[2] > 1 && p.dilation[2] > 1;
+    const int64_t columns = split ? p.kernel[2] : 1;
+    const int64_t codes = image_.depthwise ? p.kernel[2] : p.kernel[2] / columns * p.depth();
+    const int64_t most = P::kDepth == 0 || image_.depthwise ? codes : P::kDepth;
+    run_count_ = words_ = 0;
+    for (int64_t a = 0; a < p.kernel[0]; ++a) {
+      for (int64_t b = 0; b < p.kernel[1]; ++b) {
+        for (int64_t c = 0; c < columns; ++c) {
+          const int64_t offset = a * image_.tap_t(rows) + b * p.dilation[1] * image_.row_bytes() +
+                                 c * p.dilation[2] * image_.pixel;
+          const int64_t from = ((a * p.kernel[1] + b) * columns + c) * codes;
+          for (int64_t i = 0; i < codes; i += most) {
+            const int64_t some = smaller(most, codes - i);
+            runs_[run_count_++] = {offset + i * 4 / P::kGroup, div_up(some, P::kGroup), from + i,
+                                   some};
+            words_ += div_up(some, P::kGroup);
+          }
+        }
+      }
+    }
+  }
+
+  void run_part(int part, int parts) {
+    const int64_t rows = p_.rows(), units = groups_ * panels_;
+    const int64_t first = by_rows_ ? rows * part / parts : 0,
+                  end = by_rows_ ? rows * (part + 1) / parts : rows;
+    const int64_t unit = by_rows_ ? 0 : units * part / parts,
+                  last = by_rows_ ? units : units * (part + 1) / parts;
+    if (first >= end) return;
+    for (int64_t u = unit; u < last;) {
+      const int64_t group = u / panels_, until = smaller(last, (group + 1) * panels_);
+      do_group(group_of(group), u - group * panels_, until - group * panels_, first, end);
+      u = until;
+    }
+  }
+
+  Group group_of(int64_t index) {
+    if (image_.depthwise) {
+      const int64_t channel = index * width_, count = smaller(width_, p_.outputs - channel);
+      return {channel, count, channel, count};
+    }
+    const int64_t outputs = p_.outputs / p_.groups;
+    return {index * p_.depth(), p_.depth(), index * outputs, outputs};
+  }
+
+  // Panels [panel, last) of a group at rows [first, end) of y.
+  void do_group(const Group& group, int64_t panel, int64_t last, int64_t first, int64_t end) {
+    const int64_t height = p_.out[1];
+    int64_t rows_of_runs = 0, turned = -1;
+    for (int64_t row = first; row < end;) {
+      const int64_t within = row % height, left = end - row;
+      int64_t rows = smaller(plane_rows_, smaller(height - within, left)), planes = 1;
+      if (rows == height) planes = smaller(planes_, left / height);
+      if (rows != rows_of_runs) set_runs(rows_of_runs = rows);
+      const ConvBand band{row, rows * planes, group.channel, group.channels};
+      if (!direct_) image_.fill(band, rows);
+      set_pixels(band, rows);
+      for (int64_t i = panel; i < last; ++i) {
+        const int64_t output = i * width_, count = smaller(width_, group.outputs - output);
+        if (turned != i) turn(group.output + output, count);
+        turned = i;
+        do_panel(band, group.output + output, count);
+      }
+      row += band.rows;
+    }
+  }
+
+  void set_pixels(const ConvBand& band, int64_t rows) {
+    const int64_t height = p_.out[1], planes = band.rows / rows;
+    int64_t* at = at_;
+    float* scale = scale_;
+    for (int64_t i = 0; i < planes; ++i) {
+      const int64_t plane = band.first / height + i, sample = plane / p_.out[0];
+      float of_sample = p_.sample_scale == nullptr ? p_.grid_scale : p_.sample_scale[sample];
+      if (!(of_sample <= std::numeric_limits<float>::max()))
+        of_sample = std::numeric_limits<float>::quiet_NaN();
+      for (int64_t j = 0; j < rows; ++j) {
+        int64_t from = i * image_.plane_bytes(rows) + j * image_.h.stride * image_.row_bytes();
+        int64_t step = image_.w.stride * image_.pixel;
+        if (direct_) {
+          const int64_t z = plane % p_.out[0] * p_.stride[0],
+                        y = (band.first % height + j) * p_.stride[1];
+          from = ((sample * p_.in[0] + z) * p_.in[1] + y) * p_.in[2] * p_.channels;
+          step = p_.stride[2] * p_.channels;
+        }
+        for (int64_t k = 0; k < p_.out[2]; ++k, from += step) *at++ = from, *scale++ = of_sample;
+      }
+    }
+  }
+
+  void turn(int64_t output, int64_t count) {
+    const int64_t vectors = div_up(count, kLanes);
+    const int32_t low = P::kShifts ? -128 - p_.zero_point : 0;
+    if (image_.depthwise) {
+      turn_depthwise<P>(p_, output, count, vectors, runs_, run_count_, low, panel_, start_);
+    } else {
+      turn_panel<P>(p_, output, count, vectors, runs_, run_count_, low, panel_, start_);
+    }
+    for (int64_t i = 0; i < vectors * kLanes; i += kLanes) {
+      const int64_t left = count - i;
+      write(sw_ + i, load_some<Float32>(p_.sw + output + i, left));
+      if (p_.bias == nullptr) continue;
+      with_format(p_.bias_dtype, [&](auto format) {
+        using Format = decltype(format);
+        const auto* bias = static_cast<const typename Format::Value*>(p_.bias);
+        write(bias_ + i, load_some<Format>(bias + output + i, left));
+      });
+    }
+  }
+
+  void do_panel(const ConvBand& band, int64_t output, int64_t count) {
+    const int64_t vectors = div_up(count, kLanes), pixels = band.rows * p_.out[2];
+    const int64_t strips = div_up(pixels, kStrip), width = vectors * kLanes;
+    const char* image = direct_ ? static_cast<const char*>(p_.x) : image_.memory;
+    for (int64_t i = 0; i < strips; ++i) {
+      const int64_t first = pixels * i / strips, some = pixels * (i + 1) / strips - first;
+      const ConvTile strip{image, at_ + first, runs_, run_count_, panel_,
+                           start_, acc_,       width, false};
+      image_.depthwise ? multiply_depthwise(vectors, some, strip) : multiply(vectors, some, strip);
+      const ConvPiece piece{band.first * p_.out[2] + first, some, output, count, vectors,
+                            reinterpret_cast<float*>(acc_)};
+      scale_conv_sums<P>(piece, sw_, p_.bias == nullptr ? nullptr : bias_, scale_ + first);
+      finish_conv<P>(p_, piece);
+    }
+  }
+
+  void multiply(int64_t vectors, int64_t pixels, ConvTile strip) {
+    if (P::kDepth == 0) return conv_tiles<P>(vectors, pixels, strip);
+    const ConvRun* const end = runs_ + run_count_;
+    while (strip.runs != end) {
+      int64_t words = 0;
+      strip.run_count = 0;
+      while (strip.runs + strip.run_count != end && words < P::kDepth)
+        words += strip.runs[strip.run_count++].words;
+      conv_tiles<P>(vectors, pixels, strip);
+      strip.runs += strip.run_count;
+      strip.panel += words * vectors * kLanes * 4;
+      strip.more = true;
+    }
+  }
+
+  void multiply_depthwise(int64_t vectors, int64_t pixels, ConvTile strip) {
+    for (int64_t b = 0; b < vectors; ++b) {
+      conv_depthwise<P>(strip, pixels, P::kGroup * p_.dilation[2] * image_.pixel);
+      strip.image += kLanes * 4;
+      strip.panel += words_ * kLanes * 4;
+      strip.start = static_cast<const int32_t*>(strip.start) + kLanes;
+      strip.acc = static_cast<int32_t*>(strip.acc) + kLanes;
+    }
+  }
+};
+
+template <class P>
+constexpr ConvKernel conv() {
+  using C = Convolution<P>;
+  return {C::magnitudes, C::scale, C::scratch_bytes, C::run, C::quantize};
+}
+
+}  // namespace
+}  // namespace qnn

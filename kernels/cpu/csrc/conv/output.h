@@ -1,0 +1,180 @@
+// The epilogue of a convolution: from sums, [pixel][channel], to y. The steps and their casts are
+// those of linear/output.h, and two more: a residual that is codes, and an activation after the
+// residual.
+#pragma once
+
+#include "common/rows.h"
+#include "common/scratch.h"
+#include "conv/conv.h"
+
+namespace qnn {
+namespace {
+
+// Pixels of y, one after the other in memory where y is channels-last, times some channels.
+struct ConvPiece {
+  int64_t pixel, pixels;      // of all in y
+  int64_t channel, channels;  // channels beyond these are padding
+  int64_t vectors;
+  float* values;  // [pixel][vectors · kLanes], where the sums were
+};
+
+template <class P>
+QNN_KERNEL void scale_conv_sums(const ConvPiece& piece, const float* sw, const float* bias,
+                                const float* scale) {
+  using Sum = typename P::Sum;
+  float* values = piece.values;
+  const int64_t width = piece.vectors * kLanes;
+  for (int64_t i = 0; i < piece.pixels; ++i, values += width) {
+    for (int64_t c = 0; c < width; c += kLanes) {
+      vfloat v = sum_as_float(read<Sum>(values + c)) * read<vfloat>(sw + c);
+      if constexpr (P::kQuantizes) v = v * scale[i];
+      if (bias != nullptr) v = v + read<vfloat>(bias + c);
+      write(values + c, v);
+    }
+  }
+}
+
+// The last steps, at some values of one sample that lie side by side in y.
+template <class Format>
+struct ConvOutput {
+  using Value = typename Format::Value;
+  static constexpr bool kDouble = std::is_same_v<Format, Float64>;
+
+  Activation activation;  // of float64
+  bool relu, codes;
+  const Value* residual;
+  const uint8_t* residual_codes;
+  void* y;
+  float residual_scale = 0;
+  int32_t residual_zero;
+  float inverse;
+  int32_t zero_point;
+  mutable vint most = {};  // magnitudes of what becomes codes
+
+  explicit ConvOutput(const Conv& p)
+      : activation(p.activation),
+        relu(p.last_relu),
+        codes(p.y_codes),
+        residual(static_cast<const Value*>(p.residual)),
+        residual_codes(p.residual_codes),
+        y(p.y),
+        residual_zero(p.residual_zero_point + 128),
+        inverse(p.y_inverse),
+        zero_point(p.y_zero_point) {}
+
+  vfloat other(int64_t at, int64_t left) const {
+    const auto q = bytes_of<vubyte>(residual_codes + at, left);
+    return floats(__builtin_convertvector(q, vint) - residual_zero) * residual_scale;
+  }
+
+  void put(int64_t at, vfloat value, int64_t left) const {
+    if constexpr (kDouble) {
+      const vfloat more = residual_codes == nullptr ? vfloat{} : other(at, left);
+      vfloat rounded = {};
+      for (int64_t lane = 0; lane < kLanes && lane < left; ++lane) {
+        double v = activate(activation, static_cast<double>(value[lane]));
+        if (residual_codes != nullptr && residual != nullptr) {
+          v += residual[at + lane] + static_cast<double>(more[lane]);
+        } else if (residual_codes != nullptr) {
+          v += more[lane];
+        } else if (residual != nullptr) {
+          v += residual[at + lane];
+        }
+        if (relu && v < 0) v = 0;
+        rounded[lane] = static_cast<float>(v);
+        if (!codes) static_cast<double*>(y)[at + lane] = v;
+      }
+      if (codes) put_codes(at, rounded, left);
+    } else {
+      if (residual != nullptr || residual_codes != nullptr) {
+        vfloat sum = residual_codes == nullptr ? vfloat{} : Format::round(other(at, left));
+        if (residual != nullptr) {
+          const vfloat floats = load_some<Format>(residual + at, left);
+          sum = residual_codes == nullptr ? floats : Format::round(floats + sum);
+        }
+        value = Format::round(value) + sum;
+      }
+      if (relu || codes) value = Format::round(value);
+      if (relu) value = activate(Activation::relu, value);
+      if (codes) return put_codes(at, value, left);
+      store_some<Format>(static_cast<Value*>(y) + at, value, left);
+    }
+  }
+
+  void put_codes(int64_t at, vfloat v, int64_t left) const {
+    const vint magnitude = bits(v) & 0x7fffffff;
+    const vfloat low = splat(static_cast<float>(-128 - zero_point)),
+                 high = splat(static_cast<float>(127 - zero_point)), round = splat(0x1.8p23f);
+    v = v * inverse;
+    v = v < low ? low : v;
+    v = v > high ? high : v;
+    const vint q = bits(v + round) - bits(round) + (zero_point + 128);
+    auto* to = static_cast<uint8_t*>(y) + at;
+    if (left >= kLanes) {
+      most = magnitude > most ? magnitude : most;
+      write_codes(to, q);
+    } else {
+      uint8_t some[kLanes];
+      write_codes(some, q);
+      std::memcpy(to, some, left);
+      for (int64_t lane = 0; lane < left; ++lane)
+        most[lane] = magnitude[lane] > most[lane] ? magnitude[lane] : most[lane];
+    }
+  }
+
+  bool odd() const {
+    int32_t top = 0;
+    for (int lane = 0; lane < kLanes; ++lane) top = most[lane] > top ? most[lane] : top;
+    return top >= 0x7f800000;
+  }
+};
+
+// `count` pixels of one sample, from the `i`-th of the piece on.
+template <class P, class Format>
+void put_pixels(const Conv& p, const ConvPiece& piece, const ConvOutput<Format>& output, int64_t i,
+                int64_t count, int64_t sample) {
+  const int64_t width = piece.vectors * kLanes, plane = p.out[0] * p.out[1] * p.out[2];
+  if (p.y_last) {
+    for (const int64_t end = i + count; i < end; ++i) {
+      const int64_t at = (piece.pixel + i) * p.outputs + piece.channel;
+      for (int64_t c = 0; c < piece.channels; c += kLanes)
+        output.put(at + c, read<vfloat>(piece.values + i * width + c), piece.channels - c);
+    }
+    return;
+  }
+  alignas(64) float turned[kLanes * kLanes];
+  const int64_t within = piece.pixel + i - sample * plane;
+  for (int64_t j = 0; j < count; j += kLanes) {
+    for (int64_t c = 0; c < piece.channels; c += kLanes) {
+      P::transpose(piece.values + (i + j) * width + c, width * 4, turned, kLanes * 4);
+      for (int64_t k = 0; k < kLanes && c + k < piece.channels; ++k) {
+        const int64_t channel = sample * p.outputs + piece.channel + c + k;
+        output.put(channel * plane + within + j, read<vfloat>(turned + k * kLanes), count - j);
+      }
+    }
+  }
+}
+
+template <class P>
+QNN_KERNEL void finish_conv(const Conv& p, const ConvPiece& piece) {
+  with_format(p.y_dtype, [&](auto format) {
+    using Format = decltype(format);
+    if constexpr (!std::is_same_v<Format, Float64>) {
+      if (p.activation != Activation::none)
+        activate_all<Format>(p.activation, piece.values, piece.pixels * piece.vectors);
+    }
+    const int64_t plane = p.out[0] * p.out[1] * p.out[2];
+    for (int64_t i = 0; i < piece.pixels;) {
+      const int64_t sample = (piece.pixel + i) / plane;
+      const int64_t count = smaller(piece.pixels - i, (sample + 1) * plane - piece.pixel - i);
+      ConvOutput<Format> output(p);
+      if (p.residual_codes != nullptr) output.residual_scale = p.residual_scale[sample];
+      put_pixels<P>(p, piece, output, i, count, sample);
+      if (p.y_codes && output.odd()) __atomic_store_n(p.odd + sample, 1, __ATOMIC_RELAXED);
+      i += count;
+    }
+  });
+}
+
+}  // namespace
+}  // namespace qnn

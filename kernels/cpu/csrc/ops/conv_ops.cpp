@@ -1,0 +1,351 @@
+// The ops of kernels/declare/conv.py on the CPU, but for the transposed ones.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "ops/arguments.h"
+#include "ops/threads.h"
+#include "tiers/tier_choice.h"
+
+namespace qnn {
+namespace {
+
+using Ints = std::vector<int64_t>;
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+// What a call may have; the ops differ in which of these.
+struct ConvArguments {
+  const Tensor& x;  // or codes
+  const Tensor *scale, *sx, *zx;
+  const Tensor &w, &sw;
+  const Tensor *so, *zo;
+  const Ints &stride, &padding, &dilation;
+  const int64_t& groups;
+  const Maybe &bias, &residual;
+  const Maybe *rq, *rscale, *rz;
+  const std::string &activation, &last;
+  const ScalarType* dtype;
+};
+
+bool usable(float scale) {
+  return scale >= std::numeric_limits<float>::min() && std::isfinite(scale);
+}
+
+std::string listed(const Ints& all) {
+  std::string text;
+  for (const int64_t each : all) text += (text.empty() ? "" : ", ") + std::to_string(each);
+  return "[" + text + "]";
+}
+
+Ints sizes_of(const Tensor& t, int64_t from = 0) {
+  Ints sizes;
+  for (int64_t i = from; i < t.dim(); ++i) sizes.push_back(t.size(i));
+  return sizes;
+}
+
+// `_rule` in kernels/declare/conv.py, in its words, and the sizes of y.
+void require_rules(const Arguments& args, const ConvArguments& a, int64_t limit, Conv& p) {
+  const Ints image = sizes_of(a.x), w = sizes_of(a.w);
+  const auto least = [](const Ints& of) { return *std::min_element(of.begin(), of.end()); };
+  if (std::min({least(a.stride), least(a.dilation), a.groups}) < 1)
+    args.fail("stride, dilation and groups must be at least 1, got " + listed(a.stride) + ", " +
+              listed(a.dilation) + " and " + std::to_string(a.groups));
+  if (least(a.padding) < 0) args.fail("padding must not be negative, got " + listed(a.padding));
+  if (std::min(least(Ints(image.begin() + 1, image.end())), least(w)) < 1)
+    args.fail("only the batch may be empty, got an image " + listed(image) + " and kernels " +
+              listed(w));
+  if (image[1] % a.groups != 0 || w[0] % a.groups != 0)
+    args.fail("groups must divide the channels, " + std::to_string(image[1]) + " and " +
+              std::to_string(w[0]) + ", got " + std::to_string(a.groups));
+  if (w[1] != image[1] / a.groups)
+    args.fail("w must be [n, per(c,groups), k1, k2, k3] with per(c,groups) = " +
+              std::to_string(image[1] / a.groups) + " as in " + (a.scale == nullptr ? "x" : "q") + ", got " +
+              listed(w));
+  p.batch = image[0], p.channels = image[1], p.outputs = w[0], p.groups = a.groups;
+  Ints out;
+  for (int axis = 0; axis < 3; ++axis) {
+    p.in[axis] = image[axis + 2], p.kernel[axis] = w[axis + 2];
+    p.stride[axis] = a.stride[axis], p.dilation[axis] = a.dilation[axis];
+    p.before[axis] = a.padding[2 * axis];
+    const int64_t whole = p.in[axis] + p.before[axis] + a.padding[2 * axis + 1] -
+                          p.dilation[axis] * (p.kernel[axis] - 1) - 1;
+    // Rounded down, also where the kernel is larger than the image.
+    out.push_back((whole >= 0 ? whole / p.stride[axis] : -div_up(-whole, p.stride[axis])) + 1);
+    p.out[axis] = out.back();
+  }
+  if (const int64_t depth = p.depth() * p.taps(); depth > limit)
+    args.fail("the products of an output must be at most " + std::to_string(limit) +
+              ", beyond which an int32 sum can overflow, got " + std::to_string(depth) +
+              "; use the scheme int8_weight");
+  if (least(out) < 1)
+    args.fail("kernels of " + listed({w.begin() + 2, w.end()}) + " with stride " +
+              listed(a.stride) + ", padding " + listed(a.padding) + " and dilation " +
+              listed(a.dilation) + " leave nothing of an image of " +
+              listed({image.begin() + 2, image.end()}) + ": the result would be " + listed(out) +
+              "; use a larger image, more padding or smaller kernels");
+}
+
+// Whether every value of x along an axis is in some window.
+bool covered(const Conv& p, int axis) {
+  const int64_t k = p.kernel[axis], d = p.dilation[axis], s = p.stride[axis];
+  const int64_t last = (p.out[axis] - 1) * s + (k - 1) * d - p.before[axis];
+  const bool dense = k == 1 || d == 1 ? s <= k : s == 1 && p.out[axis] >= d;
+  return dense && last >= p.in[axis] - 1;
+}
+
+// Parts that a call is worth: a thread more from so many products, or values of x, to each.
+int64_t parts_worth(const Conv& p) {
+  constexpr int64_t kProducts = 1 << 20, kValues = 1 << 16;
+  return std::max(p.pixels() * p.outputs * p.depth() * p.taps() / kProducts,
+                  (p.batch * p.sample() + p.pixels() * p.outputs) / kValues);
+}
+
+// The largest magnitudes of the samples, as bits.
+std::vector<int32_t> magnitudes(const ConvKernel& kernel, const Conv& p) {
+  constexpr int64_t kValues = 1 << 16;
+  const int parts = qnn::parts_of(p.batch * p.sample() / kValues);
+  std::vector<int32_t> each(parts * p.batch);
+  share(parts, [&](int part, int all) {
+    kernel.magnitudes(p, part, all, each.data() + part * p.batch);
+  });
+  for (int64_t i = 0; i < p.batch; ++i) {
+    for (int part = 1; part < parts; ++part) each[i] = std::max(each[i], each[part * p.batch + i]);
+  }
+  each.resize(p.batch);
+  return each;
+}
+
+// In so many parts, or, where that is 0, as many as the work is worth.
+void run_in_parts(const Arguments& args, const ConvKernel& kernel, const Conv& p, int64_t wanted) {
+  if (const char* why = why_not(p)) throw std::logic_error(std::string("qnn: a call of ") + why);
+  with_memory(args, [&] {
+    share(wanted == 0 ? parts_worth(p) : wanted, [&](int part, int parts) {
+      kernel.run(p, part, parts, scratch_of_this_thread(kernel.scratch_bytes(p, parts)));
+    });
+  });
+}
+
+constexpr int32_t kInfinite = 0x7f800000;
+
+// y, or the codes of y and their scales.
+std::tuple<Tensor, Tensor> conv(const Signature& op, const ConvKernel& kernel, ConvInput input,
+                                int64_t limit, const ConvArguments& a, int64_t parts = 0) {
+  const bool chain = a.so != nullptr;
+  Arguments args(op, a.x, a.scale, a.scale == nullptr ? nullptr : a.zx, a.w, a.sw, a.sx,
+                 a.scale == nullptr ? a.zx : nullptr, a.so, a.zo, a.stride, a.padding, a.dilation,
+                 a.groups, a.bias, a.residual, a.rq, a.rscale, a.rz, a.activation, a.last, a.dtype);
+  Conv p{};
+  require_rules(args, a, limit, p);
+  const ScalarType dtype = a.dtype == nullptr ? a.x.scalar_type() : *a.dtype;
+  const Ints y_sizes{p.batch, p.outputs, p.out[0], p.out[1], p.out[2]};
+  const auto require_like_y = [&](const Maybe* t, const char* name) {
+    if (t != nullptr && t->has_value() && sizes_of(**t) != y_sizes)
+      args.fail(std::string(name) + " must be " + listed(y_sizes) + " as the result, got " +
+                listed(sizes_of(**t)));
+  };
+  require_like_y(&a.residual, "residual");
+  require_like_y(a.rq, "rq");
+
+  p.input = input;
+  p.x_last = p.y_last = is_channels_last(a.x) && !a.x.is_contiguous();
+  const auto image = [&](const Tensor& t) { return p.x_last ? args.channels_last(t) : args.data(t); };
+  const auto image_of = [&](const Maybe* t) {
+    return t != nullptr && t->has_value() ? image(**t) : nullptr;
+  };
+  Tensor y = args.empty(y_sizes, chain ? ScalarType::Byte : dtype, p.y_last);
+  Tensor y_scale = chain ? args.empty({p.batch, 1, 1, 1, 1}, ScalarType::Float) : y;
+  if (p.batch == 0) return {y, y_scale};
+  p.y = y.data_ptr(), p.y_dtype = float_format(dtype);
+  p.x = image(a.x);
+  if (input != ConvInput::codes) p.x_dtype = float_format(a.x);
+  p.w = static_cast<const int8_t*>(args.channels_last(a.w)), p.sw = args.data<float>(a.sw);
+  p.bias = args.data(a.bias);
+  if (p.bias != nullptr) p.bias_dtype = float_format(*a.bias);
+  p.activation = activation_called(a.activation), p.last_relu = a.last == "relu";
+  p.residual = image_of(&a.residual);
+  p.residual_codes = static_cast<const uint8_t*>(image_of(a.rq));
+  if (p.residual_codes != nullptr) {
+    if (!a.rscale->has_value() || !a.rz->has_value())
+      args.fail("rq, rscale and rz belong together");
+    p.residual_scale = args.data<float>(*a.rscale);
+    p.residual_zero_point = *args.data<int8_t>(*a.rz);
+  }
+  if (a.zx != nullptr) p.zero_point = *args.data<int8_t>(*a.zx);
+  std::vector<float> scales(p.batch);
+  std::vector<int32_t> odd(p.batch);
+  p.odd = odd.data();
+  bool all_covered = true;
+  if (input == ConvInput::codes) p.sample_scale = args.data<float>(a.scale);
+  if (input == ConvInput::fixed) {
+    const float sx = *args.data<float>(a.sx);
+    p.grid_scale = usable(sx) ? sx : kNan;
+    for (int axis = 0; axis < 3; ++axis) all_covered = all_covered && covered(p, axis);
+  }
+  if (input == ConvInput::dynamic || !all_covered) {
+    const std::vector<int32_t> most = magnitudes(kernel, p);
+    for (int64_t i = 0; i < p.batch; ++i)
+      scales[i] = input == ConvInput::dynamic ? kernel.scale(most[i])
+                  : most[i] < kInfinite       ? p.grid_scale
+                                              : kNan;
+    p.sample_scale = scales.data();
+  }
+  float so = kNan;
+  if (chain) {
+    so = usable(*args.data<float>(a.so)) ? *args.data<float>(a.so) : kNan;
+    p.y_codes = true, p.y_inverse = 1.0f / so, p.y_zero_point = *args.data<int8_t>(a.zo);
+  }
+
+  run_in_parts(args, kernel, p, parts);
+  if (input == ConvInput::fixed && p.sample_scale == nullptr &&
+      std::count(odd.begin(), odd.end(), 0) < p.batch) {
+    // Some samples hold NaN or inf, which was seen on the way: once more, with their scale.
+    for (int64_t i = 0; i < p.batch; ++i) scales[i] = odd[i] == 0 ? p.grid_scale : kNan;
+    p.sample_scale = scales.data();
+    run_in_parts(args, kernel, p, parts);
+  }
+  if (chain) {
+    const int64_t size = p.pixels() / p.batch * p.outputs;
+    for (int64_t i = 0; i < p.batch; ++i) {
+      const bool good = odd[i] == 0 && so == so;
+      static_cast<float*>(y_scale.data_ptr())[i] = good ? so : kNan;
+      if (!good)
+        std::memset(static_cast<char*>(p.y) + i * size, p.y_zero_point + 128,
+                    static_cast<size_t>(size));
+    }
+  }
+  return {y, y_scale};
+}
+
+// -- ops
+
+constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
+constexpr int64_t kLimit = std::numeric_limits<int32_t>::max() / (127 * 128);
+constexpr int64_t kFixedLimit = std::numeric_limits<int32_t>::max() / (255 * 128);
+
+Tensor int8_conv(Tensor x, Tensor w, Tensor sw, Ints stride, Ints padding, Ints dilation,
+                 int64_t groups, Maybe bias, Maybe residual, std::string activation,
+                 std::string last) {
+  static const Signature& op = signature_of("int8_conv");
+  return std::get<0>(conv(op, best_tier().conv, ConvInput::dynamic, kLimit,
+                          {x, nullptr, nullptr, nullptr, w, sw, nullptr, nullptr, stride, padding,
+                           dilation, groups, bias, residual, nullptr, nullptr, nullptr, activation,
+                           last, nullptr}));
+}
+
+Tensor int8_weight_conv(Tensor x, Tensor w, Tensor sw, Ints stride, Ints padding, Ints dilation,
+                        int64_t groups, Maybe bias, Maybe residual, std::string activation,
+                        std::string last) {
+  static const Signature& op = signature_of("int8_weight_conv");
+  return std::get<0>(conv(op, best_tier().conv_weight, ConvInput::floats, kAny,
+                          {x, nullptr, nullptr, nullptr, w, sw, nullptr, nullptr, stride, padding,
+                           dilation, groups, bias, residual, nullptr, nullptr, nullptr, activation,
+                           last, nullptr}));
+}
+
+Tensor int8_static_conv(Tensor x, Tensor w, Tensor sw, Tensor sx, Tensor zx, Ints stride,
+                        Ints padding, Ints dilation, int64_t groups, Maybe bias, Maybe residual,
+                        std::string activation, std::string last) {
+  static const Signature& op = signature_of("int8_static_conv");
+  return std::get<0>(conv(op, best_tier().conv, ConvInput::fixed, kFixedLimit,
+                          {x, nullptr, &sx, &zx, w, sw, nullptr, nullptr, stride, padding, dilation,
+                           groups, bias, residual, nullptr, nullptr, nullptr, activation, last,
+                           nullptr}));
+}
+
+Tensor int8_codes_conv(Tensor q, Tensor scale, Tensor zx, Tensor w, Tensor sw, Ints stride,
+                       Ints padding, Ints dilation, int64_t groups, Maybe bias, Maybe residual,
+                       Maybe rq, Maybe rscale, Maybe rz, std::string activation, std::string last,
+                       ScalarType dtype) {
+  static const Signature& op = signature_of("int8_codes_conv");
+  return std::get<0>(conv(op, best_tier().conv, ConvInput::codes, kFixedLimit,
+                          {q, &scale, nullptr, &zx, w, sw, nullptr, nullptr, stride, padding,
+                           dilation, groups, bias, residual, &rq, &rscale, &rz, activation, last,
+                           &dtype}));
+}
+
+std::tuple<Tensor, Tensor> int8_chain_conv(Tensor q, Tensor scale, Tensor zx, Tensor w, Tensor sw,
+                                           Tensor so, Tensor zo, Ints stride, Ints padding,
+                                           Ints dilation, int64_t groups, Maybe bias,
+                                           Maybe residual, Maybe rq, Maybe rscale, Maybe rz,
+                                           std::string activation, std::string last,
+                                           ScalarType dtype) {
+  static const Signature& op = signature_of("int8_chain_conv");
+  return conv(op, best_tier().conv, ConvInput::codes, kFixedLimit,
+              {q, &scale, nullptr, &zx, w, sw, &so, &zo, stride, padding, dilation, groups, bias,
+               residual, &rq, &rscale, &rz, activation, last, &dtype});
+}
+
+std::tuple<Tensor, Tensor> int8_static_quantize(Tensor x, Tensor sx, Tensor zx) {
+  static const Signature& op = signature_of("int8_static_quantize");
+  Arguments args(op, x, sx, zx);
+  Conv p{};
+  p.batch = x.size(0), p.channels = x.size(1);
+  for (int axis = 0; axis < 3; ++axis) p.in[axis] = x.size(axis + 2);
+  const bool last = is_channels_last(x) && !x.is_contiguous();
+  const Tensor codes = args.empty(sizes_of(x), ScalarType::Byte, last);
+  const Tensor scales = args.empty({p.batch, 1, 1, 1, 1}, ScalarType::Float);
+  if (p.batch == 0) return {codes, scales};
+  const float scale = *args.data<float>(sx);
+  std::vector<int32_t> odd(p.batch);
+  p.x = last ? args.channels_last(x) : args.data(x), p.x_dtype = float_format(x);
+  p.grid_scale = usable(scale) ? scale : kNan, p.zero_point = *args.data<int8_t>(zx);
+  p.odd = odd.data(), p.y = codes.data_ptr();
+  constexpr int64_t kValues = 1 << 16;
+  share(p.batch * p.sample() / kValues,
+        [&](int part, int parts) { best_tier().conv.quantize(p, part, parts); });
+  for (int64_t i = 0; i < p.batch; ++i) {
+    const bool good = odd[i] == 0 && usable(scale);
+    static_cast<float*>(scales.data_ptr())[i] = good ? scale : kNan;
+    if (!good)
+      std::memset(static_cast<char*>(p.y) + i * p.sample(), p.zero_point + 128,
+                  static_cast<size_t>(p.sample()));
+  }
+  return {codes, scales};
+}
+
+// For tests and benchmarks: int8_static where sx and zx are given, else `scheme`, int8 or
+// int8_weight; the tier is the named one, and the parts so many, 0 for as many as the work is worth.
+Tensor cpu_conv(Tensor x, Tensor w, Tensor sw, Maybe sx, Maybe zx, Ints stride, Ints padding,
+                Ints dilation, int64_t groups, Maybe bias, Maybe residual, std::string activation,
+                std::string last, std::string scheme, std::string tier, int64_t parts) {
+  const Tier& named = tier_called(tier);
+  const bool fixed = sx.has_value(), weight = scheme == "int8_weight";
+  const ConvInput input = fixed    ? ConvInput::fixed
+                          : weight ? ConvInput::floats
+                                   : ConvInput::dynamic;
+  const Signature& op = signature_of(fixed ? "int8_static_conv" : scheme + "_conv");
+  return std::get<0>(conv(op, weight ? named.conv_weight : named.conv, input,
+                          weight ? kAny
+                          : fixed ? kFixedLimit
+                                  : kLimit,
+                          {x, nullptr, fixed ? &*sx : nullptr, fixed ? &*zx : nullptr, w, sw,
+                           nullptr, nullptr, stride, padding, dilation, groups, bias, residual,
+                           nullptr, nullptr, nullptr, activation, last, nullptr},
+                          parts));
+}
+
+[[maybe_unused]] const bool added = add_ops({
+    {"int8_conv", TORCH_BOX(&int8_conv)},
+    {"int8_weight_conv", TORCH_BOX(&int8_weight_conv)},
+    {"int8_static_conv", TORCH_BOX(&int8_static_conv)},
+    {"int8_codes_conv", TORCH_BOX(&int8_codes_conv)},
+    {"int8_chain_conv", TORCH_BOX(&int8_chain_conv)},
+    {"int8_static_quantize", TORCH_BOX(&int8_static_quantize)},
+});
+
+}  // namespace
+}  // namespace qnn
+
+STABLE_TORCH_LIBRARY_FRAGMENT(qnn, m) {
+  m.def(
+      "cpu_conv(Tensor x, Tensor w, Tensor sw, Tensor? sx, Tensor? zx, int[] stride, int[] "
+      "padding, int[] dilation, int groups, Tensor? bias, Tensor? residual, str activation, str "
+      "last, str scheme, str tier, int parts) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(qnn, CPU, m) { m.impl("cpu_conv", TORCH_BOX(&qnn::cpu_conv)); }
