@@ -69,7 +69,7 @@ struct Named {
   int64_t most = std::numeric_limits<int64_t>::max(), multiple = 1;
 };
 
-enum class Kind { tensor, word, dtype };
+enum class Kind { tensor, word, dtype, integer };
 
 struct Parameter {
   std::string name;
@@ -190,8 +190,10 @@ class Reader {
     if (result.name.back() == '?') result.name.pop_back(), result.optional = true;
     size_t i = 1;
     for (; i < words.size() && words[i] != "|" && words[i] != "="; ++i) {
-      if (words[i] == "dtype" || words[i] == "str") {
-        result.kind = words[i] == "str" ? Kind::word : Kind::dtype;
+      if (words[i] == "dtype" || words[i] == "str" || words[i] == "int") {
+        result.kind = words[i] == "str"   ? Kind::word
+                      : words[i] == "int" ? Kind::integer
+                                          : Kind::dtype;
       } else if (words[i] == "...") {
         result.lead = true;
       } else {
@@ -202,7 +204,7 @@ class Reader {
     result.allowed.assign(words.begin() + i + 1, words.end());
     if (words[i] == "=") {
       result.like = 0;
-    } else if (result.kind != Kind::word) {
+    } else if (result.kind == Kind::tensor || result.kind == Kind::dtype) {
       for (const auto& [name, type] : kDtypes) {
         if (has(result.allowed, name)) result.dtypes.push_back(type);
       }
@@ -338,7 +340,7 @@ void Arguments::check() const {
         fail(p.name + " must be one of " + listed(p.allowed, "'", "'") + ", got '" + *a.word + "'");
       continue;
     }
-    if (p.kind == Kind::tensor && a.tensor == nullptr) continue;
+    if (p.kind == Kind::integer || (p.kind == Kind::tensor && a.tensor == nullptr)) continue;
     const ScalarType dtype = dtype_of(i);
     if (p.like.has_value()) {
       if (dtype != dtype_of(*p.like))
@@ -387,6 +389,9 @@ std::string Arguments::call() const {
       if (!p.optional || *a.word != p.allowed[0]) value = "'" + *a.word + "'";
     } else if (p.kind == Kind::dtype) {
       if (!p.optional || a.dtype != ScalarType::Float) value = "torch." + name_of(a.dtype);
+    } else if (p.kind == Kind::integer) {
+      const std::string given = std::to_string(a.integer);
+      if (!p.optional || given != p.allowed[0]) value = given;
     } else if (a.tensor != nullptr) {
       value = name_of(a.tensor->scalar_type()) + "[" + text_of(a.tensor->sizes()) + "]";
     }

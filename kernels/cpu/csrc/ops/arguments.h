@@ -39,7 +39,7 @@ bool add_ops(std::initializer_list<NativeOp> ops);
 DType float_format(ScalarType dtype);
 inline DType float_format(const Tensor& t) { return float_format(t.scalar_type()); }
 
-// One argument of a call: a tensor, null where it was left out; or a word; or else a dtype. One
+// One argument of a call: a tensor, null where it was left out; a word; a dtype; an integer. One
 // that is given by a pointer is an argument of some ops only: of those, for whose calls it is not
 // null.
 struct Argument {
@@ -47,6 +47,7 @@ struct Argument {
   Argument(const Tensor& t) : tensor(&t) {}
   Argument(const Maybe& t) : tensor(t.has_value() ? &*t : nullptr) {}
   Argument(const std::string& s) : word(&s) {}
+  Argument(const int64_t& i) : integer(i) {}
   Argument(const Tensor* t) : tensor(t), exists(t != nullptr) {}
   Argument(const Maybe* t) : exists(t != nullptr) {
     if (exists && t->has_value()) tensor = &**t;
@@ -57,6 +58,7 @@ struct Argument {
   const Tensor* tensor = nullptr;
   const std::string* word = nullptr;
   ScalarType dtype = ScalarType::Float;
+  int64_t integer = 0;
   bool exists = true;
 };
 

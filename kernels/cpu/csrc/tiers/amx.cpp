@@ -3,6 +3,7 @@
 // layout, and the sums come out as in the other tiers. Few rows, and int8_weight, run as
 // avx512_vnni does.
 #define QNN_LANES 16
+#include "embedding/embedding.h"
 #include "linear/loops.h"
 #include "recurrent/recurrent.h"
 #include "tiers/tiers.h"
@@ -147,6 +148,7 @@ constexpr Tier amx = [] {
   t.int8 = kernel<Vnni, Amx>();
   t.weight_only = kernel<FloatTier<Avx512Machine>>();
   t.quantize = quantize;
+  t.look_up = look_up<FloatTier<Avx512Machine>>;
   t.recurrent = recurrent<AmxProduct>();
   t.recurrent_weight = recurrent<FloatProduct<Avx512Machine, 6, 8>>();
   return t;

@@ -3,6 +3,7 @@
 #define QNN_LANES 8
 #include "tiers/avx2.h"
 
+#include "embedding/embedding.h"
 #include "linear/loops.h"
 #include "recurrent/recurrent.h"
 #include "tiers/tiers.h"
@@ -43,6 +44,7 @@ constexpr Tier avx2 = [] {
   t.int8 = kernel<Madd>();
   t.weight_only = kernel<FloatTier<Avx2Machine>>();
   t.quantize = quantize;
+  t.look_up = look_up<FloatTier<Avx2Machine>>;
   t.recurrent = recurrent<IntegerProduct<Madd, 2, 3>>();
   t.recurrent_weight = recurrent<FloatProduct<Avx2Machine, 2, 3>>();
   return t;

@@ -2,6 +2,7 @@
 // and is a constant: code that fills one would run on every CPU.
 #pragma once
 
+#include "embedding/lookup.h"
 #include "linear/linear.h"
 #include "recurrent/recurrent_call.h"
 
@@ -13,6 +14,7 @@ struct Tier {
   Kernel int8;         // rows quantised to int8, and w so too
   Kernel weight_only;  // rows as they are, float32 accumulation, w in any format
   void (*quantize)(const Quantize&, int part, int parts);
+  void (*look_up)(const Lookup&, int part, int parts);
   RecurrentKernel recurrent;         // of int8 and int8_static
   RecurrentKernel recurrent_weight;  // of int8_weight
 };
