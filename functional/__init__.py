@@ -1,10 +1,11 @@
-"""Stateless layer mathematics: quantise, dequantise, linear, LSTM and GRU, and the one seam,
-`invoke_quant`.
+"""Stateless layer mathematics: quantise, dequantise, linear, LSTM and GRU, lookups in tables, and
+the one seam, `invoke_quant`.
 """
 
 import importlib
 from typing import Any
 
+from qnn.functional.embedding import embedding, embedding_bag
 from qnn.functional.fake_quantize import fake_quantize
 from qnn.functional.invoke import invoke_quant
 from qnn.functional.linear import linear
@@ -15,6 +16,8 @@ from qnn.functional.training import training_linear
 __all__ = [
     "RecurrentWeights",
     "dequantize",
+    "embedding",
+    "embedding_bag",
     "fake_quantize",
     "gru",
     "invoke_quant",

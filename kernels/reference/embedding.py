@@ -73,7 +73,8 @@ def bag_reference(form: Format) -> Reference:
         if mode == "max":
             rows = torch.where(counts[:, None], rows, -torch.inf)
             y = rows.new_full((bags + 1, rows.shape[-1]), -torch.inf)
-            y = torch.where(number > 0, y.index_reduce(0, bag, rows, "amax")[:bags], 0)
+            y = y.scatter_reduce(0, bag[:, None].expand_as(rows), rows, "amax")
+            y = torch.where(number > 0, y[:bags], 0)
         else:
             rows = torch.where(counts[:, None], rows, 0)
             y = rows.new_zeros(bags + 1, rows.shape[-1]).index_add(0, bag, rows)[:bags]
