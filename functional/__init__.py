@@ -1,11 +1,12 @@
-"""Stateless layer mathematics: quantise, dequantise, linear, convolutions, LSTM and GRU, and the
-one seam, `invoke_quant`.
+"""Stateless layer mathematics: quantise, dequantise, linear, convolutions, LSTM and GRU, lookups in
+tables, and the one seam, `invoke_quant`.
 """
 
 import importlib
 from typing import Any
 
 from qnn.functional.conv import conv, conv_transpose
+from qnn.functional.embedding import embedding, embedding_bag
 from qnn.functional.fake_quantize import fake_quantize
 from qnn.functional.invoke import invoke_quant
 from qnn.functional.linear import linear
@@ -18,6 +19,8 @@ __all__ = [
     "conv",
     "conv_transpose",
     "dequantize",
+    "embedding",
+    "embedding_bag",
     "fake_quantize",
     "gru",
     "invoke_quant",

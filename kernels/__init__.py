@@ -4,7 +4,7 @@ backend.
 
 from qnn.kernels import torch_private
 from qnn.kernels.cpu import native
-from qnn.kernels.declare import conv, floats, int8, recurrent
+from qnn.kernels.declare import conv, embedding, floats, int8, recurrent
 from qnn.kernels.formats import Format
 from qnn.kernels.op import OPS, Op
 from qnn.kernels.schemes import SCHEMES, Scheme, get_scheme, training_scheme
@@ -18,6 +18,7 @@ __all__ = [
     "Op",
     "Scheme",
     "conv",
+    "embedding",
     "floats",
     "get_scheme",
     "int8",

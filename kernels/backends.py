@@ -79,6 +79,15 @@ def recurrent_backend(name: str, device: torch.device) -> str:
     return f"cpu: {tier or f'reference, step by step; not native: {reason}'}"
 
 
+def table_backend(name: str, device: torch.device) -> str:
+    """What runs the op of this name, a lookup in a table, on a device."""
+    if device.type == "meta":
+        return _META
+    if device.type != "cpu":
+        return f"{device.type}: reference, since there is no kernel for this device"
+    return f"cpu: {native_tier() or f'reference; not native: {native.ready().reason}'}"
+
+
 def _on_cpu(scheme: Scheme, weights: int) -> str:
     op, casts = OPS[scheme.linear], ""
     if not op.native and scheme.activation is not None:

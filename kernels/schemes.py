@@ -113,12 +113,16 @@ def _training(
     return Training(x, weight, dy, x, dy, f"{scheme}_matmul", f"{scheme}_{wgrad}")
 
 
-def _ops(scheme: str, *kinds: str) -> dict[str, str]:
-    """The ops of a scheme, `int8_linear` and so on."""
-    return {kind: f"{scheme}_{kind}" for kind in ("linear", *kinds)}
+def _ops(scheme: str, *kinds: str, tables: str = "") -> dict[str, str]:
+    """The ops of a scheme, `int8_linear` and so on; those of tables have no activation to quantise,
+    and are the ones of `tables`, which has weights in the same format.
+    """
+    ops = {kind: f"{scheme}_{kind}" for kind in ("linear", *kinds)}
+    return ops | {kind: f"{tables}_{kind}" for kind in (_TABLES if tables else ())}
 
 
 _OTHERS = ("lstm", "gru", "conv", "conv_transpose")
+_TABLES = ("embedding", "embedding_bag")
 _ROW = FLOAT8["float8_e4m3"]
 _TENSOR = FLOAT8["float8_e4m3_tensor"]
 _GROUP, _BLOCK = FLOAT8["float8_e4m3_group"], FLOAT8["float8_e4m3_block"]
@@ -127,18 +131,22 @@ SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
         Scheme(
-            "int8", INT8_CHANNEL, INT8_TOKEN, _ops("int8", *_OTHERS), "int-quantized",
+            "int8", INT8_CHANNEL, INT8_TOKEN, _ops("int8", *_OTHERS, tables="int8_weight"),
+            "int-quantized",
             max_in_features=INT8_MAX_K,
         ),
         Scheme(
-            "int8_static", INT8_CHANNEL, INT8_TENSOR, _ops("int8_static", *_OTHERS),
-            "int-quantized", max_in_features=INT8_STATIC_MAX_K, static=True,
+            "int8_static", INT8_CHANNEL, INT8_TENSOR,
+            _ops("int8_static", *_OTHERS, tables="int8_weight"), "int-quantized",
+            max_in_features=INT8_STATIC_MAX_K, static=True,
         ),
         Scheme(
-            "int8_weight", INT8_CHANNEL, None, _ops("int8_weight", *_OTHERS), "int-quantized",
+            "int8_weight", INT8_CHANNEL, None,
+            _ops("int8_weight", *_OTHERS, tables="int8_weight"), "int-quantized",
         ),
         Scheme(
-            "fp8", _ROW, replace(_ROW, granularity="token"), _ops("fp8"), "float-quantized",
+            "fp8", _ROW, replace(_ROW, granularity="token"), _ops("fp8", tables="fp8_weight"),
+            "float-quantized",
             _training("fp8", _ROW, _ROW),
         ),
         Scheme(
@@ -154,7 +162,8 @@ SCHEMES: dict[str, Scheme] = {
             _training("mxfp8", MX, MX, wgrad="wgrad"),
         ),
         Scheme(
-            "nvfp4", nvfp4.ROWS, nvfp4.ROWS, _ops("nvfp4"), "nvfp4-pack-quantized",
+            "nvfp4", nvfp4.ROWS, nvfp4.ROWS, _ops("nvfp4", tables="nvfp4_weight"),
+            "nvfp4-pack-quantized",
             Training(
                 x=nvfp4.ROWS,
                 weight=nvfp4.SQUARES,
@@ -165,12 +174,17 @@ SCHEMES: dict[str, Scheme] = {
                 wgrad="nvfp4_wgrad",
             ),
         ),
-        Scheme("fp8_weight", _ROW, None, _ops("fp8_weight"), "float-quantized"),
-        Scheme("nvfp4_weight", nvfp4.ROWS, None, _ops("nvfp4_weight"), "nvfp4-pack-quantized"),
+        Scheme(
+            "fp8_weight", _ROW, None, _ops("fp8_weight", tables="fp8_weight"), "float-quantized",
+        ),
+        Scheme(
+            "nvfp4_weight", nvfp4.ROWS, None, _ops("nvfp4_weight", tables="nvfp4_weight"),
+            "nvfp4-pack-quantized",
+        ),
         *(
             Scheme(
-                key.replace("int4", "int4_weight"), form, None, _ops(f"{key}_weight"),
-                "pack-quantized",
+                key.replace("int4", "int4_weight"), form, None,
+                _ops(f"{key}_weight", tables=f"{key}_weight"), "pack-quantized",
             )
             for key, form in INT4.items()
         ),

@@ -42,6 +42,10 @@ class Kind:
         titles: how errors call them.
         quantized, observed, training: the classes of the other forms.
         shares: whether layers that share a weight share its codes too. Others stay float then.
+        held_as: how its weights lie; layers of two kinds that share codes, and hold them alike, keep
+            a weight in common, if their schemes store it alike.
+        when_named: why a layer is left alone that no name and no type of its own picks, of a kind
+            that is taken then only.
         standard: whether compressed-tensors and the engines that read its files know the layer.
         holds: names of modules inside a layer that are its own, such as observation points.
         leaves: attributes of a layer that do not move to the one in its place.
@@ -55,6 +59,8 @@ class Kind:
     observed: tuple[type[nn.Module], ...] = ()
     training: tuple[type[nn.Module], ...] = ()
     shares: bool = False
+    held_as: str = ""
+    when_named: str = ""
     standard: bool = False
     holds: frozenset[str] = frozenset()
     leaves: frozenset[str] = frozenset({"points", "qat", "scheme"})
@@ -88,7 +94,7 @@ class Kind:
             return f"{type(module).__name__} is a subclass of {titles} with a meaning of its own"
         if training:
             return f"there is no {self.name} layer that trains in low precision"
-        return None
+        return None if named else self.when_named or None
 
     def names(self, module: nn.Module) -> Iterable[str]:
         """The parameters that a plain layer has, None included; one with more is refused."""
@@ -110,7 +116,9 @@ class Kind:
         """Why a layer keeps no weight in common with one of another kind, or its own; None where it
         does.
         """
-        if other is not self:
+        if other is not self and not (
+            other.shares and self.held_as and self.held_as == other.held_as
+        ):
             return "that layer holds it in another form"
         return None if self.shares else f"{self.name} layers do not share codes"
 

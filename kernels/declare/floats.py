@@ -33,11 +33,11 @@ _NATIVE = ("float8_e4m3", "nvfp4", *INT4)
 _TWO_GROUPS = 2
 
 
-def _stored_dtypes(form: Format, name: str) -> dict[str, tuple[torch.dtype, ...]]:
+def stored_dtypes(form: Format, name: str) -> dict[str, tuple[torch.dtype, ...]]:
     return {part.short.format(name): (part.dtype,) for part in form.parts}
 
 
-def _scales(form: Format, name: str) -> tuple[str, ...]:
+def scales_of(form: Format, name: str) -> tuple[str, ...]:
     return tuple(part.short.format(name) for part in form.parts if part.is_scale)
 
 
@@ -76,10 +76,10 @@ def declare_format(form: Format, transposed: Format | None) -> None:
         f"{form.key}_dequantize",
         f"{stored}, dtype: dtype -> {lead} {columns}",
         doc="the floats that the parts stand for, in float32, then one cast to dtype",
-        dtypes={**_stored_dtypes(form, ""), "dtype": FLOATS},
+        dtypes={**stored_dtypes(form, ""), "dtype": FLOATS},
         out=("dtype",),
         reference=dequantize_reference(form),
-        positive=_scales(form, ""),
+        positive=scales_of(form, ""),
         rowwise=form.rowwise,
         **_whole(form, "p"),
     )
@@ -133,13 +133,13 @@ def declare_matmul(name: str, x: Format, w: Format, *, over_rows: bool = False) 
         f"{left}, {right}, bias?: n, dtype?: dtype -> m n",
         doc="x · wᵀ + bias of what the parts stand for, in float32, then one cast to dtype",
         dtypes={
-            **_stored_dtypes(x, "x"), **_stored_dtypes(w, "w"), **either,
+            **stored_dtypes(x, "x"), **stored_dtypes(w, "w"), **either,
             "bias": FLOATS, "dtype": FLOATS,
         },
         out=("dtype",),
         reference=matmul_reference(x, w),
         kernels=kernels_for(name),
-        positive=_scales(x, "x") + _scales(w, "w"),
+        positive=scales_of(x, "x") + scales_of(w, "w"),
         products=f"m n {columns}",
         rowwise=False,
     )  # fmt: skip
@@ -157,13 +157,13 @@ def declare_linear(name: str, dgrad: str, weight: Format, activation: Format | N
         f"x: ... k, {weight.declared('w', 'n', 'k')}, bias?: n -> ... n",
         doc="x · wᵀ + bias with the weight that the parts stand for, in float32, then one cast"
         + (f"; x is quantised in {activation.key} first" if activation else ""),
-        dtypes={"x": FLOATS, **_stored_dtypes(weight, "w"), "bias": FLOATS},
+        dtypes={"x": FLOATS, **stored_dtypes(weight, "w"), "bias": FLOATS},
         out=("x",),
         reference=linear_reference(activation, weight),
         kernels={"CPU": cpu, **kernels_for(name)},
         native=activation is None and weight.key in _NATIVE,
         backward={"x": dgrad},
-        positive=_scales(weight, "w"),
+        positive=scales_of(weight, "w"),
         products="... n k",
         rowwise=activation is None or activation.rowwise,
         **_whole(weight, "k", "w"),
@@ -179,12 +179,12 @@ def declare_dgrad(name: str, weight: Format) -> None:
         name,
         f"dy: ... n, {stored} -> ... {columns}",
         doc="dy · w with the weight that the parts stand for, straight through the rounding of x",
-        dtypes={"dy": FLOATS, **_stored_dtypes(weight, "w")},
+        dtypes={"dy": FLOATS, **stored_dtypes(weight, "w")},
         out=("dy",),
         reference=linear_dgrad_reference(weight),
         backward={"dy": _plain(name)},
         products=f"... n {columns}",
-        positive=_scales(weight, "w"),
+        positive=scales_of(weight, "w"),
         **{"sample": sample, **_whole(weight, "p", "w")},
     )
 

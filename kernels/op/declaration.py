@@ -135,19 +135,22 @@ class Declaration:
     @property
     def checks(self) -> str:
         """What `check` asks of a call but for the rule, as the C++ kernels read it: a line for each
-        argument, with the dtypes or words that it may be, or the argument whose dtype it shares;
-        then the limits of axes, and what they are multiples of.
+        argument, with the dtypes or words that it may be, or the argument whose dtype it shares,
+        or the default of an integer; then the limits of axes, and what they are multiples of.
 
             x: ... k | float32 bfloat16
             residual?: ... n = x
             stride: ints 3 |
+            padding?: int | -1
             k <= 132104
             k % 32
         """
         lines, kinds = [], {"str": "str", "ScalarType": "dtype"}
         for arg in self.inputs:
             if arg.is_integers:
-                lines.append(f"{arg.name}: {f'ints {arg.length}' if arg.length else 'int'} |")
+                kind = f"ints {arg.length}" if arg.length else "int"
+                default = f" {arg.default}" if arg.optional else ""
+                lines.append(f"{arg.name}{'?' * arg.optional}: {kind} |{default}")
                 continue
             allowed = self.dtypes.get(arg.name) or self.choices[arg.name]
             shares = isinstance(allowed, str)

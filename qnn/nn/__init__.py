@@ -1,6 +1,7 @@
 """Layers: their float state around, and their quantised, observed and training forms."""
 
 from qnn.nn.base import Quantized
+from qnn.nn.embedding import QEmbedding, QEmbeddingBag
 from qnn.nn.linear import Linear, ObservedLinear, QLinear
 from qnn.nn.recurrent import (
     QGRU,
@@ -18,6 +19,8 @@ __all__ = [
     "QLSTM",
     "Linear",
     "ObservedLinear",
+    "QEmbedding",
+    "QEmbeddingBag",
     "QGRUCell",
     "QLSTMCell",
     "QLinear",

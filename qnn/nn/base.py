@@ -252,10 +252,15 @@ class Quantized(Stored):
 
     def _assign(self, weight: str, value: torch.Tensor) -> None:
         """`layer.weight = value`: floats are quantised into new parameters; codes stay as they are,
-        and so does a parameter that holds them.
+        and so does a parameter that holds them. The weight of another layer that stores it alike is
+        shared: the two are tied.
         """
-        if isinstance(value, FloatWeight) and value.stands_for(self, weight):
-            return
+        if isinstance(value, FloatWeight):
+            if value.stands_for(self, weight):
+                return
+            if (shared := value.stored_for(self, weight)) is not None:
+                self._parameters.update(zip(self._part_names[weight], shared, strict=True))
+                return
         (first, part), *_ = self._parts_of(weight)
         if value.dtype == part.dtype and isinstance(value, nn.Parameter):
             self._require_codes(weight, value)

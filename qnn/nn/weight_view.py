@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from qnn.kernels import Scheme
 from qnn.kernels.torch_private import tree_leaves, tree_map_only
 
 
@@ -24,6 +25,8 @@ class Holder(Protocol):
     @property
     def _who(self) -> str: ...
     def _weight_shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    @property
+    def _scheme(self) -> Scheme: ...
     def _stored_of(self, weight: str) -> tuple[nn.Parameter, ...]: ...
     def _put_back(self, weight: str, parts: Sequence[nn.Parameter]) -> None: ...
     def _dequantized(self, weight: str) -> torch.Tensor: ...
@@ -73,6 +76,16 @@ class FloatWeight(torch.Tensor):
     def stands_for(self, layer: Holder, name: str) -> bool:
         """Whether it is the weight `name` of `layer`, and no part of it."""
         return self._layer is layer and self._name == name and self._values is None
+
+    def stored_for(self, layer: Holder, name: str) -> tuple[nn.Parameter, ...] | None:
+        """What the whole weight is stored in, if a weight of `layer` can be the same; else None."""
+        mine, theirs = self._layer, layer
+        alike = (
+            self._values is None
+            and mine._scheme.weight == theirs._scheme.weight
+            and mine._weight_shapes()[self._name] == theirs._weight_shapes()[name]
+        )
+        return mine._stored_of(self._name) if alike else None
 
     def _decoded(self) -> torch.Tensor:
         """The values: a tensor that nobody else holds, or those of a view."""

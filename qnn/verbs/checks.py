@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from qnn.kernels import get_scheme
 from qnn.kernels.formats import FLOATS
 from qnn.kinds import Kind, is_quantized, is_training, kind_of, own_tensors, titles, waits
 from qnn.nn.values import not_finite, why_not_finite
@@ -132,12 +133,19 @@ def keep_ties_to_float(modules: dict[str, nn.Module], plan: Plan, who: str = "qn
                 del plan.schemes[id(module)]
                 plan.reasons[id(module)] = f"{TIED} {other!r}{why}"
                 break
-            if plan.schemes[id(user)] != plan.schemes[id(module)]:
+            mine, theirs = plan.schemes[id(module)], plan.schemes[id(user)]
+            if mine != theirs and not _stored_alike(mine, theirs):
                 raise ValueError(
                     f"{who}: {name!r} and {other!r} share one weight but would get the "
-                    f"schemes {plan.schemes[id(module)]!r} and {plan.schemes[id(user)]!r}; give "
-                    "both the same."
+                    f"schemes {mine!r} and {theirs!r}, which store it in two ways; give both the "
+                    "same, or one of the same format."
                 )
+
+
+def _stored_alike(*schemes: str | None) -> bool:
+    """Whether the schemes have one format of weights, as `int8` and `int8_weight`."""
+    formats = [get_scheme(scheme).weight for scheme in schemes if scheme is not None]
+    return len(formats) == len(schemes) and all(form == formats[0] for form in formats)
 
 
 def _others(

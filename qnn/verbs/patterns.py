@@ -42,14 +42,19 @@ def matches(pattern: Pattern, name: str, modules: dict[str, nn.Module]) -> bool:
 def names(pattern: Pattern, name: str, modules: dict[str, nn.Module]) -> bool:
     """Whether `pattern` picks the module called `name` itself, and not what it is inside of or
     every layer: `"*.dense"`, its own class, a callable.
+
+    Of a kind that is taken when named, the classes that the kind takes name a layer too, and a
+    callable does not: it may be older than the kind. A model that is one layer is named.
     """
+    kind = kind_of(modules[name])
+    apart = kind is not None and bool(kind.when_named)
     if isinstance(pattern, str):
         return bool(pattern.strip("*?.")) and fnmatchcase(name, pattern)
     if isinstance(pattern, type):
-        kind = kind_of(modules[name])
-        general = (nn.Module, *(kind.floats if kind is not None else ()))
-        return pattern not in general and isinstance(modules[name], pattern)
-    return bool(pattern(name, modules[name]))
+        general = (nn.Module, *(kind.floats if kind is not None and not apart else ()))
+        picked = pattern not in general and isinstance(modules[name], pattern)
+        return picked or (apart and not name)
+    return not apart and bool(pattern(name, modules[name]))
 
 
 def _path(name: str) -> list[str]:
@@ -79,9 +84,12 @@ def check(
                 f"{who}: {argument} takes names with wildcards, module types or callables "
                 f"(name, module) -> bool, got {type(pattern).__name__} {pattern!r}."
             )
-        # A callable is asked about linear and recurrent layers only: it may read what other modules
-        # do not have.
-        asked = [n for n, m in modules.items() if isinstance(pattern, str | type) or kind_of(m)]
+        # A callable is asked about layers that have a kind only, first about those that are taken
+        # in any case: it may read what other modules do not have.
+        asked = list(modules)
+        if not isinstance(pattern, str | type):
+            kinds = {name: kind for name in asked if (kind := kind_of(modules[name])) is not None}
+            asked = sorted(kinds, key=lambda name: bool(kinds[name].when_named))
         if not any(matches(pattern, name, modules) for name in asked):
             close = (
                 difflib.get_close_matches(pattern, modules, n=3) if isinstance(pattern, str) else []

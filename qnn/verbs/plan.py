@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 from torch import nn
 
 from qnn.kernels.cpu.forking import return_threads
+from qnn.kernels.schemes import DEFAULT_SCHEME
 from qnn.kinds import Kind, Own, is_swapped, kind_of, known_kinds, waits
 from qnn.verbs import patterns, references
 from qnn.verbs.patterns import Pattern, Patterns
@@ -67,8 +68,13 @@ def select(
     patterns.check(who, "include", included, modules)
     patterns.check(who, "exclude", excluded, modules)
     plan, selected = Plan(), dict[str, Choice]()
+    everything = [*included, *excluded, *(pattern for pattern, _ in rules)]
     for name in candidates:
         key = id(modules[name])
+        kind = cast(Kind, kind_of(modules[name]))
+        if kind.when_named and not any(patterns.names(p, name, modules) for p in everything):
+            plan.reasons[key] = kind.why_left(modules[name], DEFAULT_SCHEME) or kind.when_named
+            continue
         out = next((p for p in excluded if patterns.matches(p, name, modules)), None)
         schemes = [rule for pattern, rule in rules if patterns.matches(pattern, name, modules)]
         if include is not None and not any(patterns.matches(p, name, modules) for p in included):

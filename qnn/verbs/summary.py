@@ -24,8 +24,6 @@ from qnn.verbs.plan import REASON
 _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.RNN, "there is no quantised nn.RNN, only LSTM and GRU"),
     (nn.RNNCell, "there is no quantised nn.RNNCell, only LSTMCell and GRUCell"),
-    (nn.Embedding, "embeddings are looked up, not multiplied: left in float"),
-    (nn.EmbeddingBag, "embeddings are looked up, not multiplied: left in float"),
     (nn.modules.conv._ConvNd, "there is no quantised convolution yet"),
     (nn.LayerNorm, "normalisation stays in float"),
     (nn.modules.batchnorm._NormBase, "normalisation stays in float"),

@@ -35,6 +35,7 @@ class LinearKind(Kind):
     observed = (ObservedLinear,)
     training = (Linear,)
     shares = True
+    held_as = "rows"
     standard = True
     forwards: tuple[Callable[..., Any], ...] = (nn.Linear.forward, Linear.forward)
     made: type[QLinear] = QLinear
@@ -94,7 +95,9 @@ class LinearKind(Kind):
         _spec(layer, how)
 
     def why_untied(self, other: Kind) -> str | None:
-        return None if other is self else "that layer has it transposed"
+        if other.held_as and other.held_as != self.held_as:
+            return "that layer has it transposed"
+        return super().why_untied(other)
 
     def require_ranges(self, layer: nn.Module) -> None:
         grid(cast(ObservedLinear, layer).input_quantize)
@@ -109,6 +112,7 @@ class Conv1DKind(LinearKind):
 
     name = "Conv1D"
     titles = ()
+    held_as = "columns"
     standard = False
     made = QConv1D
     observed = (ObservedConv1D,)

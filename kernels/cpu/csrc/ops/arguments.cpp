@@ -210,7 +210,7 @@ class Reader {
     if (result.kind == Kind::integers) return result;
     if (words[i] == "=") {
       result.like = 0;
-    } else if (result.kind != Kind::word) {
+    } else if (result.kind == Kind::tensor || result.kind == Kind::dtype) {
       for (const auto& [name, type] : kDtypes) {
         if (has(result.allowed, name)) result.dtypes.push_back(type);
       }
@@ -411,6 +411,7 @@ std::string Arguments::call() const {
       for (size_t j = 0; j < std::max<size_t>(a.count, 1); ++j)
         value += (j == 0 ? "" : ", ") + std::to_string(a.integers[j]);
       if (p.count > 0) value = "[" + value + "]";
+      if (p.optional && value == p.allowed[0]) value.clear();
     } else if (a.tensor != nullptr) {
       value = name_of(a.tensor->scalar_type()) + "[" + text_of(a.tensor->sizes()) + "]";
     }

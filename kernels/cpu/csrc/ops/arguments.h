@@ -45,7 +45,7 @@ bool is_channels_last(const Tensor& t);
 
 Activation activation_called(const std::string& name);
 
-// One argument of a call: a tensor, null where it was left out; or a word; integers; or else a dtype. One
+// One argument of a call: a tensor, null where it was left out; a word; a dtype; integers. One
 // that is given by a pointer is an argument of some ops only: of those, for whose calls it is not
 // null.
 struct Argument {

@@ -4,6 +4,7 @@
 // avx512_vnni does.
 #define QNN_LANES 16
 #include "conv/loops.h"
+#include "embedding/embedding.h"
 #include "linear/loops.h"
 #include "recurrent/recurrent.h"
 #include "tiers/tiers.h"
@@ -148,6 +149,7 @@ constexpr Tier amx = [] {
   t.int8 = kernel<Vnni, Amx>();
   t.weight_only = kernel<FloatTier<Avx512Machine>>();
   t.quantize = quantize;
+  t.look_up = look_up<FloatTier<Avx512Machine>>;
   t.recurrent = recurrent<AmxProduct>();
   t.recurrent_weight = recurrent<FloatProduct<Avx512Machine, 6, 8>>();
   t.conv = conv<IntegerConv<Vnni>>();

@@ -4,6 +4,7 @@
 #include "tiers/avx2.h"
 
 #include "conv/loops.h"
+#include "embedding/embedding.h"
 #include "linear/loops.h"
 #include "recurrent/recurrent.h"
 #include "tiers/tiers.h"
@@ -44,6 +45,7 @@ constexpr Tier avx2 = [] {
   t.int8 = kernel<Madd>();
   t.weight_only = kernel<FloatTier<Avx2Machine>>();
   t.quantize = quantize;
+  t.look_up = look_up<FloatTier<Avx2Machine>>;
   t.recurrent = recurrent<IntegerProduct<Madd, 2, 3>>();
   t.recurrent_weight = recurrent<FloatProduct<Avx2Machine, 2, 3>>();
   t.conv = conv<IntegerConv<Madd>>();

@@ -1,6 +1,7 @@
 // AVX-512 with VNNI: see vnni512.h.
 #define QNN_LANES 16
 #include "conv/loops.h"
+#include "embedding/embedding.h"
 #include "linear/loops.h"
 #include "recurrent/recurrent.h"
 #include "tiers/tiers.h"
@@ -15,6 +16,7 @@ constexpr Tier avx512_vnni = [] {
   t.int8 = kernel<Vnni>();
   t.weight_only = kernel<FloatTier<Avx512Machine>>();
   t.quantize = quantize;
+  t.look_up = look_up<FloatTier<Avx512Machine>>;
   t.recurrent = recurrent<IntegerProduct<Vnni, 6, 8>>();
   t.recurrent_weight = recurrent<FloatProduct<Avx512Machine, 6, 8>>();
   t.conv = conv<IntegerConv<Vnni>>();

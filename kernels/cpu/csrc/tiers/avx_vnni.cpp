@@ -5,6 +5,7 @@
 #include <cpuid.h>
 
 #include "conv/loops.h"
+#include "embedding/embedding.h"
 #include "linear/loops.h"
 #include "recurrent/recurrent.h"
 #include "tiers/avx2.h"
@@ -64,6 +65,7 @@ constexpr Tier avx_vnni = [] {
   t.int8 = kernel<Vnni256>();
   t.weight_only = kernel<FloatTier<Avx2Machine>>();
   t.quantize = quantize;
+  t.look_up = look_up<FloatTier<Avx2Machine>>;
   t.recurrent = recurrent<IntegerProduct<Vnni256, 3, 3>>();
   t.recurrent_weight = recurrent<FloatProduct<Avx2Machine, 2, 3>>();
   t.conv = conv<IntegerConv<Vnni256>>();

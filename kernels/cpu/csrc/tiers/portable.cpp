@@ -2,6 +2,7 @@
 // and x as 16-bit values, products in 32 bits.
 #define QNN_LANES 4
 #include "conv/loops.h"
+#include "embedding/embedding.h"
 #include "linear/loops.h"
 #include "recurrent/recurrent.h"
 #include "tiers/tiers.h"
@@ -81,6 +82,7 @@ constexpr Tier portable = [] {
   t.int8 = kernel<Plain>();
   t.weight_only = kernel<FloatTier<PlainMachine>>();
   t.quantize = quantize;
+  t.look_up = look_up<FloatTier<PlainMachine>>;
   t.recurrent = recurrent<IntegerProduct<Plain, 2, 3>>();
   t.recurrent_weight = recurrent<FloatProduct<PlainMachine, 2, 3>>();
   t.conv = conv<IntegerConv<Plain>>();

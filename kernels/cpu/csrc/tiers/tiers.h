@@ -3,6 +3,7 @@
 #pragma once
 
 #include "conv/conv.h"
+#include "embedding/lookup.h"
 #include "linear/linear.h"
 #include "recurrent/recurrent_call.h"
 
@@ -14,6 +15,7 @@ struct Tier {
   Kernel int8;         // rows quantised to int8, and w so too
   Kernel weight_only;  // rows as they are, float32 accumulation, w in any format
   void (*quantize)(const Quantize&, int part, int parts);
+  void (*look_up)(const Lookup&, int part, int parts);
   RecurrentKernel recurrent;         // of int8 and int8_static
   RecurrentKernel recurrent_weight;  // of int8_weight
   ConvKernel conv;                   // of int8, int8_static and codes

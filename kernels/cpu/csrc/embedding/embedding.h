@@ -1,0 +1,128 @@
+// Lookups, for any decoder of linear/decoders: a piece of a row becomes floats that stay in the
+// first-level cache, and then values of y.
+#pragma once
+
+#include "embedding/lookup.h"
+#include "linear/float_tier.h"
+
+namespace qnn {
+namespace {
+
+// Columns at a time: a whole number of the steps of every decoder.
+constexpr int64_t kPiece = 512;
+static_assert(kPiece % Decoders::kStep == 0);
+
+// The floats of columns k … k + count of a row, in `to`, which has room for whole steps; without
+// the scale of the whole row.
+inline void decode_piece(const WeightRow& row, int64_t k, int64_t count, float* to) {
+  Decoders::with(row.decoder, [&](auto decoder) {
+    using D = decltype(decoder);
+    D::panel(to, row, k, count);
+    // A product may have the NaN of a row in its first place; here each value has its own.
+    if constexpr (D::kDecoder == Decoder::e4m3) {
+      if (to[0] != to[0]) {
+        for (int64_t i = 0; i < count; ++i) to[i] = kE4m3Values.values[row.codes[k + i]];
+      }
+    }
+  });
+}
+
+// So many floats, in vectors; the last may reach beyond them.
+template <class Each>
+QNN_INLINE void in_vectors(int64_t count, const Each& each) {
+  for (int64_t i = 0; i < count; i += kLanes) each(i);
+}
+
+template <class T>
+struct Lookups {
+  explicit Lookups(const Lookup& p) : p(p), k(p.table.k) {}
+  const Lookup& p;
+  const int64_t k;
+  // Whole vectors after the end of a piece may be written.
+  alignas(64) float values[kPiece + 64], sums[kPiece + 64];
+
+  float scale(int64_t id) const { return p.table.sw[p.table.weight.grouped() ? 0 : id]; }
+
+  template <class Format>
+  void rows(typename Format::Value* y, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i, y += k) {
+      const int64_t id = p.id(i);
+      const WeightRow row = T::row(p.table, id);
+      const vfloat by = splat(scale(id));
+      for (int64_t c = 0; c < k; c += kPiece) {
+        const int64_t count = smaller(kPiece, k - c);
+        if (std::is_same_v<Format, Float32> && count % Decoders::kStep == 0) {
+          float* to = reinterpret_cast<float*>(y + c);
+          decode_piece(row, c, count, to);
+          in_vectors(count, [&](int64_t j) { write(to + j, read<vfloat>(to + j) * by); });
+          continue;
+        }
+        decode_piece(row, c, count, values);
+        in_vectors(count, [&](int64_t j) {
+          store_some<Format>(y + c + j, read<vfloat>(values + j) * by, count - j);
+        });
+      }
+    }
+  }
+
+  template <class Format>
+  void bag(typename Format::Value* y, int64_t begin, int64_t end) {
+    const auto* weights = static_cast<const typename Format::Value*>(p.weights);
+    int64_t number = 0;
+    for (int64_t i = begin; i < end; ++i) number += p.id(i) != p.padding;
+    const bool largest = p.mode == Bag::max && number > 0;
+    for (int64_t c = 0; c < k; c += kPiece) {
+      const int64_t count = smaller(kPiece, k - c);
+      const vfloat first = splat(largest ? -__builtin_inff() : 0.0f);
+      in_vectors(count, [&](int64_t j) { write(sums + j, first); });
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t id = p.id(i);
+        if (id == p.padding) continue;
+        decode_piece(T::row(p.table, id), c, count, values);
+        const vfloat by = splat(scale(id));
+        const vfloat weight =
+            splat(weights == nullptr ? 1.0f : load_some<Format>(weights + i, 1)[0]);
+        in_vectors(count, [&](int64_t j) {
+          const vfloat v = read<vfloat>(values + j) * by * weight, sum = read<vfloat>(sums + j);
+          if (largest) {
+            write(sums + j, (v > sum) | (v != v) ? v : sum);  // NaN stays NaN
+          } else {
+            write(sums + j, sum + v);
+          }
+        });
+      }
+      const vfloat among =
+          splat(p.mode == Bag::mean ? static_cast<float>(larger(1, number)) : 1.0f);
+      in_vectors(count, [&](int64_t j) {
+        store_some<Format>(y + c + j, read<vfloat>(sums + j) / among, count - j);
+      });
+    }
+  }
+};
+
+// Share `part` of `parts`.
+template <class T>
+void look_up(const Lookup& p, int part, int parts) {
+  Lookups<T> all(p);
+  with_format(p.table.y_dtype, [&](auto format) {
+    using Format = decltype(format);
+    auto* y = static_cast<typename Format::Value*>(p.table.y);
+    const int64_t begin = p.count * part / parts, end = p.count * (part + 1) / parts;
+    if (p.offsets == nullptr) return all.template rows<Format>(y + begin * p.table.k, begin, end);
+    // The bags that begin at the part's own ids; the last part has those that are empty at the end.
+    const auto bag_at = [&](int64_t id) {
+      int64_t low = 0, high = p.bags;
+      while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        p.offsets[middle] < id ? void(low = middle + 1) : void(high = middle);
+      }
+      return low;
+    };
+    const int64_t last = part + 1 == parts ? p.bags : bag_at(end);
+    for (int64_t b = part == 0 ? 0 : bag_at(begin); b < last; ++b)
+      all.template bag<Format>(y + b * p.table.k, p.offsets[b], p.offsets[b + 1]);
+  });
+}
+
+}  // namespace
+}  // namespace qnn
