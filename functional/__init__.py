@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 from qnn.functional.fake_quantize import fake_quantize
+from qnn.functional.grouped import grouped_linear, sort_by_group, unsort
 from qnn.functional.invoke import invoke_quant
 from qnn.functional.linear import linear
 from qnn.functional.quantize import dequantize, quantize
@@ -16,12 +17,15 @@ __all__ = [
     "RecurrentWeights",
     "dequantize",
     "fake_quantize",
+    "grouped_linear",
     "gru",
     "invoke_quant",
     "linear",
     "lstm",
     "quantize",
+    "sort_by_group",
     "training_linear",
+    "unsort",
 ]
 
 

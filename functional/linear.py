@@ -11,7 +11,7 @@ from qnn.functional import tensor_parallel
 from qnn.functional.invoke import invoke_quant
 from qnn.functional.quantize import dequantize, stored_parts
 from qnn.kernels import OPS, get_scheme
-from qnn.kernels.op.autograd import sum_of_rows
+from qnn.kernels.op.autograd import gradient_of_bias
 from qnn.kernels.torch_private import in_functorch_transform
 
 
@@ -51,7 +51,9 @@ class _Linear(torch.autograd.Function):
             # A packed weight stands for columns that x may lack.
             dx = dx if dx.shape[-1] == ctx.columns else dx[..., : ctx.columns]
         if ctx.needs_input_grad[1]:
-            dbias = sum_of_rows(dy, ctx.bias_dtype)
+            names = (arg.name for arg in OPS[ctx.op].inputs[1:])
+            offsets = dict(zip(names, weight, strict=False)).get("offsets")
+            dbias = gradient_of_bias(dy, ctx.bias_dtype, offsets)
         return dx, dbias, None, None, *[None] * len(weight)
 
 
@@ -142,7 +144,7 @@ def linear(
     """
     parts = stored_parts(scheme, weight, _scale=weight_scale, _global_scale=weight_global_scale)
     if get_scheme(scheme).static or input_scale is not None or input_zero_point is not None:
-        parts += _grid(scheme, input_scale, input_zero_point)
+        parts += _grid("linear", scheme, input_scale, input_zero_point)
     return linear_of(x, parts, bias, scheme)
 
 
@@ -156,7 +158,7 @@ def linear_of(
     op = known.linear
     if not torch.compiler.is_compiling():
         if type(x) not in _PLAIN or type(parts[0]) not in _PLAIN:
-            _refuse_distributed(scheme, x=x, weight=parts[0])
+            _refuse_distributed("linear", scheme, x=x, weight=parts[0])
         # Of a kernel in C++ a wrong dtype is a ValueError; traced, the fake checks.
         OPS[op].require(x, *parts, bias)
         result: torch.Tensor = OPS[op].call(autocast(x), *parts, bias)
@@ -172,26 +174,26 @@ def linear_of(
 
 
 def _grid(
-    scheme: str, scale: torch.Tensor | None, zero_point: torch.Tensor | None
+    function: str, scheme: str, scale: torch.Tensor | None, zero_point: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    who = f"qnn.functional.{function}: scheme {scheme!r}"
     if not get_scheme(scheme).static:
-        raise ValueError(f"qnn.functional.linear: scheme {scheme!r} takes no input_scale.")
+        raise ValueError(f"{who} takes no input_scale.")
     if scale is None or zero_point is None:
-        raise ValueError(
-            f"qnn.functional.linear: scheme {scheme!r} needs input_scale and input_zero_point."
-        )
+        raise ValueError(f"{who} needs input_scale and input_zero_point.")
     return scale, zero_point
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def _refuse_distributed(scheme: str, **given: torch.Tensor) -> None:
+def _refuse_distributed(function: str, scheme: str, **given: torch.Tensor) -> None:
     for name, tensor in given.items():
         if tensor_parallel.is_distributed(tensor):
             raise ValueError(
-                f"qnn.functional.linear(scheme={scheme!r}): {name} is a DTensor; quantised weights "
-                "are sharded by fully_shard alone, and tensor parallelism is for qnn.Linear."
+                f"qnn.functional.{function}(scheme={scheme!r}): {name} is a DTensor; quantised "
+                "weights are sharded by fully_shard alone, and tensor parallelism is for "
+                "qnn.Linear."
             )
 
 

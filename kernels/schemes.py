@@ -115,7 +115,7 @@ def _training(
 
 def _ops(scheme: str, *kinds: str) -> dict[str, str]:
     """The ops of a scheme, `int8_linear` and so on."""
-    return {kind: f"{scheme}_{kind}" for kind in ("linear", *kinds)}
+    return {kind: f"{scheme}_{kind}" for kind in ("linear", "grouped_linear", *kinds)}
 
 
 _RECURRENT = ("lstm", "gru")

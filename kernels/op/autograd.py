@@ -6,7 +6,8 @@ never gives zero or None.
 
 - An argument with an entry in `Op.backward` has the result of that op as its gradient. The op is
   called with the incoming gradient and what it shares by name with the forward.
-- `bias` is added to the rows of the result: its gradient is their sum.
+- `bias` is added to the rows of the result: its gradient is their sum; of a grouped layer, whose
+  rows have a bias for each group, the sum of each group's.
 - An epilogue (`activation`, `residual`) is differentiated as the separate torch calls that it
   stands for.
 - An op whose reference is differentiable (`Op.differentiable`) has the reference's gradient.
@@ -36,12 +37,27 @@ from qnn.kernels.torch_private import (
     without_autocast,
 )
 
-__all__ = ["autograd_kernel", "sum_of_rows"]
+__all__ = ["autograd_kernel", "gradient_of_bias"]
 
 
-def sum_of_rows(dy: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The gradient of what is added to each row, `[N]` of `[..., N]`."""
-    return dy.to(dtype) if dy.dim() == 1 else dy.sum(list(range(dy.dim() - 1)), dtype=dtype)
+def gradient_of_bias(
+    dy: torch.Tensor, dtype: torch.dtype, offsets: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The gradient of what is added to each row, `[N]` of `[..., N]`; where rows are sorted in
+    groups, which end at `offsets`, `[E, N]` of `[M, N]`.
+    """
+    if offsets is None:
+        return dy.to(dtype) if dy.dim() == 1 else dy.sum(list(range(dy.dim() - 1)), dtype=dtype)
+    compute = torch.promote_types(dtype, torch.float32)
+    sums = dy.new_zeros(offsets.shape[0] + 1, dy.shape[-1], dtype=compute)
+    groups = group_of_rows(offsets, dy.shape[0])
+    return sums.index_add(0, groups, dy.to(compute))[:-1].to(dtype)
+
+
+def group_of_rows(offsets: torch.Tensor, rows: int) -> torch.Tensor:
+    """The group of each of `rows` sorted rows; the number of groups for a row of none."""
+    each = torch.arange(rows, dtype=offsets.dtype, device=offsets.device)
+    return torch.searchsorted(offsets, each, right=True)
 
 
 def autograd_kernel(op: Declaration, ops: Mapping[str, Declaration]) -> Callable[..., Any]:
@@ -178,7 +194,7 @@ def _gradients(
         return op.split(given, _called(ops[other], given, dy.contiguous()))
     found: dict[str, torch.Tensor] = {}
     if "bias" in wanted and _has_bias(op):
-        found["bias"] = sum_of_rows(dy, like["bias"][1])
+        found["bias"] = gradient_of_bias(dy, like["bias"][1], given.get("offsets"))
     for first, other in op.backward.items():
         if first in wanted:
             dx, columns = _called(ops[other], given, dy), like[first][0][-1]
@@ -188,7 +204,8 @@ def _gradients(
 
 
 def _has_bias(op: Declaration) -> bool:
-    return any(arg.name == "bias" and arg.axes == op.outputs[0].tail[-1:] for arg in op.inputs)
+    columns = op.outputs[0].tail[-1:]
+    return any(arg.name == "bias" and arg.tail[-1:] == columns for arg in op.inputs)
 
 
 def _through_reference(
@@ -229,6 +246,10 @@ def _tangent(
     tx, tbias = moved[first], moved.get("bias")
     if tx is None:
         assert tbias is not None  # noqa: S101  # something has a tangent
+        offsets = given.get("offsets")
+        if offsets is not None:
+            groups = group_of_rows(offsets, result[0][0])
+            tbias = torch.nn.functional.pad(tbias, (0, 0, 0, 1))[groups]
         return tbias.to(result[1]).expand(result[0])
     shared = {name: value for name, value in given.items() if name != first}
     return _called(ops[linearised], {**shared, "bias": tbias}, tx)
