@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from qnn.functional.layout import MATRIX, Layout
 from qnn.kernels import get_scheme
 
 # Hands over what a new module takes from the old one: as it is, or copied.
@@ -44,6 +45,7 @@ class Kind:
         standard: whether compressed-tensors and the engines that read its files know the layer.
         holds: names of modules inside a layer that are its own, such as observation points.
         leaves: attributes of a layer that do not move to the one in its place.
+        layout: how its weights are stored in formats of matrices.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Kind:
     standard: bool = False
     holds: frozenset[str] = frozenset()
     leaves: frozenset[str] = frozenset({"points", "qat", "scheme"})
+    layout: Layout = MATRIX
 
     # -- which layers, in which form --------------------------------------------------------------
 
@@ -98,7 +101,7 @@ class Kind:
     def why_not(self, module: nn.Module, scheme: str) -> str | None:
         """Why a scheme cannot hold the layer's weights, by their sizes."""
         for weight in self.weights(module).values():
-            rows, columns = weight.shape
+            rows, columns = self.layout.matrix(weight.shape)
             if (reason := get_scheme(scheme).why_not_linear(columns, rows)) is not None:
                 return reason
         return None

@@ -9,7 +9,6 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from qnn import functional as F
 from qnn.functional.tensor_parallel import is_distributed
 from qnn.kernels.formats import FLOATS, Part
 from qnn.kernels.torch_private import is_jit_tracing
@@ -42,6 +41,9 @@ class Quantized(Stored):
     """
 
     # -- what a subclass says ---------------------------------------------------------------------
+
+    # What the names of its weights begin with, which is asked of each name that is looked up.
+    _prefixes: tuple[str, ...] = ("weight",)
 
     def _backend(self) -> str:
         raise NotImplementedError
@@ -132,7 +134,7 @@ class Quantized(Stored):
         for name, shape in (weights if floats is None else floats).items():
             if name in weights:
                 for part in form.on_disk if on_disk else form.parts:
-                    empty = torch.empty(part.shape(*weights[name]), dtype=part.dtype, device=device)
+                    empty = self._layout.empty(part, weights[name], device)
                     self._parameters[name + part.suffix] = frozen(empty)
             elif shape is None:
                 self._parameters[name] = None
@@ -156,7 +158,7 @@ class Quantized(Stored):
 
     def _dequantized(self, weight: str) -> torch.Tensor:
         """The float weight, in `dtype`."""
-        return F.dequantize(self._held(weight), dtype=self.dtype, scheme=self.scheme)
+        return self._layout.dequantize(self._held(weight), self.dtype, self.scheme)
 
     # -- from the float layer and back ------------------------------------------------------------
 
@@ -168,7 +170,7 @@ class Quantized(Stored):
             if value is None:
                 continue
             if name in self._weight_shapes():
-                self._set_parts(name, quantize(value, self.scheme))
+                self._set_parts(name, quantize(value, self.scheme, self._layout))
             else:
                 bias = normal(value).clone()
                 self._parameters[name] = nn.Parameter(bias, requires_grad=value.requires_grad)
@@ -200,7 +202,7 @@ class Quantized(Stored):
 
     def __getattr__(self, name: str) -> Any:
         # Reached for parameters and their like alone, and never by `forward`.
-        if name.startswith("weight") and name in self._weight_shapes():
+        if name.startswith(self._prefixes) and name in self._weight_shapes():
             held = [self._parameters.get(part) for part, _ in self._parts_of(name)]
             if any(part is None for part in held):
                 raise AttributeError(f"{self._who} has no {name}: it was deleted.")
@@ -209,13 +211,13 @@ class Quantized(Stored):
             if torch.compiler.is_compiling() or is_jit_tracing():
                 return self._dequantized(name)
             return FloatWeight(self, name)
-        if name.startswith("weight") and name in self._disk_names():
+        if name.startswith(self._prefixes) and name in self._disk_names():
             return self.state_dict()[name]
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         is_tensor = isinstance(value, torch.Tensor)
-        if is_tensor and name.startswith("weight") and name in self._weight_shapes():
+        if is_tensor and name.startswith(self._prefixes) and name in self._weight_shapes():
             self._assign(name, value)
             return
         super().__setattr__(name, value)
@@ -230,7 +232,7 @@ class Quantized(Stored):
         super().register_parameter(name, param)
 
     def __delattr__(self, name: str) -> None:
-        if name.startswith("weight") and name in self._weight_shapes():
+        if name.startswith(self._prefixes) and name in self._weight_shapes():
             raise TypeError(self._not_parametrised(name))
         super().__delattr__(name)
 
@@ -306,11 +308,11 @@ class Quantized(Stored):
 
     def _require_codes(self, weight: str, value: torch.Tensor) -> None:
         (_, part), *_ = self._parts_of(weight)
-        rows, columns = self._weight_shapes()[weight]
-        shape = part.shape(rows, columns)
+        sizes = self._weight_shapes()[weight]
+        shape = self._layout.shape(part, sizes)
         if value.dtype != part.dtype or tuple(value.shape) != shape:
             raise TypeError(
-                f"{self._who}.{weight} takes floats [{rows}, {columns}], which it quantises, or "
+                f"{self._who}.{weight} takes floats {list(sizes)}, which it quantises, or "
                 f"its own codes, {part.dtype} {list(shape)}; got {value.dtype} "
                 f"{list(value.shape)}."
             )

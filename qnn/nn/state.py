@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from qnn.functional.layout import MATRIX, Layout
 from qnn.functional.tensor_parallel import is_distributed
 from qnn.kernels import SCHEMES, Scheme, get_scheme
 from qnn.kernels.cpu.forking import return_threads
@@ -33,8 +34,9 @@ class Stored(nn.Module):
     scheme: str
     dtype: torch.dtype
     _uncalibrated: bool
+    _layout: Layout = MATRIX  # of the weights' axes
 
-    def _weight_shapes(self) -> dict[str, tuple[int, int]]:
+    def _weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The float shape of each quantised weight, by its name in the float layer."""
         raise NotImplementedError
 
@@ -75,7 +77,7 @@ class Stored(nn.Module):
             raise ValueError(f"{weight} must be {list(shape)}, got {list(value.shape)}.")
         if (reason := why_not_finite(value)) is not None:
             raise ValueError(f"{weight} holds {reason}.")
-        return quantize(value, self.scheme)
+        return quantize(value, self.scheme, self._layout)
 
     # -- from and into a checkpoint ---------------------------------------------------------------
 
@@ -188,14 +190,15 @@ class Stored(nn.Module):
         for part in {*form.on_disk} - {*form.parts}:
             name = weight + part.suffix
             if name in given and given[name].dtype != held.get(part.suffix):
-                wanted = part.shape(*shape)
+                wanted = self._layout.shape(part, shape)
                 given[name] = self._read_plain(name, given[name], part.dtype, wanted)
         found = {name.removeprefix(weight): tensor for name, tensor in given.items()}
-        given = {weight + end: tensor for end, tensor in form.from_disk(found, shape).items()}
+        found = self._layout.from_disk(form, found, shape)
+        given = {weight + end: tensor for end, tensor in found.items()}
         return {name: self._read_part(name, part, shape, given) for name, part in parts}
 
     def _read_part(
-        self, name: str, part: Part, weight: tuple[int, int], given: Mapping[str, Any]
+        self, name: str, part: Part, weight: tuple[int, ...], given: Mapping[str, Any]
     ) -> torch.Tensor:
         if name not in given:
             first = next(iter(given))
@@ -203,7 +206,8 @@ class Stored(nn.Module):
                 f"{first} is {given[first].dtype}, yet the state has no {name}: the checkpoint is "
                 "truncated."
             )
-        tensor = self._read_plain(name, given[name], part.dtype, part.shape(*weight))
+        shape = self._layout.shape(part, weight)
+        tensor = self._read_plain(name, given[name], part.dtype, shape)
         if (bad := bad_part(tensor, part)) is not None:
             what = (
                 "must be positive and finite; it is not" if part.is_scale else "holds codes of NaN"
@@ -270,7 +274,7 @@ class Stored(nn.Module):
             for i, (_, part) in enumerate(parts):
                 if held[i].dtype != part.dtype:  # as in `_part`
                     held[i] = held[i].detach().to(part.dtype)
-            made = zip(form.on_disk, form.to_disk(held, shape), strict=True)
+            made = zip(form.on_disk, self._layout.to_disk(form, held, shape), strict=True)
             destination.update({prefix + weight + part.suffix: each for part, each in made})
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from qnn import functional as F
+from qnn.functional.layout import MATRIX, Layout
 from qnn.functional.tensor_parallel import is_distributed
 from qnn.kernels.cpu.forking import return_threads
 from qnn.kernels.formats import FLOATS, Part
@@ -211,10 +211,12 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return cast(Any, plain).to_local() if is_distributed(plain) else plain
 
 
-def quantize(weight: torch.Tensor, scheme: str) -> tuple[torch.Tensor, ...]:
+def quantize(
+    weight: torch.Tensor, scheme: str, layout: Layout = MATRIX
+) -> tuple[torch.Tensor, ...]:
     """The parts of a weight; plain tensors, whatever mode the caller is in."""
     with torch.inference_mode(False), torch.no_grad():
-        parts = F.quantize(normal(weight), scheme)
+        parts = layout.quantize(normal(weight), scheme)
     return_threads()
     return parts
 
