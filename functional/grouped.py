@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from qnn.functional.layout import STACK
 from qnn.functional.linear import (
     _apply,
     _grid,
@@ -16,8 +17,8 @@ from qnn.functional.linear import (
     autocast,
     straight_through,
 )
-from qnn.functional.quantize import dequantize, stored_parts
-from qnn.kernels import OPS, Scheme, get_scheme
+from qnn.functional.quantize import stored_parts
+from qnn.kernels import OPS, get_scheme
 from qnn.kernels.op.autograd import group_of_rows
 from qnn.kernels.torch_private import in_functorch_transform
 
@@ -87,23 +88,10 @@ def grouped_linear_of(
     if in_functorch_transform():
         detached = None if bias is None else bias.detach()
         y = _region(op, x.detach(), parts, detached, scheme)
-        return straight_through(y, _line(x, parts, bias, known))
+        *weight, offsets = parts[: len(known.weight.parts) + 1]
+        line = float_grouped_linear(x, STACK.dequantize(weight, x.dtype, scheme), offsets, bias)
+        return straight_through(y, line)
     return _apply(x, parts, bias, op, scheme)
-
-
-def _line(
-    x: torch.Tensor, parts: Sequence[torch.Tensor], bias: torch.Tensor | None, scheme: Scheme
-) -> torch.Tensor:
-    """The layer in float: every group's product with every row, of which each takes its own."""
-    count = len(scheme.weight.parts)
-    offsets, stacks = parts[count], parts[:count]
-    groups = group_of_rows(offsets, x.shape[0])[:, None]
-    y = x.new_zeros(x.shape[0], 1)
-    for group in range(offsets.shape[0]):
-        w = dequantize([part[group] for part in stacks], dtype=x.dtype, scheme=scheme.name)
-        own = None if bias is None else bias[group].to(x.dtype)
-        y = torch.where(groups == group, torch.nn.functional.linear(x, w, own), y)
-    return y
 
 
 def sort_by_group(groups: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,3 +122,23 @@ def unsort(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         0, order, torch.arange(len(order), device=order.device)
     )
     return rows[places]
+
+
+def float_grouped_linear(
+    x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`y = x · weight[e]ᵀ + bias[e]` for the rows of each group, in float; zeros in rows after the
+    last group.
+    """
+    groups = group_of_rows(offsets, x.shape[0])[:, None]
+    bias = None if bias is None else bias.to(x.dtype)
+    if torch.compiler.is_compiling():  # torch traces grouped_mm in bfloat16 alone
+        y = x.new_zeros(x.shape[0], weight.shape[1])
+        for group, each in enumerate(weight):
+            own = None if bias is None else bias[group]
+            y = torch.where(groups == group, torch.nn.functional.linear(x, each, own), y)
+        return y
+    y = torch.nn.functional.grouped_mm(x, weight.mT, offs=offsets)
+    if bias is not None:
+        y = y + torch.nn.functional.pad(bias, (0, 0, 0, 1))[groups[:, 0]]
+    return y.masked_fill(groups == len(offsets), 0)

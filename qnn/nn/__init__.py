@@ -1,6 +1,14 @@
 """Layers: their float state around, and their quantised, observed and training forms."""
 
 from qnn.nn.base import Quantized
+from qnn.nn.grouped import (
+    ExpertsAdapter,
+    GroupedLinear,
+    QExperts,
+    QGroupedLinear,
+    register_adapter,
+    unregister_adapter,
+)
 from qnn.nn.linear import Linear, ObservedLinear, QLinear
 from qnn.nn.recurrent import (
     QGRU,
@@ -16,9 +24,13 @@ from qnn.nn.recurrent import (
 __all__ = [
     "QGRU",
     "QLSTM",
+    "ExpertsAdapter",
+    "GroupedLinear",
     "Linear",
     "ObservedLinear",
+    "QExperts",
     "QGRUCell",
+    "QGroupedLinear",
     "QLSTMCell",
     "QLinear",
     "QuantizableGRU",
@@ -26,4 +38,6 @@ __all__ = [
     "QuantizableLSTM",
     "QuantizableLSTMCell",
     "Quantized",
+    "register_adapter",
+    "unregister_adapter",
 ]
