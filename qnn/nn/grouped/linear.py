@@ -1,4 +1,4 @@
-"""`GroupedLinear`: the float layer that `QGroupedLinear` stands for; torch has the product alone."""
+"""`GroupedLinear`: the float layer that `QGroupedLinear` stands for."""
 
 from __future__ import annotations
 
