@@ -8,6 +8,7 @@ from typing import Any
 from qnn.functional.conv import conv, conv_transpose
 from qnn.functional.embedding import embedding, embedding_bag
 from qnn.functional.fake_quantize import fake_quantize
+from qnn.functional.grouped import grouped_linear, sort_by_group, unsort
 from qnn.functional.invoke import invoke_quant
 from qnn.functional.linear import linear
 from qnn.functional.quantize import dequantize, quantize
@@ -22,12 +23,15 @@ __all__ = [
     "embedding",
     "embedding_bag",
     "fake_quantize",
+    "grouped_linear",
     "gru",
     "invoke_quant",
     "linear",
     "lstm",
     "quantize",
+    "sort_by_group",
     "training_linear",
+    "unsort",
 ]
 
 

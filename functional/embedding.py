@@ -109,7 +109,7 @@ def embedding_bag(
 
 
 def embedding_bag_of(
-    input: torch.Tensor,
+    ids: torch.Tensor,
     parts: Sequence[torch.Tensor],
     offsets: torch.Tensor | None,
     mode: str,
@@ -121,20 +121,20 @@ def embedding_bag_of(
 ) -> torch.Tensor:
     """`embedding_bag` of the parts of a table."""
     op, weights = _op(scheme, "embedding_bag"), per_sample_weights
-    if (why := _why_not_bags(input, offsets, mode, weights, dtype)) is not None:
+    if (why := _why_not_bags(ids, offsets, mode, weights, dtype)) is not None:
         raise ValueError(f"qnn.functional.embedding_bag: {why}.")
     if offsets is None:
-        bags, length = input.shape
-        offsets = torch.arange(0, bags + 1, device=input.device) * length
-        input, weights = input.reshape(-1), None if weights is None else weights.reshape(-1)
+        bags, length = ids.shape
+        offsets = torch.arange(0, bags + 1, device=ids.device) * length
+        ids, weights = ids.reshape(-1), None if weights is None else weights.reshape(-1)
     else:
         offsets = offsets.to(torch.int64)
         if not include_last_offset:
-            end = torch.full((1,), input.shape[0], dtype=torch.int64, device=input.device)
+            end = torch.full((1,), ids.shape[0], dtype=torch.int64, device=ids.device)
             offsets = torch.cat((offsets, end))
     padding = -1 if padding_idx is None else padding_idx
 
-    operands = (input, offsets, *parts, weights)
+    operands = (ids, offsets, *parts, weights)
     if not torch.compiler.is_compiling():
         result: torch.Tensor = op.call(*operands, mode, padding, dtype)
         return result

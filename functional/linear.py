@@ -11,7 +11,7 @@ from qnn.functional import tensor_parallel
 from qnn.functional.invoke import invoke_quant
 from qnn.functional.quantize import dequantize, stored_parts
 from qnn.kernels import OPS, get_scheme
-from qnn.kernels.op.autograd import sum_of_rows
+from qnn.kernels.op.autograd import gradient_of_bias
 from qnn.kernels.torch_private import in_functorch_transform
 
 
@@ -56,7 +56,9 @@ class _Layer(torch.autograd.Function):
             columns = ctx.shape[-1]
             dx = dx if dx.shape[-1] == columns else dx[..., :columns]
         if ctx.needs_input_grad[1]:
-            dbias = sum_of_rows(dy, ctx.bias_dtype, OPS[ctx.op].bias_axis or -1)
+            names = (arg.name for arg in OPS[ctx.op].inputs[1:])
+            offsets = dict(zip(names, weight, strict=False)).get("offsets")
+            dbias = gradient_of_bias(dy, ctx.bias_dtype, OPS[ctx.op].bias_axis or -1, offsets)
         return dx, dbias, None, None, None, *[None] * len(weight)
 
 

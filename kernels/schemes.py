@@ -117,7 +117,7 @@ def _ops(scheme: str, *kinds: str, tables: str = "") -> dict[str, str]:
     """The ops of a scheme, `int8_linear` and so on; those of tables have no activation to quantise,
     and are the ones of `tables`, which has weights in the same format.
     """
-    ops = {kind: f"{scheme}_{kind}" for kind in ("linear", *kinds)}
+    ops = {kind: f"{scheme}_{kind}" for kind in ("linear", "grouped_linear", *kinds)}
     return ops | {kind: f"{tables}_{kind}" for kind in (_TABLES if tables else ())}
 
 

@@ -42,8 +42,8 @@ class Kind:
         titles: how errors call them.
         quantized, observed, training: the classes of the other forms.
         shares: whether layers that share a weight share its codes too. Others stay float then.
-        held_as: how its weights lie; layers of two kinds that share codes, and hold them alike, keep
-            a weight in common, if their schemes store it alike.
+        held_as: how its weights lie; layers of two kinds that share codes, and hold them alike,
+            keep a weight in common, if their schemes store it alike.
         when_named: why a layer is left alone that no name and no type of its own picks, of a kind
             that is taken then only.
         standard: whether compressed-tensors and the engines that read its files know the layer.

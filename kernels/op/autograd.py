@@ -7,7 +7,8 @@ never gives zero or None.
 - An argument with an entry in `Op.backward` has the result of that op as its gradient. The op is
   called with the incoming gradient and what it shares by name with the forward; an argument
   `x_shape` of it is the shape of the forward's `x`.
-- `bias` is added along one axis of the result: its gradient is the sum over the others.
+- `bias` is added along one axis of the result: its gradient is the sum over the others; of a
+  grouped layer, whose rows have a bias for each group, the sum of each group's.
 - An epilogue (`activation`, `residual`, `last`) is differentiated as the separate torch calls that
   it stands for.
 - An op whose reference is differentiable (`Op.differentiable`) has the reference's gradient.
@@ -37,13 +38,28 @@ from qnn.kernels.torch_private import (
     without_autocast,
 )
 
-__all__ = ["autograd_kernel", "sum_of_rows"]
+__all__ = ["autograd_kernel", "gradient_of_bias"]
 
 
-def sum_of_rows(dy: torch.Tensor, dtype: torch.dtype, axis: int = -1) -> torch.Tensor:
-    """The gradient of what is added along `axis`, to each row `[N]` of `[..., N]`."""
-    others = [each for each in range(dy.dim()) if each != axis % dy.dim()]
-    return dy.sum(others, dtype=dtype) if others else dy.to(dtype)
+def gradient_of_bias(
+    dy: torch.Tensor, dtype: torch.dtype, axis: int = -1, offsets: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The gradient of what is added along `axis`, to each row `[N]` of `[..., N]`; where rows are
+    sorted in groups, which end at `offsets`, `[E, N]` of `[M, N]`.
+    """
+    if offsets is None:
+        others = [each for each in range(dy.dim()) if each != axis % dy.dim()]
+        return dy.sum(others, dtype=dtype) if others else dy.to(dtype)
+    compute = torch.promote_types(dtype, torch.float32)
+    sums = dy.new_zeros(offsets.shape[0] + 1, dy.shape[-1], dtype=compute)
+    groups = group_of_rows(offsets, dy.shape[0])
+    return sums.index_add(0, groups, dy.to(compute))[:-1].to(dtype)
+
+
+def group_of_rows(offsets: torch.Tensor, rows: int) -> torch.Tensor:
+    """The group of each of `rows` sorted rows; the number of groups for a row of none."""
+    each = torch.arange(rows, dtype=offsets.dtype, device=offsets.device)
+    return torch.searchsorted(offsets, each, right=True)
 
 
 def autograd_kernel(op: Declaration, ops: Mapping[str, Declaration]) -> Callable[..., Any]:
@@ -186,7 +202,7 @@ def _gradients(
         return op.split(given, _called(ops[other], given, dy.contiguous()))
     found: dict[str, torch.Tensor] = {}
     if "bias" in wanted and axis is not None:
-        found["bias"] = sum_of_rows(dy, like["bias"][1], axis)
+        found["bias"] = gradient_of_bias(dy, like["bias"][1], axis, given.get("offsets"))
     given = {**given, **{f"{name}_shape": list(like[name][0]) for name in op.backward}}
     for first, other in op.backward.items():
         if first in wanted:
@@ -235,6 +251,10 @@ def _tangent(
     if tx is None:
         assert tbias is not None  # noqa: S101  # something has a tangent
         assert axis is not None  # noqa: S101  # or it would have been refused
+        offsets = given.get("offsets")
+        if offsets is not None:
+            groups = group_of_rows(offsets, result[0][0])
+            return torch.nn.functional.pad(tbias, (0, 0, 0, 1))[groups].to(result[1])
         return tbias.to(result[1]).view(-1, *[1] * (-1 - axis)).expand(result[0])
     shared = {name: value for name, value in given.items() if name != first}
     return _called(ops[linearised], {**shared, "bias": tbias}, tx)

@@ -90,8 +90,8 @@ class Declaration:
         self.limits, self.multiples = dict(limits or {}), dict(multiples or {})
         # The axis of the result that `bias` is added along, from its end; None without one.
         added, tail = [arg.tail for arg in self.inputs if arg.name == "bias"], self.outputs[0].tail
-        ends = [tail.index(axes[0]) - len(tail) for axes in added if axes[0] in tail]
-        self.bias_axis = ends[0] if ends and len(added[0]) == 1 else None
+        ends = [tail.index(axes[-1]) - len(tail) for axes in added if axes[-1] in tail]
+        self.bias_axis = ends[0] if ends else None
         # Torch drops trailing arguments that equal their default on the way to Python functions;
         # `tails[n]` is what a call of n arguments lacks.
         defaults = tuple(self.default(arg) for arg in self.inputs)

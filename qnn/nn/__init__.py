@@ -2,6 +2,14 @@
 
 from qnn.nn.base import Quantized
 from qnn.nn.embedding import QEmbedding, QEmbeddingBag
+from qnn.nn.grouped import (
+    ExpertsAdapter,
+    GroupedLinear,
+    QExperts,
+    QGroupedLinear,
+    register_adapter,
+    unregister_adapter,
+)
 from qnn.nn.linear import Linear, ObservedLinear, QLinear
 from qnn.nn.recurrent import (
     QGRU,
@@ -17,11 +25,15 @@ from qnn.nn.recurrent import (
 __all__ = [
     "QGRU",
     "QLSTM",
+    "ExpertsAdapter",
+    "GroupedLinear",
     "Linear",
     "ObservedLinear",
     "QEmbedding",
     "QEmbeddingBag",
+    "QExperts",
     "QGRUCell",
+    "QGroupedLinear",
     "QLSTMCell",
     "QLinear",
     "QuantizableGRU",
@@ -29,4 +41,6 @@ __all__ = [
     "QuantizableLSTM",
     "QuantizableLSTMCell",
     "Quantized",
+    "register_adapter",
+    "unregister_adapter",
 ]

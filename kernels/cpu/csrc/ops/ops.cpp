@@ -1,35 +1,20 @@
 // The ops of kernels/int8.py, and those of kernels/float_ops.py over a float weight, on the CPU,
 // registered through torch's stable interface.
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <iterator>
-#include <limits>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "ops/arguments.h"
-#include "ops/threads.h"
+#include "ops/linear_call.h"
 #include "tiers/tier_choice.h"
 
 namespace qnn {
 namespace {
 
-void run_parallel(const Arguments& args, const Kernel& kernel, const Linear& p) {
-  // A thread more is worth its start, some µs, from about so many products, or so many bytes of w,
-  // to each.
-  constexpr int64_t kProducts = 1 << 20, kBytes = 1 << 17;
-  const int64_t worth = std::max(p.m * p.n * p.k / kProducts, p.n * p.k / kBytes);
-  if (const char* why = why_not(p))
-    throw std::logic_error("qnn: a weight of " + text(p.weight) + ": " + why + ".");
-  const size_t bytes = kernel.scratch_bytes(p);
-  with_memory(args, [&] {
-    share(worth,
-          [&](int part, int parts) { kernel.run(p, part, parts, scratch_of_this_thread(bytes)); });
-  });
-}
 
 // y of the leading sizes of x and n columns, or nothing to compute: then m is 0.
 Tensor result(const Arguments& args, Linear& p, const Tensor& x, ScalarType dtype) {
@@ -63,13 +48,7 @@ Tensor linear(const Signature& op, const Kernel& kernel, const Int8Linear& a) {
   if (p.m == 0) return y;
   p.x = args.data(a.x), p.w = args.data<int8_t>(a.w), p.sw = args.data<float>(a.sw);
   p.row_scale = args.data<float>(a.scale);
-  if (a.sx != nullptr) {
-    const float sx = *args.data<float>(*a.sx);
-    const bool usable = sx >= std::numeric_limits<float>::min() && std::isfinite(sx);
-    p.fixed = true;
-    p.grid_scale = usable ? sx : std::numeric_limits<float>::quiet_NaN();
-    p.zero_point = *args.data<int8_t>(*a.zx);
-  }
+  if (a.sx != nullptr) set_grid(p, *args.data<float>(*a.sx), *args.data<int8_t>(*a.zx));
   p.bias = args.data(a.bias), p.residual = args.data(a.residual);
   if (p.bias != nullptr) p.bias_dtype = float_format(*a.bias);
   p.activation = activation_called(a.activation);

@@ -1,0 +1,36 @@
+// One call of a linear layer, on torch's threads.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+
+#include "linear/linear.h"
+#include "ops/threads.h"
+
+namespace qnn {
+
+inline void run_parallel(const Arguments& args, const Kernel& kernel, const Linear& p) {
+  // A thread more is worth its start, some µs, from about so many products, or so many bytes of w,
+  // to each.
+  constexpr int64_t kProducts = 1 << 20, kBytes = 1 << 17;
+  const int64_t worth = std::max(p.m * p.n * p.k / kProducts, p.n * p.k / kBytes);
+  if (const char* why = why_not(p))
+    throw std::logic_error("qnn: a weight of " + text(p.weight) + ": " + why + ".");
+  const size_t bytes = kernel.scratch_bytes(p);
+  with_memory(args, [&] {
+    share(worth,
+          [&](int part, int parts) { kernel.run(p, part, parts, scratch_of_this_thread(bytes)); });
+  });
+}
+
+// The fixed grid of all rows.
+inline void set_grid(Linear& p, float scale, int8_t zero_point) {
+  const bool usable = scale >= std::numeric_limits<float>::min() && std::isfinite(scale);
+  p.fixed = true;
+  p.grid_scale = usable ? scale : std::numeric_limits<float>::quiet_NaN();
+  p.zero_point = zero_point;
+}
+
+}  // namespace qnn
