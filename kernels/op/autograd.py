@@ -5,8 +5,8 @@ since a gradient is made of ops again. What has no gradient says so when it is d
 never gives zero or None.
 
 - An argument with an entry in `Op.backward` has the result of that op as its gradient. The op is
-  called with the incoming gradient and what it shares by name with the forward; an argument
-  `x_shape` of it is the shape of the forward's `x`.
+  called with the incoming gradient and what it shares by name with the forward; of an argument
+  `like` it reads the shape, which is that of the forward's input.
 - `bias` is added along one axis of the result: its gradient is the sum over the others.
 - An epilogue (`activation`, `residual`, `last`) is differentiated as the separate torch calls that
   it stands for.
@@ -37,13 +37,20 @@ from qnn.kernels.torch_private import (
     without_autocast,
 )
 
-__all__ = ["autograd_kernel", "sum_of_rows"]
+__all__ = ["autograd_kernel", "shape_alone", "sum_of_rows"]
 
 
 def sum_of_rows(dy: torch.Tensor, dtype: torch.dtype, axis: int = -1) -> torch.Tensor:
     """The gradient of what is added along `axis`, to each row `[N]` of `[..., N]`."""
     others = [each for each in range(dy.dim()) if each != axis % dy.dim()]
     return dy.sum(others, dtype=dtype) if others else dy.to(dtype)
+
+
+def shape_alone(dy: torch.Tensor, shape: Sequence[Any]) -> torch.Tensor:
+    """A tensor of this shape without memory. Sizes that are symbols would be no operands of a
+    region in a graph.
+    """
+    return dy.new_empty(()).expand(shape)
 
 
 def autograd_kernel(op: Declaration, ops: Mapping[str, Declaration]) -> Callable[..., Any]:
@@ -187,10 +194,10 @@ def _gradients(
     found: dict[str, torch.Tensor] = {}
     if "bias" in wanted and axis is not None:
         found["bias"] = sum_of_rows(dy, like["bias"][1], axis)
-    given = {**given, **{f"{name}_shape": list(like[name][0]) for name in op.backward}}
     for first, other in op.backward.items():
         if first in wanted:
-            dx, columns = _called(ops[other], given, dy), like[first][0][-1]
+            shape, columns = shape_alone(dy, like[first][0]), like[first][0][-1]
+            dx = _called(ops[other], {**given, "like": shape}, dy)
             # A packed weight stands for columns that x may lack.
             found[first] = dx if dx.shape[-1] == columns else dx[..., :columns]
     return found
