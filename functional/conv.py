@@ -180,7 +180,14 @@ def conv_of(
     )  # fmt: skip
     if not torch.compiler.is_compiling():
         y = call_in_eager(kind, op, scheme, x, parts, constants, bias)
-    elif in_functorch_transform():
+        return y.squeeze(tuple(range(2, 2 + missing))) if missing else y
+    # Known before the op is traced, which would make a symbol of its own of it.
+    channels = w.shape[0] if transposed else w.shape[1] * groups
+    if x.shape[1] != channels:
+        raise ValueError(
+            f"qnn.functional.{kind}: x must have {channels} channels, got {list(x.shape)}."
+        )
+    if in_functorch_transform():
         detached = None if bias is None else bias.detach()
         y = op_node(op, x.detach(), parts, detached, scheme, constants)
         line = product(transposed)(

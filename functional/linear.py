@@ -11,8 +11,10 @@ from qnn.functional import tensor_parallel
 from qnn.functional.invoke import invoke_quant
 from qnn.functional.quantize import dequantize, stored_parts
 from qnn.kernels import OPS, get_scheme
-from qnn.kernels.op.autograd import gradient_of_bias
+from qnn.kernels.op.autograd import gradient_of_bias, shape_alone
 from qnn.kernels.torch_private import in_functorch_transform
+
+_AFTER = ("bias", "residual")
 
 
 class _Layer(torch.autograd.Function):
@@ -49,9 +51,12 @@ class _Layer(torch.autograd.Function):
         dx = dbias = None
         if ctx.needs_input_grad[0]:
             (gradient,) = OPS[ctx.op].backward.values()
-            constants = _constants_of(gradient, ctx.op, ctx.constants, ctx.shape)
-            weight_of = weight[: _tensors(gradient) - 1]  # without the grid of a static input
-            dx = apply_op(dy, weight_of, None, gradient, ctx.scheme, constants)
+            names = [arg.name for arg in OPS[gradient].inputs if arg.axes is not None]
+            # Without the grid of a static input; and with the shape of x, if it is asked for.
+            count = len([name for name in names[1:] if name not in ("like", *_AFTER)])
+            like = [shape_alone(dy, ctx.shape)] if "like" in names else []
+            operands = (*weight[:count], *like)
+            dx = apply_op(dy, operands, None, gradient, ctx.scheme, ctx.constants)
             # A packed weight stands for columns that x may lack.
             columns = ctx.shape[-1]
             dx = dx if dx.shape[-1] == columns else dx[..., :columns]
@@ -60,25 +65,6 @@ class _Layer(torch.autograd.Function):
             offsets = dict(zip(names, weight, strict=False)).get("offsets")
             dbias = gradient_of_bias(dy, ctx.bias_dtype, OPS[ctx.op].bias_axis or -1, offsets)
         return dx, dbias, None, None, None, *[None] * len(weight)
-
-
-def _tensors(op: str) -> int:
-    """How many tensors an op must be given."""
-    return sum(arg.axes is not None and not arg.optional for arg in OPS[op].inputs)
-
-
-def _constants_of(
-    gradient: str, op: str, constants: Sequence[Any], shape: Sequence[int]
-) -> list[Any]:
-    """The integers that an op that gives a gradient takes: those of the same names, and `x_shape`,
-    the shape of the input.
-    """
-    given = dict(zip(_integers(op), constants, strict=True))
-    return [list(shape) if n == "x_shape" else given[n] for n in _integers(gradient)]
-
-
-def _integers(op: str) -> list[str]:
-    return [arg.name for arg in OPS[op].inputs if arg.is_integers]
 
 
 def op_node(

@@ -5,8 +5,8 @@ since a gradient is made of ops again. What has no gradient says so when it is d
 never gives zero or None.
 
 - An argument with an entry in `Op.backward` has the result of that op as its gradient. The op is
-  called with the incoming gradient and what it shares by name with the forward; an argument
-  `x_shape` of it is the shape of the forward's `x`.
+  called with the incoming gradient and what it shares by name with the forward; of an argument
+  `like` it reads the shape, which is that of the forward's input.
 - `bias` is added along one axis of the result: its gradient is the sum over the others; of a
   grouped layer, whose rows have a bias for each group, the sum of each group's.
 - An epilogue (`activation`, `residual`, `last`) is differentiated as the separate torch calls that
@@ -38,7 +38,7 @@ from qnn.kernels.torch_private import (
     without_autocast,
 )
 
-__all__ = ["autograd_kernel", "gradient_of_bias"]
+__all__ = ["autograd_kernel", "gradient_of_bias", "shape_alone"]
 
 
 def gradient_of_bias(
@@ -60,6 +60,13 @@ def group_of_rows(offsets: torch.Tensor, rows: int) -> torch.Tensor:
     """The group of each of `rows` sorted rows; the number of groups for a row of none."""
     each = torch.arange(rows, dtype=offsets.dtype, device=offsets.device)
     return torch.searchsorted(offsets, each, right=True)
+
+
+def shape_alone(dy: torch.Tensor, shape: Sequence[Any]) -> torch.Tensor:
+    """A tensor of this shape without memory. Sizes that are symbols would be no operands of a
+    region in a graph.
+    """
+    return dy.new_empty(()).expand(shape)
 
 
 def autograd_kernel(op: Declaration, ops: Mapping[str, Declaration]) -> Callable[..., Any]:
@@ -203,10 +210,10 @@ def _gradients(
     found: dict[str, torch.Tensor] = {}
     if "bias" in wanted and axis is not None:
         found["bias"] = gradient_of_bias(dy, like["bias"][1], axis, given.get("offsets"))
-    given = {**given, **{f"{name}_shape": list(like[name][0]) for name in op.backward}}
     for first, other in op.backward.items():
         if first in wanted:
-            dx, columns = _called(ops[other], given, dy), like[first][0][-1]
+            shape, columns = shape_alone(dy, like[first][0]), like[first][0][-1]
+            dx = _called(ops[other], {**given, "like": shape}, dy)
             # A packed weight stands for columns that x may lack.
             found[first] = dx if dx.shape[-1] == columns else dx[..., :columns]
     return found

@@ -219,7 +219,7 @@ def conv_dgrad_reference(
     dy: torch.Tensor,
     w: torch.Tensor,
     sw: torch.Tensor,
-    x_shape: Sequence[int],
+    like: torch.Tensor,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -230,7 +230,7 @@ def conv_dgrad_reference(
     dz = dy.to(compute) * sw.to(compute).view(1, -1, 1, 1, 1)
     dx = transposed_sums(dz, w.to(compute), stride, [0] * 6, dilation, groups)
     cut = []
-    for before, whole, size in zip(padding[::2], dx.shape[2:], x_shape[2:], strict=True):
+    for before, whole, size in zip(padding[::2], dx.shape[2:], like.shape[2:], strict=True):
         cut += [before, whole - before - size]
     dx = widened(dx, [-each for each in cut])
     return dx.to(dy.dtype if compute == torch.float32 else compute)
