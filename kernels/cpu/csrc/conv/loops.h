@@ -45,7 +45,7 @@ class Convolution {
       with_format(p.x_dtype, [&](auto format) {
         using Format = decltype(format);
         const auto* x = static_cast<const typename Format::Value*>(p.x);
-        const int32_t most = convert_floats<Format>(x + at, until - at, how,
+        const int32_t most = convert_floats<Format>(x + at, {1, until - at, 0, 0}, how,
                                                     static_cast<uint8_t*>(p.y) + at);
         if (most >= 0x7f800000) __atomic_store_n(p.odd + sample, 1, __ATOMIC_RELAXED);
       });
@@ -115,14 +115,15 @@ class Convolution {
                    : div_up(p.kernel[2] * p.depth(), P::kGroup));
     const int64_t bytes = direct_ ? 0 : planes_ * image_.plane_bytes(plane_rows_) + image_.slack();
     image_.memory = scratch.take<char>(bytes);
-    image_.words = scratch.take<int32_t>(larger(kLanes * image_.source_width(), width_));
+    image_.words = scratch.take<int32_t>(kLanes * image_.source_width());
     at_ = scratch.take<int64_t>(pixels);
     scale_ = scratch.take<float>(pixels);
     sw_ = scratch.take<float>(width_);
     bias_ = scratch.take<float>(width_);
     start_ = scratch.take<int32_t>(width_);
     panel_ = scratch.take<char>(most_words * width_ * 4);
-    acc_ = scratch.take<char>(kStrip * width_ * 4);
+    // Squares of pixels and channels are turned whole, also the last of a strip.
+    acc_ = scratch.take<char>((kStrip + kLanes) * width_ * 4);
     if (used != nullptr) *used = scratch.used();
   }
 
@@ -274,11 +275,13 @@ class Convolution {
       const int64_t first = pixels * i / strips, some = pixels * (i + 1) / strips - first;
       const ConvTile strip{image, at_ + first, runs_, run_count_, panel_,
                            start_, acc_,       width, false};
-      image_.depthwise ? multiply_depthwise(vectors, some, strip) : multiply(vectors, some, strip);
+      image_.depthwise ? depthwise_tiles<P>(vectors, some, strip,
+                                            P::kGroup * p_.dilation[2] * image_.pixel)
+                       : multiply(vectors, some, strip);
       const ConvPiece piece{band.first * p_.out[2] + first, some, output, count, vectors,
                             reinterpret_cast<float*>(acc_)};
       scale_conv_sums<P>(piece, sw_, p_.bias == nullptr ? nullptr : bias_, scale_ + first);
-      finish_conv<P>(p_, piece);
+      finish_conv(p_, piece, P::transpose);
     }
   }
 
@@ -296,22 +299,16 @@ class Convolution {
       strip.more = true;
     }
   }
-
-  void multiply_depthwise(int64_t vectors, int64_t pixels, ConvTile strip) {
-    for (int64_t b = 0; b < vectors; ++b) {
-      conv_depthwise<P>(strip, pixels, P::kGroup * p_.dilation[2] * image_.pixel);
-      strip.image += kLanes * 4;
-      strip.panel += words_ * kLanes * 4;
-      strip.start = static_cast<const int32_t*>(strip.start) + kLanes;
-      strip.acc = static_cast<int32_t*>(strip.acc) + kLanes;
-    }
-  }
 };
 
 template <class P>
 constexpr ConvKernel conv() {
   using C = Convolution<P>;
-  return {C::magnitudes, C::scale, C::scratch_bytes, C::run, C::quantize};
+  if constexpr (P::kQuantizes) {
+    return {C::magnitudes, C::scale, C::quantize, C::scratch_bytes, C::run};
+  } else {
+    return {nullptr, nullptr, nullptr, C::scratch_bytes, C::run};
+  }
 }
 
 }  // namespace

@@ -34,6 +34,9 @@ QNN_KERNEL void scale_conv_sums(const ConvPiece& piece, const float* sw, const f
   }
 }
 
+// Of a tier: kLanes × kLanes words, rows so many bytes apart.
+using Transpose = void(const void* from, int64_t in_stride, void* to, int64_t out_stride);
+
 // The last steps, at some values of one sample that lie side by side in y.
 template <class Format>
 struct ConvOutput {
@@ -130,9 +133,9 @@ struct ConvOutput {
 };
 
 // `count` pixels of one sample, from the `i`-th of the piece on.
-template <class P, class Format>
+template <class Format>
 void put_pixels(const Conv& p, const ConvPiece& piece, const ConvOutput<Format>& output, int64_t i,
-                int64_t count, int64_t sample) {
+                int64_t count, int64_t sample, Transpose* transpose) {
   const int64_t width = piece.vectors * kLanes, plane = p.out[0] * p.out[1] * p.out[2];
   if (p.y_last) {
     for (const int64_t end = i + count; i < end; ++i) {
@@ -146,7 +149,7 @@ void put_pixels(const Conv& p, const ConvPiece& piece, const ConvOutput<Format>&
   const int64_t within = piece.pixel + i - sample * plane;
   for (int64_t j = 0; j < count; j += kLanes) {
     for (int64_t c = 0; c < piece.channels; c += kLanes) {
-      P::transpose(piece.values + (i + j) * width + c, width * 4, turned, kLanes * 4);
+      transpose(piece.values + (i + j) * width + c, width * 4, turned, kLanes * 4);
       for (int64_t k = 0; k < kLanes && c + k < piece.channels; ++k) {
         const int64_t channel = sample * p.outputs + piece.channel + c + k;
         output.put(channel * plane + within + j, read<vfloat>(turned + k * kLanes), count - j);
@@ -155,8 +158,7 @@ void put_pixels(const Conv& p, const ConvPiece& piece, const ConvOutput<Format>&
   }
 }
 
-template <class P>
-QNN_KERNEL void finish_conv(const Conv& p, const ConvPiece& piece) {
+QNN_KERNEL void finish_conv(const Conv& p, const ConvPiece& piece, Transpose* transpose) {
   with_format(p.y_dtype, [&](auto format) {
     using Format = decltype(format);
     if constexpr (!std::is_same_v<Format, Float64>) {
@@ -169,7 +171,7 @@ QNN_KERNEL void finish_conv(const Conv& p, const ConvPiece& piece) {
       const int64_t count = smaller(piece.pixels - i, (sample + 1) * plane - piece.pixel - i);
       ConvOutput<Format> output(p);
       if (p.residual_codes != nullptr) output.residual_scale = p.residual_scale[sample];
-      put_pixels<P>(p, piece, output, i, count, sample);
+      put_pixels(p, piece, output, i, count, sample, transpose);
       if (p.y_codes && output.odd()) __atomic_store_n(p.odd + sample, 1, __ATOMIC_RELAXED);
       i += count;
     }
