@@ -162,8 +162,9 @@ class ConvDraw {
     for (int64_t j = 0; j < c.p.outputs; ++j) {
       const int kind = between(0, 9);
       for (int64_t l = 0; l < window; ++l)
-        c.w[j * window + l] =
-            static_cast<int8_t>(kind == 0 ? -128 : kind == 1 ? 127 : between(-128, 127));
+        c.w[j * window + l] = static_cast<int8_t>(kind == 0   ? -128
+                                                  : kind == 1 ? 127
+                                                              : between(-128, 127));
       c.sw[j] = static_cast<float>((0.1 + unit()) * 0.05 / std::sqrt(window + 1.0));
     }
   }
@@ -267,9 +268,8 @@ class PlainConv {
     const auto single = [](double x) { return static_cast<float>(x); };
     Bounds y{single(static_cast<double>(whole)), single(static_cast<double>(whole))};
     if (p_.input == ConvInput::floats) {
-      const double error =
-          static_cast<double>(depth * p_.taps() + 1) *
-          (std::ldexp(magnitude, -24) + std::ldexp(1, -150));
+      const double error = static_cast<double>(depth * p_.taps() + 1) *
+                           (std::ldexp(magnitude, -24) + std::ldexp(1, -150));
       y = {single(sum - error), single(sum + error), magnitude > FLT_MAX / 4};
     }
     y.apply([&](double v) { return single(v) * c_.sw[n]; });
@@ -280,16 +280,16 @@ class PlainConv {
     if (!c_.residual.empty() || !c_.residual_codes.empty()) {
       double more = c_.residual.empty() ? 0 : c_.residual[at];
       if (!c_.residual_codes.empty()) {
-        const float other = static_cast<float>(c_.residual_codes[at] - 128 - p_.residual_zero_point) *
-                            c_.residual_scales[b];
+        const float other =
+            static_cast<float>(c_.residual_codes[at] - 128 - p_.residual_zero_point) *
+            c_.residual_scales[b];
         const double cast = rounded(other, f);
         more = c_.residual.empty() ? cast
                : f.bytes == 8      ? more + cast
                                    : rounded(single(more) + single(cast), f);
       }
-      y.apply([&](double v) {
-        return f.bytes == 8 ? v + more : rounded(single(v) + single(more), f);
-      });
+      y.apply(
+          [&](double v) { return f.bytes == 8 ? v + more : rounded(single(v) + single(more), f); });
     }
     if (p_.last_relu) y.apply([](double v) { return v < 0 ? 0 : v; });
     return y;
@@ -345,8 +345,7 @@ std::vector<int32_t> run_conv(const Tier& tier, const ConvCase& c, char* y) {
     std::printf("%s\n  not a call: %s\n", running, why);
     std::exit(1);
   }
-  const qnn::ConvKernel& kernel =
-      p.input == ConvInput::floats ? tier.conv_weight : tier.conv;
+  const qnn::ConvKernel& kernel = p.input == ConvInput::floats ? tier.conv_weight : tier.conv;
   const auto all_parts = [&](const auto& work) {
     std::vector<std::thread> threads;
     for (int part = 1; part < c.parts; ++part) threads.emplace_back([&work, part] { work(part); });
@@ -401,7 +400,8 @@ bool passes(const Tier& tier, const ConvCase& c) {
     // Where NaN or inf is found on the way, the caller runs again with NaN for a scale.
     if (p.input == ConvInput::fixed && odd[sample] != 0 && plain.input_odd(sample)) continue;
     const double got = decode(y.data() + i * f.bytes, f);
-    if (p.input == ConvInput::fixed && plain.input_odd(sample) && !std::isnan(p.grid_scale)) continue;
+    if (p.input == ConvInput::fixed && plain.input_odd(sample) && !std::isnan(p.grid_scale))
+      continue;
     if (!holds(want[i], got)) is_wrong(i, got, want[i].low, want[i].high);
   }
   for (int64_t i = 0; p.y_codes && i < p.batch; ++i) {

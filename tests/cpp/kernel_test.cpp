@@ -198,17 +198,17 @@ struct Call {
   std::string text() const {
     char line[500], grid[80] = "";
     if (fixed) std::snprintf(grid, sizeof grid, " fixed %g from %d", grid_scale, zero_point);
-    std::snprintf(line, sizeof line,
-                  "%s%s m=%lld k=%lld n=%lld x=%s bias=%s residual=%s activation=%s y=%s parts=%d, "
-                  "operands %s "
-                  "(repeat with 1 case and seed %llu)",
-                  weight_only ? ("weight of " + qnn::text(weight)).c_str() : "int8", grid,
-                  static_cast<long long>(m), static_cast<long long>(k), static_cast<long long>(n),
-                  codes ? "codes" : format_of(x_dtype).name,
-                  bias.empty() ? "none" : format_of(bias_dtype).name,
-                  residual.empty() ? "none" : "given", qnn::kActivations[static_cast<int>(activation)],
-                  format_of(y_dtype).name, parts, at_end ? "end at a page" : "begin at a page",
-                  static_cast<unsigned long long>(seed));
+    std::snprintf(
+        line, sizeof line,
+        "%s%s m=%lld k=%lld n=%lld x=%s bias=%s residual=%s activation=%s y=%s parts=%d, "
+        "operands %s "
+        "(repeat with 1 case and seed %llu)",
+        weight_only ? ("weight of " + qnn::text(weight)).c_str() : "int8", grid,
+        static_cast<long long>(m), static_cast<long long>(k), static_cast<long long>(n),
+        codes ? "codes" : format_of(x_dtype).name,
+        bias.empty() ? "none" : format_of(bias_dtype).name, residual.empty() ? "none" : "given",
+        qnn::kActivations[static_cast<int>(activation)], format_of(y_dtype).name, parts,
+        at_end ? "end at a page" : "begin at a page", static_cast<unsigned long long>(seed));
     return line;
   }
 };

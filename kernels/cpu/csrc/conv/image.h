@@ -106,7 +106,7 @@ QNN_KERNEL void move_floats(const typename Format::Value* x, const ConvPieces& a
 // Where a share of the work reads x: rows of y from `first` on, so many of one plane, or of whole
 // planes; and the channels of a group, or of some depthwise ones.
 struct ConvBand {
-  int64_t first, rows;       // of y
+  int64_t first, rows;        // of y
   int64_t channel, channels;  // of x
 };
 
@@ -137,13 +137,9 @@ struct Image {
         pad(P::kShifts ? call.zero_point + 128 : 0) {}
 
   int64_t row_bytes() const { return width * pixel; }
-  int64_t plane_bytes(int64_t rows) const {
-    return p.kernel[0] * h.length(rows) * row_bytes();
-  }
+  int64_t plane_bytes(int64_t rows) const { return p.kernel[0] * h.length(rows) * row_bytes(); }
   // Products read a word after the last code, and of a depthwise row some columns.
-  int64_t slack() const {
-    return P::kGroup * (depthwise ? p.dilation[2] * pixel : 1) + 4 * kLine;
-  }
+  int64_t slack() const { return P::kGroup * (depthwise ? p.dilation[2] * pixel : 1) + 4 * kLine; }
   // Values of x along its last axis.
   int64_t source_width() const { return round_up(p.in[2], kLanes) + kLanes; }
 
@@ -313,8 +309,7 @@ struct Image {
         for (int64_t b = 0; b < h.length(rows); ++b, to += row_bytes())
           odd |= fill_row(band, how, sample, z + a * p.dilation[0], y + b * h.step, to);
       }
-      if (odd && p.input == ConvInput::fixed)
-        __atomic_store_n(p.odd + sample, 1, __ATOMIC_RELAXED);
+      if (odd && p.input == ConvInput::fixed) __atomic_store_n(p.odd + sample, 1, __ATOMIC_RELAXED);
     }
   }
 };

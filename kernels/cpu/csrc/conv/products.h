@@ -24,7 +24,9 @@ namespace {
 // Pixels × vectors of channels that are held in registers, by the count of vectors.
 constexpr int conv_pixels(int vectors) {
   constexpr int kWide[] = {12, 12, 8, 6}, kNarrow[] = {12, 6}, kLeast[] = {8, 4};
-  return kLanes == 16 ? kWide[vectors - 1] : kLanes == 8 ? kNarrow[vectors - 1] : kLeast[vectors - 1];
+  return kLanes == 16  ? kWide[vectors - 1]
+         : kLanes == 8 ? kNarrow[vectors - 1]
+                       : kLeast[vectors - 1];
 }
 constexpr int kConvVectors = kLanes == 16 ? 4 : 2;
 
