@@ -61,8 +61,8 @@ class _Layer(torch.autograd.Function):
             columns = ctx.shape[-1]
             dx = dx if dx.shape[-1] == columns else dx[..., :columns]
         if ctx.needs_input_grad[1]:
-            names = (arg.name for arg in OPS[ctx.op].inputs[1:])
-            offsets = dict(zip(names, weight, strict=False)).get("offsets")
+            operands_called = zip((a.name for a in OPS[ctx.op].inputs[1:]), weight, strict=False)
+            offsets = dict(operands_called).get("offsets")
             dbias = gradient_of_bias(dy, ctx.bias_dtype, OPS[ctx.op].bias_axis or -1, offsets)
         return dx, dbias, None, None, None, *[None] * len(weight)
 

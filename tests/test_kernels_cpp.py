@@ -35,9 +35,14 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 on_x86 = pytest.mark.skipif(not X86, reason="tiers of x86-64")
 
 _AVX512 = MACHINE_FLAGS["avx512_vnni.cpp"]
+_AVX2 = MACHINE_FLAGS["avx2.cpp"]
+_CPUINFO = Path("/proc/cpuinfo")
+_HAS_VNNI = _CPUINFO.exists() and "avx512_vnni" in _CPUINFO.read_text()
 EMULATED = {
     "amx.cpp": (*_AVX512, "-DQNN_EMULATE_AMX", f"-I{CPP}"),
-    "avx_vnni.cpp": (*MACHINE_FLAGS["avx2.cpp"], "-mavx512vl", "-mavx512vnni", "-DQNN_EVEX"),
+    "avx_vnni.cpp": (*_AVX2, "-mavx512vl", "-mavx512vnni", "-DQNN_EVEX")
+    if _HAS_VNNI
+    else (*_AVX2, "-DQNN_EMULATE_VNNI"),
 }
 _SLOW = tuple(flag for flag in COMMON if flag != "-O3")
 _SANITIZED = (*_SLOW, "-O1", "-g1", "-DQNN_HEAP")
@@ -67,6 +72,8 @@ _X86_FLAGS = MACHINE_FLAGS if X86 else {}
 _X86_EMULATED = {**MACHINE_FLAGS, **EMULATED} if X86 else {}
 PACKAGED = variant(_X86_FLAGS)
 PLAIN = variant(_X86_EMULATED)
+# As many lanes as AVX-512, for a CPU without it.
+WIDE = variant({}, flags=(*COMMON, "-DQNN_LANES=16"))
 _UNDEFINED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 ADDRESSES = variant(_X86_EMULATED, flags=(*_SANITIZED, *_UNDEFINED), link=_UNDEFINED)
 # The loops that threads run are the same in every tier; AMX alone has state of a thread.
@@ -147,10 +154,12 @@ def run(command: list[str | Path], **environment: str) -> str:
     return done.stdout
 
 
-def check(driver: list[str | Path], cases: int, seed: int, tiers: str = "all") -> list[str]:
+def check(
+    driver: list[str | Path], cases: int, seed: int, tiers: str = "all", kind: str = ""
+) -> list[str]:
     """Run so many calls of each tier; the names of the tiers that ran."""
     names = run([*driver]).split() if tiers == "all" else tiers.split(",")
-    ran = run([*driver, tiers, str(cases), str(seed)]).splitlines()
+    ran = run([*driver, tiers, str(cases), str(seed), *([kind] if kind else [])]).splitlines()
     assert ran == [f"{name}: {cases} cases, 0 failed" for name in names], ran
     return names
 
@@ -188,7 +197,7 @@ def test_every_source_is_driven() -> None:
     assert len(names) == len(paths)  # objects lie in one folder
     tiers = {*MACHINE_FLAGS, "portable.cpp"}
     assert {Path(name).stem for name in tiers} == {*TIERS}
-    assert names == tiers | {"arguments.cpp", "ops.cpp", "recurrent_ops.cpp", "tier_choice.cpp"}
+    assert names == tiers | {"arguments.cpp", "conv_ops.cpp", "ops.cpp", "recurrent_ops.cpp", "tier_choice.cpp"}
 
 
 @cases(200, 2000)
@@ -196,6 +205,16 @@ def test_random_calls(drivers: Drivers, cases: int, seed: int) -> None:
     ran = check([drivers[PLAIN]], cases, seed)
     assert ran == [tier for tier in TIERS if tier in ran]
     assert "portable" in ran
+
+
+@cases(100, 1500)
+def test_random_convolutions(drivers: Drivers, cases: int, seed: int) -> None:
+    check([drivers[PLAIN]], cases, seed, kind="conv")
+
+
+@cases(100, 1500)
+def test_random_convolutions_of_16_lanes(drivers: Drivers, cases: int, seed: int) -> None:
+    check([drivers[WIDE]], cases, seed, kind="conv")
 
 
 @on_x86

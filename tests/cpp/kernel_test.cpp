@@ -1,8 +1,9 @@
-// The tiers against plain loops, on random calls, of which one in four is of a recurrent layer;
-// without torch.
+// The tiers against plain loops, on random calls, of which one in four is of a recurrent layer and
+// one of a convolution; without torch.
 //
-//   kernel_test                      the tiers that this CPU can run, one a line
-//   kernel_test TIERS CASES SEED     CASES calls of each tier; TIERS: all, or names and commas
+//   kernel_test                           the tiers that this CPU can run, one a line
+//   kernel_test TIERS CASES SEED [conv]   CASES calls of each tier, or convolutions alone; TIERS:
+//                                         all, or names and commas
 //
 // Every operand, and the scratch memory, ends at a page that may not be touched, or begins behind
 // one; operands are read-only. With QNN_HEAP they lie on the heap instead, in blocks of exactly
@@ -195,20 +196,19 @@ struct Call {
   int64_t groups() const { return weight.groups(k); }
 
   std::string text() const {
-    static const char* const kActivations[] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
     char line[500], grid[80] = "";
     if (fixed) std::snprintf(grid, sizeof grid, " fixed %g from %d", grid_scale, zero_point);
-    std::snprintf(line, sizeof line,
-                  "%s%s m=%lld k=%lld n=%lld x=%s bias=%s residual=%s activation=%s y=%s parts=%d, "
-                  "operands %s "
-                  "(repeat with 1 case and seed %llu)",
-                  weight_only ? ("weight of " + qnn::text(weight)).c_str() : "int8", grid,
-                  static_cast<long long>(m), static_cast<long long>(k), static_cast<long long>(n),
-                  codes ? "codes" : format_of(x_dtype).name,
-                  bias.empty() ? "none" : format_of(bias_dtype).name,
-                  residual.empty() ? "none" : "given", kActivations[static_cast<int>(activation)],
-                  format_of(y_dtype).name, parts, at_end ? "end at a page" : "begin at a page",
-                  static_cast<unsigned long long>(seed));
+    std::snprintf(
+        line, sizeof line,
+        "%s%s m=%lld k=%lld n=%lld x=%s bias=%s residual=%s activation=%s y=%s parts=%d, "
+        "operands %s "
+        "(repeat with 1 case and seed %llu)",
+        weight_only ? ("weight of " + qnn::text(weight)).c_str() : "int8", grid,
+        static_cast<long long>(m), static_cast<long long>(k), static_cast<long long>(n),
+        codes ? "codes" : format_of(x_dtype).name,
+        bias.empty() ? "none" : format_of(bias_dtype).name, residual.empty() ? "none" : "given",
+        qnn::kActivations[static_cast<int>(activation)], format_of(y_dtype).name, parts,
+        at_end ? "end at a page" : "begin at a page", static_cast<unsigned long long>(seed));
     return line;
   }
 };
@@ -230,7 +230,7 @@ class Draw {
     c.x_dtype = dtype();
     c.y_dtype = c.codes ? dtype() : c.x_dtype;
     c.bias_dtype = dtype();
-    c.activation = one_in(3) ? Activation::none : static_cast<Activation>(between(1, 4));
+    c.activation = one_in(3) ? Activation::none : static_cast<Activation>(between(1, 7));
     weight(c);
     rows(c);
     if (!one_in(3)) c.bias = floats(c.n, format_of(c.bias_dtype));
@@ -524,6 +524,12 @@ double activated(Activation activation, double x) {
       return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
     case Activation::silu:
       return x / (1 + std::exp(-x));
+    case Activation::relu6:
+      return x < 0 ? 0 : x > 6 ? 6 : x;
+    case Activation::hardswish:
+      return x * activated(Activation::relu6, x + 3) / 6;
+    case Activation::hardsigmoid:
+      return activated(Activation::relu6, x + 3) / 6;
   }
   return x;
 }
@@ -535,10 +541,12 @@ void activate(Bounds& y, Activation activation, const Format& f) {
     if (y.low != y.high && !std::isnan(y.low)) y.any = true;
     return y.apply([&](double x) { return activated(activation, x); });
   }
-  // The slopes are at most 1.13. The polynomials err by a share of x, not of the result, which may
+  // The slopes are at most 1.5. The polynomials err by a share of x, not of the result, which may
   // be far smaller.
   const double most = std::max(std::fabs(y.low), std::fabs(y.high));
-  const double error = 0.6 * (y.high - y.low) + most * (f.bytes == 8 ? 1e-15 : 5e-7);
+  const bool moved = activation >= Activation::hardswish;  // of x + 3
+  const double error =
+      0.75 * (y.high - y.low) + (moved ? most + 3 : most) * (f.bytes == 8 ? 1e-15 : 5e-7);
   const double middle = activated(activation, (y.low + y.high) / 2);
   y.low = rounded(middle - error, f), y.high = rounded(middle + error, f);
 }
@@ -570,7 +578,7 @@ bool holds(const Bounds& want, double got) {
 
 // -- running --------------------------------------------------------------------------------------
 
-char running[700];  // the call, for the last words
+char running[900];  // the call, for the last words
 
 #if !defined(QNN_HEAP)
 void last_words(int signal) {
@@ -681,6 +689,7 @@ std::vector<const Tier*> tiers_called(const std::string& names) {
 
 }  // namespace
 
+#include "conv_case.h"
 #include "recurrent_case.h"
 
 int main(int argc, char** argv) {
@@ -690,8 +699,9 @@ int main(int argc, char** argv) {
     }
     return 0;
   }
-  if (argc != 4) {
-    std::fprintf(stderr, "usage: kernel_test [TIERS CASES SEED]\n");
+  const bool convolutions = argc == 5 && std::string(argv[4]) == "conv";
+  if (argc != 4 && !convolutions) {
+    std::fprintf(stderr, "usage: kernel_test [TIERS CASES SEED [conv]]\n");
     return 2;
   }
 #if !defined(QNN_HEAP)
@@ -702,6 +712,11 @@ int main(int argc, char** argv) {
                  seed = std::strtoull(argv[3], nullptr, 10);
   std::vector<uint64_t> failed(tiers.size());
   for (uint64_t i = 0; i < cases; ++i) {
+    if (convolutions || (seed + i) % 4 == 1) {
+      const ConvCase c = ConvDraw(seed + i).next(seed + i);
+      for (size_t t = 0; t < tiers.size(); ++t) failed[t] += !passes(*tiers[t], c);
+      continue;
+    }
     if ((seed + i) % 4 == 0) {
       const RecurrentCase c = RecurrentDraw(seed + i).next(seed + i);
       const std::vector<double> want = PlainRecurrent(c).run();

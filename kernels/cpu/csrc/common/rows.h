@@ -49,9 +49,25 @@ inline float row_scale(const typename Format::Value* x, int64_t k) {
   return scale_of(row_magnitude<Format>(x, k));
 }
 
-// The low bytes, or halves, of kLanes words.
+// The low bytes, or halves, of kLanes words. GCC 12 takes words apart one by one for AVX2.
 template <class Code>
 inline void write_codes(Code* p, vint q) {
+#if defined(__AVX2__) && QNN_LANES == 8
+  constexpr char kNo = -128;
+  const __m256i bytes =
+      _mm256_setr_epi8(0, 4, 8, 12, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, 0,
+                       4, 8, 12, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo);
+  const __m256i halves =
+      _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo, 0, 1, 4, 5,
+                       8, 9, 12, 13, kNo, kNo, kNo, kNo, kNo, kNo, kNo, kNo);
+  const __m256i low = _mm256_shuffle_epi8((__m256i)q, sizeof(Code) == 1 ? bytes : halves);
+  const __m128i first = _mm256_castsi256_si128(low), second = _mm256_extracti128_si256(low, 1);
+  if constexpr (sizeof(Code) == 1) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_unpacklo_epi32(first, second));
+  } else {
+    write(p, _mm_unpacklo_epi64(first, second));
+  }
+#else
   if constexpr (sizeof(Code) == 1) {
 #if defined(__AVX512F__) && QNN_LANES == 16
     write(p, _mm512_cvtepi32_epi8((__m512i)q));
@@ -61,6 +77,7 @@ inline void write_codes(Code* p, vint q) {
   } else {
     write(p, __builtin_convertvector(q, vshort));
   }
+#endif
 }
 
 // round(x · inverse) of kLanes values. A product rounds to at most 127. Adding 1.5 · 2^23 rounds it

@@ -6,13 +6,13 @@
 
 namespace qnn {
 
-// What x is: floats, quantised per sample or on a fixed grid; codes on a grid, with a scale for each
-// sample; or floats that stay so. Codes are uint8, 128 more than the int8 code.
+// What x is: floats, quantised per sample or on a fixed grid; codes on a grid, with a scale for
+// each sample; or floats that stay so. Codes are uint8, 128 more than the int8 code.
 enum class ConvInput { dynamic, fixed, codes, floats };
 
-// y = last(act(conv(x, w) · sw · sx + bias) + residual) over axes t h w; 1-D and 2-D calls have axes
-// of size 1. The meaning is the reference in kernels/reference/conv.py: to the bit but for `floats`,
-// where the order of the sums is free.
+// y = last(act(conv(x, w) · sw · sx + bias) + residual) over axes t h w; 1-D and 2-D calls have
+// axes of size 1. The meaning is the reference in kernels/reference/conv.py: to the bit but for
+// `floats`, where the order of the sums is free.
 struct Conv {
   int64_t batch, channels, outputs, groups;
   int64_t in[3], out[3], kernel[3], stride[3], before[3], dilation[3];
@@ -23,9 +23,9 @@ struct Conv {
   const float* sample_scale;  // [batch]; of `fixed` null, unless some samples are to be NaN
   float grid_scale;           // of `fixed`; NaN where it is unusable
   int32_t zero_point;         // of `fixed` and `codes`; else 0
-  int32_t* odd;     // [batch], to be set where x, of `fixed`, or what becomes codes has NaN or inf
-  const int8_t* w;  // [outputs, *kernel, channels / groups]
-  const float* sw;  // [outputs]
+  int32_t* odd;      // [batch], to be set where x, of `fixed`, or what becomes codes has NaN or inf
+  const int8_t* w;   // [outputs, *kernel, channels / groups]
+  const float* sw;   // [outputs]
   const void* bias;  // [outputs], or null
   DType bias_dtype;
   Activation activation;
@@ -69,13 +69,14 @@ inline const char* why_not(const Conv& p) {
 // thread, in `scratch_bytes` of memory of its own, aligned to 64. Before it, where the input is
 // `dynamic`, every `magnitudes` is done: share `part` of the largest magnitudes of the samples, as
 // the bits of a float, to most[batch]; `sample_scale` is then `scale` of the largest of all shares.
-// `quantize` makes codes of share `part` of x on the fixed grid, dense, to y.
+// `quantize` makes codes of share `part` of x on the fixed grid, dense, to y. A kernel over floats
+// has none of the three.
 struct ConvKernel {
   void (*magnitudes)(const Conv&, int part, int parts, int32_t* most);
   float (*scale)(int32_t most);
+  void (*quantize)(const Conv&, int part, int parts);
   size_t (*scratch_bytes)(const Conv&, int parts);
   void (*run)(const Conv&, int part, int parts, char* scratch);
-  void (*quantize)(const Conv&, int part, int parts);
 };
 
 }  // namespace qnn

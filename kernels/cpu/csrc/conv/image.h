@@ -36,14 +36,20 @@ inline ConvQuantizer fixed_grid(const Conv& p, int32_t add) {
           static_cast<float>(127 - p.zero_point), add};
 }
 
-// `count` values of x to codes, or to 32-bit words of one code each. Returns the largest magnitude,
-// as bits.
+// Pieces of x, or of an image: so many of `count` values, each so many from the last.
+struct ConvPieces {
+  int64_t pieces, count, stride, to_stride;
+};
+
+// Values of x to codes, or to 32-bit words of one code each, whose pieces have room for whole
+// vectors. Returns the largest magnitude, as bits.
 template <class Format, class To>
-QNN_KERNEL int32_t convert_floats(const typename Format::Value* x, int64_t count,
+QNN_KERNEL int32_t convert_floats(const typename Format::Value* x, const ConvPieces& all,
                                   const ConvQuantizer& how, To* to) {
   const float inverse = how.inverse;
   const vfloat low = splat(how.low), high = splat(how.high), round = splat(0x1.8p23f);
   const int32_t add = how.add;
+  const int64_t count = all.count;
   vint most = {};
   const auto codes = [&](vfloat value) __attribute__((always_inline)) {
     const vint magnitude = bits(value) & 0x7fffffff;
@@ -60,27 +66,47 @@ QNN_KERNEL int32_t convert_floats(const typename Format::Value* x, int64_t count
       write_codes(at, q);
     }
   };
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) put(to + i, codes(Format::load(x + i)));
-  if (i < count) {
-    To last[kLanes];
-    put(last, codes(load_some<Format>(x + i, count - i)));
-    std::memcpy(to + i, last, (count - i) * sizeof *to);
+  for (int64_t piece = 0; piece < all.pieces; ++piece, x += all.stride, to += all.to_stride) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) put(to + i, codes(Format::load(x + i)));
+    if (i == count) continue;
+    const vint rest = codes(load_some<Format>(x + i, count - i));
+    if constexpr (sizeof(To) == 4) {
+      put(to + i, rest);
+    } else {
+      To last[kLanes];
+      put(last, rest);
+      std::memcpy(to + i, last, (count - i) * sizeof *to);
+    }
   }
   int32_t top = 0;
   for (int lane = 0; lane < kLanes; ++lane) top = most[lane] > top ? most[lane] : top;
   return top;
 }
 
+// The same of codes, and of floats that stay so.
 template <class To>
-QNN_KERNEL void move_codes(const uint8_t* from, int64_t count, int32_t add, To* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<To>(from[i] + add);
+QNN_KERNEL void move_codes(const uint8_t* from, const ConvPieces& all, int32_t add, To* to) {
+  for (int64_t piece = 0; piece < all.pieces; ++piece, from += all.stride, to += all.to_stride) {
+    for (int64_t i = 0; i < all.count; ++i) to[i] = static_cast<To>(from[i] + add);
+  }
+}
+
+template <class Format, class To>
+QNN_KERNEL void move_floats(const typename Format::Value* x, const ConvPieces& all, To* to) {
+  for (int64_t piece = 0; piece < all.pieces; ++piece, x += all.stride, to += all.to_stride) {
+    int64_t i = 0;
+    for (; i + kLanes <= all.count; i += kLanes) write(to + i, Format::load(x + i));
+    if (i == all.count) continue;
+    const vfloat last = load_some<Format>(x + i, all.count - i);
+    std::memcpy(to + i, &last, (all.count - i) * sizeof *to);
+  }
 }
 
 // Where a share of the work reads x: rows of y from `first` on, so many of one plane, or of whole
 // planes; and the channels of a group, or of some depthwise ones.
 struct ConvBand {
-  int64_t first, rows;       // of y
+  int64_t first, rows;        // of y
   int64_t channel, channels;  // of x
 };
 
@@ -111,13 +137,9 @@ struct Image {
         pad(P::kShifts ? call.zero_point + 128 : 0) {}
 
   int64_t row_bytes() const { return width * pixel; }
-  int64_t plane_bytes(int64_t rows) const {
-    return p.kernel[0] * h.length(rows) * row_bytes();
-  }
+  int64_t plane_bytes(int64_t rows) const { return p.kernel[0] * h.length(rows) * row_bytes(); }
   // Products read a word after the last code, and of a depthwise row some columns.
-  int64_t slack() const {
-    return P::kGroup * (depthwise ? p.dilation[2] * pixel : 1) + 4 * kLine;
-  }
+  int64_t slack() const { return P::kGroup * (depthwise ? p.dilation[2] * pixel : 1) + 4 * kLine; }
   // Values of x along its last axis.
   int64_t source_width() const { return round_up(p.in[2], kLanes) + kLanes; }
 
@@ -133,168 +155,144 @@ struct Image {
     return fixed_grid(p, pad);
   }
 
-  // Values of x from `at` on, dense, as codes or as words; whether one of them is NaN or inf.
+  // Values of x from `at` on as codes or as words; whether one of them is NaN or inf.
   template <class To>
-  bool convert(int64_t at, int64_t count, const ConvQuantizer& how, To* to) const {
+  bool convert(int64_t at, const ConvPieces& all, const ConvQuantizer& how, To* to) const {
     bool odd = false;
     if (p.input == ConvInput::codes) {
-      if constexpr (P::kQuantizes) {
-        move_codes(static_cast<const uint8_t*>(p.x) + at, count, pad - p.zero_point - 128, to);
-      }
+      if constexpr (P::kQuantizes)
+        move_codes(static_cast<const uint8_t*>(p.x) + at, all, pad - p.zero_point - 128, to);
       return false;
     }
     with_format(p.x_dtype, [&](auto format) {
       using Format = decltype(format);
       const auto* x = static_cast<const typename Format::Value*>(p.x) + at;
       if constexpr (P::kQuantizes) {
-        odd = convert_floats<Format>(x, count, how, to) >= 0x7f800000;
+        odd = convert_floats<Format>(x, all, how, to) >= 0x7f800000;
       } else {
-        int64_t i = 0;
-        for (; i + kLanes <= count; i += kLanes) write(to + i, Format::load(x + i));
-        if (i < count) {
-          const vfloat last = load_some<Format>(x + i, count - i);
-          std::memcpy(to + i, &last, (count - i) * sizeof *to);
-        }
+        move_floats<Format>(x, all, to);
       }
     });
     return odd;
   }
 
-  // The padding of `count` codes.
-  void fill_pad(char* to, int64_t count) const {
-    if (code_bytes == 1) {
-      std::memset(to, pad, count);
+  // The padding of so many pixels; of depthwise words as of one code each.
+  void fill_pad(char* to, int64_t pixels) const {
+    const int64_t bytes = pixels * pixel;
+    if (pad == 0 || code_bytes == 1) {
+      std::memset(to, pad, bytes);
     } else {
-      int32_t word = pad;
-      if (depthwise && P::kShifts) word = static_cast<int32_t>(0x01010101u * (pad & 0xff));
-      if (word == 0) {
-        std::memset(to, 0, count * code_bytes);
-      } else {
-        for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * 4, &word, 4);
-      }
+      for (int64_t i = 0; i < bytes; i += kLanes * 4) write(to + i, splat(pad));
     }
   }
 
-  // A row of the image from a row of x, `sample` and axes `z`, `y`; or of padding.
+  // A row of the image from a row of x, `sample` and axes `z`, `y`; or of padding. Whether it holds
+  // NaN or inf.
   bool fill_row(const ConvBand& band, const ConvQuantizer& how, int64_t sample, int64_t z,
                 int64_t y, char* to) {
-    if (z < 0 || z >= p.in[0] || y < 0 || y >= p.in[1]) {
-      fill_pad(to, row_bytes() / code_bytes);
-      return false;
-    }
     // Columns [from, until) of the image lie in x.
-    const int64_t codes = pixel / code_bytes, left = w.before;
-    const int64_t from = smaller(div_up(left, w.step), width);
-    const int64_t last = p.in[2] - 1 + left;
-    const int64_t until = last < 0 ? from : larger(from, smaller(width, last / w.step + 1));
-    if (depthwise) {
-      if (until > from) {
-        fill_pad(to + until * pixel, (width - until) * codes);
-      } else {
-        fill_pad(to, width * codes);
-      }
-    } else {
-      fill_pad(to, from * codes);
-      fill_pad(to + until * pixel, (width - until) * codes);
+    const int64_t left = w.before, last = p.in[2] - 1 + left;
+    int64_t from = smaller(div_up(left, w.step), width);
+    int64_t until = last < 0 ? from : larger(from, smaller(width, last / w.step + 1));
+    if (z < 0 || z >= p.in[0] || y < 0 || y >= p.in[1]) from = until = 0;
+    fill_pad(to, from);
+    fill_pad(to + until * pixel, width - until);
+    bool odd = false;
+    if (from < until) {
+      const int64_t first = from * w.step - left, count = until - from;
+      odd = p.x_last ? fill_pixels(band, how, sample, z, y, to + from * pixel, first, count)
+                     : fill_columns(band, how, sample, z, y, to + from * pixel, first, count);
     }
-    if (from >= until) return false;
-    const int64_t first = from * w.step - left, count = until - from;
-    return p.x_last ? fill_pixels(band, how, sample, z, y, to, from, first, count)
-                    : fill_columns(band, how, sample, z, y, to, from, first, count);
+    if (depthwise) join(reinterpret_cast<int32_t*>(to));
+    return odd;
   }
 
   // Channels of a pixel lie side by side.
   bool fill_pixels(const ConvBand& band, const ConvQuantizer& how, int64_t sample, int64_t z,
-                   int64_t y, char* to, int64_t from, int64_t first, int64_t count) {
+                   int64_t y, char* to, int64_t first, int64_t count) {
     const int64_t row = ((sample * p.in[0] + z) * p.in[1] + y) * p.in[2];
     const int64_t at = (row + first) * p.channels + band.channel;
-    bool odd = false;
-    if (!depthwise) {
-      auto* codes = reinterpret_cast<Code*>(to + from * pixel);
-      if (w.step == 1 && band.channels == p.channels)
-        return convert(at, count * p.channels, how, codes);
-      for (int64_t i = 0; i < count; ++i) {
-        odd |= convert(at + i * w.step * p.channels, band.channels, how,
-                       codes + i * band.channels);
-      }
-      return odd;
-    }
-    for (int64_t i = count; i-- > 0;) {
-      odd |= convert(at + i * w.step * p.channels, band.channels, how, words);
-      join(reinterpret_cast<int32_t*>(to + (from + i) * pixel), from + i, words, band.channels);
-    }
-    join_border(to, from);
-    return odd;
+    const ConvPieces all{count, band.channels, w.step * p.channels, pixel / code_bytes};
+    if (depthwise) return convert(at, all, how, reinterpret_cast<int32_t*>(to));
+    auto* codes = reinterpret_cast<Code*>(to);
+    if (w.step == 1 && band.channels == p.channels)
+      return convert(at, {1, count * p.channels, 0, 0}, how, codes);
+    return convert(at, all, how, codes);
   }
 
   // A channel's row lies side by side: kLanes channels at a time are turned.
   bool fill_columns(const ConvBand& band, const ConvQuantizer& how, int64_t sample, int64_t z,
-                    int64_t y, char* to, int64_t from, int64_t first, int64_t count) {
+                    int64_t y, char* to, int64_t first, int64_t count) {
     const int64_t plane = p.in[0] * p.in[1] * p.in[2], line = source_width();
-    const int64_t row = sample * p.channels * plane + (z * p.in[1] + y) * p.in[2];
+    const int64_t row = sample * p.channels * plane + (z * p.in[1] + y) * p.in[2] + first;
     const int64_t span = (count - 1) * w.step + 1;
     bool odd = false;
-    alignas(64) int32_t square[kLanes * kLanes], turned[kLanes * kLanes];
+    alignas(64) int32_t turned[kLanes * kLanes];
     for (int64_t c = 0; c < band.channels; c += kLanes) {
       const int64_t some = smaller(kLanes, band.channels - c);
-      for (int64_t i = 0; i < some; ++i)
-        odd |= convert(row + (band.channel + c + i) * plane + first, span, how, words + i * line);
-      // From the right: a depthwise word holds those of the columns after it.
-      for (int64_t begin = (count - 1) / kLanes * kLanes; begin >= 0; begin -= kLanes) {
-        const int64_t columns = smaller(kLanes, count - begin);
-        const int32_t* source = words + begin;
-        int64_t stride = line;
-        if (w.step != 1) {
-          for (int64_t i = 0; i < some; ++i) {
-            for (int64_t j = 0; j < columns; ++j)
-              square[i * kLanes + j] = words[i * line + (begin + j) * w.step];
-          }
-          source = square, stride = kLanes;
-        }
-        P::transpose(source, stride * 4, turned, kLanes * 4);
-        for (int64_t j = columns; j-- > 0;) {
-          const int64_t column = from + begin + j;
-          char* here = to + column * pixel + c * code_bytes;
+      odd |= convert(row + (band.channel + c) * plane, {some, span, plane, line}, how, words);
+      for (int64_t i = 0; w.step != 1 && i < some; ++i) {
+        int32_t* of = words + i * line;
+        for (int64_t j = 0; j < count; ++j) of[j] = of[j * w.step];
+      }
+      char* const here = to + c * code_bytes;
+      if (!depthwise && some <= kLanes / 2) {
+        scatter(reinterpret_cast<Code*>(here), some, count);
+        continue;
+      }
+      for (int64_t j = 0; j < count; j += kLanes) {
+        P::transpose(words + j, line * 4, turned, kLanes * 4);
+        const int64_t columns = smaller(kLanes, count - j);
+        for (int64_t k = 0; k < columns; ++k) {
+          char* of = here + (j + k) * pixel;
+          const vint codes = read<vint>(turned + k * kLanes);
           if (depthwise) {
-            join(reinterpret_cast<int32_t*>(here), column, turned + j * kLanes, some);
-          } else if constexpr (sizeof(Code) == 4) {
-            std::memcpy(here, turned + j * kLanes, some * 4);
+            write(of, codes);
+          } else if (sizeof(Code) == 4) {
+            std::memcpy(of, &codes, some * 4);
+          } else if (some == kLanes) {
+            write_codes(reinterpret_cast<Code*>(of), codes);
           } else {
-            Code codes[kLanes];
-            write_codes(codes, read<vint>(turned + j * kLanes));
-            std::memcpy(here, codes, some * sizeof(Code));
+            Code last[kLanes];
+            write_codes(last, codes);
+            std::memcpy(of, last, some * sizeof(Code));
           }
         }
       }
     }
-    if (depthwise) join_border(to, from);
     return odd;
   }
 
-  // The codes of a pixel to depthwise words: its own below those of the column that is the next
-  // tap.
-  void join(int32_t* to, int64_t column, const int32_t* codes, int64_t count) const {
-    constexpr int kBits = 32 / static_cast<int>(P::kGroup);
-    constexpr uint32_t kMask = kBits == 32 ? ~0u : (1u << (kBits % 32)) - 1;
-    if constexpr (kBits == 32) {
-      std::memcpy(to, codes, count * 4);
-    } else {
-      const bool more = column + p.dilation[2] < width;
-      const int32_t* next = more ? to + p.dilation[2] * pixel / 4 : codes;
-      // Pixels are whole vectors, and what lies after the codes belongs to nobody.
-      for (int64_t i = 0; i < count; i += kLanes) {
-        const vuint code = read<vuint>(codes + i) & kMask;
-        const vuint rest = more ? read<vuint>(next + i) << (kBits % 32) : vuint{};
-        write(to + i, code | rest);
+  // Few channels.
+  void scatter(Code* to, int64_t channels, int64_t count) const {
+    const int64_t step = pixel / static_cast<int64_t>(sizeof(Code)), line = source_width();
+    for (int64_t c = 0; c < channels; ++c) {
+      if constexpr (P::kQuantizes) {
+        const int32_t* from = words + c * line;
+        for (int64_t j = 0; j < count; ++j) to[j * step + c] = static_cast<Code>(from[j]);
+      } else {
+        for (int64_t j = 0; j < count; ++j)
+          std::memcpy(to + j * step + c, words + c * line + j, sizeof(Code));
       }
     }
   }
 
-  // The words of the columns before x.
-  void join_border(char* to, int64_t from) const {
-    for (int64_t i = 0; i < pixel / 4; i += kLanes) write(words + i, splat(pad));
-    for (int64_t column = from; column-- > 0;)
-      join(reinterpret_cast<int32_t*>(to + column * pixel), column, words, pixel / 4);
+  // A row of one code a word: below it the codes of the columns that are the next taps.
+  void join(int32_t* to) const {
+    if constexpr (P::kGroup > 1) {
+      constexpr int kBits = 32 / static_cast<int>(P::kGroup);
+      constexpr uint32_t kMask = (1u << kBits) - 1;
+      const int64_t step = pixel / 4, ahead = p.dilation[2] * step;
+      const int64_t whole = larger(0, width - p.dilation[2]) * step;
+      for (int64_t i = width * step; i > whole;) {
+        i -= kLanes;
+        write(to + i, read<vuint>(to + i) & kMask);
+      }
+      for (int64_t i = whole; i > 0;) {
+        i -= kLanes;
+        write(to + i, (read<vuint>(to + i) & kMask) | read<vuint>(to + i + ahead) << kBits);
+      }
+    }
   }
 
   // All of a band, for `rows` of each plane.
@@ -311,8 +309,7 @@ struct Image {
         for (int64_t b = 0; b < h.length(rows); ++b, to += row_bytes())
           odd |= fill_row(band, how, sample, z + a * p.dilation[0], y + b * h.step, to);
       }
-      if (odd && p.input == ConvInput::fixed)
-        __atomic_store_n(p.odd + sample, 1, __ATOMIC_RELAXED);
+      if (odd && p.input == ConvInput::fixed) __atomic_store_n(p.odd + sample, 1, __ATOMIC_RELAXED);
     }
   }
 };

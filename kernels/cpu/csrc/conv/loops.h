@@ -45,7 +45,7 @@ class Convolution {
       with_format(p.x_dtype, [&](auto format) {
         using Format = decltype(format);
         const auto* x = static_cast<const typename Format::Value*>(p.x);
-        const int32_t most = convert_floats<Format>(x + at, until - at, how,
+        const int32_t most = convert_floats<Format>(x + at, {1, until - at, 0, 0}, how,
                                                     static_cast<uint8_t*>(p.y) + at);
         if (most >= 0x7f800000) __atomic_store_n(p.odd + sample, 1, __ATOMIC_RELAXED);
       });
@@ -64,7 +64,8 @@ class Convolution {
   }
 
  private:
-  static constexpr int64_t kStrip = 64, kBandPixels = 8192, kImageBytes = 1 << 19;
+  static constexpr int64_t kStrip = 64, kBandPixels = 8192, kImageBytes = 1 << 19,
+                           kKeptBytes = 1 << 17;
 
   // Of a group, or of some channels that are depthwise.
   struct Group {
@@ -75,9 +76,11 @@ class Convolution {
   Image<P> image_;
   int64_t groups_, panels_;  // panels of a group
   int64_t vectors_, width_;  // of a panel, at most
-  int64_t run_count_, words_ = 0;
+  int64_t run_count_;
   int64_t plane_rows_, planes_;  // rows of a plane, and whole planes, in a band at most
   bool by_rows_, direct_;
+  bool kept_;  // all panels of a group are held at the same time, and a strip meets one by one
+  int64_t panel_bytes_;
   ConvRun* runs_;
   int64_t* at_;
   float *scale_, *sw_, *bias_;
@@ -108,21 +111,24 @@ class Convolution {
     run_count_ = p.kernel[0] * p.kernel[1] * (split ? p.kernel[2] : 1);
     runs_ = scratch.take<ConvRun>(run_count_ + pieces);
     const int64_t pixels = smaller(planes_ * plane_rows_, p.rows()) * p.out[2];
-    const int64_t most_words =
-        p.kernel[0] * p.kernel[1] *
-        (depthwise ? div_up(p.kernel[2], P::kGroup)
-         : split   ? p.kernel[2] * div_up(p.depth(), P::kGroup)
-                   : div_up(p.kernel[2] * p.depth(), P::kGroup));
+    const int64_t most_words = p.kernel[0] * p.kernel[1] *
+                               (depthwise ? div_up(p.kernel[2], P::kGroup)
+                                : split   ? p.kernel[2] * div_up(p.depth(), P::kGroup)
+                                          : div_up(p.kernel[2] * p.depth(), P::kGroup));
     const int64_t bytes = direct_ ? 0 : planes_ * image_.plane_bytes(plane_rows_) + image_.slack();
     image_.memory = scratch.take<char>(bytes);
-    image_.words = scratch.take<int32_t>(larger(kLanes * image_.source_width(), width_));
+    image_.words = scratch.take<int32_t>(kLanes * image_.source_width());
     at_ = scratch.take<int64_t>(pixels);
     scale_ = scratch.take<float>(pixels);
-    sw_ = scratch.take<float>(width_);
-    bias_ = scratch.take<float>(width_);
-    start_ = scratch.take<int32_t>(width_);
-    panel_ = scratch.take<char>(most_words * width_ * 4);
-    acc_ = scratch.take<char>(kStrip * width_ * 4);
+    panel_bytes_ = most_words * width_ * 4;
+    kept_ = panels_ * panel_bytes_ <= kKeptBytes;
+    const int64_t held = kept_ ? panels_ : 1;
+    sw_ = scratch.take<float>(held * width_);
+    bias_ = scratch.take<float>(held * width_);
+    start_ = scratch.take<int32_t>(held * width_);
+    panel_ = scratch.take<char>(held * panel_bytes_);
+    // Squares of pixels and channels are turned whole, also the last of a strip.
+    acc_ = scratch.take<char>((kStrip + kLanes) * width_ * 4);
     if (used != nullptr) *used = scratch.used();
   }
 
@@ -146,8 +152,8 @@ class Convolution {
 
   // Codes as they lie in x: each output sees one pixel, whole words of it.
   bool can_be_read_directly() const {
-    bool can = P::kShifts && p_.input == ConvInput::codes && p_.x_last &&
-               p_.groups == 1 && !image_.depthwise && p_.taps() == 1 && p_.depth() % 4 == 0;
+    bool can = P::kShifts && p_.input == ConvInput::codes && p_.x_last && p_.groups == 1 &&
+               !image_.depthwise && p_.taps() == 1 && p_.depth() % 4 == 0;
     for (int axis = 0; axis < 3; ++axis)
       can = can && p_.before[axis] == 0 && (p_.out[axis] - 1) * p_.stride[axis] < p_.in[axis];
     return can;
@@ -160,7 +166,7 @@ class Convolution {
     const int64_t columns = split ? p.kernel[2] : 1;
     const int64_t codes = image_.depthwise ? p.kernel[2] : p.kernel[2] / columns * p.depth();
     const int64_t most = P::kDepth == 0 || image_.depthwise ? codes : P::kDepth;
-    run_count_ = words_ = 0;
+    run_count_ = 0;
     for (int64_t a = 0; a < p.kernel[0]; ++a) {
       for (int64_t b = 0; b < p.kernel[1]; ++b) {
         for (int64_t c = 0; c < columns; ++c) {
@@ -171,7 +177,6 @@ class Convolution {
             const int64_t some = smaller(most, codes - i);
             runs_[run_count_++] = {offset + i * 4 / P::kGroup, div_up(some, P::kGroup), from + i,
                                    some};
-            words_ += div_up(some, P::kGroup);
           }
         }
       }
@@ -204,20 +209,36 @@ class Convolution {
   // Panels [panel, last) of a group at rows [first, end) of y.
   void do_group(const Group& group, int64_t panel, int64_t last, int64_t first, int64_t end) {
     const int64_t height = p_.out[1];
-    int64_t rows_of_runs = 0, turned = -1;
+    int64_t rows_of_runs = 0;
     for (int64_t row = first; row < end;) {
       const int64_t within = row % height, left = end - row;
       int64_t rows = smaller(plane_rows_, smaller(height - within, left)), planes = 1;
       if (rows == height) planes = smaller(planes_, left / height);
+      const bool begins = rows_of_runs == 0;
       if (rows != rows_of_runs) set_runs(rows_of_runs = rows);
       const ConvBand band{row, rows * planes, group.channel, group.channels};
       if (!direct_) image_.fill(band, rows);
       set_pixels(band, rows);
-      for (int64_t i = panel; i < last; ++i) {
-        const int64_t output = i * width_, count = smaller(width_, group.outputs - output);
-        if (turned != i) turn(group.output + output, count);
-        turned = i;
-        do_panel(band, group.output + output, count);
+      const int64_t pixels = band.rows * p_.out[2], strips = div_up(pixels, kStrip);
+      const auto turn_one = [&](int64_t i, int64_t slot) {
+        const int64_t output = i * width_;
+        turn(group.output + output, smaller(width_, group.outputs - output), slot);
+      };
+      const auto strip = [&](int64_t i, int64_t slot, int64_t s) {
+        const int64_t from = pixels * s / strips, output = i * width_;
+        do_strip(band, from, pixels * (s + 1) / strips - from, group.output + output,
+                 smaller(width_, group.outputs - output), slot);
+      };
+      if (kept_) {
+        for (int64_t i = panel; begins && i < last; ++i) turn_one(i, i - panel);
+        for (int64_t s = 0; s < strips; ++s) {
+          for (int64_t i = panel; i < last; ++i) strip(i, i - panel, s);
+        }
+      } else {
+        for (int64_t i = panel; i < last; ++i) {
+          turn_one(i, 0);
+          for (int64_t s = 0; s < strips; ++s) strip(i, 0, s);
+        }
       }
       row += band.rows;
     }
@@ -246,40 +267,43 @@ class Convolution {
     }
   }
 
-  void turn(int64_t output, int64_t count) {
-    const int64_t vectors = div_up(count, kLanes);
+  void turn(int64_t output, int64_t count, int64_t slot) {
+    const int64_t vectors = div_up(count, kLanes), at = slot * width_;
     const int32_t low = P::kShifts ? -128 - p_.zero_point : 0;
+    char* panel = panel_ + slot * panel_bytes_;
     if (image_.depthwise) {
-      turn_depthwise<P>(p_, output, count, vectors, runs_, run_count_, low, panel_, start_);
+      turn_depthwise<P>(p_, output, count, vectors, runs_, run_count_, low, panel, start_ + at);
     } else {
-      turn_panel<P>(p_, output, count, vectors, runs_, run_count_, low, panel_, start_);
+      turn_panel<P>(p_, output, count, vectors, runs_, run_count_, low, panel, start_ + at);
     }
     for (int64_t i = 0; i < vectors * kLanes; i += kLanes) {
       const int64_t left = count - i;
-      write(sw_ + i, load_some<Float32>(p_.sw + output + i, left));
+      write(sw_ + at + i, load_some<Float32>(p_.sw + output + i, left));
       if (p_.bias == nullptr) continue;
       with_format(p_.bias_dtype, [&](auto format) {
         using Format = decltype(format);
         const auto* bias = static_cast<const typename Format::Value*>(p_.bias);
-        write(bias_ + i, load_some<Format>(bias + output + i, left));
+        write(bias_ + at + i, load_some<Format>(bias + output + i, left));
       });
     }
   }
 
-  void do_panel(const ConvBand& band, int64_t output, int64_t count) {
-    const int64_t vectors = div_up(count, kLanes), pixels = band.rows * p_.out[2];
-    const int64_t strips = div_up(pixels, kStrip), width = vectors * kLanes;
+  // So many pixels of a band times the panel in a slot, to y.
+  void do_strip(const ConvBand& band, int64_t first, int64_t pixels, int64_t output, int64_t count,
+                int64_t slot) {
+    const int64_t vectors = div_up(count, kLanes), at = slot * width_;
     const char* image = direct_ ? static_cast<const char*>(p_.x) : image_.memory;
-    for (int64_t i = 0; i < strips; ++i) {
-      const int64_t first = pixels * i / strips, some = pixels * (i + 1) / strips - first;
-      const ConvTile strip{image, at_ + first, runs_, run_count_, panel_,
-                           start_, acc_,       width, false};
-      image_.depthwise ? multiply_depthwise(vectors, some, strip) : multiply(vectors, some, strip);
-      const ConvPiece piece{band.first * p_.out[2] + first, some, output, count, vectors,
-                            reinterpret_cast<float*>(acc_)};
-      scale_conv_sums<P>(piece, sw_, p_.bias == nullptr ? nullptr : bias_, scale_ + first);
-      finish_conv<P>(p_, piece);
+    const ConvTile strip{
+        image, at_ + first,      runs_, run_count_, panel_ + slot * panel_bytes_, start_ + at,
+        acc_,  vectors * kLanes, false};
+    if (image_.depthwise) {
+      depthwise_tiles<P>(vectors, pixels, strip, P::kGroup * p_.dilation[2] * image_.pixel);
+    } else {
+      multiply(vectors, pixels, strip);
     }
+    const ConvPiece piece{band.first * p_.out[2] + first, pixels, output, count, vectors,
+                          reinterpret_cast<float*>(acc_)};
+    finish_strip<P>(p_, piece, sw_ + at, p_.bias == nullptr ? nullptr : bias_ + at, scale_ + first);
   }
 
   void multiply(int64_t vectors, int64_t pixels, ConvTile strip) {
@@ -296,22 +320,16 @@ class Convolution {
       strip.more = true;
     }
   }
-
-  void multiply_depthwise(int64_t vectors, int64_t pixels, ConvTile strip) {
-    for (int64_t b = 0; b < vectors; ++b) {
-      conv_depthwise<P>(strip, pixels, P::kGroup * p_.dilation[2] * image_.pixel);
-      strip.image += kLanes * 4;
-      strip.panel += words_ * kLanes * 4;
-      strip.start = static_cast<const int32_t*>(strip.start) + kLanes;
-      strip.acc = static_cast<int32_t*>(strip.acc) + kLanes;
-    }
-  }
 };
 
 template <class P>
 constexpr ConvKernel conv() {
   using C = Convolution<P>;
-  return {C::magnitudes, C::scale, C::scratch_bytes, C::run, C::quantize};
+  if constexpr (P::kQuantizes) {
+    return {C::magnitudes, C::scale, C::quantize, C::scratch_bytes, C::run};
+  } else {
+    return {nullptr, nullptr, nullptr, C::scratch_bytes, C::run};
+  }
 }
 
 }  // namespace

@@ -34,6 +34,9 @@ QNN_KERNEL void scale_conv_sums(const ConvPiece& piece, const float* sw, const f
   }
 }
 
+// Of a tier: kLanes × kLanes words, rows so many bytes apart.
+using Transpose = void(const void* from, int64_t in_stride, void* to, int64_t out_stride);
+
 // The last steps, at some values of one sample that lie side by side in y.
 template <class Format>
 struct ConvOutput {
@@ -49,7 +52,6 @@ struct ConvOutput {
   int32_t residual_zero;
   float inverse;
   int32_t zero_point;
-  mutable vint most = {};  // magnitudes of what becomes codes
 
   explicit ConvOutput(const Conv& p)
       : activation(p.activation),
@@ -67,7 +69,8 @@ struct ConvOutput {
     return floats(__builtin_convertvector(q, vint) - residual_zero) * residual_scale;
   }
 
-  void put(int64_t at, vfloat value, int64_t left) const {
+  // `most` are the magnitudes of what becomes codes.
+  void put(int64_t at, vfloat value, int64_t left, vint& most) const {
     if constexpr (kDouble) {
       const vfloat more = residual_codes == nullptr ? vfloat{} : other(at, left);
       vfloat rounded = {};
@@ -84,7 +87,7 @@ struct ConvOutput {
         rounded[lane] = static_cast<float>(v);
         if (!codes) static_cast<double*>(y)[at + lane] = v;
       }
-      if (codes) put_codes(at, rounded, left);
+      if (codes) put_codes(at, rounded, left, most);
     } else {
       if (residual != nullptr || residual_codes != nullptr) {
         vfloat sum = residual_codes == nullptr ? vfloat{} : Format::round(other(at, left));
@@ -96,13 +99,13 @@ struct ConvOutput {
       }
       if (relu || codes) value = Format::round(value);
       if (relu) value = activate(Activation::relu, value);
-      if (codes) return put_codes(at, value, left);
+      if (codes) return put_codes(at, value, left, most);
       store_some<Format>(static_cast<Value*>(y) + at, value, left);
     }
   }
 
-  void put_codes(int64_t at, vfloat v, int64_t left) const {
-    const vint magnitude = bits(v) & 0x7fffffff;
+  QNN_INLINE void put_codes(int64_t at, vfloat v, int64_t left, vint& most) const {
+    vint magnitude = bits(v) & 0x7fffffff;
     const vfloat low = splat(static_cast<float>(-128 - zero_point)),
                  high = splat(static_cast<float>(127 - zero_point)), round = splat(0x1.8p23f);
     v = v * inverse;
@@ -111,18 +114,20 @@ struct ConvOutput {
     const vint q = bits(v + round) - bits(round) + (zero_point + 128);
     auto* to = static_cast<uint8_t*>(y) + at;
     if (left >= kLanes) {
-      most = magnitude > most ? magnitude : most;
       write_codes(to, q);
     } else {
       uint8_t some[kLanes];
       write_codes(some, q);
       std::memcpy(to, some, left);
-      for (int64_t lane = 0; lane < left; ++lane)
-        most[lane] = magnitude[lane] > most[lane] ? magnitude[lane] : most[lane];
+      vint lanes;
+      for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
+      magnitude = lanes < static_cast<int32_t>(left) ? magnitude : vint{};
     }
+    most = magnitude > most ? magnitude : most;
   }
 
-  bool odd() const {
+  // Whether one is of NaN or inf.
+  static bool odd(vint most) {
     int32_t top = 0;
     for (int lane = 0; lane < kLanes; ++lane) top = most[lane] > top ? most[lane] : top;
     return top >= 0x7f800000;
@@ -130,15 +135,15 @@ struct ConvOutput {
 };
 
 // `count` pixels of one sample, from the `i`-th of the piece on.
-template <class P, class Format>
+template <class Format>
 void put_pixels(const Conv& p, const ConvPiece& piece, const ConvOutput<Format>& output, int64_t i,
-                int64_t count, int64_t sample) {
+                int64_t count, int64_t sample, Transpose* transpose, vint& most) {
   const int64_t width = piece.vectors * kLanes, plane = p.out[0] * p.out[1] * p.out[2];
   if (p.y_last) {
     for (const int64_t end = i + count; i < end; ++i) {
       const int64_t at = (piece.pixel + i) * p.outputs + piece.channel;
       for (int64_t c = 0; c < piece.channels; c += kLanes)
-        output.put(at + c, read<vfloat>(piece.values + i * width + c), piece.channels - c);
+        output.put(at + c, read<vfloat>(piece.values + i * width + c), piece.channels - c, most);
     }
     return;
   }
@@ -146,17 +151,17 @@ void put_pixels(const Conv& p, const ConvPiece& piece, const ConvOutput<Format>&
   const int64_t within = piece.pixel + i - sample * plane;
   for (int64_t j = 0; j < count; j += kLanes) {
     for (int64_t c = 0; c < piece.channels; c += kLanes) {
-      P::transpose(piece.values + (i + j) * width + c, width * 4, turned, kLanes * 4);
+      transpose(piece.values + (i + j) * width + c, width * 4, turned, kLanes * 4);
       for (int64_t k = 0; k < kLanes && c + k < piece.channels; ++k) {
         const int64_t channel = sample * p.outputs + piece.channel + c + k;
-        output.put(channel * plane + within + j, read<vfloat>(turned + k * kLanes), count - j);
+        output.put(channel * plane + within + j, read<vfloat>(turned + k * kLanes), count - j,
+                   most);
       }
     }
   }
 }
 
-template <class P>
-QNN_KERNEL void finish_conv(const Conv& p, const ConvPiece& piece) {
+QNN_KERNEL void finish_conv(const Conv& p, const ConvPiece& piece, Transpose* transpose) {
   with_format(p.y_dtype, [&](auto format) {
     using Format = decltype(format);
     if constexpr (!std::is_same_v<Format, Float64>) {
@@ -169,10 +174,71 @@ QNN_KERNEL void finish_conv(const Conv& p, const ConvPiece& piece) {
       const int64_t count = smaller(piece.pixels - i, (sample + 1) * plane - piece.pixel - i);
       ConvOutput<Format> output(p);
       if (p.residual_codes != nullptr) output.residual_scale = p.residual_scale[sample];
-      put_pixels<P>(p, piece, output, i, count, sample);
-      if (p.y_codes && output.odd()) __atomic_store_n(p.odd + sample, 1, __ATOMIC_RELAXED);
+      vint most = {};
+      put_pixels(p, piece, output, i, count, sample, transpose, most);
+      if (p.y_codes && output.odd(most)) __atomic_store_n(p.odd + sample, 1, __ATOMIC_RELAXED);
       i += count;
     }
+  });
+}
+
+// What most layers are: channels-last, an activation that is a clamp, and no residual.
+inline bool is_simple(const Conv& p) {
+  const bool clamps = p.activation == Activation::none || p.activation == Activation::relu ||
+                      p.activation == Activation::relu6;
+  return clamps && p.y_last && p.residual == nullptr && p.residual_codes == nullptr &&
+         p.y_dtype != DType::float64 && (!p.y_codes || p.y_dtype == DType::float32);
+}
+
+// From sums to y at once.
+template <class P, class Format, bool kCodes>
+QNN_KERNEL void finish_simply(const Conv& p, const ConvPiece& piece, const float* sw,
+                              const float* bias, const float* scale) {
+  using Sum = typename P::Sum;
+  using Value = typename Format::Value;
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const bool none = p.activation == Activation::none;
+  const vfloat low = splat(none && !p.last_relu ? -kInfinity : 0.0f),
+               high = splat(p.activation == Activation::relu6 ? 6.0f : kInfinity);
+  const int64_t width = piece.vectors * kLanes, plane = p.out[0] * p.out[1] * p.out[2];
+  const int64_t outputs = p.outputs, channels = piece.channels;
+  const float* values = piece.values;
+  int64_t at = piece.pixel * outputs + piece.channel;
+  for (int64_t i = 0; i < piece.pixels;) {
+    const int64_t sample = (piece.pixel + i) / plane;
+    const int64_t end = smaller(piece.pixels, (sample + 1) * plane - piece.pixel);
+    const ConvOutput<Format> output(p);
+    vint most = {};
+    for (; i < end; ++i, values += width, at += outputs) {
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        vfloat v = sum_as_float(read<Sum>(values + c)) * read<vfloat>(sw + c);
+        if constexpr (P::kQuantizes) v = v * scale[i];
+        if (bias != nullptr) v = v + read<vfloat>(bias + c);
+        v = at_most(high, at_least(low, Format::round(v)));
+        if constexpr (kCodes) {
+          output.put_codes(at + c, v, channels - c, most);
+        } else {
+          store_some<Format>(static_cast<Value*>(p.y) + at + c, v, channels - c);
+        }
+      }
+    }
+    if (kCodes && output.odd(most)) __atomic_store_n(p.odd + sample, 1, __ATOMIC_RELAXED);
+  }
+}
+
+// The epilogue of a strip, whichever it is.
+template <class P>
+void finish_strip(const Conv& p, const ConvPiece& piece, const float* sw, const float* bias,
+                  const float* scale) {
+  if (!is_simple(p)) {
+    scale_conv_sums<P>(piece, sw, bias, scale);
+    return finish_conv(p, piece, P::transpose);
+  }
+  if (p.y_codes) return finish_simply<P, Float32, true>(p, piece, sw, bias, scale);
+  with_format(p.y_dtype, [&](auto format) {
+    using Format = decltype(format);
+    if constexpr (!std::is_same_v<Format, Float64>)
+      finish_simply<P, Format, false>(p, piece, sw, bias, scale);
   });
 }
 

@@ -24,7 +24,9 @@ namespace {
 // Pixels × vectors of channels that are held in registers, by the count of vectors.
 constexpr int conv_pixels(int vectors) {
   constexpr int kWide[] = {12, 12, 8, 6}, kNarrow[] = {12, 6}, kLeast[] = {8, 4};
-  return kLanes == 16 ? kWide[vectors - 1] : kLanes == 8 ? kNarrow[vectors - 1] : kLeast[vectors - 1];
+  return kLanes == 16  ? kWide[vectors - 1]
+         : kLanes == 8 ? kNarrow[vectors - 1]
+                       : kLeast[vectors - 1];
 }
 constexpr int kConvVectors = kLanes == 16 ? 4 : 2;
 
@@ -128,23 +130,68 @@ QNN_KERNEL void conv_tile(const ConvTile& tile) {
   }
 }
 
-// kLanes channels of a depthwise convolution at so many pixels: the runs' words are vectors, each
-// `word_step` bytes from the last.
-template <class P>
-QNN_KERNEL void conv_depthwise(const ConvTile& tile, int64_t pixels, int64_t word_step) {
+// R pixels × B vectors of a depthwise convolution, whose words are vectors: the word of a run is
+// `word_step` bytes from the last, and `panel_step` from it in the panel.
+template <class P, int R, int B>
+QNN_KERNEL void depthwise_tile(const ConvTile& tile, int64_t word_step, int64_t panel_step) {
   using Sum = typename P::Sum;
-  const ConvRun* const end = tile.runs + tile.run_count;
-  for (int64_t r = 0; r < pixels; ++r) {
-    const char* x = tile.image + tile.at[r];
-    Sum sum = {};
-    if constexpr (P::kQuantizes) sum = read<Sum>(tile.start);
-    const char* w = tile.panel;
-    for (const ConvRun* run = tile.runs; run != end; ++run) {
-      const char* from = x + run->offset;
-      for (int64_t i = 0; i < run->words; ++i, from += word_step, w += kLanes * 4)
-        sum = P::multiply_add(sum, read<Sum>(from), read<Sum>(w));
+  using Acc = typename P::Acc;
+  Sum sums[R][B];
+  const char* x[R];
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r) {
+    x[r] = tile.image + tile.at[r];
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) {
+      sums[r][b] = Sum{};
+      if constexpr (P::kQuantizes)
+        sums[r][b] = read<Sum>(static_cast<const Acc*>(tile.start) + b * kLanes);
     }
-    write(static_cast<typename P::Acc*>(tile.acc) + r * tile.acc_stride, sum);
+  }
+  const char* w = tile.panel;
+  const ConvRun* const end = tile.runs + tile.run_count;
+  for (const ConvRun* run = tile.runs; run != end; ++run) {
+    int64_t at = run->offset;
+    for (int64_t i = 0; i < run->words; ++i, at += word_step, w += panel_step) {
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) {
+        const Sum v = read<Sum>(w + b * kLanes * 4);
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r)
+          sums[r][b] = P::multiply_add(sums[r][b], read<Sum>(x[r] + at + b * kLanes * 4), v);
+      }
+    }
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b)
+      write(static_cast<Acc*>(tile.acc) + r * tile.acc_stride + b * kLanes, sums[r][b]);
+  }
+}
+
+template <class P>
+void depthwise_tiles(int64_t vectors, int64_t pixels, const ConvTile& strip, int64_t word_step) {
+  const int64_t panel_step = vectors * kLanes * 4;
+  ConvTile of = strip;
+  const auto all_pixels = [&](auto count) {
+    ConvTile tile = of;
+    int64_t r = 0;
+    for (; r + 2 <= pixels; r += 2, tile.at += 2) {
+      depthwise_tile<P, 2, count()>(tile, word_step, panel_step);
+      tile.acc = static_cast<typename P::Acc*>(tile.acc) + 2 * tile.acc_stride;
+    }
+    if (r < pixels) depthwise_tile<P, 1, count()>(tile, word_step, panel_step);
+  };
+  for (int64_t b = 0; b < vectors;) {
+    const int64_t count = vectors - b >= 4 ? 4 : 1;
+    count == 4 ? all_pixels(std::integral_constant<int, 4>{})
+               : all_pixels(std::integral_constant<int, 1>{});
+    b += count;
+    of.image += count * kLanes * 4;
+    of.panel += count * kLanes * 4;
+    of.start = static_cast<const int32_t*>(of.start) + count * kLanes;
+    of.acc = static_cast<typename P::Acc*>(of.acc) + count * kLanes;
   }
 }
 
@@ -217,35 +264,30 @@ QNN_KERNEL void turn_panel(const Conv& p, int64_t first, int64_t count, int64_t 
   }
 }
 
-// The same of a depthwise convolution, a panel of [vector][run][word][lane].
+// The same of a depthwise convolution.
 template <class P>
 QNN_KERNEL void turn_depthwise(const Conv& p, int64_t first, int64_t count, int64_t vectors,
                                const ConvRun* runs, int64_t run_count, int32_t low, char* panel,
                                int32_t* start) {
-  const int64_t taps = p.taps();
+  const int64_t taps = p.taps(), step = vectors * kLanes * P::kGroup;
   using Part = std::conditional_t<P::kGroup == 1, float,
                                   std::conditional_t<P::kGroup == 4, int8_t, int16_t>>;
+  std::memset(start, 0, vectors * kLanes * 4);
   auto* to = reinterpret_cast<Part*>(panel);
-  for (int64_t b = 0; b < vectors; ++b) {
-    const int64_t lanes = smaller(kLanes, count - b * kLanes);
-    const int8_t* w = p.w + (first + b * kLanes) * taps;
-    for (int64_t lane = 0; lane < kLanes; ++lane) start[b * kLanes + lane] = 0;
-    for (int64_t r = 0; r < run_count; ++r) {
-      const ConvRun& run = runs[r];
-      std::memset(to, 0, run.words * kLanes * 4);
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        const int8_t* row = w + lane * taps + run.from;
-        uint32_t sum = 0;
-        for (int64_t i = 0; i < run.codes; ++i) {
-          to[(i / P::kGroup * kLanes + lane) * P::kGroup + i % P::kGroup] =
-              static_cast<Part>(row[i]);
-          sum += static_cast<uint32_t>(row[i]);
-        }
-        start[b * kLanes + lane] = static_cast<int32_t>(
-            static_cast<uint32_t>(start[b * kLanes + lane]) + sum * static_cast<uint32_t>(low));
+  for (int64_t r = 0; r < run_count; ++r) {
+    const ConvRun& run = runs[r];
+    std::memset(to, 0, run.words * step * sizeof(Part));
+    for (int64_t lane = 0; lane < count; ++lane) {
+      const int8_t* row = p.w + (first + lane) * taps + run.from;
+      uint32_t sum = 0;
+      for (int64_t i = 0; i < run.codes; ++i) {
+        to[i / P::kGroup * step + lane * P::kGroup + i % P::kGroup] = static_cast<Part>(row[i]);
+        sum += static_cast<uint32_t>(row[i]);
       }
-      to += run.words * kLanes * P::kGroup;
+      start[lane] = static_cast<int32_t>(static_cast<uint32_t>(start[lane]) +
+                                         sum * static_cast<uint32_t>(low));
     }
+    to += run.words * step;
   }
 }
 

@@ -56,12 +56,12 @@ struct Factor {
   int64_t number = 1, divisor = 1;
 };
 
-// A product; or a function of others, which the op itself checks. (No op of this library needs a sum
-// or a least size.)
+// A product; or a function of others, which the op itself checks. (No op of this library needs a
+// sum or a least size.)
 struct Axis {
   std::string text;
   std::vector<Factor> factors;  // none: a function
-  int name = -1;  // of which axis it is the whole
+  int name = -1;                // of which axis it is the whole
 };
 
 // What an axis may be.
@@ -123,7 +123,8 @@ Words apart(const std::string& text, char at) {
 // Reads what `Declaration.checks` says.
 class Reader {
  public:
-  Reader(const std::string& op, const std::string& text) : text_(text) {
+  Reader(const std::string& op, const std::string& text, bool functions)
+      : text_(text), functions_(functions) {
     signature_.op = op;
     for (const std::string& line : apart(text, '\n')) {
       const Words words = apart(line, ' ');
@@ -180,7 +181,7 @@ class Reader {
 
   Axis axis(const std::string& text) {
     Axis result{text, {}};
-    if (text.back() == ')') return result;
+    if (functions_ && text.back() == ')') return result;
     for (const std::string& each : apart(text, '*')) result.factors.push_back(factor(each));
     const Factor& first = result.factors[0];
     if (result.factors.size() == 1 && first.divisor == 1) result.name = first.axis;
@@ -220,6 +221,7 @@ class Reader {
   }
 
   const std::string& text_;
+  const bool functions_;
   Signature signature_;
 };
 
@@ -227,6 +229,7 @@ class Reader {
 
 struct Registered {
   void (*kernel)(StableIValue*, uint64_t, uint64_t) = nullptr;
+  bool checks_functions = false;
   Signature signature;
 };
 
@@ -241,7 +244,7 @@ void cpu_declare(std::string op, std::string checks) {
   const auto found = registered().find(op);
   if (found == registered().end() || found->second.kernel == nullptr)
     throw std::invalid_argument("qnn::" + op + ": the C++ library has no kernel of it.");
-  found->second.signature = Reader(op, checks).signature();
+  found->second.signature = Reader(op, checks, found->second.checks_functions).signature();
   using torch::stable::detail::StableLibrary;
   static auto& library =
       *new StableLibrary(StableLibrary::Kind::IMPL, "qnn", "CPU", __FILE__, __LINE__);
@@ -254,7 +257,10 @@ void cpu_declare(std::string op, std::string checks) {
 const Signature& signature_of(const std::string& op) { return registered().at(op).signature; }
 
 bool add_ops(std::initializer_list<NativeOp> ops) {
-  for (const NativeOp& op : ops) registered()[op.name].kernel = op.kernel;
+  for (const NativeOp& op : ops) {
+    registered()[op.name].kernel = op.kernel;
+    registered()[op.name].checks_functions = op.checks_functions;
+  }
   return true;
 }
 

@@ -33,6 +33,7 @@ const Signature& signature_of(const std::string& op);
 struct NativeOp {
   const char* name;
   void (*kernel)(StableIValue*, uint64_t, uint64_t);
+  bool checks_functions = false;  // it checks itself the axes that are functions of others
 };
 bool add_ops(std::initializer_list<NativeOp> ops);
 
@@ -45,9 +46,9 @@ bool is_channels_last(const Tensor& t);
 
 Activation activation_called(const std::string& name);
 
-// One argument of a call: a tensor, null where it was left out; a word; a dtype; integers. One
-// that is given by a pointer is an argument of some ops only: of those, for whose calls it is not
-// null.
+// One argument of a call: a tensor, null where it was left out; a word; integers; a dtype.
+// One that is given by a pointer is an argument of some ops only: of those, for whose calls
+// it is not null.
 struct Argument {
   Argument() = default;
   Argument(const Tensor& t) : tensor(&t) {}

@@ -64,8 +64,8 @@ void require_rules(const Arguments& args, const ConvArguments& a, int64_t limit,
               std::to_string(w[0]) + ", got " + std::to_string(a.groups));
   if (w[1] != image[1] / a.groups)
     args.fail("w must be [n, per(c,groups), k1, k2, k3] with per(c,groups) = " +
-              std::to_string(image[1] / a.groups) + " as in " + (a.scale == nullptr ? "x" : "q") + ", got " +
-              listed(w));
+              std::to_string(image[1] / a.groups) + " as in " + (a.scale == nullptr ? "x" : "q") +
+              ", got " + listed(w));
   p.batch = image[0], p.channels = image[1], p.outputs = w[0], p.groups = a.groups;
   Ints out;
   for (int axis = 0; axis < 3; ++axis) {
@@ -110,9 +110,8 @@ std::vector<int32_t> magnitudes(const ConvKernel& kernel, const Conv& p) {
   constexpr int64_t kValues = 1 << 16;
   const int parts = qnn::parts_of(p.batch * p.sample() / kValues);
   std::vector<int32_t> each(parts * p.batch);
-  share(parts, [&](int part, int all) {
-    kernel.magnitudes(p, part, all, each.data() + part * p.batch);
-  });
+  share(parts,
+        [&](int part, int all) { kernel.magnitudes(p, part, all, each.data() + part * p.batch); });
   for (int64_t i = 0; i < p.batch; ++i) {
     for (int part = 1; part < parts; ++part) each[i] = std::max(each[i], each[part * p.batch + i]);
   }
@@ -153,7 +152,9 @@ std::tuple<Tensor, Tensor> conv(const Signature& op, const ConvKernel& kernel, C
 
   p.input = input;
   p.x_last = p.y_last = is_channels_last(a.x) && !a.x.is_contiguous();
-  const auto image = [&](const Tensor& t) { return p.x_last ? args.channels_last(t) : args.data(t); };
+  const auto image = [&](const Tensor& t) {
+    return p.x_last ? args.channels_last(t) : args.data(t);
+  };
   const auto image_of = [&](const Maybe* t) {
     return t != nullptr && t->has_value() ? image(**t) : nullptr;
   };
@@ -232,9 +233,9 @@ Tensor int8_conv(Tensor x, Tensor w, Tensor sw, Ints stride, Ints padding, Ints 
                  std::string last) {
   static const Signature& op = signature_of("int8_conv");
   return std::get<0>(conv(op, best_tier().conv, ConvInput::dynamic, kLimit,
-                          {x, nullptr, nullptr, nullptr, w, sw, nullptr, nullptr, stride, padding,
-                           dilation, groups, bias, residual, nullptr, nullptr, nullptr, activation,
-                           last, nullptr}));
+                          {x,       nullptr, nullptr, nullptr,    w,      sw,     nullptr,
+                           nullptr, stride,  padding, dilation,   groups, bias,   residual,
+                           nullptr, nullptr, nullptr, activation, last,   nullptr}));
 }
 
 Tensor int8_weight_conv(Tensor x, Tensor w, Tensor sw, Ints stride, Ints padding, Ints dilation,
@@ -242,19 +243,19 @@ Tensor int8_weight_conv(Tensor x, Tensor w, Tensor sw, Ints stride, Ints padding
                         std::string last) {
   static const Signature& op = signature_of("int8_weight_conv");
   return std::get<0>(conv(op, best_tier().conv_weight, ConvInput::floats, kAny,
-                          {x, nullptr, nullptr, nullptr, w, sw, nullptr, nullptr, stride, padding,
-                           dilation, groups, bias, residual, nullptr, nullptr, nullptr, activation,
-                           last, nullptr}));
+                          {x,       nullptr, nullptr, nullptr,    w,      sw,     nullptr,
+                           nullptr, stride,  padding, dilation,   groups, bias,   residual,
+                           nullptr, nullptr, nullptr, activation, last,   nullptr}));
 }
 
 Tensor int8_static_conv(Tensor x, Tensor w, Tensor sw, Tensor sx, Tensor zx, Ints stride,
                         Ints padding, Ints dilation, int64_t groups, Maybe bias, Maybe residual,
                         std::string activation, std::string last) {
   static const Signature& op = signature_of("int8_static_conv");
-  return std::get<0>(conv(op, best_tier().conv, ConvInput::fixed, kFixedLimit,
-                          {x, nullptr, &sx, &zx, w, sw, nullptr, nullptr, stride, padding, dilation,
-                           groups, bias, residual, nullptr, nullptr, nullptr, activation, last,
-                           nullptr}));
+  return std::get<0>(conv(
+      op, best_tier().conv, ConvInput::fixed, kFixedLimit,
+      {x,        nullptr, &sx,  &zx,      w,       sw,      nullptr, nullptr,    stride, padding,
+       dilation, groups,  bias, residual, nullptr, nullptr, nullptr, activation, last,   nullptr}));
 }
 
 Tensor int8_codes_conv(Tensor q, Tensor scale, Tensor zx, Tensor w, Tensor sw, Ints stride,
@@ -262,10 +263,10 @@ Tensor int8_codes_conv(Tensor q, Tensor scale, Tensor zx, Tensor w, Tensor sw, I
                        Maybe rq, Maybe rscale, Maybe rz, std::string activation, std::string last,
                        ScalarType dtype) {
   static const Signature& op = signature_of("int8_codes_conv");
-  return std::get<0>(conv(op, best_tier().conv, ConvInput::codes, kFixedLimit,
-                          {q, &scale, nullptr, &zx, w, sw, nullptr, nullptr, stride, padding,
-                           dilation, groups, bias, residual, &rq, &rscale, &rz, activation, last,
-                           &dtype}));
+  return std::get<0>(conv(
+      op, best_tier().conv, ConvInput::codes, kFixedLimit,
+      {q,        &scale, nullptr, &zx,      w,   sw,      nullptr, nullptr,    stride, padding,
+       dilation, groups, bias,    residual, &rq, &rscale, &rz,     activation, last,   &dtype}));
 }
 
 std::tuple<Tensor, Tensor> int8_chain_conv(Tensor q, Tensor scale, Tensor zx, Tensor w, Tensor sw,
@@ -276,8 +277,8 @@ std::tuple<Tensor, Tensor> int8_chain_conv(Tensor q, Tensor scale, Tensor zx, Te
                                            ScalarType dtype) {
   static const Signature& op = signature_of("int8_chain_conv");
   return conv(op, best_tier().conv, ConvInput::codes, kFixedLimit,
-              {q, &scale, nullptr, &zx, w, sw, &so, &zo, stride, padding, dilation, groups, bias,
-               residual, &rq, &rscale, &rz, activation, last, &dtype});
+              {q,        &scale, nullptr, &zx,      w,   sw,      &so, &zo,        stride, padding,
+               dilation, groups, bias,    residual, &rq, &rscale, &rz, activation, last,   &dtype});
 }
 
 std::tuple<Tensor, Tensor> int8_static_quantize(Tensor x, Tensor sx, Tensor zx) {
@@ -309,7 +310,8 @@ std::tuple<Tensor, Tensor> int8_static_quantize(Tensor x, Tensor sx, Tensor zx) 
 }
 
 // For tests and benchmarks: int8_static where sx and zx are given, else `scheme`, int8 or
-// int8_weight; the tier is the named one, and the parts so many, 0 for as many as the work is worth.
+// int8_weight; the tier is the named one, and the parts so many, 0 for as many as the work is
+// worth.
 Tensor cpu_conv(Tensor x, Tensor w, Tensor sw, Maybe sx, Maybe zx, Ints stride, Ints padding,
                 Ints dilation, int64_t groups, Maybe bias, Maybe residual, std::string activation,
                 std::string last, std::string scheme, std::string tier, int64_t parts) {
@@ -320,21 +322,38 @@ Tensor cpu_conv(Tensor x, Tensor w, Tensor sw, Maybe sx, Maybe zx, Ints stride, 
                                    : ConvInput::dynamic;
   const Signature& op = signature_of(fixed ? "int8_static_conv" : scheme + "_conv");
   return std::get<0>(conv(op, weight ? named.conv_weight : named.conv, input,
-                          weight ? kAny
+                          weight  ? kAny
                           : fixed ? kFixedLimit
                                   : kLimit,
-                          {x, nullptr, fixed ? &*sx : nullptr, fixed ? &*zx : nullptr, w, sw,
-                           nullptr, nullptr, stride, padding, dilation, groups, bias, residual,
-                           nullptr, nullptr, nullptr, activation, last, nullptr},
+                          {x,
+                           nullptr,
+                           fixed ? &*sx : nullptr,
+                           fixed ? &*zx : nullptr,
+                           w,
+                           sw,
+                           nullptr,
+                           nullptr,
+                           stride,
+                           padding,
+                           dilation,
+                           groups,
+                           bias,
+                           residual,
+                           nullptr,
+                           nullptr,
+                           nullptr,
+                           activation,
+                           last,
+                           nullptr},
                           parts));
 }
 
 [[maybe_unused]] const bool added = add_ops({
-    {"int8_conv", TORCH_BOX(&int8_conv)},
-    {"int8_weight_conv", TORCH_BOX(&int8_weight_conv)},
-    {"int8_static_conv", TORCH_BOX(&int8_static_conv)},
-    {"int8_codes_conv", TORCH_BOX(&int8_codes_conv)},
-    {"int8_chain_conv", TORCH_BOX(&int8_chain_conv)},
+    {"int8_conv", TORCH_BOX(&int8_conv), true},
+    {"int8_weight_conv", TORCH_BOX(&int8_weight_conv), true},
+    {"int8_static_conv", TORCH_BOX(&int8_static_conv), true},
+    {"int8_codes_conv", TORCH_BOX(&int8_codes_conv), true},
+    {"int8_chain_conv", TORCH_BOX(&int8_chain_conv), true},
     {"int8_static_quantize", TORCH_BOX(&int8_static_quantize)},
 });
 

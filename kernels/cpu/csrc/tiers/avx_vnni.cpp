@@ -1,6 +1,6 @@
 // AVX-VNNI: vpdpbusd on 256 bits, for CPUs without AVX-512 (Alder Lake, Sierra Forest, …). The
 // arithmetic is avx512_vnni.cpp's. With AVX-512-VNNI's own 256-bit form (QNN_EVEX) the same source
-// runs where a test has no such CPU.
+// runs where a test has no such CPU; and with AVX2 alone (QNN_EMULATE_VNNI), slowly.
 #define QNN_LANES 8
 #include <cpuid.h>
 
@@ -14,7 +14,14 @@
 namespace qnn {
 namespace {
 
-#ifdef QNN_EVEX
+#if defined(QNN_EMULATE_VNNI)
+inline __m256i dpbusd(__m256i sum, __m256i w, __m256i x) {
+  const __m256i even = _mm256_and_si256(w, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(w, 8);
+  const __m256i even_x = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8);
+  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, even_x));
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(odd, _mm256_srai_epi16(x, 8)));
+}
+#elif defined(QNN_EVEX)
 inline __m256i dpbusd(__m256i sum, __m256i w, __m256i x) { return _mm256_dpbusd_epi32(sum, w, x); }
 #else
 inline __m256i dpbusd(__m256i sum, __m256i w, __m256i x) {
@@ -47,7 +54,9 @@ struct Vnni256 : Avx2, Inner<Vnni256> {
 };
 
 bool runs_here() {
-#ifdef QNN_EVEX
+#if defined(QNN_EMULATE_VNNI)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#elif defined(QNN_EVEX)
   return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 #else
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return false;

@@ -182,16 +182,65 @@ bool known_steps(const Tier& tier) {
   return true;
 }
 
+// Small convolutions, dense and depthwise, to the bit as in the portable tier: codes over their
+// full range, and whole numbers as floats, whose sums are exact. 0.2 ms a tier.
+bool known_convolutions(const Tier& tier) {
+  for (const bool depthwise : {false, true}) {
+    Conv p{};
+    p.batch = 1, p.channels = 21, p.outputs = depthwise ? 21 : 70, p.groups = depthwise ? 21 : 1;
+    for (int axis = 0; axis < 3; ++axis) {
+      p.in[axis] = axis == 0 ? 1 : 9, p.kernel[axis] = axis == 0 ? 1 : 3;
+      p.before[axis] = axis == 0 ? 0 : 1, p.stride[axis] = p.dilation[axis] = 1;
+      p.out[axis] = p.in[axis];
+    }
+    uint32_t state = 1;
+    const auto next = [&] {
+      return static_cast<int>((state = state * 1664525 + 1013904223) >> 24) - 128;
+    };
+    std::vector<uint8_t> codes(p.sample());
+    std::vector<float> x(codes.size());
+    std::vector<int8_t> w(p.outputs * p.depth() * p.taps());
+    for (auto& v : codes) v = static_cast<uint8_t>(next());
+    for (auto& v : x) v = static_cast<float>(next());
+    for (auto& v : w) v = static_cast<int8_t>(next());
+    std::fill_n(codes.begin(), 200, uint8_t{255});
+    std::fill_n(w.begin(), p.depth() * p.taps(), int8_t{-128});
+    const std::vector<float> ones(p.outputs, 1.0f);
+    p.w = w.data(), p.sw = p.sample_scale = ones.data();
+    p.x_last = true;
+    for (const bool floats : {false, true}) {
+      p.input = floats ? ConvInput::floats : ConvInput::codes;
+      p.x = floats ? static_cast<const void*>(x.data()) : codes.data();
+      p.zero_point = floats ? 0 : -77;
+      const auto result = [&](const ConvKernel& kernel) {
+        std::vector<float> y(p.pixels() * p.outputs);
+        p.y = y.data();
+        std::vector<char> memory(kernel.scratch_bytes(p, 1) + 64);
+        void* aligned = memory.data();
+        size_t space = memory.size();
+        std::align(64, space - 64, aligned, space);
+        kernel.run(p, 0, 1, static_cast<char*>(aligned));
+        return y;
+      };
+      if (floats ? result(tier.conv_weight) != result(portable.conv_weight)
+                 : result(tier.conv) != result(portable.conv))
+        return false;
+    }
+  }
+  return true;
+}
+
 // Why a tier may not be used, or null; tried once a process.
 const char* why_not(size_t index) {
   static const auto reasons = [] {
     std::array<const char*, std::size(kTiers)> found{};
     for (size_t i = 0; i < std::size(kTiers); ++i) {
-      found[i] = !kTiers[i]->runs_here()       ? "this CPU lacks the instructions"
-                 : !known_integers(*kTiers[i]) ? "wrong integers in the known-answer test"
-                 : !known_floats(*kTiers[i])   ? "wrong floats in the known-answer test"
-                 : !known_steps(*kTiers[i])    ? "wrong steps in the known-answer test"
-                                               : nullptr;
+      found[i] = !kTiers[i]->runs_here()           ? "this CPU lacks the instructions"
+                 : !known_integers(*kTiers[i])     ? "wrong integers in the known-answer test"
+                 : !known_floats(*kTiers[i])       ? "wrong floats in the known-answer test"
+                 : !known_steps(*kTiers[i])        ? "wrong steps in the known-answer test"
+                 : !known_convolutions(*kTiers[i]) ? "wrong convolutions in the known-answer test"
+                                                   : nullptr;
     }
     return found;
   }();
