@@ -45,7 +45,8 @@ class Support:
     @property
     def trains(self) -> bool:
         """In low precision, with float parameters."""
-        left = self.kind.why_left(self.layer(SIZE, SIZE), self.scheme.name, training=True)
+        made, _ = self.kind.sample(self.layer, SIZE)
+        left = self.kind.why_left(made, self.scheme.name, training=True)
         return self.scheme.trainable and left is None
 
     @property
@@ -81,13 +82,14 @@ def supported() -> Iterator[Support]:
     """Each layer of torch that a kind takes, in each scheme that can hold it."""
     for kind in known_kinds():
         for layer in kind.floats:
-            if not layer.__module__.startswith("torch.") or kind_of(layer(SIZE, SIZE)) is not kind:
+            if not layer.__module__.startswith("torch."):
                 continue
-            # Schemes name their ops by torch's name of the layer: "linear", "lstm".
-            name = layer.__name__.removesuffix("Cell").lower()
+            made, _ = kind.sample(layer, SIZE)
+            if kind_of(made) is not kind:
+                continue
             for scheme in SCHEMES.values():
-                left = kind.why_left(layer(SIZE, SIZE), scheme.name)
-                if left is None and (op := scheme.op(name)) is not None:
+                left = kind.why_left(made, scheme.name)
+                if left is None and (op := scheme.op(kind.op(layer))) is not None:
                     yield Support(kind, layer, scheme, OPS[op])
 
 

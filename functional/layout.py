@@ -97,6 +97,53 @@ class Filters(Layout):
         return {key: channels_last(part) if part.dim() > 1 else part for key, part in parts.items()}
 
 
+class TransposedFilters(Filters):
+    """Filters of a transposed convolution, `[C, N / groups, …]`: the rows are those of the outputs
+    `N`, and codes lie in memory with `C` as the last axis.
+    """
+
+    def __init__(self, groups: int) -> None:
+        self.groups = groups
+
+    def matrix(self, sizes: Sizes) -> tuple[int, int]:
+        rows = sizes[1] * self.groups
+        return rows, math.prod(sizes) // rows if rows else 0
+
+    def shape(self, part: Part, sizes: Sizes) -> tuple[int, ...]:
+        rows, _ = self.matrix(sizes)
+        return _ones(rows, sizes) if part.is_scale else tuple(sizes)
+
+    def empty(self, part: Part, sizes: Sizes, device: torch.device | str | None) -> torch.Tensor:
+        return _first_last(Layout.empty(self, part, sizes, device))
+
+    def quantize(self, weight: torch.Tensor, scheme: str) -> tuple[torch.Tensor, ...]:
+        rows = self._swapped(weight)
+        values, *scales = quantize(rows.flatten(1), scheme)
+        return (
+            _first_last(self._swapped(values.view(rows.shape))),
+            *(scale.view(_ones(scale.shape[0], weight.shape)) for scale in scales),
+        )
+
+    def dequantize(
+        self, parts: Sequence[torch.Tensor], dtype: torch.dtype, scheme: str
+    ) -> torch.Tensor:
+        rows = self._swapped(parts[0])
+        flat = [rows.flatten(1), *(scale.flatten(1) for scale in parts[1:])]
+        return self._swapped(dequantize(flat, dtype=dtype, scheme=scheme).view(rows.shape))
+
+    def from_disk(
+        self, form: Format, tensors: Mapping[str, torch.Tensor], sizes: Sizes
+    ) -> dict[str, torch.Tensor]:
+        parts = Layout.from_disk(self, form, tensors, sizes)
+        return {key: _first_last(part) if part.dim() > 1 else part for key, part in parts.items()}
+
+    def _swapped(self, weight: torch.Tensor) -> torch.Tensor:
+        """`[N, C / groups, …]` for `[C, N / groups, …]`; the swap is its own inverse."""
+        groups = self.groups
+        split = weight.unflatten(0, (groups, weight.shape[0] // groups))
+        return split.transpose(1, 2).flatten(0, 1)
+
+
 class Stack(Layout):
     """Matrices `[E, N, K]`, each stored by itself: every part has an axis `E` in front."""
 
@@ -144,6 +191,11 @@ class Stack(Layout):
 def channels_last(weight: torch.Tensor) -> torch.Tensor:
     """The same weight `[N, C, …]`, with `C` the last axis of its memory."""
     return weight.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _first_last(weight: torch.Tensor) -> torch.Tensor:
+    """The same weight, with its first axis the last of its memory."""
+    return weight.movedim(0, -1).contiguous().movedim(-1, 0)
 
 
 def _ones(rows: int, sizes: Sizes) -> tuple[int, ...]:

@@ -67,16 +67,16 @@ def linear_backend(scheme: Scheme, values: torch.Tensor) -> str:
     return f"{device}: {_on_cpu(scheme, values.numel())}"
 
 
-def recurrent_backend(name: str, device: torch.device) -> str:
-    """What runs the recurrent op of this name on a device."""
+def op_backend(name: str, device: torch.device, reference: str = "reference") -> str:
+    """What runs the op of this name on a device; `reference` says how its reference goes."""
     op = OPS[name]
     if device.type == "meta":
         return _META
     if device.type != "cpu":
-        return f"{device.type}: reference, step by step, since there is no kernel for this device"
+        return f"{device.type}: {reference}, since there is no kernel for this device"
     tier = native_tier() if op.native else None
     reason = native.ready().reason if op.native else _NO_KERNEL
-    return f"cpu: {tier or f'reference, step by step; not native: {reason}'}"
+    return f"cpu: {tier or f'{reference}; not native: {reason}'}"
 
 
 def table_backend(name: str, device: torch.device) -> str:

@@ -47,6 +47,8 @@ class Kind:
         when_named: why a layer is left alone that no name and no type of its own picks, of a kind
             that is taken then only.
         standard: whether compressed-tensors and the engines that read its files know the layer.
+        skips_computed: whether a layer whose weight is computed, as by weight_norm, is left alone
+            in a call for all layers; it is an error then only where a pattern names it.
         holds: names of modules inside a layer that are its own, such as observation points.
         leaves: attributes of a layer that do not move to the one in its place.
         layout: how its weights are stored in formats of matrices.
@@ -62,6 +64,7 @@ class Kind:
     held_as: str = ""
     when_named: str = ""
     standard: bool = False
+    skips_computed: bool = False
     holds: frozenset[str] = frozenset()
     leaves: frozenset[str] = frozenset({"points", "qat", "scheme"})
     layout: Layout = MATRIX
@@ -157,6 +160,16 @@ class Kind:
         """Of a layer's weight, in any form, for `summary`."""
         sizes: Any = layer
         return tuple(sizes.weight.shape)
+
+    def op(self, layer: type[nn.Module]) -> str:
+        """What schemes call the op of a float class: `"linear"`, `"lstm"`."""
+        return layer.__name__.removesuffix("Cell").lower()
+
+    def sample(self, layer: type[nn.Module], size: int) -> tuple[nn.Module, torch.Tensor]:
+        """A float layer of a class with `size` inputs and outputs, and an input, for the docs and
+        tests that go over all kinds.
+        """
+        return layer(size, size), torch.randn(3, size)
 
     def remarks(self, model: nn.Module) -> dict[str, str]:
         """What `summary` is to add to the rows of layers of this kind, by their names."""

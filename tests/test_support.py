@@ -76,12 +76,13 @@ class TestRow:
 
     @pytest.fixture
     def model(self, row: Any) -> nn.Sequential:
-        return nn.Sequential(row.layer(support.SIZE, support.SIZE)).eval()
+        return nn.Sequential(row.kind.sample(row.layer, support.SIZE)[0]).eval()
 
     @pytest.fixture
     def x(self, row: Any) -> torch.Tensor:
-        cell_or_linear = issubclass(row.layer, nn.Linear | nn.RNNCellBase)
-        return torch.randn(*(() if cell_or_linear else (5,)), 3, support.SIZE)
+        _, x = row.kind.sample(row.layer, support.SIZE)
+        assert isinstance(x, torch.Tensor)
+        return x
 
     @pytest.fixture
     def small(self, row: Any, model: nn.Sequential, x: torch.Tensor) -> nn.Module:

@@ -1,6 +1,20 @@
 """Layers: their float state around, and their quantised, observed and training forms."""
 
 from qnn.nn.base import Quantized
+from qnn.nn.conv import (
+    ObservedConv1d,
+    ObservedConv2d,
+    ObservedConv3d,
+    ObservedConvTranspose1d,
+    ObservedConvTranspose2d,
+    ObservedConvTranspose3d,
+    QConv1d,
+    QConv2d,
+    QConv3d,
+    QConvTranspose1d,
+    QConvTranspose2d,
+    QConvTranspose3d,
+)
 from qnn.nn.embedding import QEmbedding, QEmbeddingBag
 from qnn.nn.grouped import (
     ExpertsAdapter,
@@ -28,7 +42,19 @@ __all__ = [
     "ExpertsAdapter",
     "GroupedLinear",
     "Linear",
+    "ObservedConv1d",
+    "ObservedConv2d",
+    "ObservedConv3d",
+    "ObservedConvTranspose1d",
+    "ObservedConvTranspose2d",
+    "ObservedConvTranspose3d",
     "ObservedLinear",
+    "QConv1d",
+    "QConv2d",
+    "QConv3d",
+    "QConvTranspose1d",
+    "QConvTranspose2d",
+    "QConvTranspose3d",
     "QEmbedding",
     "QEmbeddingBag",
     "QExperts",

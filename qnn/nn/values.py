@@ -11,6 +11,7 @@ from torch import nn
 
 from qnn.functional.layout import MATRIX, Layout
 from qnn.functional.tensor_parallel import is_distributed
+from qnn.kernels import Scheme
 from qnn.kernels.cpu.forking import return_threads
 from qnn.kernels.formats import FLOATS, Part
 
@@ -24,6 +25,16 @@ class Found:
     dtype: torch.dtype
     shape: tuple[int, ...]
     positive: bool = False
+
+
+def input_grid(scheme: Scheme) -> dict[str, Found]:
+    """What calibration finds for a layer's input, by name; nothing where a scheme is not static."""
+    if not scheme.static or scheme.activation is None:
+        return {}
+    return {
+        "input" + part.suffix: Found(part.dtype, (1,), part.dtype == torch.float32)
+        for part in scheme.activation.parts[1:]
+    }
 
 
 CALIBRATE = "run qnn.prepare(model), qnn.calibrate(model, batches), qnn.convert(model)"

@@ -3,6 +3,7 @@
 from qnn.verbs.calibrate import calibrate
 from qnn.verbs.compare import Comparison, compare, sqnr
 from qnn.verbs.convert import convert
+from qnn.verbs.fuse import fuse
 from qnn.verbs.prepare import prepare
 from qnn.verbs.summary import Summary, summary
 
@@ -12,6 +13,7 @@ __all__ = [
     "calibrate",
     "compare",
     "convert",
+    "fuse",
     "prepare",
     "sqnr",
     "summary",

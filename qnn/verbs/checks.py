@@ -33,9 +33,13 @@ def left_alone(
     """Why a layer that was picked is not for this call, without that being an error; `named` if a
     pattern means this one.
     """
-    if waits(module) or hasattr(module, "parametrizations"):
+    if waits(module):
         return None  # why_not has a word on it
     kind = cast(Kind, kind_of(module))
+    if kind.skips_computed and not named and (why := why_not_plain(module)) is not None:
+        return why
+    if hasattr(module, "parametrizations"):
+        return None  # as above
     return kind.why_left(module, scheme, named=named, training=training)
 
 

@@ -21,6 +21,8 @@ Make = Callable[[nn.Module, Own], nn.Module]
 
 # Where a module that was left alone keeps the reason; `summary` reads it.
 REASON = "_qnn_reason"
+# Where a layer keeps the names of what was folded into it; `summary` reads it too.
+FOLDED = "_qnn_folded"
 
 
 @dataclass
@@ -142,7 +144,8 @@ def _with_the_rest(old: nn.Module, new: nn.Module, own: Own) -> None:
     """Move hooks, their bookkeeping, and whatever users have hung on the old module. Shared dicts
     keep hook handles alive.
     """
-    left = {REASON, *cast(Kind, kind_of(old)).leaves}
+    kind = kind_of(old)
+    left = {REASON, *(kind.leaves if kind else vars(old))}
     for key, value in vars(old).items():
         if key in _MODULE or (key not in vars(new) and key not in left):
             new.__dict__[key] = own(value)

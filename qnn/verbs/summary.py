@@ -18,13 +18,12 @@ from qnn.kinds import kind_of, own_tensors, waits
 from qnn.verbs.checks import WAITS, left_alone, require_module
 from qnn.verbs.inventory import nbytes
 from qnn.verbs.inventory import size as _size
-from qnn.verbs.plan import REASON
+from qnn.verbs.plan import FOLDED, REASON
 
 # Layers that people expect to be quantised too, and why they are not.
 _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.RNN, "there is no quantised nn.RNN, only LSTM and GRU"),
     (nn.RNNCell, "there is no quantised nn.RNNCell, only LSTMCell and GRUCell"),
-    (nn.modules.conv._ConvNd, "there is no quantised convolution yet"),
     (nn.LayerNorm, "normalisation stays in float"),
     (nn.modules.batchnorm._NormBase, "normalisation stays in float"),
     (nn.RMSNorm, "normalisation stays in float"),
@@ -68,7 +67,9 @@ class Row:
 
 
 # Names and sizes of one layer in a reason: `; gate [4, 64] (…) is probably a weight`.
-_OF_ONE = re.compile(r"; .* is probably a weight.*$|(?<=tied to )'[^']*' ")
+_OF_ONE = re.compile(
+    r"; BatchNorm .* folded in$|; .* is probably a weight.*$|(?<=tied to )'[^']*' "
+)
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             continue
         fresh = [t for t in tensors if id(t) not in seen]
         seen.update(map(id, tensors))
-        after, remark = nbytes(fresh), remarks.get(name, "")
+        after, remark = nbytes(fresh), remarks.get(name, "") + getattr(module, FOLDED, "")
         title, kind, layer = type(module).__name__, kind_of(module), cast(Any, module)
         if kind is not None and kind.is_quantized(module):
             before, backend = layer._bytes_in_float(fresh), layer._backend() + remark

@@ -76,7 +76,7 @@ class LinearKind(Kind):
         return with_parameters_of(layer, made, own)
 
     def observe(self, layer: nn.Module, how: Observation, own: Own) -> nn.Module:
-        made = self._observed(layer, _spec(layer, how), how)
+        made = self._observed(layer, spec_of(layer, how), how)
         if isinstance(layer, ObservedLinear):
             made.input_quantize.begin(layer.input_quantize)
         return with_parameters_of(layer, made, own)
@@ -92,7 +92,7 @@ class LinearKind(Kind):
         return ["input"]
 
     def check_observation(self, layer: nn.Module, how: Observation) -> None:
-        _spec(layer, how)
+        spec_of(layer, how)
 
     def why_untied(self, other: Kind) -> str | None:
         if other.held_as and other.held_as != self.held_as:
@@ -168,11 +168,11 @@ def with_parameters_of(old: nn.Module, new: nn.Module, own: Own) -> nn.Module:
     return new
 
 
-def _spec(layer: nn.Module, how: Observation) -> Any:
+def spec_of(layer: nn.Module, how: Observation) -> Any:
     """The spec of the input: that of the call, or what the layer was observed with."""
     spec = spec_of_input(how.parts)
-    if spec is None and isinstance(layer, ObservedLinear):
-        return training_spec(layer.input_quantize.spec)
+    if spec is None and "input_quantize" in layer._modules:
+        return training_spec(cast(Any, layer).input_quantize.spec)
     return spec
 
 

@@ -9,10 +9,10 @@ from typing import cast
 import torch
 from torch import nn
 
-from qnn import functional as F
 from qnn.calibration.fake_quantize import FakeQuantize
 from qnn.calibration.parts import Specs
 from qnn.calibration.spec import QuantSpec
+from qnn.functional.layout import MATRIX, Layout
 from qnn.kernels.schemes import STATIC
 from qnn.nn.values import of_other_kind
 
@@ -61,10 +61,8 @@ class ObservedLinear(nn.Linear):
         name: str = "",
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        spec = _accepted(spec or (_TRAINED if qat else _CALIBRATED))
         self.qat = qat
-        point = FakeQuantize(spec, name=f"{name}.input" if name else "input", qat=qat)
-        self.input_quantize = point.to(self.weight.device)
+        self.input_quantize = input_point(spec, qat, name).to(self.weight.device)
 
     @classmethod
     def from_float(
@@ -113,13 +111,18 @@ class ObservedLinear(nn.Linear):
         return f"{super().extra_repr()}, qat={self.qat}"
 
 
-def fake_quantize_weight(weight: torch.Tensor) -> torch.Tensor:
+def input_point(spec: QuantSpec | None, qat: bool, name: str) -> FakeQuantize:
+    """The point that observes the input of the layer called `name`."""
+    spec = _accepted(spec or (_TRAINED if qat else _CALIBRATED))
+    return FakeQuantize(spec, name=f"{name}.input" if name else "input", qat=qat)
+
+
+def fake_quantize_weight(weight: torch.Tensor, layout: Layout = MATRIX) -> torch.Tensor:
     """The weight as the int8 schemes will store it, in its own dtype; the gradient is that of the
     identity.
     """
     with torch.no_grad():
-        q, scale = F.quantize(weight, STATIC)
-        stored = F.dequantize(q, scale, weight.dtype)
+        stored = layout.dequantize(layout.quantize(weight, STATIC), weight.dtype, STATIC)
     # Minus a zero, and not `weight + (stored - weight)`, which would round.
     return stored - (weight.detach() - weight)
 
@@ -173,4 +176,11 @@ def grid(point: FakeQuantize) -> tuple[torch.Tensor, torch.Tensor]:
     return scale.detach().clone(), zero_point.to(torch.int8)
 
 
-__all__ = ["ObservedLinear", "fake_quantize_weight", "grid", "spec_of_input", "training_spec"]
+__all__ = [
+    "ObservedLinear",
+    "fake_quantize_weight",
+    "grid",
+    "input_point",
+    "spec_of_input",
+    "training_spec",
+]

@@ -14,7 +14,7 @@ from qnn.kernels.backends import linear_backend
 from qnn.kernels.schemes import STATIC
 from qnn.nn.base import Quantized
 from qnn.nn.linear.observed import ObservedLinear, grid
-from qnn.nn.values import Found, check_input, of_other_kind, require_floats
+from qnn.nn.values import Found, check_input, input_grid, of_other_kind, require_floats
 
 
 class QLinear(Quantized, nn.Linear):
@@ -93,13 +93,7 @@ class QLinear(Quantized, nn.Linear):
         return {"weight": (self.out_features, self.in_features)}
 
     def _calibration(self) -> dict[str, Found]:
-        scheme = self._scheme
-        if not scheme.static or scheme.activation is None:
-            return {}
-        return {
-            "input" + part.suffix: Found(part.dtype, (1,), part.dtype == torch.float32)
-            for part in scheme.activation.parts[1:]
-        }
+        return input_grid(self._scheme)
 
     def _backend(self) -> str:
         if self._uncalibrated:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.nn.modules.rnn import RNNBase
 
@@ -125,6 +126,10 @@ class RecurrentKind(Kind):
             for name, methods in class_checks(model).items()
             if methods
         }
+
+    def sample(self, layer: type[nn.Module], size: int) -> tuple[nn.Module, torch.Tensor]:
+        steps = () if issubclass(layer, nn.RNNCellBase) else (5,)
+        return layer(size, size), torch.randn(*steps, 3, size)
 
     def shape(self, layer: nn.Module) -> tuple[int, ...]:
         return cast(QRecurrent, layer).matrix

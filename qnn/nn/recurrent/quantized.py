@@ -12,7 +12,7 @@ from torch import nn
 from qnn.calibration.doubts import note_on
 from qnn.functional.float_recurrent import States
 from qnn.functional.recurrent import recurrent_of
-from qnn.kernels.backends import recurrent_backend
+from qnn.kernels.backends import op_backend
 from qnn.kernels.reference.recurrent import CELLS, Cell
 from qnn.kernels.schemes import DEFAULT_SCHEME, STATIC, schemes_of
 from qnn.nn.base import Quantized
@@ -68,7 +68,8 @@ class QRecurrent(OfCell, Quantized):
         return {f"table{suffix}": Found(torch.float32, (rows, 4)) for suffix in self._suffixes()}
 
     def _backend(self) -> str:
-        return recurrent_backend(cast(str, self._scheme.op(self._cell.name)), self._device)
+        name = cast(str, self._scheme.op(self._cell.name))
+        return op_backend(name, self._device, "reference, step by step")
 
     @property
     def _who(self) -> str:
