@@ -7,6 +7,7 @@ a change here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -83,24 +84,31 @@ def supported() -> Iterator[Support]:
         for layer in kind.floats:
             if not layer.__module__.startswith("torch.") or kind_of(layer(SIZE, SIZE)) is not kind:
                 continue
-            # Schemes name their ops by torch's name of the layer: "linear", "lstm".
-            name = layer.__name__.removesuffix("Cell").lower()
+            # Schemes name their ops by torch's name of the layer: "linear", "lstm", "embedding_bag".
+            words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", layer.__name__.removesuffix("Cell"))
+            name = words.lower()
             for scheme in SCHEMES.values():
-                left = kind.why_left(layer(SIZE, SIZE), scheme.name)
+                left = kind.why_left(layer(SIZE, SIZE), scheme.name, named=True)
                 if left is None and (op := scheme.op(name)) is not None:
                     yield Support(kind, layer, scheme, OPS[op])
 
 
 def table() -> str:
-    """A row for each op: layers that share it, such as a cell and its layer, share the row."""
+    """A row for each op: what shares it, such as a cell and its layer, shares the row."""
     shared: dict[str, list[Support]] = {}
     for each in supported():
         shared.setdefault(each.op.name, []).append(each)
     lines = [HEAD, ("---",) * 3 + (":---:",) * (len(HEAD) - 3)]
     for same in shared.values():
-        layers = ", ".join(f"`nn.{each.layer.__name__}`" for each in same)
+        layers, schemes = (
+            ", ".join(dict.fromkeys(f"`{name}`" for name in names))
+            for names in (
+                (f"nn.{each.layer.__name__}" for each in same),
+                (each.scheme.name for each in same),
+            )
+        )
         marks = [{True: "✓", False: "–"}.get(mark, mark) for mark in same[0].marks]
-        lines.append((layers, f"`{same[0].scheme.name}`", f"`{same[0].op.name}`", *marks))
+        lines.append((layers, schemes, f"`{same[0].op.name}`", *marks))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -122,7 +122,7 @@ class TestSelection:
     def test_nothing_to_convert(self) -> None:
         with pytest.raises(
             ValueError,
-            match=r"has no nn.Linear, nn.LSTM or nn.GRU, only "
+            match=r"has no (nn.\w+, )*nn.Linear, nn.LSTM or nn.GRU, only "
             r"torch.nn.modules.conv.Conv2d \(2, 3.0 kB\), torch.nn.modules.conv.Conv1d \(1, 8 B\), "
             r"torch.nn.modules.activation.ReLU \(2\)",
         ):
@@ -198,7 +198,9 @@ class TestResult:
         model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
         model[1].weight = model[0].weight
         with pytest.raises(ValueError, match="share one weight but would get"):
-            qnn.convert(model, {"0": "int8", "1": "int8_weight"})
+            qnn.convert(model, {"0": "int8", "1": "fp8_weight"})
+        out = qnn.convert(model, {"0": "int8", "1": "int8_weight"})  # of one format
+        assert out[0].stored[0] is out[1].stored[0]
 
     def test_hooks_mode_attributes_and_requires_grad(self) -> None:
         for inplace in (False, True):
