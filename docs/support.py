@@ -88,21 +88,27 @@ def supported() -> Iterator[Support]:
             if kind_of(made) is not kind:
                 continue
             for scheme in SCHEMES.values():
-                left = kind.why_left(made, scheme.name)
+                left = kind.why_left(made, scheme.name, named=True)
                 if left is None and (op := scheme.op(kind.op(layer))) is not None:
                     yield Support(kind, layer, scheme, OPS[op])
 
 
 def table() -> str:
-    """A row for each op: layers that share it, such as a cell and its layer, share the row."""
+    """A row for each op: what shares it, such as a cell and its layer, shares the row."""
     shared: dict[str, list[Support]] = {}
     for each in supported():
         shared.setdefault(each.op.name, []).append(each)
     lines = [HEAD, ("---",) * 3 + (":---:",) * (len(HEAD) - 3)]
     for same in shared.values():
-        layers = ", ".join(f"`nn.{each.layer.__name__}`" for each in same)
+        layers, schemes = (
+            ", ".join(dict.fromkeys(f"`{name}`" for name in names))
+            for names in (
+                (f"nn.{each.layer.__name__}" for each in same),
+                (each.scheme.name for each in same),
+            )
+        )
         marks = [{True: "✓", False: "–"}.get(mark, mark) for mark in same[0].marks]
-        lines.append((layers, f"`{same[0].scheme.name}`", f"`{same[0].op.name}`", *marks))
+        lines.append((layers, schemes, f"`{same[0].op.name}`", *marks))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -8,6 +8,7 @@ parameters; and quantised, which is an `nn.base.Quantized`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -162,8 +163,9 @@ class Kind:
         return tuple(sizes.weight.shape)
 
     def op(self, layer: type[nn.Module]) -> str:
-        """What schemes call the op of a float class: `"linear"`, `"lstm"`."""
-        return layer.__name__.removesuffix("Cell").lower()
+        """What schemes call the op of a float class: `"linear"`, `"lstm"`, `"embedding_bag"`."""
+        name = layer.__name__.removesuffix("Cell")
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
     def sample(self, layer: type[nn.Module], size: int) -> tuple[nn.Module, torch.Tensor]:
         """A float layer of a class with `size` inputs and outputs, and an input, for the docs and

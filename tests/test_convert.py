@@ -128,9 +128,7 @@ class TestSelection:
             r"torch.nn.modules.activation.ReLU \(2\)",
         ):
             qnn.convert(
-                nn.Sequential(
-                    nn.PReLU(), *(nn.LayerNorm(190) for _ in "ab"), nn.ReLU(), nn.ReLU()
-                )
+                nn.Sequential(nn.PReLU(), *(nn.LayerNorm(190) for _ in "ab"), nn.ReLU(), nn.ReLU())
             )
         with pytest.raises(TypeError, match=r"takes an nn.Module, got int"):
             qnn.convert(3)  # type: ignore[type-var]
@@ -199,7 +197,9 @@ class TestResult:
         model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
         model[1].weight = model[0].weight
         with pytest.raises(ValueError, match="share one weight but would get"):
-            qnn.convert(model, {"0": "int8", "1": "int8_weight"})
+            qnn.convert(model, {"0": "int8", "1": "fp8_weight"})
+        out = qnn.convert(model, {"0": "int8", "1": "int8_weight"})  # of one format
+        assert out[0].stored[0] is out[1].stored[0]
 
     def test_hooks_mode_attributes_and_requires_grad(self) -> None:
         for inplace in (False, True):

@@ -21,35 +21,46 @@ from qnn.kinds import known_kinds, unregister_kind
 from .common import same_bits
 
 
-class QEmbedding(qnn.Quantized):
+class Table(nn.Module):
+    """Looks up rows of a table."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(rows, columns))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.weight[tokens]
+
+
+class QTable(qnn.Quantized):
     """Looks up rows of a quantised table."""
 
     def __init__(self, rows: int, columns: int, scheme: str = "int8_weight") -> None:
         super().__init__()
-        self.num_embeddings, self.embedding_dim, self.scheme = rows, columns, scheme
+        self.rows, self.columns, self.scheme = rows, columns, scheme
         self.dtype = torch.get_default_dtype()
         self._empty_weights(None)
 
     def _weight_shapes(self) -> dict[str, tuple[int, int]]:
-        return {"weight": (self.num_embeddings, self.embedding_dim)}
+        return {"weight": (self.rows, self.columns)}
 
     def _backend(self) -> str:
         return "rows decoded in torch operations"
 
     @property
     def _who(self) -> str:
-        return f"QEmbedding({self.num_embeddings}, {self.embedding_dim})"
+        return f"QTable({self.rows}, {self.columns})"
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         parts = [self._parameters[name][tokens] for name, _ in self._parts_of("weight")]  # type: ignore[index]
         return F.dequantize(*parts, self.dtype, scheme=self.scheme)
 
 
-class EmbeddingKind(qnn.Kind):
-    name = "embedding"
-    floats = (nn.Embedding,)
-    titles = ("nn.Embedding",)
-    quantized = (QEmbedding,)
+class TableKind(qnn.Kind):
+    name = "table"
+    floats = (Table,)
+    titles = ("Table",)
+    quantized = (QTable,)
 
     def names(self, module: nn.Module) -> tuple[str, ...]:
         return ("weight",)
@@ -58,11 +69,11 @@ class EmbeddingKind(qnn.Kind):
         self, module: nn.Module, scheme: str, *, named: bool = False, training: bool = False
     ) -> str | None:
         if scheme != "int8_weight" and not training:
-            return f"scheme {scheme!r} has no embedding"
+            return f"scheme {scheme!r} has no table"
         return super().why_left(module, scheme, named=named, training=training)
 
-    def quantize(self, layer: Any, scheme: str, own: Any) -> QEmbedding:
-        made = QEmbedding(*layer.weight.shape, scheme)
+    def quantize(self, layer: Any, scheme: str, own: Any) -> QTable:
+        made = QTable(*layer.weight.shape, scheme)
         made.weight = layer.weight.detach()
         return made.train(layer.training)
 
@@ -70,7 +81,7 @@ class EmbeddingKind(qnn.Kind):
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.table, self.head = nn.Embedding(30, 16), nn.Linear(16, 5)
+        self.table, self.head = Table(30, 16), nn.Linear(16, 5)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.head(self.table(tokens))
@@ -80,18 +91,18 @@ class Model(nn.Module):
 class TestRegistered:
     @pytest.fixture(autouse=True)
     def _registered(self) -> Iterator[None]:
-        kind = qnn.register_kind(EmbeddingKind())
+        kind = qnn.register_kind(TableKind())
         self.model, self.tokens = Model().eval(), torch.randint(30, (4, 7))
         yield
         unregister_kind(kind)
 
     def test_convert_summary_compare(self) -> None:
         converted = qnn.convert(self.model, "int8_weight")
-        assert isinstance(converted.table, QEmbedding)
-        assert isinstance(self.model.table, nn.Embedding)
+        assert isinstance(converted.table, QTable)
+        assert isinstance(self.model.table, Table)
         table, _ = qnn.summary(converted).rows
         row = table.layer, table.scheme, table.shape
-        assert row == ("QEmbedding", "int8_weight", (30, 16))
+        assert row == ("QTable", "int8_weight", (30, 16))
         assert (table.bytes_before, table.bytes_after) == (30 * 16 * 4, 30 * (16 + 4))
         assert table.backend == "rows decoded in torch operations"
         comparison = qnn.compare(self.model, converted, self.tokens)
@@ -101,20 +112,20 @@ class TestRegistered:
 
     def test_what_a_scheme_has_not(self) -> None:
         converted = qnn.convert(self.model, "fp8")
-        assert isinstance(converted.table, nn.Embedding)
+        assert isinstance(converted.table, Table)
         reason = next(r.reason for r in qnn.summary(converted).rows if r.name == "table")
-        assert reason == "scheme 'fp8' has no embedding"
+        assert reason == "scheme 'fp8' has no table"
         trained = qnn.convert(self.model, "fp8", training=True)
         reason = next(r.reason for r in qnn.summary(trained).rows if r.name == "table")
-        assert reason == "there is no embedding layer that trains in low precision"
+        assert reason == "there is no table layer that trains in low precision"
 
     def test_prepare_leaves_it(self) -> None:
         prepared = qnn.calibrate(qnn.prepare(self.model), [self.tokens], progress=False)
         converted = qnn.convert(prepared)
-        assert isinstance(converted.table, nn.Embedding)
+        assert isinstance(converted.table, Table)
         assert isinstance(converted.head, qnn.QLinear)
         reason = next(r.reason for r in qnn.summary(prepared).rows if r.name == "table")
-        assert reason == "there is no observed embedding layer"
+        assert reason == "there is no observed table layer"
 
     def test_save_and_load(self) -> None:
         converted = qnn.convert(self.model, "int8_weight")
@@ -137,11 +148,11 @@ class TestRegistered:
     def test_described_as_what_others_do_not_know(self) -> None:
         described = quantization_config(qnn.convert(self.model, "int8_weight"))
         kinds = {tuple(g["targets"]): g["format"] for g in described["config_groups"].values()}
-        assert "QEmbedding" in kinds[("table",)]
-        assert "QEmbedding" not in kinds[("head",)]
+        assert "QTable" in kinds[("table",)]
+        assert "QTable" not in kinds[("head",)]
 
     def test_tied_layers_stay_float(self) -> None:
-        model = nn.ModuleDict({"a": nn.Embedding(16, 16), "b": nn.Linear(16, 16, bias=False)})
+        model = nn.ModuleDict({"a": Table(16, 16), "b": nn.Linear(16, 16, bias=False)})
         model["b"].weight = model["a"].weight
         with pytest.raises(ValueError, match="its weight is tied to 'b'"):
             qnn.convert(model, "int8_weight")
@@ -158,14 +169,14 @@ class TestRegistered:
         assert torch.equal(compiled(self.tokens), converted(self.tokens))
 
     def test_errors_name_it(self) -> None:
-        with pytest.raises(ValueError, match=r"no nn.Linear, .*nn.LSTM, nn.GRU or nn.Embedding"):
+        with pytest.raises(ValueError, match=r"no .*nn.Linear, .*nn.LSTM, nn.GRU or Table"):
             qnn.convert(nn.Sequential(nn.ReLU()))
 
 
 class TestRegistry:
     def test_refused(self) -> None:
         with pytest.raises(TypeError, match=r"takes a qnn.Kind, got type"):
-            qnn.register_kind(EmbeddingKind)  # type: ignore[arg-type]
+            qnn.register_kind(TableKind)  # type: ignore[arg-type]
         for known in known_kinds():
             with pytest.raises(ValueError, match=f"there is a kind '{known.name}' already"):
                 qnn.register_kind(known)

@@ -308,10 +308,11 @@ class TestErrors:
             (
                 "twice",
                 lambda m: qnn.prepare(qnn.prepare(m)),
-                r"(?s)is prepared already.*knows: torch.nn.modules.sparse.Embedding .1, 2.4 kB..$",
+                r"(?s)embedding: embeddings are taken when named.*rnn: it is prepared already",
             ),
             ("converted", lambda m: qnn.prepare(qnn.convert(m)), "converted already .*prepare the"),
-            ("nothing", lambda m: qnn.prepare(m.embedding), "no nn.Linear, .* or nn.GRU"),
+            ("nothing", lambda m: qnn.prepare(nn.ReLU()), r"no .*nn.Linear, .*nn.LSTM or nn.GRU"),
+            ("a table", lambda m: qnn.prepare(m.embedding), "there is no observed embedding"),
             ("excluded", lambda m: qnn.prepare(m, exclude="*"), "every layer is left alone"),
             ("a scheme", lambda m: qnn.convert(qnn.prepare(m), "int8"), "the model is prepared"),
             ("not prepared", lambda m: qnn.calibrate(m, []), "no observation points"),

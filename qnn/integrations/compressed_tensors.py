@@ -65,6 +65,7 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
     entries = [(key, list(names)) for key, names in groups.items()]
     entries += _elsewhere(model, groups, ignore)
     formats = {get_scheme(scheme).compressed_format for scheme, _ in groups}
+    dtype = _hidden_dtype(model)
     return {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
@@ -75,7 +76,20 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
         },
         "ignore": ignore,
         "qnn": {f"group_{i}": scheme for i, ((scheme, _), _) in enumerate(entries)},
+        **({"qnn_dtype": str(dtype).removeprefix("torch.")} if dtype else {}),
     }
+
+
+def _hidden_dtype(model: nn.Module) -> torch.dtype | None:
+    """The dtype of a model whose first float parameter, by which transformers takes and saves it,
+    is a scale or a code, such as that of a quantised embedding; None for any other.
+    """
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_floating_point():
+                hidden = isinstance(module, Quantized) and name in module._kept()
+                return module.dtype if hidden else None
+    return None
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

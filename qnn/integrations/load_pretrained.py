@@ -56,11 +56,16 @@ def _load_transformers(cls: Any, folder: str | Path, options: dict[str, Any]) ->
         config = reader.from_pretrained(folder)
     config = copy.deepcopy(config)
     described = getattr(config, "quantization_config", None)
+    if dtype := (described or {}).get("qnn_dtype"):
+        config.dtype = getattr(torch, dtype)
     config.quantization_config = {"quant_method": "qnn", "described": described}
     wanted = options.pop("output_loading_info", False)
     model, info = cls.from_pretrained(folder, config=config, output_loading_info=True, **options)
+    tied = model.hf_quantizer.tied
     model.hf_quantizer.remove_quantization_config(model)
     _check(who, model, info)
+    model.all_tied_weights_keys = tied
+    model.tie_weights(recompute_mapping=False)  # each layer has read its own state
     model.config.quantization_config = described
     describe(model)
     return (model, info) if wanted else model
@@ -85,6 +90,8 @@ def _register() -> None:
         convert(model, schemes_of(found, model), inplace=True)
         for layer in _layers(model).values():
             layer._empty_weights("meta", on_disk=True)
+        self.tied = dict(model.all_tied_weights_keys)
+        model.all_tied_weights_keys = _tied_parts(self.tied, _layers(model))
 
     def is_read_by_its_layer(self: Any, model: nn.Module, param_name: str, **_: Any) -> bool:
         return param_name.rpartition(".")[0] in _layers(model)
@@ -98,6 +105,21 @@ def _register() -> None:
     }
     auto.register_quantization_config("qnn")(type("Config", (mixin,), {"__init__": init}))
     auto.register_quantizer("qnn")(type("Quantizer", (base,), methods))
+
+
+def _tied_parts(tied: dict[str, str], layers: dict[str, Quantized]) -> dict[str, str]:
+    """Which tensor of a file stands for which other one, `{target: source}`, from that of weights:
+    of two quantised layers all that the weight is stored in.
+    """
+    result = {}
+    for target, source in tied.items():
+        layer, weight = layers.get(source.rpartition(".")[0]), target.rpartition(".")[0]
+        if layer is None or weight not in layers:
+            result[target] = source
+        else:
+            ends = [part.suffix for part in layer._scheme.weight.on_disk]
+            result |= {target + end: source + end for end in ends}
+    return result
 
 
 def _load_diffusers(cls: Any, folder: Path) -> Any:

@@ -211,7 +211,7 @@ class Quantized(Stored):
             if torch.compiler.is_compiling() or is_jit_tracing():
                 return self._dequantized(name)
             return FloatWeight(self, name)
-        if name.startswith(self._prefixes) and name in self._disk_names():
+        if name.startswith(self._prefixes) and name in self._disk_names() - self._parameters.keys():
             return self.state_dict()[name]
         return super().__getattr__(name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from qnn.kernels import get_scheme
@@ -46,6 +47,9 @@ class EmbeddingKind(Kind):
 
     def quantize(self, layer: nn.Module, scheme: str, own: Own) -> Table:
         return _of(layer).around(layer, scheme)
+
+    def sample(self, layer: type[nn.Module], size: int) -> tuple[nn.Module, torch.Tensor]:
+        return layer(size, size), torch.randint(size, (3, 5))
 
 
 def _of(module: nn.Module) -> type[Table]:
