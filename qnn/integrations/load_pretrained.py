@@ -167,4 +167,4 @@ def _check(who: str, model: nn.Module, info: Any) -> None:
         except RuntimeError as error:
             raise ValueError(f"{who}: {name}: {error}") from None
         for parameter_name, parameter in layer.named_parameters():
-            parameter.requires_grad_(parameter_name.startswith("bias"))
+            parameter.requires_grad_(parameter_name not in layer._kept())

@@ -217,7 +217,10 @@ def _probable_weights(module: nn.Module) -> str:
     if not found:
         return ""
     what = "is probably a weight" if len(found) == 1 else "each is probably a weight"
-    return f"; {', '.join(found)} {what} that stays float"
+    # Two axes of a matrix and one of experts.
+    stacks = sum(p is not None and p.dim() == 3 for p in module._parameters.values()) > 1
+    hint = "; of fused experts qnn.register_adapter says how they are built" if stacks else ""
+    return f"; {', '.join(found)} {what} that stays float{hint}"
 
 
 _TABLES = ("embed", "pos", "token")

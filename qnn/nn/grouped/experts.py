@@ -154,7 +154,7 @@ class QExperts(Quantized):
         order, offsets = sort_by_group(top_k_index, self.num_groups)
         rows = self._of_each(hidden_states[order // chosen], offsets)
         weighed = rows * top_k_weights.flatten()[order, None]
-        summed = unsort(weighed, order).view(tokens, chosen, -1).sum(1)
+        summed = unsort(weighed, order).unflatten(0, (tokens, chosen)).sum(1)
         return summed.to(hidden_states.dtype)
 
     def _all(self, hidden_states: torch.Tensor) -> torch.Tensor:
