@@ -311,7 +311,7 @@ class TestErrors:
                 r"(?s)is prepared already.*knows: torch.nn.modules.sparse.Embedding .1, 2.4 kB..$",
             ),
             ("converted", lambda m: qnn.prepare(qnn.convert(m)), "converted already .*prepare the"),
-            ("nothing", lambda m: qnn.prepare(m.embedding), "no nn.Linear, nn.LSTM or nn.GRU"),
+            ("nothing", lambda m: qnn.prepare(m.embedding), "no nn.Linear, .*nn.LSTM or nn.GRU"),
             ("excluded", lambda m: qnn.prepare(m, exclude="*"), "every layer is left alone"),
             ("a scheme", lambda m: qnn.convert(qnn.prepare(m), "int8"), "the model is prepared"),
             ("not prepared", lambda m: qnn.calibrate(m, []), "no observation points"),

@@ -1,5 +1,6 @@
 """Layers: their float state around, and their quantised, observed and training forms."""
 
+from qnn.nn.attention import ObservedMultiheadAttention, QMultiheadAttention
 from qnn.nn.base import Quantized
 from qnn.nn.linear import Linear, ObservedLinear, QLinear
 from qnn.nn.recurrent import (
@@ -18,9 +19,11 @@ __all__ = [
     "QLSTM",
     "Linear",
     "ObservedLinear",
+    "ObservedMultiheadAttention",
     "QGRUCell",
     "QLSTMCell",
     "QLinear",
+    "QMultiheadAttention",
     "QuantizableGRU",
     "QuantizableGRUCell",
     "QuantizableLSTM",

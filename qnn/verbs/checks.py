@@ -9,7 +9,17 @@ import torch
 from torch import nn
 
 from qnn.kernels.formats import FLOATS
-from qnn.kinds import Kind, is_quantized, is_training, kind_of, own_tensors, titles, waits
+from qnn.kinds import (
+    Kind,
+    is_quantized,
+    is_swapped,
+    is_training,
+    kind_of,
+    own_tensors,
+    owners,
+    titles,
+    waits,
+)
 from qnn.nn.values import not_finite, why_not_finite
 from qnn.verbs import references
 from qnn.verbs.inventory import inventory
@@ -87,7 +97,7 @@ def _why_not_its_weights(module: nn.Module, scheme: str) -> str | None:
                 return f"its {name} holds {why_not_finite(weight)}"
             return f"its {name} holds {bad} NaN or inf of {weight.numel()} values"
     for name, bias in module._parameters.items():
-        reason = why_not_finite(bias) if name.startswith("bias") and bias is not None else None
+        reason = why_not_finite(bias) if "bias" in name and bias is not None else None
         if reason is not None:
             return f"its {name} holds {reason}"
     return None
@@ -119,6 +129,20 @@ def keep_ties_to_float(modules: dict[str, nn.Module], plan: Plan, who: str = "qn
         for parameter in module._parameters.values():
             if parameter is not None:
                 users.setdefault(id(parameter), []).append((name, module))
+    _keep_ties(modules, plan, who, users)
+    for key, owner in owners(modules.values()).items():
+        if key in plan.schemes and id(owner) not in plan.schemes and not is_swapped(owner):
+            del plan.schemes[key]
+            reason = f"{type(owner).__name__}, which reads its weight, stays in float"
+            plan.reasons.setdefault(key, reason)
+
+
+def _keep_ties(
+    modules: dict[str, nn.Module],
+    plan: Plan,
+    who: str,
+    users: dict[int, list[tuple[str, nn.Module]]],
+) -> None:
     for name, module in modules.items():
         if id(module) not in plan.schemes:
             continue

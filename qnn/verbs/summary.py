@@ -192,9 +192,6 @@ def _reason(module: nn.Module) -> str:
         return str(told)
     if kinds.is_prepared(module):
         return _PREPARED
-    if isinstance(module, nn.MultiheadAttention):
-        own = "one fused parameter" if module._qkv_same_embed_dim else "parameters of its own"
-        return f"its q, k and v projections are {own}, not linear layers"
     for kind, reason in _KINDS:
         if isinstance(module, kind):
             return reason
