@@ -84,7 +84,7 @@ def supported() -> Iterator[Support]:
             if not layer.__module__.startswith("torch.") or kind_of(layer(SIZE, SIZE)) is not kind:
                 continue
             # Schemes name their ops by torch's name of the layer: "linear", "lstm".
-            name = layer.__name__.removesuffix("Cell").lower()
+            name = kind.op or layer.__name__.removesuffix("Cell").lower()
             for scheme in SCHEMES.values():
                 left = kind.why_left(layer(SIZE, SIZE), scheme.name)
                 if left is None and (op := scheme.op(name)) is not None:
@@ -92,10 +92,12 @@ def supported() -> Iterator[Support]:
 
 
 def table() -> str:
-    """A row for each op: layers that share it, such as a cell and its layer, share the row."""
-    shared: dict[str, list[Support]] = {}
+    """A row for each op of a kind: layers that share it, such as a cell and its layer, share the
+    row.
+    """
+    shared: dict[tuple[str, str], list[Support]] = {}
     for each in supported():
-        shared.setdefault(each.op.name, []).append(each)
+        shared.setdefault((each.kind.name, each.op.name), []).append(each)
     lines = [HEAD, ("---",) * 3 + (":---:",) * (len(HEAD) - 3)]
     for same in shared.values():
         layers = ", ".join(f"`nn.{each.layer.__name__}`" for each in same)

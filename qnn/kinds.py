@@ -42,6 +42,8 @@ class Kind:
         titles: how errors call them.
         quantized, observed, training: the classes of the other forms.
         shares: whether layers that share a weight share its codes too. Others stay float then.
+        op: the kind of op that its layers run, as schemes name it, where that is not torch's name
+            of the layer in lower case.
         standard: whether compressed-tensors and the engines that read its files know the layer.
         holds: names of modules inside a layer that are its own, such as observation points.
         calls: names of layers inside one whose weights its float form reads, and which its other
@@ -57,6 +59,7 @@ class Kind:
     observed: tuple[type[nn.Module], ...] = ()
     training: tuple[type[nn.Module], ...] = ()
     shares: bool = False
+    op: str | None = None
     standard: bool = False
     holds: frozenset[str] = frozenset()
     calls: tuple[str, ...] = ()

@@ -67,13 +67,26 @@ def why_not_plain(module: nn.Module) -> str | None:
     extra += [name for name in module._modules if name not in kind.holds]
     missing = [name for name in names if name not in module._parameters]
     if extra or missing:
-        return (
-            "it holds more than weights and biases "
-            f"({', '.join(extra) or f'its {missing[0]} is not a parameter'}): weight_norm, "
-            "spectral_norm, pruning, FSDP or another quantiser; undo it first, or wrap after "
-            "converting"
+        found = ", ".join(extra) or f"its {missing[0]} is not a parameter"
+        undo = next((fix for end, fix in _UNDO if any(name.endswith(end) for name in extra)), None)
+        fix = (
+            f"call {undo} first"
+            if undo
+            else (
+                "weight_norm, spectral_norm, pruning, FSDP or another quantiser; undo it first, or "
+                "wrap after converting"
+            )
         )
+        return f"it holds more than weights and biases ({found}): {fix}"
     return None
+
+
+# By the ends of the names that torch's functions leave in a layer.
+_UNDO = (
+    ("_g", "torch.nn.utils.remove_weight_norm(layer, name)"),
+    ("_mask", "torch.nn.utils.prune.remove(layer, name)"),
+    ("_u", "torch.nn.utils.remove_spectral_norm(layer, name)"),
+)
 
 
 def _why_not_its_weights(module: nn.Module, scheme: str) -> str | None:

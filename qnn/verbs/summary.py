@@ -15,15 +15,28 @@ from qnn import kinds
 from qnn.calibration.doubts import NOTE
 from qnn.calibration.statistics import Statistics
 from qnn.kinds import kind_of, own_tensors, waits
-from qnn.verbs.checks import WAITS, left_alone, require_module
+from qnn.verbs.checks import WAITS, left_alone, require_module, why_not_plain
 from qnn.verbs.inventory import nbytes
 from qnn.verbs.inventory import size as _size
 from qnn.verbs.plan import REASON
 
 # Layers that people expect to be quantised too, and why they are not.
 _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
-    (nn.RNN, "there is no quantised nn.RNN, only LSTM and GRU"),
-    (nn.RNNCell, "there is no quantised nn.RNNCell, only LSTMCell and GRUCell"),
+    (
+        nn.RNN,
+        "there is no quantised nn.RNN, only LSTM and GRU; an nn.GRU in its place converts, and so "
+        "do the two nn.Linear of each of its steps",
+    ),
+    (
+        nn.RNNCell,
+        "there is no quantised nn.RNNCell, only LSTMCell and GRUCell; two nn.Linear, for input and "
+        "state, compute the same and convert",
+    ),
+    (
+        nn.Bilinear,
+        "there is no quantised nn.Bilinear; an nn.Linear(in1 * in2, out) with its weight.flatten(1)"
+        ", of (x1.unsqueeze(-1) * x2.unsqueeze(-2)).flatten(-2), computes the same and converts",
+    ),
     (nn.Embedding, "embeddings are looked up, not multiplied: left in float"),
     (nn.EmbeddingBag, "embeddings are looked up, not multiplied: left in float"),
     (nn.modules.conv._ConvNd, "there is no quantised convolution yet"),
@@ -197,7 +210,7 @@ def _reason(module: nn.Module) -> str:
             return reason
     if kind_of(module) is not None:
         # A model that no verb has seen: as convert would say it.
-        return left_alone(module, "int8") or "not converted"
+        return left_alone(module, "int8") or why_not_plain(module) or "not converted"
     return f"{type(module).__name__} has no quantised layer{_probable_weights(module)}"
 
 

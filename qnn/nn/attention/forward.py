@@ -31,7 +31,7 @@ class Attention(nn.MultiheadAttention):
     @property
     def _packed(self) -> bool:
         """Whether one weight holds the three input projections."""
-        return self.kdim == self.embed_dim and self.vdim == self.embed_dim
+        return bool(self.kdim == self.embed_dim and self.vdim == self.embed_dim)
 
     @property
     def _names(self) -> tuple[str, ...]:
@@ -77,9 +77,7 @@ class Attention(nn.MultiheadAttention):
             dropout=self.dropout if self.training else 0.0,
             need_weights=need_weights,
             average=average_attn_weights,
-            **masks(
-                key_padding_mask, attn_mask, is_causal, query.dtype, need_weights=need_weights
-            ),
+            **masks(key_padding_mask, attn_mask, is_causal, query.dtype, need_weights=need_weights),
         )
         if not batched:
             y, weights = y.squeeze(0), None if weights is None else weights.squeeze(0)
@@ -98,22 +96,22 @@ class Attention(nn.MultiheadAttention):
         device, axes = self._at, query.dim()
         if axes not in (2, 3):
             raise ValueError(
-                f"{self._who}: query must be [L, E], [L, B, E] or, with batch_first, [B, L, E]; got "
-                f"{axes} axes."
+                f"{self._who}: query must be [L, E], [L, B, E] or, with batch_first, [B, L, E]; "
+                f"got {axes} axes."
             )
         widths = (self.embed_dim, self.kdim, self.vdim)
         for name, x, width in zip(ROLES, (query, key, value), widths, strict=True):
             if not can_take(x, device):
                 if x.is_nested:
                     raise TypeError(
-                        f"{self._who}: {name} is a nested tensor; pad it with .to_padded_tensor(0.0) and "
-                        "pass a key_padding_mask."
+                        f"{self._who}: {name} is a nested tensor; pad it with "
+                        ".to_padded_tensor(0.0) and pass a key_padding_mask."
                     )
                 require_input(f"{self._who}: {name}", x, device)
             if x.dim() != axes or x.shape[-1] != width:
                 raise ValueError(
-                    f"{self._who}: {name} must have {axes} axes, as query has, and {width} columns; got "
-                    f"{tuple(x.shape)}."
+                    f"{self._who}: {name} must have {axes} axes, as query has, and {width} "
+                    f"columns; got {tuple(x.shape)}."
                 )
         along = 1 if self.batch_first and axes == 3 else 0
         if key.shape[:-1] != value.shape[:-1]:
@@ -123,8 +121,9 @@ class Attention(nn.MultiheadAttention):
             )
         if axes == 3 and query.shape[1 - along] != key.shape[1 - along]:
             raise ValueError(
-                f"{self._who}: query and key must have one batch size, got {query.shape[1 - along]} and "
-                f"{key.shape[1 - along]}; batch_first is {self.batch_first}."
+                f"{self._who}: query and key must have one batch size, got "
+                f"{query.shape[1 - along]} and {key.shape[1 - along]}; batch_first is "
+                f"{self.batch_first}."
             )
         if is_causal and attn_mask is None:
             raise ValueError(
@@ -135,8 +134,8 @@ class Attention(nn.MultiheadAttention):
         batch = query.shape[1 - along] if axes == 3 else 1
         heads = (batch * self.num_heads, steps, keys)
         padding = (batch, keys) if axes == 3 else (keys,)
-        self._require_mask( "key_padding_mask", key_padding_mask, (padding,))
-        self._require_mask( "attn_mask", attn_mask, ((steps, keys), heads))
+        self._require_mask("key_padding_mask", key_padding_mask, (padding,))
+        self._require_mask("attn_mask", attn_mask, ((steps, keys), heads))
 
     def _require_mask(
         self, name: str, mask: torch.Tensor | None, shapes: Sequence[tuple[Any, ...]]
@@ -150,6 +149,18 @@ class Attention(nn.MultiheadAttention):
         if tuple(mask.shape) not in shapes:
             able = " or ".join(str(list(shape)) for shape in shapes)
             raise ValueError(f"{self._who}: {name} must be {able}, got {list(mask.shape)}.")
+
+    def _reset_parameters(self) -> None:
+        # As torch's, which goes by `_qkv_same_embed_dim`. transformers calls it of loaded layers,
+        # and has the functions of nn.init pass over what was loaded.
+        for name in self._names:
+            nn.init.xavier_uniform_(getattr(self, name))
+        for bias in (self.in_proj_bias, self.out_proj.bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+        for more in (self.bias_k, self.bias_v):
+            if more is not None:
+                nn.init.xavier_normal_(more)
 
     def merge_masks(self, *args: Any) -> Any:
         """Of the fused kernel of float weights alone."""
@@ -179,4 +190,3 @@ def arguments_of(layer: nn.MultiheadAttention) -> dict[str, Any]:
         "bias": layer.in_proj_bias is not None,
         "add_bias_kv": layer.bias_k is not None,
     }
-

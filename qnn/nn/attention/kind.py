@@ -25,6 +25,7 @@ class AttentionKind(Kind):
     titles = ("nn.MultiheadAttention",)
     quantized = (QMultiheadAttention,)
     observed = (ObservedMultiheadAttention,)
+    op = "linear"
     holds = frozenset({"out_proj", *_POINTS})
     calls = ("out_proj",)
     leaves = Kind.leaves | {"name", "_qkv_same_embed_dim"}
@@ -89,7 +90,8 @@ class AttentionKind(Kind):
         cast(ObservedMultiheadAttention, layer).grids()
 
     def shape(self, layer: nn.Module) -> tuple[int, ...]:
-        return cast(QMultiheadAttention, layer)._weight_shapes()[layer._names[0]]
+        made = cast(QMultiheadAttention, layer)
+        return made._weight_shapes()[made._names[0]]
 
     def remarks(self, model: nn.Module) -> dict[str, str]:
         """Where a layer in an encoder is swapped: what torch would have run."""
@@ -103,8 +105,8 @@ class AttentionKind(Kind):
 
 
 _FUSED = (
-    "; torch's fused kernel of encoder layers, which reads float weights, is off, and so are nested "
-    "tensors: rows of padding are computed, and are not zeros"
+    "; torch's fused kernel of encoder layers, which reads float weights, is off, and so are "
+    "nested tensors: rows of padding are computed, and are not zeros"
 )
 
 

@@ -37,8 +37,8 @@ class ObservedMultiheadAttention(Attention):
     Raises:
         ValueError: a spec that the quantised layer has no form for.
 
-    >>> layer, x = ObservedMultiheadAttention.from_float(nn.MultiheadAttention(8, 2)), torch.ones(3, 8)
-    >>> layer(x, x, x)[0].shape
+    >>> layer = ObservedMultiheadAttention.from_float(nn.MultiheadAttention(8, 2))
+    >>> layer(*[torch.ones(3, 8)] * 3)[0].shape
     torch.Size([3, 8])
     """
 

@@ -81,11 +81,11 @@ class QMultiheadAttention(Attention, Quantized):
         *,
         scheme: str = "int8",
     ) -> None:
-        arguments: dict[str, Any] = dict(
-            embed_dim=embed_dim, num_heads=num_heads, dropout=dropout, bias=bias,
-            add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn, kdim=kdim, vdim=vdim,
-            batch_first=batch_first,
-        )  # fmt: skip
+        arguments = {
+            "embed_dim": embed_dim, "num_heads": num_heads, "dropout": dropout, "bias": bias,
+            "add_bias_kv": add_bias_kv, "add_zero_attn": add_zero_attn, "kdim": kdim,
+            "vdim": vdim, "batch_first": batch_first,
+        }  # fmt: skip
         self._begin(arguments, scheme, dtype, device)
         self.out_proj = cast(
             Any, QLinear(embed_dim, embed_dim, bias, device, self.dtype, scheme=scheme)
@@ -177,9 +177,7 @@ class QMultiheadAttention(Attention, Quantized):
         return made
 
     @classmethod
-    def _around_observed(
-        cls: type[AttentionT], layer: ObservedMultiheadAttention
-    ) -> AttentionT:
+    def _around_observed(cls: type[AttentionT], layer: ObservedMultiheadAttention) -> AttentionT:
         if not isinstance(layer, ObservedMultiheadAttention):
             raise TypeError(
                 f"qnn.{cls.__name__}.from_observed takes a qnn.ObservedMultiheadAttention, got "
@@ -197,9 +195,7 @@ class QMultiheadAttention(Attention, Quantized):
     def _around(cls: type[AttentionT], layer: nn.MultiheadAttention, scheme: str) -> AttentionT:
         """With the output projection that `layer` has."""
         floats = {
-            name: cast(torch.Tensor, p)
-            for name, p in layer._parameters.items()
-            if p is not None
+            name: cast(torch.Tensor, p) for name, p in layer._parameters.items() if p is not None
         }
         require_floats(f"qnn.{cls.__name__}.from_float({layer!r})", floats)
         made = cls.__new__(cls)
