@@ -94,10 +94,12 @@ def supported() -> Iterator[Support]:
 
 
 def table() -> str:
-    """A row for each op: what shares it, such as a cell and its layer, shares the row."""
-    shared: dict[str, list[Support]] = {}
+    """A row for each op of a kind: layers that share it, such as a cell and its layer, share the
+    row.
+    """
+    shared: dict[tuple[str, str], list[Support]] = {}
     for each in supported():
-        shared.setdefault(each.op.name, []).append(each)
+        shared.setdefault((each.kind.name, each.op.name), []).append(each)
     lines = [HEAD, ("---",) * 3 + (":---:",) * (len(HEAD) - 3)]
     for same in shared.values():
         layers, schemes = (

@@ -51,6 +51,8 @@ class Kind:
         skips_computed: whether a layer whose weight is computed, as by weight_norm, is left alone
             in a call for all layers; it is an error then only where a pattern names it.
         holds: names of modules inside a layer that are its own, such as observation points.
+        calls: names of layers inside one whose weights its float form reads, and which its other
+            forms call: they are swapped where it is, before it.
         leaves: attributes of a layer that do not move to the one in its place.
         layout: how its weights are stored in formats of matrices.
     """
@@ -67,6 +69,7 @@ class Kind:
     standard: bool = False
     skips_computed: bool = False
     holds: frozenset[str] = frozenset()
+    calls: tuple[str, ...] = ()
     leaves: frozenset[str] = frozenset({"points", "qat", "scheme"})
     layout: Layout = MATRIX
 
@@ -237,6 +240,17 @@ def is_swapped(module: nn.Module) -> bool:
     return is_quantized(module) or is_training(module) or is_prepared(module)
 
 
+def owners(modules: Iterable[nn.Module]) -> dict[int, nn.Module]:
+    """The layer that calls or reads another one inside of it, by the id of the other."""
+    return {
+        id(inner): module
+        for module in modules
+        if (kind := kind_of(module)) is not None
+        for name in kind.calls
+        if (inner := module._modules.get(name)) is not None
+    }
+
+
 def titles() -> str:
     """`nn.Linear, nn.LSTM or nn.GRU`: what the verbs look for."""
     *first, last = [title for kind in known_kinds() for title in kind.titles]
@@ -270,6 +284,7 @@ __all__ = [
     "kind_of",
     "known_kinds",
     "own_tensors",
+    "owners",
     "qualified",
     "register_kind",
     "titles",

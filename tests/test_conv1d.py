@@ -82,7 +82,7 @@ class TestSubclasses:
         assert "Same is a subclass of nn.Linear that computes what" in words["block.same"]
         assert "name it in include" in words["block.same"]
         assert "Other is a subclass of nn.Linear with a forward" in words["block.other"]
-        assert "nn.MultiheadAttention reads" in words["attention.out_proj"]
+        assert "nn.MultiheadAttention, in float, only reads" in words["attention.out_proj"]
 
     def test_values(self) -> None:
         model, plain, x = Same(128, 8), nn.Linear(128, 8), torch.randn(3, 128)

@@ -143,6 +143,22 @@ class Format(ABC):
         values, scale = self.decode(parts, compute)
         return values if scale is None else values * scale.to(compute)
 
+    def rows(
+        self, parts: Sequence[torch.Tensor], start: int, stop: int
+    ) -> tuple[torch.Tensor, ...] | None:
+        """Views of the parts of a matrix for its rows from `start` up to `stop`; None where rows on
+        both sides of an end share a scale.
+        """
+        side = self.block[0] if self.tall and self.block else 1
+        if start % side or (stop % side and stop != parts[0].shape[0]):
+            return None
+        some = []  # Dynamo traces this: the notation is not parsed here
+        for part, tensor in zip(self.parts, parts, strict=True):
+            unit = side if part.axes.startswith("r/") else 1
+            whole = part.axes.startswith("1")
+            some.append(tensor if whole else tensor[start // unit : -(-stop // unit)])
+        return tuple(some)
+
     @property
     def on_disk(self) -> tuple[Part, ...]:
         """The tensors of a quantised value in a file; its parts, unless they have another form."""

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from qnn.kernels import Scheme, get_scheme
-from qnn.kinds import kind_of
+from qnn.kinds import kind_of, owners
 from qnn.nn.base import Quantized
 from qnn.verbs.patterns import Pattern
 from qnn.verbs.plan import after_swap
@@ -54,10 +54,12 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
         ValueError: the model has no quantised layer.
     """
     groups: dict[tuple[str, str | None], list[str]] = {}
-    ignore = []
+    ignore, inside = [], owners(model.modules())
     for name, module in _layers(model):
         if isinstance(module, Quantized):
-            groups.setdefault((module.scheme, _foreign(module)), []).append(name)
+            # What the float form of its owner does not call is no layer to the package either.
+            known = _foreign(inside.get(id(module), module))
+            groups.setdefault((module.scheme, known), []).append(name)
         elif (kind := kind_of(module)) is not None and kind.standard:
             ignore.append(name)
     if not groups:
@@ -169,7 +171,10 @@ def schemes_of(config: Any, model: nn.Module) -> dict[Pattern, str | None]:
             "written by something else. Convert the model with the scheme that you know."
         )
     result: dict[Pattern, str | None] = {}
-    for name, _ in model.named_modules():
+    inside = owners(model.modules())
+    for name, module in model.named_modules():
+        if id(module) in inside and name in found["ignore"]:
+            result[name] = None  # a pattern of its owner means it too
         for group, scheme in schemes.items():
             if name and any(_matches(name, t) for t in found["config_groups"][group]["targets"]):
                 result.setdefault(name, scheme)

@@ -166,5 +166,6 @@ def _check(who: str, model: nn.Module, info: Any) -> None:
             layer.load_state_dict(state, assign=True)
         except RuntimeError as error:
             raise ValueError(f"{who}: {name}: {error}") from None
-        for parameter_name, parameter in layer.named_parameters():
-            parameter.requires_grad_(parameter_name not in layer._kept())
+        kept = layer._kept()
+        for parameter_name, parameter in layer.named_parameters(recurse=False):
+            parameter.requires_grad_(parameter_name not in kept)

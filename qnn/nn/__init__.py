@@ -1,5 +1,6 @@
 """Layers: their float state around, and their quantised, observed and training forms."""
 
+from qnn.nn.attention import ObservedMultiheadAttention, QMultiheadAttention
 from qnn.nn.base import Quantized
 from qnn.nn.conv import (
     ObservedConv1d,
@@ -49,6 +50,7 @@ __all__ = [
     "ObservedConvTranspose2d",
     "ObservedConvTranspose3d",
     "ObservedLinear",
+    "ObservedMultiheadAttention",
     "QConv1d",
     "QConv2d",
     "QConv3d",
@@ -62,6 +64,7 @@ __all__ = [
     "QGroupedLinear",
     "QLSTMCell",
     "QLinear",
+    "QMultiheadAttention",
     "QuantizableGRU",
     "QuantizableGRUCell",
     "QuantizableLSTM",

@@ -178,9 +178,11 @@ class Quantized(Stored):
 
     def reset_parameters(self) -> None:
         """Draw the weights that the float layer would draw, and quantise them."""
-        if self._device.type == "meta":
-            return
-        for name, value in self._float(self._device).named_parameters():
+        if self._device.type != "meta":
+            self._draw_from(self._float(self._device))
+
+    def _draw_from(self, layer: nn.Module) -> None:
+        for name, value in layer.named_parameters(recurse=False):
             if name in self._weight_shapes():
                 self._write(name, value)
             else:
@@ -189,7 +191,7 @@ class Quantized(Stored):
     def dequantize(self) -> nn.Module:
         """The float layer, with the weights that the stored ones stand for, in `dtype`."""
         layer = self._float("meta")
-        for name, _ in list(layer.named_parameters()):
+        for name, _ in list(layer.named_parameters(recurse=False)):
             if name in self._weight_shapes():
                 values, trained = self._dequantized(name), True
             else:

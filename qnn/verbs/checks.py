@@ -10,7 +10,17 @@ from torch import nn
 
 from qnn.kernels import get_scheme
 from qnn.kernels.formats import FLOATS
-from qnn.kinds import Kind, is_quantized, is_training, kind_of, own_tensors, titles, waits
+from qnn.kinds import (
+    Kind,
+    is_quantized,
+    is_swapped,
+    is_training,
+    kind_of,
+    own_tensors,
+    owners,
+    titles,
+    waits,
+)
 from qnn.nn.values import not_finite, why_not_finite
 from qnn.verbs import references
 from qnn.verbs.inventory import inventory
@@ -62,13 +72,26 @@ def why_not_plain(module: nn.Module) -> str | None:
     extra += [name for name in module._modules if name not in kind.holds]
     missing = [name for name in names if name not in module._parameters]
     if extra or missing:
-        return (
-            "it holds more than weights and biases "
-            f"({', '.join(extra) or f'its {missing[0]} is not a parameter'}): weight_norm, "
-            "spectral_norm, pruning, FSDP or another quantiser; undo it first, or wrap after "
-            "converting"
+        found = ", ".join(extra) or f"its {missing[0]} is not a parameter"
+        undo = next((fix for end, fix in _UNDO if any(name.endswith(end) for name in extra)), None)
+        fix = (
+            f"call {undo} first"
+            if undo
+            else (
+                "weight_norm, spectral_norm, pruning, FSDP or another quantiser; undo it first, or "
+                "wrap after converting"
+            )
         )
+        return f"it holds more than weights and biases ({found}): {fix}"
     return None
+
+
+# By the ends of the names that torch's functions leave in a layer.
+_UNDO = (
+    ("_g", "torch.nn.utils.remove_weight_norm(layer, name)"),
+    ("_mask", "torch.nn.utils.prune.remove(layer, name)"),
+    ("_u", "torch.nn.utils.remove_spectral_norm(layer, name)"),
+)
 
 
 def _why_not_its_weights(module: nn.Module, scheme: str) -> str | None:
@@ -92,7 +115,7 @@ def _why_not_its_weights(module: nn.Module, scheme: str) -> str | None:
                 return f"its {name} holds {why_not_finite(weight)}"
             return f"its {name} holds {bad} NaN or inf of {weight.numel()} values"
     for name, bias in module._parameters.items():
-        reason = why_not_finite(bias) if name.startswith("bias") and bias is not None else None
+        reason = why_not_finite(bias) if "bias" in name and bias is not None else None
         if reason is not None:
             return f"its {name} holds {reason}"
     return None
@@ -124,6 +147,20 @@ def keep_ties_to_float(modules: dict[str, nn.Module], plan: Plan, who: str = "qn
         for parameter in module._parameters.values():
             if parameter is not None:
                 users.setdefault(id(parameter), []).append((name, module))
+    _keep_ties(modules, plan, who, users)
+    for key, owner in owners(modules.values()).items():
+        if key in plan.schemes and id(owner) not in plan.schemes and not is_swapped(owner):
+            del plan.schemes[key]
+            reason = f"{type(owner).__name__}, which reads its weight, stays in float"
+            plan.reasons.setdefault(key, reason)
+
+
+def _keep_ties(
+    modules: dict[str, nn.Module],
+    plan: Plan,
+    who: str,
+    users: dict[int, list[tuple[str, nn.Module]]],
+) -> None:
     for name, module in modules.items():
         if id(module) not in plan.schemes:
             continue

@@ -208,11 +208,14 @@ def _make_plan(
         if (kind := kind_of(module)) is not None and not kind.is_quantized(module)
     }
     plan, selected = select("qnn.convert", modules, candidates, rules, include, exclude)
+    owners = kinds.owners(modules.values())
     for name, (chosen, named) in selected.items():
         module, kind = modules[name], candidates[name]
+        called = id(owners.get(id(module))) in plan.schemes
         if training and kind.is_training(module) and module.scheme == chosen:
             continue
-        if (reason := left_alone(module, chosen, named=named, training=training)) is not None:
+        reason = left_alone(module, chosen, named=named, training=training)
+        if reason is not None and not called:
             plan.reasons[id(module)] = reason
         elif (why := why_not(module, chosen)) is not None:
             plan.unsupported[name] = plan.reasons[id(module)] = why

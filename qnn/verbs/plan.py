@@ -159,7 +159,7 @@ def _in_place(model: ModelT, plan: Plan, make: Make, who: str, meter: Meter) -> 
     result: nn.Module = model
     # Nothing here may hold an old module once it is replaced: peak memory is the old model and one
     # layer.
-    for key in meter.each(list(current)):
+    for key in meter.each(list(reversed(current))):  # what is inside of a layer before it
         old = current[key]
         new = make(old, lambda value: value)
         _with_the_rest(old, new, lambda value: value)
@@ -218,7 +218,8 @@ def _copied(
 
     originals = {id(module): module for module in model.modules()}
     made: dict[int, nn.Module] = {}
-    for key in meter.each([key for key in originals if key in plan.schemes]):
+    targets = [key for key in originals if key in plan.schemes]
+    for key in meter.each(targets[::-1]):  # what is inside of a layer before it
         made[key] = memo[key] = make(originals[key], own)
         memo[id(made[key])] = made[key]
     try:

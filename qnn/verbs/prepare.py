@@ -110,8 +110,10 @@ def _make_plan(
     ]
     rules: list[Any] = [(nn.Module, scheme)]
     plan, selected = select("qnn.prepare", modules, candidates, rules, include, exclude)
+    owners = kinds.owners(modules.values())
     for name, (scheme, named) in selected.items():
         module = modules[name]
+        called = id(owners.get(id(module))) in plan.schemes
         if kinds.is_prepared(module):
             if qat and not module.qat:
                 plan.schemes[id(module)] = scheme
@@ -119,7 +121,7 @@ def _make_plan(
                 plan.reasons[id(module)] = "it is prepared already"
         elif not (kind := cast(kinds.Kind, kind_of(module))).observed:
             plan.reasons[id(module)] = f"there is no observed {kind.name} layer"
-        elif (reason := left_alone(module, scheme, named=named)) is not None:
+        elif (reason := left_alone(module, scheme, named=named)) is not None and not called:
             plan.reasons[id(module)] = reason
         elif (why := why_not(module, scheme)) is not None:
             plan.unsupported[name] = plan.reasons[id(module)] = why

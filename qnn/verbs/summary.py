@@ -15,15 +15,28 @@ from qnn import kinds
 from qnn.calibration.doubts import NOTE
 from qnn.calibration.statistics import Statistics
 from qnn.kinds import kind_of, own_tensors, waits
-from qnn.verbs.checks import WAITS, left_alone, require_module
+from qnn.verbs.checks import WAITS, left_alone, require_module, why_not_plain
 from qnn.verbs.inventory import nbytes
 from qnn.verbs.inventory import size as _size
 from qnn.verbs.plan import FOLDED, REASON
 
 # Layers that people expect to be quantised too, and why they are not.
 _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
-    (nn.RNN, "there is no quantised nn.RNN, only LSTM and GRU"),
-    (nn.RNNCell, "there is no quantised nn.RNNCell, only LSTMCell and GRUCell"),
+    (
+        nn.RNN,
+        "there is no quantised nn.RNN, only LSTM and GRU; an nn.GRU in its place converts, and so "
+        "do the two nn.Linear of each of its steps",
+    ),
+    (
+        nn.RNNCell,
+        "there is no quantised nn.RNNCell, only LSTMCell and GRUCell; two nn.Linear, for input and "
+        "state, compute the same and convert",
+    ),
+    (
+        nn.Bilinear,
+        "there is no quantised nn.Bilinear; an nn.Linear(in1 * in2, out) with its weight.flatten(1)"
+        ", of (x1.unsqueeze(-1) * x2.unsqueeze(-2)).flatten(-2), computes the same and converts",
+    ),
     (nn.LayerNorm, "normalisation stays in float"),
     (nn.modules.batchnorm._NormBase, "normalisation stays in float"),
     (nn.RMSNorm, "normalisation stays in float"),
@@ -191,15 +204,12 @@ def _reason(module: nn.Module) -> str:
         return str(told)
     if kinds.is_prepared(module):
         return _PREPARED
-    if isinstance(module, nn.MultiheadAttention):
-        own = "one fused parameter" if module._qkv_same_embed_dim else "parameters of its own"
-        return f"its q, k and v projections are {own}, not linear layers"
     for kind, reason in _KINDS:
         if isinstance(module, kind):
             return reason
     if kind_of(module) is not None:
         # A model that no verb has seen: as convert would say it.
-        return left_alone(module, "int8") or "not converted"
+        return left_alone(module, "int8") or why_not_plain(module) or "not converted"
     return f"{type(module).__name__} has no quantised layer{_probable_weights(module)}"
 
 

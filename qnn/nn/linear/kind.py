@@ -52,7 +52,7 @@ class LinearKind(Kind):
         if not isinstance(module, nn.Linear):
             kind = "a layer"
         if isinstance(module, NonDynamicallyQuantizableLinear):
-            return f"{name} is {kind} whose weight nn.MultiheadAttention reads, without calling it"
+            return f"{name} is {kind} whose weight nn.MultiheadAttention, in float, only reads"
         if type(module).forward not in self.forwards and name not in _AS_LINEAR:
             return f"{name} is {kind} with a forward, and so a meaning of its own"
         if named:
