@@ -4,7 +4,7 @@ backend.
 
 from qnn.kernels import torch_private
 from qnn.kernels.cpu import native
-from qnn.kernels.declare import floats, int8, recurrent
+from qnn.kernels.declare import floats, int8, int16, recurrent
 from qnn.kernels.formats import Format
 from qnn.kernels.op import OPS, Op
 from qnn.kernels.schemes import SCHEMES, Scheme, get_scheme, training_scheme
@@ -20,6 +20,7 @@ __all__ = [
     "floats",
     "get_scheme",
     "int8",
+    "int16",
     "recurrent",
     "torch_private",
     "training_scheme",

@@ -21,6 +21,7 @@ from qnn.kernels.formats.int8 import (
     INT8_TENSOR,
     INT8_TOKEN,
 )
+from qnn.kernels.formats.int16 import INT16_TENSOR, INT16_TOKEN
 from qnn.kernels.formats.mxfp8 import MX
 from qnn.kernels.op.declaration import not_multiple
 
@@ -133,6 +134,11 @@ SCHEMES: dict[str, Scheme] = {
         Scheme(
             "int8_static", INT8_CHANNEL, INT8_TENSOR, _ops("int8_static", *_RECURRENT),
             "int-quantized", max_in_features=INT8_STATIC_MAX_K, static=True,
+        ),
+        Scheme("int16", INT8_CHANNEL, INT16_TOKEN, _ops("int16"), "int-quantized"),
+        Scheme(
+            "int16_static", INT8_CHANNEL, INT16_TENSOR, _ops("int16_static"), "int-quantized",
+            static=True,
         ),
         Scheme(
             "int8_weight", INT8_CHANNEL, None, _ops("int8_weight", *_RECURRENT), "int-quantized",

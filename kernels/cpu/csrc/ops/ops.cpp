@@ -70,7 +70,7 @@ Tensor linear(const Signature& op, const Kernel& kernel, const Int8Linear& a) {
     const bool usable = sx >= std::numeric_limits<float>::min() && std::isfinite(sx);
     p.fixed = true;
     p.grid_scale = usable ? sx : std::numeric_limits<float>::quiet_NaN();
-    p.zero_point = *args.data<int8_t>(*a.zx);
+    if (a.zx != nullptr) p.zero_point = *args.data<int8_t>(*a.zx);
   }
   p.bias = args.data(a.bias), p.residual = args.data(a.residual);
   if (p.bias != nullptr) p.bias_dtype = float_format(*a.bias);
@@ -127,6 +127,19 @@ Tensor int8_rows_linear(Tensor q, Tensor scale, Tensor w, Tensor sw, Maybe bias,
   return linear(op, best_tier().int8, {q, w, sw, bias, residual, activation, &scale, &dtype});
 }
 
+Tensor int16_linear(Tensor x, Tensor w, Tensor sw, Maybe bias, Maybe residual,
+                    std::string activation) {
+  static const Signature& op = signature_of("int16_linear");
+  return linear(op, best_tier().int16, {x, w, sw, bias, residual, activation});
+}
+
+Tensor int16_static_linear(Tensor x, Tensor w, Tensor sw, Tensor sx, Maybe bias, Maybe residual,
+                           std::string activation) {
+  static const Signature& op = signature_of("int16_static_linear");
+  return linear(op, best_tier().int16,
+                {x, w, sw, bias, residual, activation, nullptr, nullptr, &sx, nullptr});
+}
+
 // The ops of kWeightOps, by their place there.
 template <size_t kIndex>
 Tensor weight_linear(Tensor x, Tensor wq, Tensor sw, Maybe bias) {
@@ -176,23 +189,30 @@ std::tuple<Tensor, Tensor> int8_quantize(Tensor x) {
   return {codes, scales};
 }
 
-// For tests and benchmarks: `scheme` is int8 or int8_weight, and the tier is the named one.
+// For tests and benchmarks: `scheme` is int8, int16 or int8_weight, and the tier is the named one.
 Tensor cpu_linear(Tensor x, Tensor w, Tensor sw, Maybe bias, Maybe residual, std::string activation,
                   std::string scheme, std::string tier) {
-  const bool weight_only = scheme == "int8_weight";
-  if (!weight_only && scheme != "int8") {
-    throw std::invalid_argument(
-        "qnn::cpu_linear: scheme must be one of 'int8', 'int8_weight', got '" + scheme + "'.");
+  const std::pair<const char*, Kernel Tier::*> kernels[] = {
+      {"int8", &Tier::int8}, {"int16", &Tier::int16}, {"int8_weight", &Tier::weight_only}};
+  for (const auto& [name, kernel] : kernels) {
+    if (scheme != name) continue;
+    return linear(signature_of(scheme + "_linear"), tier_called(tier).*kernel,
+                  {x, w, sw, bias, residual, activation});
   }
-  const Tier& named = tier_called(tier);
-  return linear(signature_of(scheme + "_linear"), weight_only ? named.weight_only : named.int8,
-                {x, w, sw, bias, residual, activation});
+  throw std::invalid_argument(
+      "qnn::cpu_linear: scheme must be one of 'int8', 'int16', 'int8_weight', got '" + scheme +
+      "'.");
 }
 
-Tensor cpu_static_linear(Tensor x, Tensor w, Tensor sw, Tensor sx, Tensor zx, Maybe bias,
+// int8_static, or, without a zero point, int16_static.
+Tensor cpu_static_linear(Tensor x, Tensor w, Tensor sw, Tensor sx, Maybe zx, Maybe bias,
                          Maybe residual, std::string activation, std::string tier) {
+  if (!zx.has_value()) {
+    return linear(signature_of("int16_static_linear"), tier_called(tier).int16,
+                  {x, w, sw, bias, residual, activation, nullptr, nullptr, &sx, nullptr});
+  }
   return linear(signature_of("int8_static_linear"), tier_called(tier).int8,
-                {x, w, sw, bias, residual, activation, nullptr, nullptr, &sx, &zx});
+                {x, w, sw, bias, residual, activation, nullptr, nullptr, &sx, &*zx});
 }
 
 // The same for an op of kWeightOps.
@@ -213,6 +233,8 @@ Tensor cpu_weight_linear(Tensor x, Tensor wq, Tensor sw, Maybe extra, Maybe bias
     {"int8_linear", TORCH_BOX(&int8_linear)},
     {"int8_weight_linear", TORCH_BOX(&int8_weight_linear)},
     {"int8_static_linear", TORCH_BOX(&int8_static_linear)},
+    {"int16_linear", TORCH_BOX(&int16_linear)},
+    {"int16_static_linear", TORCH_BOX(&int16_static_linear)},
     {"int8_rows_linear", TORCH_BOX(&int8_rows_linear)},
 });
 
@@ -226,7 +248,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qnn, m) {
       "str scheme, str tier) "
       "-> Tensor");
   m.def(
-      "cpu_static_linear(Tensor x, Tensor w, Tensor sw, Tensor sx, Tensor zx, Tensor? bias, "
+      "cpu_static_linear(Tensor x, Tensor w, Tensor sw, Tensor sx, Tensor? zx, Tensor? bias, "
       "Tensor? residual, str activation, str tier) -> Tensor");
   m.def(
       "cpu_weight_linear(Tensor x, Tensor wq, Tensor sw, Tensor? extra, Tensor? bias, str op, "

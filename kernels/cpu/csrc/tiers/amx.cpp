@@ -145,6 +145,7 @@ constexpr Tier amx = [] {
   t.name = "amx";
   t.runs_here = runs_here;
   t.int8 = kernel<Vnni, Amx>();
+  t.int16 = kernel<Int16Tier<VnniWords>>();
   t.weight_only = kernel<FloatTier<Avx512Machine>>();
   t.quantize = quantize;
   t.recurrent = recurrent<AmxProduct>();

@@ -12,6 +12,7 @@ constexpr Tier avx512_vnni = [] {
   t.name = "avx512_vnni";
   t.runs_here = vnni512_runs_here;
   t.int8 = kernel<Vnni>();
+  t.int16 = kernel<Int16Tier<VnniWords>>();
   t.weight_only = kernel<FloatTier<Avx512Machine>>();
   t.quantize = quantize;
   t.recurrent = recurrent<IntegerProduct<Vnni, 6, 8>>();

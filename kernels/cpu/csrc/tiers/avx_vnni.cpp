@@ -14,9 +14,13 @@ namespace {
 
 #ifdef QNN_EVEX
 inline __m256i dpbusd(__m256i sum, __m256i w, __m256i x) { return _mm256_dpbusd_epi32(sum, w, x); }
+inline __m256i dpwssd(__m256i sum, __m256i w, __m256i x) { return _mm256_dpwssd_epi32(sum, w, x); }
 #else
 inline __m256i dpbusd(__m256i sum, __m256i w, __m256i x) {
   return _mm256_dpbusd_avx_epi32(sum, w, x);
+}
+inline __m256i dpwssd(__m256i sum, __m256i w, __m256i x) {
+  return _mm256_dpwssd_avx_epi32(sum, w, x);
 }
 #endif
 
@@ -44,6 +48,13 @@ struct Vnni256 : Avx2, Inner<Vnni256> {
   static int32_t sum(vint s) { return qnn::sum((__m256i)s); }
 };
 
+// Codes of 16 bits, in pairs.
+struct Vnni256Words : Avx2Words {
+  static vint multiply_add(vint sum, vint column, vint row) {
+    return (vint)dpwssd((__m256i)sum, (__m256i)column, (__m256i)row);
+  }
+};
+
 bool runs_here() {
 #ifdef QNN_EVEX
   return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
@@ -61,6 +72,7 @@ constexpr Tier avx_vnni = [] {
   t.name = "avx_vnni";
   t.runs_here = runs_here;
   t.int8 = kernel<Vnni256>();
+  t.int16 = kernel<Int16Tier<Vnni256Words>>();
   t.weight_only = kernel<FloatTier<Avx2Machine>>();
   t.quantize = quantize;
   t.recurrent = recurrent<IntegerProduct<Vnni256, 3, 3>>();

@@ -78,6 +78,7 @@ constexpr Tier portable = [] {
   t.name = "portable";
   t.runs_here = runs_here;
   t.int8 = kernel<Plain>();
+  t.int16 = kernel<Int16Tier<Plain>>();
   t.weight_only = kernel<FloatTier<PlainMachine>>();
   t.quantize = quantize;
   t.recurrent = recurrent<IntegerProduct<Plain, 2, 3>>();

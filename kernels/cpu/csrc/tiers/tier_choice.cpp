@@ -54,6 +54,39 @@ bool known_integers(const Tier& tier) {
   return true;
 }
 
+// Codes of 16 bits, given as floats whose scale is 1, and sums that 32 bits do not hold.
+bool known_int16(const Tier& tier) {
+  for (const auto& [m, k, n] : {std::array<int64_t, 3>{3, 8300, 9}, {40, 1100, 33}}) {
+    std::vector<float> x(m * k), y(m * n);
+    std::vector<int8_t> w(n * k);
+    uint32_t state = 1;
+    const auto next = [&] {
+      return static_cast<int>((state = state * 1664525 + 1013904223) >> 16);
+    };
+    for (auto& v : x) v = static_cast<float>(std::max(next() - 32768, -32767));
+    for (auto& v : w) v = static_cast<int8_t>((next() >> 8) - 128);
+    std::fill_n(x.begin(), k, 32767.0f);
+    for (int64_t i = 0; i < m; ++i) x[i * k] = -32767.0f;
+    std::fill_n(w.begin(), k, int8_t{127});
+    std::fill_n(w.end() - k, k, int8_t{-128});
+    const std::vector<float> ones(n, 1.0f);
+    Linear p{};
+    p.m = m, p.k = k, p.n = n;
+    p.x = x.data();
+    p.weight = kInt8, p.w = w.data(), p.sw = ones.data();
+    p.y = y.data();
+    run_alone(tier.int16, p);
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t j = 0; j < n; ++j) {
+        int64_t sum = 0;
+        for (int64_t l = 0; l < k; ++l) sum += static_cast<int64_t>(x[i * k + l]) * w[j * k + l];
+        if (y[i * n + j] != static_cast<float>(sum)) return false;
+      }
+    }
+  }
+  return true;
+}
+
 double value_of_e4m3(uint8_t code) {
   const int exponent = code >> 3 & 15, mantissa = code & 7;
   const double magnitude = (code & 127) == 127 ? std::nan("")
@@ -189,6 +222,7 @@ const char* why_not(size_t index) {
     for (size_t i = 0; i < std::size(kTiers); ++i) {
       found[i] = !kTiers[i]->runs_here()       ? "this CPU lacks the instructions"
                  : !known_integers(*kTiers[i]) ? "wrong integers in the known-answer test"
+                 : !known_int16(*kTiers[i])    ? "wrong 16-bit sums in the known-answer test"
                  : !known_floats(*kTiers[i])   ? "wrong floats in the known-answer test"
                  : !known_steps(*kTiers[i])    ? "wrong steps in the known-answer test"
                                                : nullptr;
