@@ -180,14 +180,33 @@ SCHEMES: dict[str, Scheme] = {
             )
             for key, form in INT4.items()
         ),
+        *(
+            Scheme(f"int8_{key}", form, INT8_TOKEN, _ops(f"int8_{key}"), "pack-quantized")
+            for key, form in INT4.items()
+        ),
     )
 }  # fmt: skip
 
 DEFAULT_SCHEME = "int8"
 
 
-# What a prepared layer is converted to.
-STATIC = next(scheme.name for scheme in SCHEMES.values() if scheme.static)
+# The schemes that a prepared layer can be converted to, by what its activations are stored in, and
+# the one that is meant where none is named.
+STATIC_OF = {
+    scheme.activation.storage: scheme.name
+    for scheme in SCHEMES.values()
+    if scheme.static and scheme.activation is not None
+}
+STATIC = next(iter(STATIC_OF.values()))
+
+
+def static_scheme(*dtypes: torch.dtype) -> str:
+    """The static scheme for activations on grids of these dtypes; uint8 is stored as int8.
+
+    >>> static_scheme(torch.uint8, torch.int16)
+    'int16_static'
+    """
+    return STATIC_OF.get(max(dtypes, key=lambda dtype: dtype.itemsize), STATIC)
 
 
 def schemes_of(kind: str) -> list[str]:

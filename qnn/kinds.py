@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from qnn.kernels import get_scheme
+from qnn.kernels.schemes import STATIC
 
 # Hands over what a new module takes from the old one: as it is, or copied.
 Own = Callable[[Any], Any]
@@ -30,6 +31,7 @@ class Observation:
     parts: Mapping[str, Any] | None = None
     split_gates: bool = False
     qat: bool = False
+    scheme: str = STATIC
 
 
 class Kind:

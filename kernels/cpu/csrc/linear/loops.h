@@ -33,6 +33,7 @@
 #include "linear/dots.h"
 #include "linear/float_tier.h"
 #include "linear/int16_tier.h"
+#include "linear/int8_int4.h"
 
 namespace qnn {
 namespace {

@@ -96,7 +96,7 @@ Tensor linear(const WeightOp& op, const Signature& signature, const Tier& tier, 
   if (p.weight.grouped()) p.group_scale = args.data(sw);
   p.bias = args.data(bias);
   if (p.bias != nullptr) p.bias_dtype = float_format(*bias);
-  run_parallel(args, tier.weight_only, p);
+  run_parallel(args, op.quantizes ? tier.int8_int4 : tier.weight_only, p);
   return y;
 }
 

@@ -146,6 +146,7 @@ constexpr Tier amx = [] {
   t.runs_here = runs_here;
   t.int8 = kernel<Vnni, Amx>();
   t.int16 = kernel<Int16Tier<VnniWords>>();
+  t.int8_int4 = int8_int4<Avx512Machine>();
   t.weight_only = kernel<FloatTier<Avx512Machine>>();
   t.quantize = quantize;
   t.recurrent = recurrent<AmxProduct>();

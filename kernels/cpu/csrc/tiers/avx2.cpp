@@ -29,6 +29,7 @@ constexpr Tier avx2 = [] {
   t.runs_here = runs_here;
   t.int8 = kernel<Madd>();
   t.int16 = kernel<Int16Tier<Madd>>();
+  t.int8_int4 = int8_int4<Avx2Machine>();
   t.weight_only = kernel<FloatTier<Avx2Machine>>();
   t.quantize = quantize;
   t.recurrent = recurrent<IntegerProduct<Madd, 2, 3>>();

@@ -13,6 +13,7 @@ constexpr Tier avx512_vnni = [] {
   t.runs_here = vnni512_runs_here;
   t.int8 = kernel<Vnni>();
   t.int16 = kernel<Int16Tier<VnniWords>>();
+  t.int8_int4 = int8_int4<Avx512Machine>();
   t.weight_only = kernel<FloatTier<Avx512Machine>>();
   t.quantize = quantize;
   t.recurrent = recurrent<IntegerProduct<Vnni, 6, 8>>();

@@ -73,6 +73,7 @@ constexpr Tier avx_vnni = [] {
   t.runs_here = runs_here;
   t.int8 = kernel<Vnni256>();
   t.int16 = kernel<Int16Tier<Vnni256Words>>();
+  t.int8_int4 = int8_int4<Avx2Machine>();
   t.weight_only = kernel<FloatTier<Avx2Machine>>();
   t.quantize = quantize;
   t.recurrent = recurrent<IntegerProduct<Vnni256, 3, 3>>();

@@ -79,6 +79,7 @@ constexpr Tier portable = [] {
   t.runs_here = runs_here;
   t.int8 = kernel<Plain>();
   t.int16 = kernel<Int16Tier<Plain>>();
+  t.int8_int4 = int8_int4<PlainMachine>();
   t.weight_only = kernel<FloatTier<PlainMachine>>();
   t.quantize = quantize;
   t.recurrent = recurrent<IntegerProduct<Plain, 2, 3>>();

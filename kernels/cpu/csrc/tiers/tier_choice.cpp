@@ -87,6 +87,52 @@ bool known_int16(const Tier& tier) {
   return true;
 }
 
+// Groups of int4, whose sums are integers, to the bit.
+bool known_int8_int4(const Tier& tier) {
+  for (const auto& [m, k, n] : {std::array<int64_t, 3>{3, 352, 20}, {15, 64, 5}}) {
+    for (const bool zero_points : {false, true}) {
+      const WeightFormat format = int4_in_groups(32, zero_points);
+      const int64_t groups = format.groups(k), stride = format.row_bytes(k);
+      std::vector<float> x(m * k), y(m * n), scales(n * groups);
+      std::vector<uint8_t> w(n * stride), points(n * groups);
+      uint32_t state = 1;
+      const auto next = [&] {
+        return static_cast<int>((state = state * 1664525 + 1013904223) >> 24);
+      };
+      for (auto& v : x) v = static_cast<float>(std::max(next() - 128, -127));
+      for (auto& v : w) v = static_cast<uint8_t>(next());
+      for (auto& v : points) v = static_cast<uint8_t>(next() & 15);
+      for (auto& v : scales) v = static_cast<float>(next() + 1) / 192;
+      std::fill_n(x.begin(), k, 127.0f);
+      for (int64_t i = 0; i < m; ++i) x[i * k] = -127.0f;
+      std::fill_n(w.begin(), stride, uint8_t{255});
+      const float one = 1;
+      Linear p{};
+      p.m = m, p.k = k, p.n = n;
+      p.x = x.data();
+      p.weight = format, p.w = reinterpret_cast<const int8_t*>(w.data()), p.sw = &one;
+      p.group_scale = scales.data(), p.zero_points = zero_points ? points.data() : nullptr;
+      p.y = y.data();
+      run_alone(tier.int8_int4, p);
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+          float total = 0;
+          for (int64_t group = j * groups; group < (j + 1) * groups; ++group) {
+            int32_t sum = 0;
+            for (int64_t l = (group - j * groups) * 32, end = l + 32; l < end; ++l) {
+              const int code = w[j * stride + l / 2] >> 4 * (l % 2) & 15;
+              sum += static_cast<int32_t>(x[i * k + l]) * (code - (zero_points ? points[group] : 8));
+            }
+            total = total + static_cast<float>(sum) * scales[group];
+          }
+          if (y[i * n + j] != total) return false;
+        }
+      }
+    }
+  }
+  return true;
+}
+
 double value_of_e4m3(uint8_t code) {
   const int exponent = code >> 3 & 15, mantissa = code & 7;
   const double magnitude = (code & 127) == 127 ? std::nan("")
@@ -223,6 +269,7 @@ const char* why_not(size_t index) {
       found[i] = !kTiers[i]->runs_here()       ? "this CPU lacks the instructions"
                  : !known_integers(*kTiers[i]) ? "wrong integers in the known-answer test"
                  : !known_int16(*kTiers[i])    ? "wrong 16-bit sums in the known-answer test"
+                 : !known_int8_int4(*kTiers[i]) ? "wrong sums of groups in the known-answer test"
                  : !known_floats(*kTiers[i])   ? "wrong floats in the known-answer test"
                  : !known_steps(*kTiers[i])    ? "wrong steps in the known-answer test"
                                                : nullptr;

@@ -12,6 +12,7 @@ struct Tier {
   bool (*runs_here)();
   Kernel int8;         // rows quantised to int8, and w so too
   Kernel int16;        // rows quantised to int16
+  Kernel int8_int4;    // rows quantised to int8, and w int4
   Kernel weight_only;  // rows as they are, float32 accumulation, w in any format
   void (*quantize)(const Quantize&, int part, int parts);
   RecurrentKernel recurrent;         // of int8 and int8_static
