@@ -135,10 +135,10 @@ SCHEMES: dict[str, Scheme] = {
             "int8_static", INT8_CHANNEL, INT8_TENSOR, _ops("int8_static", *_RECURRENT),
             "int-quantized", max_in_features=INT8_STATIC_MAX_K, static=True,
         ),
-        Scheme("int16", INT8_CHANNEL, INT16_TOKEN, _ops("int16"), "int-quantized"),
+        Scheme("int16", INT8_CHANNEL, INT16_TOKEN, _ops("int16", *_RECURRENT), "int-quantized"),
         Scheme(
-            "int16_static", INT8_CHANNEL, INT16_TENSOR, _ops("int16_static"), "int-quantized",
-            static=True,
+            "int16_static", INT8_CHANNEL, INT16_TENSOR, _ops("int16_static", *_RECURRENT),
+            "int-quantized", static=True,
         ),
         Scheme(
             "int8_weight", INT8_CHANNEL, None, _ops("int8_weight", *_RECURRENT), "int-quantized",
@@ -213,7 +213,7 @@ def schemes_of(kind: str) -> list[str]:
     """The schemes that have a layer of a kind, `"linear"`, `"lstm"`, ….
 
     >>> schemes_of("lstm")
-    ['int8', 'int8_static', 'int8_weight']
+    ['int8', 'int8_static', 'int16', 'int16_static', 'int8_weight']
     """
     return [scheme.name for scheme in SCHEMES.values() if scheme.op(kind)]
 

@@ -26,7 +26,7 @@ def linear_reference(activation: Format, weight: Int4) -> Callable[..., torch.Te
         q, sx = activation.quantize(x)
         # A sum of up to 128 products of at most 127 · 15 is exact in float32.
         rows = q.float().unflatten(-1, (scale.shape[-1], weight.group))
-        y = x.new_zeros(*x.shape[:-1], codes.shape[0], dtype=compute)
+        y: torch.Tensor = x.new_zeros(*x.shape[:-1], codes.shape[0], dtype=compute)
         for group in range(scale.shape[-1]):
             sums = rows[..., group, :] @ codes[:, group].float().mT
             y = y + sums.to(compute) * scale[:, group].to(compute)

@@ -48,8 +48,9 @@ class QLinear(Quantized, nn.Linear):
         dtype: of the bias, and of what `dequantize()` returns; torch's default dtype if None.
         scheme: `"int8"`, `"int16"`, `"fp8"`, `"fp8_tensor"`, `"fp8_block"`, `"mxfp8"`, `"nvfp4"`
             (activations quantised, from the tensor at hand), `"int8_static"`, `"int16_static"` (on
-            a grid from calibration: see `from_observed`), or `"int8_weight"`, `"fp8_weight"`, `"nvfp4_weight"`,
-            `"int4_weight"` (activations as they are).
+            a grid from calibration: see `from_observed`), `"int8_int4"` (int8 rows, an int4 weight)
+            or `"int8_weight"`, `"fp8_weight"`, `"nvfp4_weight"`, `"int4_weight"` (activations as
+            they are).
 
     Shape:
         input `[..., in_features]`, any number of leading axes, also empty;

@@ -6,9 +6,9 @@
 namespace qnn {
 namespace {
 
-// Of a machine M that multiplies 16-bit codes in pairs. A sum of 256 pairs is below 2^31; it goes on
-// in double, which holds every sum of integers here exactly. Two planes of bytes take two products
-// for each of these where a machine multiplies bytes, and as many where it does not.
+// Of a machine M that multiplies 16-bit codes in pairs. A sum of 256 pairs is below 2^31; it goes
+// on in double, which holds every sum here exactly. Two planes of bytes would take twice as many
+// products where bytes are widened to 16 bits, and as many where they are multiplied as they are.
 template <class M>
 struct Int16Tier : M, Inner<Int16Tier<M>> {
   using Code = typename M::Code;
@@ -55,9 +55,7 @@ struct Int16Tier : M, Inner<Int16Tier<M>> {
   }
 
   // Over the lanes, whose sum 32 bits may not hold, but those of their halves.
-  static double total(vint sums) {
-    return 65536.0 * M::sum(sums >> 16) + M::sum(sums & 0xffff);
-  }
+  static double total(vint sums) { return 65536.0 * M::sum(sums >> 16) + M::sum(sums & 0xffff); }
 };
 
 }  // namespace

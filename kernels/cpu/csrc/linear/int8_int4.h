@@ -154,8 +154,7 @@ struct Int8Int4 : M {
       const char* here = in + word * 4;
       if (rows == kLanes && words - word >= kLanes) {
         // The next rows lie behind these, and are fetched meanwhile.
-        for (int64_t r = 0; r < kLanes; ++r)
-          __builtin_prefetch(here + (kLanes + r) * words * 4);
+        for (int64_t r = 0; r < kLanes; ++r) __builtin_prefetch(here + (kLanes + r) * words * 4);
         M::transpose(here, words * 4, out + word * kRow, kRow);
       } else {
         alignas(64) char square[kLanes * kLanes * 4] = {};

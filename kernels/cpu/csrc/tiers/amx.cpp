@@ -150,6 +150,7 @@ constexpr Tier amx = [] {
   t.weight_only = kernel<FloatTier<Avx512Machine>>();
   t.quantize = quantize;
   t.recurrent = recurrent<AmxProduct>();
+  t.recurrent_int16 = recurrent<IntegerProduct<VnniWords, 6, 8, double>>();
   t.recurrent_weight = recurrent<FloatProduct<Avx512Machine, 6, 8>>();
   return t;
 }();

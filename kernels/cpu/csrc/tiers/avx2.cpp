@@ -33,6 +33,7 @@ constexpr Tier avx2 = [] {
   t.weight_only = kernel<FloatTier<Avx2Machine>>();
   t.quantize = quantize;
   t.recurrent = recurrent<IntegerProduct<Madd, 2, 3>>();
+  t.recurrent_int16 = recurrent<IntegerProduct<Madd, 2, 3, double>>();
   t.recurrent_weight = recurrent<FloatProduct<Avx2Machine, 2, 3>>();
   return t;
 }();

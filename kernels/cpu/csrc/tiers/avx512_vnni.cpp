@@ -17,6 +17,7 @@ constexpr Tier avx512_vnni = [] {
   t.weight_only = kernel<FloatTier<Avx512Machine>>();
   t.quantize = quantize;
   t.recurrent = recurrent<IntegerProduct<Vnni, 6, 8>>();
+  t.recurrent_int16 = recurrent<IntegerProduct<VnniWords, 6, 8, double>>();
   t.recurrent_weight = recurrent<FloatProduct<Avx512Machine, 6, 8>>();
   return t;
 }();

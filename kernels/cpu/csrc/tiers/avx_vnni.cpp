@@ -77,6 +77,7 @@ constexpr Tier avx_vnni = [] {
   t.weight_only = kernel<FloatTier<Avx2Machine>>();
   t.quantize = quantize;
   t.recurrent = recurrent<IntegerProduct<Vnni256, 3, 3>>();
+  t.recurrent_int16 = recurrent<IntegerProduct<Vnni256Words, 3, 3, double>>();
   t.recurrent_weight = recurrent<FloatProduct<Avx2Machine, 2, 3>>();
   return t;
 }();

@@ -83,6 +83,7 @@ constexpr Tier portable = [] {
   t.weight_only = kernel<FloatTier<PlainMachine>>();
   t.quantize = quantize;
   t.recurrent = recurrent<IntegerProduct<Plain, 2, 3>>();
+  t.recurrent_int16 = recurrent<IntegerProduct<Plain, 2, 3, double>>();
   t.recurrent_weight = recurrent<FloatProduct<PlainMachine, 2, 3>>();
   return t;
 }();

@@ -16,8 +16,20 @@ struct Tier {
   Kernel weight_only;  // rows as they are, float32 accumulation, w in any format
   void (*quantize)(const Quantize&, int part, int parts);
   RecurrentKernel recurrent;         // of int8 and int8_static
+  RecurrentKernel recurrent_int16;   // of int16 and int16_static
   RecurrentKernel recurrent_weight;  // of int8_weight
 };
+
+namespace {
+
+// What a tier has for a recurrent layer.
+inline const RecurrentKernel& kernel_of(const Tier& tier, const Recurrent& p) {
+  return p.scheme == Scheme::weight ? tier.recurrent_weight
+         : p.wide                   ? tier.recurrent_int16
+                                    : tier.recurrent;
+}
+
+}  // namespace
 
 extern const Tier amx, avx512_vnni, avx_vnni, avx2, portable;
 
