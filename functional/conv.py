@@ -225,7 +225,7 @@ def _operands(
 ) -> tuple[torch.Tensor, ...]:
     parts = stored_parts(scheme, weight, _scale=weight_scale)
     if get_scheme(scheme).static or input_scale is not None or input_zero_point is not None:
-        parts += grid(who, scheme, input_scale, input_zero_point)
+        parts += grid(who, scheme, {"_scale": input_scale, "_zero_point": input_zero_point})
     return parts
 
 

@@ -58,7 +58,8 @@ def grouped_linear(
     """
     parts = (*stored_parts(scheme, weight), offsets)
     if get_scheme(scheme).static or input_scale is not None or input_zero_point is not None:
-        parts += grid("qnn.functional.grouped_linear", scheme, input_scale, input_zero_point)
+        given = {"_scale": input_scale, "_zero_point": input_zero_point}
+        parts += grid("qnn.functional.grouped_linear", scheme, given)
     return grouped_linear_of(x, parts, bias, scheme)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -149,7 +149,8 @@ def linear(
     """`y = x · dequantize(weight)ᵀ + bias`, computed as `scheme` says.
 
     `int8` quantises `x` per-token and multiplies integers: `y = int32(xq · weightᵀ) · weight_scale
-    · sx + bias`; `int8_static` does so on the grid of `input_scale` and `input_zero_point`; `fp8`,
+    · sx + bias`; `int8_static` does so on the grid of `input_scale` and `input_zero_point`; `int16`
+    and `int16_static` do the same with 16 bits for `x`; `fp8`,
     `fp8_tensor`, `fp8_block`, `mxfp8` and `nvfp4` quantise `x` in the scheme's format of
     activations; `int8_weight`, `fp8_weight`, `nvfp4_weight` and `int4_weight` take `x` as it is.
     The arithmetic after the sums is float32, with one cast at the end.
@@ -165,7 +166,8 @@ def linear(
         weight_global_scale: nvfp4's divisor.
         bias: any float dtype, `[N]`.
         input_scale, input_zero_point: of int8_static alone: the grid of `x`, float32 and int8
-            `[1]`, with `x ≈ (q − input_zero_point) · input_scale` for q from −128 to 127.
+            `[1]`, with `x ≈ (q − input_zero_point) · input_scale` for q from −128 to 127. Of
+            int16_static input_scale alone, with q from −32767 to 32767.
         scheme: the name of a scheme.
 
     Returns:
@@ -176,7 +178,8 @@ def linear(
     """
     parts = stored_parts(scheme, weight, _scale=weight_scale, _global_scale=weight_global_scale)
     if get_scheme(scheme).static or input_scale is not None or input_zero_point is not None:
-        parts += grid("qnn.functional.linear", scheme, input_scale, input_zero_point)
+        given = {"_scale": input_scale, "_zero_point": input_zero_point}
+        parts += grid("qnn.functional.linear", scheme, given)
     return linear_of(x, parts, bias, scheme)
 
 
@@ -201,13 +204,19 @@ def linear_of(
 
 
 def grid(
-    who: str, scheme: str, scale: torch.Tensor | None, zero_point: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if not get_scheme(scheme).static:
+    who: str, scheme: str, given: Mapping[str, torch.Tensor | None]
+) -> tuple[torch.Tensor, ...]:
+    """The parts of a grid that a static scheme has, by suffix."""
+    known = get_scheme(scheme)
+    if not known.static or known.activation is None:
         raise ValueError(f"{who}: scheme {scheme!r} takes no input_scale.")
-    if scale is None or zero_point is None:
-        raise ValueError(f"{who}: scheme {scheme!r} needs input_scale and input_zero_point.")
-    return scale, zero_point
+    wanted = [part.suffix for part in known.activation.parts[1:]]
+    names = " and ".join("input" + suffix for suffix in wanted)
+    found = {suffix: part for suffix, part in given.items() if part is not None}
+    if found.keys() != {*wanted}:
+        only = "" if found.keys() <= {*wanted} else " alone"
+        raise ValueError(f"{who}: scheme {scheme!r} needs {names}{only}.")
+    return tuple(found[suffix] for suffix in wanted)
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)

@@ -4,7 +4,7 @@ backend.
 
 from qnn.kernels import torch_private
 from qnn.kernels.cpu import native
-from qnn.kernels.declare import conv, embedding, floats, grouped, int8, recurrent
+from qnn.kernels.declare import conv, embedding, floats, grouped, int8, int16, recurrent
 from qnn.kernels.formats import Format
 from qnn.kernels.op import OPS, Op
 from qnn.kernels.schemes import SCHEMES, Scheme, get_scheme, training_scheme
@@ -23,6 +23,7 @@ __all__ = [
     "get_scheme",
     "grouped",
     "int8",
+    "int16",
     "recurrent",
     "torch_private",
     "training_scheme",

@@ -13,6 +13,7 @@ from qnn.kernels.cuda.backends import has_kernel, state
 _META = "meta: no values yet"
 _NO_KERNEL = "there is no native kernel for it"
 _DECODED = "float32 GEMM on decoded blocks of the weight"
+_WIDENED = "float64 GEMM on widened blocks of the weight"
 
 
 def native_tier() -> str | None:
@@ -99,5 +100,8 @@ def _on_cpu(scheme: Scheme, weights: int) -> str:
         return f"{_DECODED}; not native: {_NO_KERNEL}{casts}"
     if (tier := native_tier()) is not None:
         return tier + casts
-    engine = _DECODED if scheme.activation is None or casts else int8_engine(weights)
+    if scheme.activation is None or casts:
+        engine = _DECODED
+    else:
+        engine = _WIDENED if scheme.activation.bits > 8 else int8_engine(weights)
     return f"{engine}; not native: {native.ready().reason}{casts}"

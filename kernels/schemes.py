@@ -21,6 +21,7 @@ from qnn.kernels.formats.int8 import (
     INT8_TENSOR,
     INT8_TOKEN,
 )
+from qnn.kernels.formats.int16 import INT16_TENSOR, INT16_TOKEN
 from qnn.kernels.formats.mxfp8 import MX
 from qnn.kernels.op.declaration import not_multiple
 
@@ -140,6 +141,11 @@ SCHEMES: dict[str, Scheme] = {
             _ops("int8_static", *_OTHERS, tables="int8_weight"), "int-quantized",
             max_in_features=INT8_STATIC_MAX_K, static=True,
         ),
+        Scheme("int16", INT8_CHANNEL, INT16_TOKEN, _ops("int16", "lstm", "gru", tables="int8_weight"), "int-quantized"),
+        Scheme(
+            "int16_static", INT8_CHANNEL, INT16_TENSOR, _ops("int16_static", "lstm", "gru", tables="int8_weight"),
+            "int-quantized", static=True,
+        ),
         Scheme(
             "int8_weight", INT8_CHANNEL, None,
             _ops("int8_weight", *_OTHERS, tables="int8_weight"), "int-quantized",
@@ -188,21 +194,40 @@ SCHEMES: dict[str, Scheme] = {
             )
             for key, form in INT4.items()
         ),
+        *(
+            Scheme(f"int8_{key}", form, INT8_TOKEN, _ops(f"int8_{key}"), "pack-quantized")
+            for key, form in INT4.items()
+        ),
     )
 }  # fmt: skip
 
 DEFAULT_SCHEME = "int8"
 
 
-# What a prepared layer is converted to.
-STATIC = next(scheme.name for scheme in SCHEMES.values() if scheme.static)
+# The schemes that a prepared layer can be converted to, by what its activations are stored in, and
+# the one that is meant where none is named.
+STATIC_OF = {
+    scheme.activation.storage: scheme.name
+    for scheme in SCHEMES.values()
+    if scheme.static and scheme.activation is not None
+}
+STATIC = next(iter(STATIC_OF.values()))
+
+
+def static_scheme(*dtypes: torch.dtype) -> str:
+    """The static scheme for activations on grids of these dtypes; uint8 is stored as int8.
+
+    >>> static_scheme(torch.uint8, torch.int16)
+    'int16_static'
+    """
+    return STATIC_OF.get(max(dtypes, key=lambda dtype: dtype.itemsize), STATIC)
 
 
 def schemes_of(kind: str) -> list[str]:
     """The schemes that have a layer of a kind, `"linear"`, `"lstm"`, ….
 
     >>> schemes_of("lstm")
-    ['int8', 'int8_static', 'int8_weight']
+    ['int8', 'int8_static', 'int16', 'int16_static', 'int8_weight']
     """
     return [scheme.name for scheme in SCHEMES.values() if scheme.op(kind)]
 

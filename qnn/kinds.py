@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from qnn.functional.layout import MATRIX, Layout
 from qnn.kernels import get_scheme
+from qnn.kernels.schemes import STATIC
 
 # Hands over what a new module takes from the old one: as it is, or copied.
 Own = Callable[[Any], Any]
@@ -32,6 +33,7 @@ class Observation:
     parts: Mapping[str, Any] | None = None
     split_gates: bool = False
     qat: bool = False
+    scheme: str = STATIC
 
 
 class Kind:

@@ -608,8 +608,8 @@ def sharded_inference(rank: int, scheme: str) -> None:
     width, hidden = (128, 256) if "int4" in scheme else (96, 160)
     layers = nn.Sequential(Block(width, hidden), Block(width, hidden)).eval()
     x = torch.randn(2, 20, width)
-    if scheme == "int8_static":
-        layers = qnn.convert(qnn.calibrate(qnn.prepare(layers), [x]))
+    if scheme.endswith("_static"):
+        layers = qnn.convert(qnn.calibrate(qnn.prepare(layers, scheme), [x]))
     else:
         layers = qnn.convert(layers, scheme)
     want = layers(x)

@@ -99,8 +99,8 @@ def test_an_epilogue_has_the_gradients_of_its_parts(op: Op, activation: str) -> 
 def mlp(scheme: str, *, training: bool = False) -> nn.Module:
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 32))
-    if scheme == "int8_static":
-        prepared = qnn.prepare(model)
+    if scheme.endswith("_static"):
+        prepared = qnn.prepare(model, scheme)
         qnn.calibrate(prepared, [torch.randn(16, 128)])
         return qnn.convert(prepared)
     return qnn.convert(model, scheme, training=training)

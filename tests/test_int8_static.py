@@ -251,7 +251,7 @@ class TestLayer:
 
     @parameterized.expand(
         [
-            (qnn.QuantSpec(torch.int16), "must be int8 or uint8, got torch.int16"),
+            (qnn.QuantSpec(torch.int16), "QuantSpec\\(torch.int16, symmetric=True\\), got"),
             (qnn.QuantSpec(torch.int8, channel_axis=0), "channel_axis must be None"),
             (qnn.QuantSpec(torch.uint8, qmax=127), "uses all of 0 … 255, got a spec of 0 … 127"),
         ]

@@ -195,8 +195,9 @@ class TestFlow:
                 {"reset_gate": None},
                 "matches none of the layers' observation points: input$|input\\.",
             ),
-            ({"input": None}, "'input' enters an int8 product"),
-            ({"input": qnn.QuantSpec(torch.int16)}, "int8 or uint8"),
+            ({"input": None}, "'input' enters an integer product"),
+            ({"input": qnn.QuantSpec(torch.int16)}, "has no zero point"),
+            ({"input": qnn.QuantSpec(torch.uint16)}, "int8, uint8 or int16"),
             ({"input": qnn.QuantSpec(channel_axis=0)}, "channel_axis must be None"),
         ):
             only = nn.Sequential(nn.Linear(4, 4))
@@ -303,7 +304,7 @@ class TestErrors:
             (
                 "input in 16 bits",
                 lambda m: qnn.prepare(m, parts={"input": qnn.QuantSpec(torch.int16)}),
-                "enters an int8 product",
+                "enters an integer product",
             ),
             (
                 "twice",

@@ -298,7 +298,7 @@ class TestParts:
             ("no_projection", {"projection_input": None}, ValueError, "matches none"),
             ("not_split", {"input_linear_i": None}, ValueError, "only with split_gates=True"),
             ("preset", PartSpecs({"nothing*": None}), ValueError, r"'nothing\*', which"),
-            ("input", {"input": None}, ValueError, "'input' enters an int8 product.*got None"),
+            ("input", {"input": None}, ValueError, "'input' enters an integer product.*got None"),
             ("hidden", {"hidden*": QuantSpec(torch.int16)}, ValueError, "'hidden_state' .*int16"),
             ("channels", {"cell_state": QuantSpec(channel_axis=0)}, ValueError, "one scale"),
             ("no_spec", {"cell_state": torch.int8}, TypeError, "QuantSpecs or None"),

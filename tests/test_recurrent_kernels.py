@@ -25,6 +25,7 @@ from .common import DTYPES, examples, sum_bound
 from .tiers import usable
 
 SCHEMES = tuple(schemes_of("lstm"))
+EXACT = tuple(scheme for scheme in SCHEMES if scheme != "int8_weight")
 CELLS = tuple(kernels.CELLS)
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -51,16 +52,17 @@ class Call:
     lengths: torch.Tensor | None = None
     direction: str = "forward"
     weight_only: bool = False
+    wide: bool = False
 
     def run(self, tier: str, parts: int = 0) -> torch.Tensor:
-        return torch.ops.qnn.cpu_recurrent(*vars(self).values(), tier, parts)
+        *values, wide = vars(self).values()
+        return torch.ops.qnn.cpu_recurrent(*values, tier, parts, wide)
 
     @property
     def op(self) -> str:
-        scheme = (
-            "int8_weight" if self.weight_only else "int8" if self.table is None else "int8_static"
-        )
-        return f"{scheme}_{'gru' if self.c0 is None else 'lstm'}"
+        scheme = "int16" if self.wide else "int8"
+        kind = "_weight" if self.weight_only else "" if self.table is None else "_static"
+        return f"{scheme}{kind}_{'gru' if self.c0 is None else 'lstm'}"
 
     @property
     def args(self) -> tuple[object, ...]:
@@ -79,11 +81,16 @@ class Call:
         return f"Call({', '.join(f'{name}={show(v)}' for name, v in vars(self).items())})"
 
 
-def make_table(parts: int, bits: int) -> torch.Tensor:
-    """Random grids, 8 bits for what enters a product; one in six of the others is left out."""
+def make_table(parts: int, bits: int, wide: bool) -> torch.Tensor:
+    """Random grids, 8 bits for what enters a product, or for some of it; one in six of the others
+    is left out.
+    """
     rows = []
     for part in range(parts):
         eight = part < 2 or part == 16
+        if eight and wide and torch.rand(()) < 0.7:
+            rows.append([float(torch.rand(()) + 0.1) / 20000, 0.0, -32767.0, 32767.0])
+            continue
         qmin, qmax = (0.0, 255.0) if eight or bits == 8 else (-32768.0, 32767.0)
         if torch.rand(()) < 0.5:  # symmetric
             qmin, qmax = (-127.0, 127.0) if eight or bits == 8 else (-32767.0, 32767.0)
@@ -117,7 +124,7 @@ def make(
     """A call whose gates stand between their ends; with `odd`, some rows are zero, huge or not
     finite.
     """
-    lstm, width = cell == "lstm", outputs or hidden
+    lstm, width, wide = cell == "lstm", outputs or hidden, scheme.startswith("int16")
     rows = hidden * (4 if lstm else 3)
 
     def weight(n: int, k: int) -> torch.Tensor:
@@ -148,7 +155,7 @@ def make(
         scale(rows, inputs),
         weight(rows, width),
         scale(rows, width),
-        make_table(17 if lstm else 11, bits) if scheme == "int8_static" else None,
+        make_table(17 if lstm else 11, bits, wide) if scheme.endswith("_static") else None,
         None if bias is None else torch.randn(rows).to(bias),
         None if bias is None else torch.randn(rows).to(bias),
         None if outputs is None else weight(outputs, hidden),
@@ -156,6 +163,7 @@ def make(
         torch.randint(0, steps + 1, (batch,)) if lengths else None,
         direction,
         scheme == "int8_weight",
+        wide,
     )
 
 
@@ -163,7 +171,7 @@ SIZES = st.integers(1, 20) | st.sampled_from((31, 33, 48, 63, 64, 65, 80, 97, 12
 
 
 @st.composite
-def calls(draw: st.DrawFn, schemes: tuple[str, ...] = ("int8", "int8_static")) -> Call:
+def calls(draw: st.DrawFn, schemes: tuple[str, ...] = EXACT) -> Call:
     cell, scheme = draw(st.sampled_from(CELLS)), draw(st.sampled_from(schemes))
     inputs, hidden = draw(SIZES), draw(SIZES)
     outputs = draw(st.none() | SIZES) if cell == "lstm" else None
@@ -271,11 +279,11 @@ def test_weight_only_within_rounding(examples: int) -> None:
 
 def test_the_op_is_the_kernel() -> None:
     """By its own name, with defaults left out, and from views that are not dense."""
-    for cell, scheme in itertools.product(CELLS, ("int8", "int8_static")):
+    for cell, scheme in itertools.product(CELLS, EXACT):
         call = make(cell, scheme, 5, 3, 19, 21, bias=None)
         op = getattr(torch.ops.qnn, call.op)
         given = call.args[: 8 if cell == "lstm" else 7]
-        given = given if scheme == "int8_static" else given[: 7 if cell == "lstm" else 6]
+        given = given if scheme.endswith("_static") else given[: 7 if cell == "lstm" else 6]
         assert_same(op(*given), call.reference())
         wide = torch.empty(3, 5, 40)[..., ::2][..., :19].transpose(0, 1).copy_(call.x)
         assert_same(op(wide, *given[1:]), call.reference())
@@ -359,6 +367,7 @@ def test_calls_at_the_same_time() -> None:
             ("lstm", "int8", 1, 130),
             ("gru", "int8_static", 3, 70),
             ("lstm", "int8_static", 20, 33),
+            ("lstm", "int16", 3, 40),
         )
     ]
     name = usable()[0]

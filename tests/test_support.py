@@ -95,7 +95,7 @@ class TestRow:
     @pytest.fixture
     def small(self, row: Any, model: nn.Sequential, x: torch.Tensor) -> nn.Module:
         if row.scheme.static and row.kind.observed:
-            return qnn.convert(qnn.calibrate(qnn.prepare(model), [x]))
+            return qnn.convert(qnn.calibrate(qnn.prepare(model, row.scheme.name), [x]))
         return qnn.convert(model, {row.layer: row.scheme.name})
 
     def test_modes(self, row: Any, model: nn.Sequential, small: nn.Module, x: torch.Tensor) -> None:
@@ -135,7 +135,8 @@ class TestRow:
         if not row.kind.observed:
             assert not row.qat
             return
-        prepared = qnn.prepare(model, qat=True).train()
+        static = row.scheme.name if row.scheme.static else "int8_static"
+        prepared = qnn.prepare(model, static, qat=True).train()
         sum(leaf.sum() for leaf in tree_leaves(prepared(x))).backward()
         scheme = next(each.scheme for each in qnn.summary(qnn.convert(prepared)).rows)
         assert row.qat == (scheme == row.scheme.name)

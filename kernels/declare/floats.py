@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from qnn.kernels.cpu.blocked import by_rows_of_weight
 from qnn.kernels.cpu.float_linear import quantized_linear, weight_linear
 from qnn.kernels.cuda import kernels_for
 from qnn.kernels.formats.base import FLOATS, Format
 from qnn.kernels.formats.float8 import E4M3, E5M2, FLOAT8
-from qnn.kernels.formats.int4 import INT4
+from qnn.kernels.formats.int4 import INT4, Int4
 from qnn.kernels.op import OPS, Op
 from qnn.kernels.reference.floats import (
     Reference,
@@ -23,6 +24,7 @@ from qnn.kernels.reference.floats import (
     matmul_reference,
     quantize_reference,
 )
+from qnn.kernels.reference.int8_int4 import linear_reference as groups_reference
 from qnn.kernels.schemes import SCHEMES
 
 # The formats of weights that the C++ kernels decode, in the layers with activations as they are.
@@ -149,19 +151,29 @@ def declare_linear(name: str, dgrad: str, weight: Format, activation: Format | N
     """A layer over a quantised weight: with quantised activations, or with those as they are, as
     the gradient of `dgrad` has it.
     """
-    cpu = weight_linear(weight)
-    if activation is not None:
+    cpu, reference = weight_linear(weight), linear_reference(activation, weight)
+    doc = "x · wᵀ + bias with the weight that the parts stand for, in float32, then one cast"
+    integers = False
+    if activation is not None and isinstance(weight, Int4):
+        integers = True
+        reference = groups_reference(activation, weight)
+        cpu = by_rows_of_weight(reference)
+        doc = (
+            "(Σ over groups: float32(Σ xq · wqᵀ) · sw) · sx + bias of integers less their zero "
+            f"points, exact sums, in float32, then one cast; x is quantised in {activation.key}"
+        )
+    elif activation is not None:
         cpu = quantized_linear(activation, _plain(dgrad))
+        doc += f"; x is quantised in {activation.key} first"
     Op(
         name,
         f"x: ... k, {weight.declared('w', 'n', 'k')}, bias?: n -> ... n",
-        doc="x · wᵀ + bias with the weight that the parts stand for, in float32, then one cast"
-        + (f"; x is quantised in {activation.key} first" if activation else ""),
+        doc=doc,
         dtypes={"x": FLOATS, **stored_dtypes(weight, "w"), "bias": FLOATS},
         out=("x",),
-        reference=linear_reference(activation, weight),
+        reference=reference,
         kernels={"CPU": cpu, **kernels_for(name)},
-        native=activation is None and weight.key in _NATIVE,
+        native=weight.key in _NATIVE and (activation is None or integers),
         backward={"x": dgrad},
         positive=scales_of(weight, "w"),
         products="... n k",
@@ -209,8 +221,10 @@ def _declare_all() -> None:
         declare_matmul(t.matmul, t.x, t.weight)
         if t.wgrad != t.matmul:
             declare_matmul(t.wgrad, t.dy_of_wgrad, t.x_of_wgrad, over_rows=True)
+    dgrads: dict[str, str] = {}  # one for each format of a weight
     for scheme in schemes:
-        dgrad = scheme.linear.removesuffix("_linear").removesuffix("_weight") + "_linear_dgrad"
+        named = scheme.linear.removesuffix("_linear").removesuffix("_weight") + "_linear_dgrad"
+        dgrad = dgrads.setdefault(scheme.weight.key, named)
         if dgrad not in OPS:
             declare_linear(_plain(dgrad), dgrad, scheme.weight, None)
             declare_dgrad(dgrad, scheme.weight)

@@ -27,7 +27,7 @@ from qnn.kernels.reference.recurrent import (
 from qnn.kernels.schemes import SCHEMES, Scheme
 
 # The schemes whose layers the library of C++ kernels has.
-_NATIVE = ("int8", "int8_static", "int8_weight")
+_NATIVE = ("int8", "int8_static", "int16", "int16_static", "int8_weight")
 _SAMPLE_SIZES: dict[str, int] = {"t": 5, "b": 3, "i": 19, "p": 21, "h": 21}
 
 
@@ -170,17 +170,21 @@ def _declare(
     )
 
 
+def _bits(scheme: Scheme) -> int:
+    return 32 if scheme.activation is None else scheme.activation.bits
+
+
 def _doc(scheme: Scheme) -> str:
     if scheme.static:
         return (
             "every part of the cell on the grid of its row (scale, zero_point, qmin, qmax) of "
-            "table; exact int32 sums"
+            f"table, what enters a product in up to {_bits(scheme)} bits; exact sums"
         )
     if scheme.activation is None:
         return f"weights in {scheme.weight.key}, activations as they are, in float32"
     return (
-        f"rows of x and of the hidden state in {scheme.activation.key}, a scale each; exact int32 "
-        "sums; gates in float32"
+        f"rows of x and of the hidden state in {scheme.activation.key}, a scale each; exact sums; "
+        "gates in float32"
     )
 
 

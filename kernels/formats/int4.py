@@ -81,10 +81,14 @@ class Int4(Format):
     def decode(
         self, parts: Sequence[torch.Tensor], compute: torch.dtype
     ) -> tuple[torch.Tensor, None]:
+        code, scale = self.integers(parts)
+        return (code.to(compute) * scale.to(compute)[..., None]).flatten(-2), None
+
+    def integers(self, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The codes less their zero point, int8 `[..., groups, group]`, and the scales."""
         words, scale, *zero = parts
-        code = unpack(words).to(compute).unflatten(-1, (scale.shape[-1], self.group))
-        point = zero[0].to(compute)[..., None] if zero else _ZERO
-        return ((code - point) * scale.to(compute)[..., None]).flatten(-2), None
+        code = unpack(words).to(torch.int8).unflatten(-1, (scale.shape[-1], self.group))
+        return code - (zero[0][..., None] if zero else _ZERO), scale
 
     @property
     def on_disk(self) -> tuple[Part, ...]:

@@ -52,21 +52,23 @@ def round_to_grid(
     return v.detach().round() - (v.detach() - v)
 
 
-def row_scale(x: torch.Tensor) -> torch.Tensor:
-    """The scale of each row: amax / 127, at least float32's smallest normal number; 1 for a zero
+def row_scale(x: torch.Tensor, qmax: int = QMAX) -> torch.Tensor:
+    """The scale of each row: amax / qmax, at least float32's smallest normal number; 1 for a zero
     row.
     """
     amax = x.abs().amax(-1, keepdim=True).float()
     # By a tensor: on a GPU torch divides by a number as a product with its reciprocal.
-    scale = (amax / torch.full_like(amax, QMAX)).clamp_min(torch.finfo(torch.float32).tiny)
+    scale = (amax / torch.full_like(amax, qmax)).clamp_min(torch.finfo(torch.float32).tiny)
     return torch.where(amax == 0, 1.0, scale)
 
 
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(
+    x: torch.Tensor, qmax: int = QMAX, dtype: torch.dtype = torch.int8
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales of the rows of `x [..., K]`: int8 `[..., K]` and float32 `[..., 1]`."""
-    scale = row_scale(x)
-    q = round_to_grid(x.float(), 1 / scale, -QMAX, QMAX)
-    return torch.where(scale.isfinite(), q, 0).to(torch.int8), scale
+    scale = row_scale(x, qmax)
+    q = round_to_grid(x.float(), 1 / scale, -qmax, qmax)
+    return torch.where(scale.isfinite(), q, 0).to(dtype), scale
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def dequantize_reference(
     return (q.to(compute) * scale.to(compute)).to(dtype if compute == torch.float32 else compute)
 
 
-def _scaled(
+def scaled(
     y: torch.Tensor,
     sw: torch.Tensor,
     sx: torch.Tensor | None,
@@ -64,7 +64,7 @@ def rows_linear_reference(
 ) -> torch.Tensor:
     # Exact: the sums stay below 2^53 for every K that the scheme admits.
     acc = einsum(q.double(), w.double(), "... k, n k -> ... n")
-    return finish(_scaled(acc.to(compute), sw, scale, bias, dtype), residual, activation)
+    return finish(scaled(acc.to(compute), sw, scale, bias, dtype), residual, activation)
 
 
 def weight_linear_reference(
@@ -78,7 +78,7 @@ def weight_linear_reference(
     compute: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     y = einsum(x.to(compute), w.to(compute), "... k, n k -> ... n")
-    return finish(_scaled(y, sw, None, bias, x.dtype), residual, activation)
+    return finish(scaled(y, sw, None, bias, x.dtype), residual, activation)
 
 
 def linear_dgrad_reference(

@@ -3,14 +3,15 @@
 The references are the meaning of the ops. A weight is what its format decodes it to. Where
 activations are quantised, sums of products are exact, and what stands between them is float32
 arithmetic in a fixed order, without fused multiply-adds and with activations that are polynomials
-of our own; so every kernel of `int8` and `int8_static` gives the same bits. A gate's input is
+of our own; so every kernel of these schemes gives the same bits. A gate's input is
 `(sum(xq · w_ihᵀ) · sw_ih) · sx + b_ih`, and the same of the hidden state.
 
-- A scheme with dynamic activations (`int8`) quantises the rows of `x` and of the hidden state in
-  each step, a row of the batch by itself.
-- A static one (`int8_static`) takes a table with a row `(scale, zero_point, qmin, qmax)` for each
-  part of the cell (`Cell.parts`), and rounds every part to its grid: `round(clamp(v · (1/scale),
-  qmin − zero_point, qmax − zero_point)) · scale`. A part whose scale is 0 stays as it is.
+- A scheme with dynamic activations (`int8`, `int16`) quantises the rows of `x` and of the hidden
+  state in each step, a row of the batch by itself.
+- A static one (`int8_static`, `int16_static`) takes a table with a row `(scale, zero_point, qmin,
+  qmax)` for each part of the cell (`Cell.parts`), and rounds every part to its grid:
+  `round(clamp(v · (1/scale), qmin − zero_point, qmax − zero_point)) · scale`. A part whose scale is
+  0 stays as it is.
 - One of weights alone (`int8_weight`) takes activations as they are.
 
 The hidden state is rounded to the dtype of `x` in each step, as it is in the result; the cell state
@@ -31,6 +32,7 @@ from einops import einsum
 
 from qnn.kernels.formats.base import Format
 from qnn.kernels.formats.int8 import int32_max_k, round_to_grid
+from qnn.kernels.formats.int16 import QMAX as INT16_QMAX
 
 DIRECTIONS = ("forward", "reverse")
 Tensors = tuple[torch.Tensor, ...]
@@ -42,7 +44,7 @@ class Product(NamedTuple):
 
     Attributes:
         weight: `"ih"`, as in the names of the weight's tensors.
-        operand: the part of the cell that is multiplied; it has at most 8 bits in a table.
+        operand: the part of the cell that is multiplied; a table has at most 8 bits for it, or 16.
         rows, columns: the weight's axes.
         optional: whether a cell may do without it: a projection.
     """
@@ -304,22 +306,38 @@ def _gru_step(h: torch.Tensor, sums: Tensors, parts: _Parts, projection: None) -
     return (round_to_part((h - n) * z + n, parts["hidden_state"]),)
 
 
-def _require_bytes(cell: Cell, table: torch.Tensor, columns: Mapping[str, int]) -> None:
-    """Raise unless the parts that enter a product have 8 bits, and int32 holds a sum of so many
-    products: those of the weights in `columns`.
+def why_not_operand(row: Sequence[float], bits: int) -> str | None:
+    """What a part that enters a product must have in its row of a table, and has not; or None."""
+    scale, zero_point, qmin, qmax = row
+    low, high = qmin - zero_point, qmax - zero_point
+    if not 0 < scale < math.inf:
+        return "a positive scale"
+    whole = low.is_integer() and high.is_integer() and low <= high
+    if bits > 8:
+        fits, words = max(-low, high) <= INT16_QMAX, _WORDS_16
+    else:
+        fits, words = high - low <= 255 and abs(low) <= 1024, "8 bits"
+    return None if whole and fits else words
+
+
+_WORDS_16 = f"codes less its zero point from {-INT16_QMAX} to {INT16_QMAX}"
+
+
+def _require_operands(
+    cell: Cell, table: torch.Tensor, columns: Mapping[str, int], bits: int
+) -> None:
+    """Raise unless the parts that enter a product have no more bits, and, of 8, int32 holds a sum
+    of so many products: those of the weights in `columns`.
     """
     for name, count in ((p.operand, columns.get(p.weight)) for p in cell.products):
         if count is None:
             continue
-        scale, zero_point, qmin, qmax = table[cell.parts.index(name)].tolist()
-        low, high = qmin - zero_point, qmax - zero_point
-        if not 0 < scale < math.inf:
-            raise ValueError(f"table must give the part {name} a positive scale.")
-        whole = low.is_integer() and high.is_integer()
-        if not (whole and low <= high <= low + 255 and abs(low) <= 1024):
-            raise ValueError(f"table must give the part {name} 8 bits.")
-        largest = max(1, int(max(abs(low), abs(high))))
-        if count > int32_max_k(largest):
+        row = table[cell.parts.index(name)].tolist()
+        if (reason := why_not_operand(row, bits)) is not None:
+            raise ValueError(f"table must give the part {name} {reason}.")
+        _, zero_point, qmin, qmax = row
+        largest = max(1, int(max(abs(qmin - zero_point), abs(qmax - zero_point))))
+        if bits <= 8 and count > int32_max_k(largest):
             raise ValueError(
                 f"table gives the part {name} codes of up to {largest}, of which an int32 sum of "
                 f"{count} can overflow, from {int32_max_k(largest) + 1} on; use the scheme "
@@ -338,7 +356,8 @@ def layer_reference(
         x, states, weights, table, biases, lengths, direction = given
         if static:
             columns = {"ih": x.shape[-1], "hh": states[0].shape[-1], "hr": states[-1].shape[-1]}
-            _require_bytes(cell, table, {name: columns[name] for name in weights})
+            bits = 8 if activation is None else activation.bits
+            _require_operands(cell, table, {name: columns[name] for name in weights}, bits)
         parts = _Parts(cell, table)
         of = {
             name: _Linear(weight, stored, biases.get(name), activation, compute)

@@ -19,8 +19,9 @@ NOTE = "_qnn_note"
 MUCH_CUT, MANY_LOST = 0.25, 0.5
 
 OTHERWISE = (
-    "exclude the layer from qnn.prepare, and qnn.convert(model, 'int8', include=…) it, which takes "
-    "per-token scales, or convert it to 'int8_weight', which leaves activations in float"
+    "qnn.prepare(model, 'int16_static'), whose grids have 16 bits, or exclude the layer, and "
+    "qnn.convert(model, 'int8', include=…) it, which takes per-token scales, or convert it to "
+    "'int8_weight', which leaves activations in float"
 )
 WIDE = "16 bits and no limit, the default"
 

@@ -1,8 +1,9 @@
 """The observation points of recurrent layers: their names, and what they are quantised to.
 
-`DEFAULT` spends 8 bits on the operands of int8 products, which can have no more, and 16 elsewhere.
-The others lie over it: `SIXTEEN_BIT` is what it does besides the operands, `EIGHT_BIT` has 8 bits
-there too, and `FIXED` needs no data. Each is a mapping from part names with wildcards to specs, as
+`DEFAULT` spends 8 bits on the operands of integer products, and 16 elsewhere. The others lie over
+it: `SIXTEEN_BIT` is what it does besides the operands, `EIGHT_BIT` has 8 bits there too,
+`WIDE_OPERANDS` has 16 for the operands, which makes layers of `int16_static`, and `FIXED` needs no
+data. Each is a mapping from part names with wildcards to specs, as
 `QuantizableLSTM.observe` takes it, and serves every cell.
 """
 
@@ -57,6 +58,7 @@ SIXTEEN_BIT = PartSpecs(
     }
 )
 DEFAULT = PartSpecs(dict.fromkeys(OPERANDS, _OBSERVED_8)) | SIXTEEN_BIT
+WIDE_OPERANDS = PartSpecs(dict.fromkeys(OPERANDS, _OBSERVED_16))
 EIGHT_BIT = PartSpecs(
     {
         "*_linear*": _OBSERVED_8,
@@ -157,12 +159,16 @@ def check(parts: Specs, points: list[str], who: str, whose: str) -> None:
             )
 
 
+def _can_multiply(spec: QuantSpec) -> bool:
+    wide = spec.dtype == torch.int16 and spec.symmetric and spec.qmin == -spec.qmax
+    return wide or spec.dtype in (torch.uint8, torch.int8)
+
+
 def _check_spec(point: str, spec: QuantSpec | None, who: str) -> None:
-    if point in OPERANDS and (spec is None or spec.dtype not in (torch.uint8, torch.int8)):
-        given = "None" if spec is None else str(spec.dtype)
+    if point in OPERANDS and (spec is None or not _can_multiply(spec)):
         raise ValueError(
-            f"{who}: {point!r} enters an int8 product, so its dtype must be torch.uint8 or "
-            f"torch.int8; got {given}."
+            f"{who}: {point!r} enters an integer product, so its dtype must be torch.uint8, "
+            f"torch.int8, or torch.int16 with symmetric=True; got {spec}."
         )
     if spec is not None and spec.channel_axis is not None:
         raise ValueError(

@@ -8,7 +8,7 @@ from torch import nn
 
 from qnn import kinds
 from qnn.calibration.parts import PartSpecs, Specs, check
-from qnn.kernels.schemes import STATIC
+from qnn.kernels.schemes import STATIC, STATIC_OF
 from qnn.kinds import Observation, Own, kind_of
 from qnn.verbs.checks import (
     keep_ties_to_float,
@@ -47,11 +47,13 @@ def prepare(
 
     Args:
         model: any float module.
-        scheme: `"int8_static"`, the scheme whose activations have fixed grids.
-        parts: specs by part name with wildcards, over the defaults: 8 bits for the operands of
-            products and 16 for the rest of a recurrent layer, see `QuantizableLSTM.observe`;
-            `qnn.parts.EIGHT_BIT` spends 8 on all. A linear layer has one part, `"input"`. A key
-            serves the layers that have such a part.
+        scheme: one whose activations have fixed grids: `"int8_static"`, or `"int16_static"`, which
+            has 16 bits for the operands of products too.
+        parts: specs by part name with wildcards, over the defaults: the scheme's bits for the
+            operands of products and 16 for the rest of a recurrent layer, see
+            `QuantizableLSTM.observe`; `qnn.parts.EIGHT_BIT` spends 8 on the rest. A linear layer
+            has one part, `"input"`. A key serves the layers that have such a part. What a layer
+            becomes depends on its operands: `int16_static` where one has 16 bits.
         split_gates: each gate of a recurrent layer is a linear layer of its own, with grids of its
             own.
         qat: fake-quantise, for quantisation-aware training. A model that was prepared and
@@ -76,9 +78,10 @@ def prepare(
     'QLinear'
     """
     require_module("qnn.prepare", model)
-    if scheme != STATIC:
+    if scheme not in STATIC_OF.values():
+        able = " or ".join(map(repr, STATIC_OF.values()))
         raise ValueError(
-            f"qnn.prepare: scheme must be {STATIC!r}, whose grids need data, got {scheme!r}; other "
+            f"qnn.prepare: scheme must be {able}, whose grids need data, got {scheme!r}; other "
             "schemes are converted at once: qnn.convert(model, scheme)."
         )
     check_progress("qnn.prepare", progress)
@@ -89,7 +92,7 @@ def prepare(
         raise ValueError(nothing_to_do("qnn.prepare", "prepare", modules, plan))
     names = {id(module): name for name, module in reversed(modules.items())}
     parts = _checked_parts(modules, plan, parts, split_gates)
-    make = _maker(names, parts, split_gates, qat)
+    make = _maker(names, parts, split_gates, qat, scheme)
     del modules
     result = swapped(model, plan, make, inplace=inplace, who="qnn.prepare", progress=progress)
     run_hooks("qnn.prepare", result)
@@ -131,9 +134,11 @@ def _make_plan(
     return plan
 
 
-def _maker(names: dict[int, str], parts: Specs | None, split_gates: bool, qat: bool) -> Make:
+def _maker(
+    names: dict[int, str], parts: Specs | None, split_gates: bool, qat: bool, scheme: str
+) -> Make:
     def make(old: nn.Module, own: Own) -> nn.Module:
-        how = Observation(names[id(old)], parts, split_gates, qat)
+        how = Observation(names[id(old)], parts, split_gates, qat, scheme)
         return cast(kinds.Kind, kind_of(old)).observe(old, how, own)
 
     return make

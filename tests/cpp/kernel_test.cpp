@@ -179,6 +179,7 @@ class Memory {
 struct Call {
   uint64_t seed = 0;
   bool weight_only = false, codes = false, fixed = false, at_end = false;
+  bool wide = false;  // codes of x have 16 bits
   int zero_point = 0;
   float grid_scale = 0;
   int parts = 1;
@@ -187,13 +188,16 @@ struct Call {
   DType x_dtype{}, bias_dtype{}, y_dtype{};
   Activation activation{};
   std::vector<double> x, bias, residual;  // the last two: empty, or given
-  std::vector<int8_t> xq, w;              // w: bytes of any format
-  std::vector<uint8_t> group_codes;       // scales of e2m1's groups, or zero points
+  std::vector<int16_t> xq;
+  std::vector<int8_t> w;             // bytes of any format
+  std::vector<uint8_t> group_codes;  // scales of e2m1's groups, or zero points
   std::vector<float> group_scales;
   std::vector<double> values;  // of a weight that is not int8
   std::vector<float> sx, sw;
 
   int64_t groups() const { return weight.groups(k); }
+  // int8 rows times int4.
+  bool sums_of_groups() const { return !weight_only && weight.decoder == Decoder::int4; }
 
   std::string text() const {
     char line[500], grid[80] = "";
@@ -203,8 +207,12 @@ struct Call {
         "%s%s m=%lld k=%lld n=%lld x=%s bias=%s residual=%s activation=%s y=%s parts=%d, "
         "operands %s "
         "(repeat with 1 case and seed %llu)",
-        weight_only ? ("weight of " + qnn::text(weight)).c_str() : "int8", grid,
-        static_cast<long long>(m), static_cast<long long>(k), static_cast<long long>(n),
+        (sums_of_groups() ? "int8 times " + qnn::text(weight)
+         : weight_only    ? "weight of " + qnn::text(weight)
+         : wide           ? "int16"
+                          : "int8")
+            .c_str(),
+        grid, static_cast<long long>(m), static_cast<long long>(k), static_cast<long long>(n),
         codes ? "codes" : format_of(x_dtype).name,
         bias.empty() ? "none" : format_of(bias_dtype).name, residual.empty() ? "none" : "given",
         qnn::kActivations[static_cast<int>(activation)], format_of(y_dtype).name, parts,
@@ -223,8 +231,13 @@ class Draw {
     sizes(c);
     c.weight_only = one_in(2);
     if (c.weight_only) format(c);
-    c.codes = !c.weight_only && one_in(3);
-    if (!c.weight_only && !c.codes && one_in(2)) grid(c);
+    if (c.weight.decoder == Decoder::int4) {
+      c.weight_only = one_in(2);
+    } else if (!c.weight_only) {
+      c.codes = one_in(3);
+      c.wide = !c.codes && one_in(3);
+      if (!c.codes && one_in(2)) grid(c);
+    }
     c.at_end = !one_in(3);
     c.parts = one_in(2) ? 1 : between(2, 5);
     c.x_dtype = dtype();
@@ -341,7 +354,9 @@ class Draw {
     static const float kOdd[] = {NAN, FLT_MIN, 1e30f, 1, 0.5f};
     c.fixed = true;
     c.k = std::min(c.k, kLongestFixed);
-    c.zero_point = one_in(3) ? 0 : one_in(3) ? (one_in(2) ? -128 : 127) : between(-128, 127);
+    c.zero_point = c.wide || one_in(3) ? 0
+                   : one_in(3)         ? (one_in(2) ? -128 : 127)
+                                       : between(-128, 127);
     c.grid_scale = one_in(3) ? kOdd[between(0, 4)] : static_cast<float>(0.03 * std::exp(normal()));
   }
 
@@ -372,7 +387,7 @@ class Draw {
       if (c.codes) {
         for (int64_t l = 0; l < c.k; ++l)
           c.xq[i * c.k + l] =
-              static_cast<int8_t>(kind < 2 ? (kind ? 127 : -127) : between(-127, 127));
+              static_cast<int16_t>(kind < 2 ? (kind ? 127 : -127) : between(-127, 127));
         c.sx[i] = kind == 2 ? NAN : kind == 3 ? INFINITY : static_cast<float>(std::fabs(normal()));
         continue;
       }
@@ -424,8 +439,9 @@ void quantize_on_grid(Call& c) {
     c.sx[i] = good ? c.grid_scale : NAN;
     for (int64_t l = 0; good && l < c.k; ++l) {
       const float q = std::nearbyint(static_cast<float>(c.x[i * c.k + l]) * inverse);
+      const float high = c.wide ? 32767.0f : 127.0f, low = c.wide ? -32767.0f : -128.0f;
       c.xq[i * c.k + l] =
-          static_cast<int8_t>(std::clamp(q + static_cast<float>(c.zero_point), -128.0f, 127.0f));
+          static_cast<int16_t>(std::clamp(q + static_cast<float>(c.zero_point), low, high));
     }
   }
 }
@@ -433,6 +449,7 @@ void quantize_on_grid(Call& c) {
 // As kernels/int8.py says it.
 void quantize(Call& c) {
   if (c.fixed) return quantize_on_grid(c);
+  const float most = c.wide ? 32767.0f : 127.0f;
   for (int64_t i = 0; i < c.m; ++i) {
     const double* row = c.x.data() + i * c.k;
     float amax = 0;
@@ -441,12 +458,12 @@ void quantize(Call& c) {
       if (!(magnitude <= amax)) amax = magnitude;
       if (std::isnan(amax)) break;
     }
-    const float scale = amax == 0 ? 1 : std::isnan(amax) ? amax : std::max(amax / 127.0f, FLT_MIN);
+    const float scale = amax == 0 ? 1 : std::isnan(amax) ? amax : std::max(amax / most, FLT_MIN);
     const float inverse = 1 / scale;
     for (int64_t l = 0; l < c.k; ++l) {
       const float q =
           std::isfinite(scale) ? std::nearbyint(static_cast<float>(row[l]) * inverse) : 0;
-      c.xq[i * c.k + l] = static_cast<int8_t>(std::clamp(q, -127.0f, 127.0f));
+      c.xq[i * c.k + l] = static_cast<int16_t>(std::clamp(q, -most, most));
     }
     c.sx[i] = scale;
   }
@@ -469,16 +486,34 @@ struct Bounds {
 };
 
 Bounds integer_sum(const Call& c, int64_t i, int64_t j) {
-  const int8_t *x = c.xq.data() + i * c.k, *w = c.w.data() + j * c.k;
+  const int16_t* x = c.xq.data() + i * c.k;
+  const int8_t* w = c.w.data() + j * c.k;
   int64_t sum = 0;
-  for (int64_t begin = 0; begin < c.k; begin += 1024) {
+  for (int64_t begin = 0; begin < c.k; begin += 256) {
     int32_t some = 0;
-    for (int64_t l = begin; l < std::min(begin + 1024, c.k); ++l)
+    for (int64_t l = begin; l < std::min(begin + 256, c.k); ++l)
       some += (x[l] - c.zero_point) * w[l];
     sum += some;
   }
   const double value = static_cast<float>(sum);
   return {value, value, false, c.activation <= Activation::relu};
+}
+
+// As kernels/reference/int8_int4.py says it.
+Bounds group_sum(const Call& c, int64_t i, int64_t j) {
+  const int16_t* x = c.xq.data() + i * c.k;
+  float total = 0;
+  for (int64_t group = 0; group < c.groups(); ++group) {
+    const int64_t at = j * c.groups() + group;
+    const int zero = c.weight.zero_points ? c.group_codes[at] : 8;
+    int32_t sum = 0;
+    for (int64_t l = group * c.weight.group; l < (group + 1) * c.weight.group; ++l) {
+      const int code = c.w[j * c.weight.row_bytes(c.k) + l / 2] >> (l % 2 * 4) & 15;
+      sum += x[l] * (code - zero);
+    }
+    total = total + static_cast<float>(sum) * c.group_scales[at];
+  }
+  return {total, total, false, c.activation <= Activation::relu};
 }
 
 Bounds float_sum(const Call& c, int64_t i, int64_t j) {
@@ -554,7 +589,9 @@ void activate(Bounds& y, Activation activation, const Format& f) {
 Bounds expected(const Call& c, int64_t i, int64_t j) {
   const Format& f = format_of(c.y_dtype);
   const auto single = [](double x) { return static_cast<float>(x); };
-  Bounds y = c.weight_only ? float_sum(c, i, j) : integer_sum(c, i, j);
+  Bounds y = c.weight_only        ? float_sum(c, i, j)
+             : c.sums_of_groups() ? group_sum(c, i, j)
+                                  : integer_sum(c, i, j);
   y.apply([&](double v) { return single(v) * c.sw[j]; });
   if (!c.weight_only) y.apply([&](double v) { return single(v) * c.sx[i]; });
   if (!c.bias.empty()) y.apply([&](double v) { return single(v) + single(c.bias[j]); });
@@ -607,7 +644,8 @@ void run(const Tier& tier, const Call& c, char* y) {
   };
   Linear p{};
   p.m = c.m, p.k = c.k, p.n = c.n;
-  p.x = c.codes ? place(c.xq.data(), c.xq.size()) : place_floats(c.x, c.x_dtype);
+  const std::vector<int8_t> codes_of_x(c.xq.begin(), c.xq.end());
+  p.x = c.codes ? place(codes_of_x.data(), codes_of_x.size()) : place_floats(c.x, c.x_dtype);
   p.x_dtype = c.x_dtype;
   if (c.codes)
     p.row_scale = reinterpret_cast<const float*>(place(c.sx.data(), c.sx.size() * sizeof(float)));
@@ -632,7 +670,10 @@ void run(const Tier& tier, const Call& c, char* y) {
     std::printf("%s\n  not a call: %s\n", running, why);
     std::exit(1);
   }
-  const qnn::Kernel& kernel = c.weight_only ? tier.weight_only : tier.int8;
+  const qnn::Kernel& kernel = c.weight_only        ? tier.weight_only
+                              : c.sums_of_groups() ? tier.int8_int4
+                              : c.wide             ? tier.int16
+                                                   : tier.int8;
   const size_t bytes = kernel.scratch_bytes(p);
   std::vector<std::thread> threads;
   for (int part = 0; part < c.parts; ++part) {

@@ -12,6 +12,7 @@ struct RecurrentCase {
   uint64_t seed = 0;
   Cell cell{};
   Scheme scheme{};
+  bool wide = false;  // 16 bits for what enters a product
   bool projected = false, reverse = false, at_end = false, with_lengths = false;
   int parts = 1;
   int64_t steps = 0, batch = 0, inputs = 0, hidden = 0, outputs = 0;
@@ -25,20 +26,21 @@ struct RecurrentCase {
   int64_t table_parts() const { return cell == Cell::lstm ? 17 : 11; }
 
   std::string text() const {
-    static const char* const kSchemes[] = {"int8", "int8_static", "int8_weight"};
+    static const char* const kSchemes[] = {"int8", "int8_static", "int8_weight", "int16",
+                                           "int16_static"};
     char line[400];
-    std::snprintf(line, sizeof line,
-                  "%s %s T=%lld B=%lld I=%lld H=%lld P=%lld%s %s%s x=%s biases %s %s parts=%d, "
-                  "operands %s (repeat with 1 case and seed %llu)",
-                  kSchemes[static_cast<int>(scheme)], cell == Cell::lstm ? "lstm" : "gru",
-                  static_cast<long long>(steps), static_cast<long long>(batch),
-                  static_cast<long long>(inputs), static_cast<long long>(hidden),
-                  static_cast<long long>(outputs), projected ? " projected" : "",
-                  reverse ? "reverse" : "forward", with_lengths ? " with lengths" : "",
-                  format_of(dtype).name, b_ih.empty() ? "none" : format_of(b_ih_dtype).name,
-                  b_hh.empty() ? "none" : format_of(b_hh_dtype).name, parts,
-                  at_end ? "end at a page" : "begin at a page",
-                  static_cast<unsigned long long>(seed));
+    std::snprintf(
+        line, sizeof line,
+        "%s %s T=%lld B=%lld I=%lld H=%lld P=%lld%s %s%s x=%s biases %s %s parts=%d, "
+        "operands %s (repeat with 1 case and seed %llu)",
+        kSchemes[static_cast<int>(scheme) + (wide ? 3 : 0)], cell == Cell::lstm ? "lstm" : "gru",
+        static_cast<long long>(steps), static_cast<long long>(batch),
+        static_cast<long long>(inputs), static_cast<long long>(hidden),
+        static_cast<long long>(outputs), projected ? " projected" : "",
+        reverse ? "reverse" : "forward", with_lengths ? " with lengths" : "", format_of(dtype).name,
+        b_ih.empty() ? "none" : format_of(b_ih_dtype).name,
+        b_hh.empty() ? "none" : format_of(b_hh_dtype).name, parts,
+        at_end ? "end at a page" : "begin at a page", static_cast<unsigned long long>(seed));
     return line;
   }
 };
@@ -52,6 +54,7 @@ class RecurrentDraw {
     c.seed = seed;
     c.cell = one_in(2) ? Cell::lstm : Cell::gru;
     c.scheme = static_cast<Scheme>(between(0, 4) % 3);
+    c.wide = c.scheme != Scheme::weight && one_in(2);
     c.projected = c.cell == Cell::lstm && one_in(3);
     c.reverse = one_in(2), c.at_end = !one_in(3);
     c.parts = between(1, 4);
@@ -80,7 +83,10 @@ class RecurrentDraw {
         c.lengths.push_back(between(0, static_cast<int>(c.steps)));
     }
     if (c.scheme == Scheme::fixed) {
-      for (int64_t part = 0; part < c.table_parts(); ++part) grid(c.table, part < 2 || part == 16);
+      for (int64_t part = 0; part < c.table_parts(); ++part) {
+        const bool enters = part < 2 || part == 16;
+        enters&& c.wide && !one_in(3) ? wide_grid(c.table) : grid(c.table, enters);
+      }
     }
     return c;
   }
@@ -117,6 +123,11 @@ class RecurrentDraw {
         w[j * k + l] = static_cast<int8_t>(kind == 0 ? -128 : kind == 1 ? 127 : between(-128, 127));
       sw[j] = static_cast<float>((0.1 + unit()) * 0.03 / std::sqrt(k + 1.0));
     }
+  }
+
+  void wide_grid(std::vector<float>& table) {
+    for (const double v : {(0.2 + unit()) / 16384, 0.0, -32767.0, 32767.0})
+      table.push_back(static_cast<float>(v));
   }
 
   void grid(std::vector<float>& table, bool enters) {
@@ -254,7 +265,8 @@ class PlainRecurrent {
         if (!(magnitude <= amax)) amax = magnitude;
         if (std::isnan(amax)) break;
       }
-      if (amax != 0) scale = std::isnan(amax) ? amax : std::max(amax / 127.0f, FLT_MIN);
+      if (amax != 0)
+        scale = std::isnan(amax) ? amax : std::max(amax / (c_.wide ? 32767.0f : 127.0f), FLT_MIN);
       for (double& v : values)
         v = std::isfinite(scale) ? std::nearbyint(static_cast<float>(v) * (1 / scale)) : 0;
     }
@@ -299,7 +311,7 @@ void run_recurrent(const Tier& tier, const RecurrentCase& c, char* y) {
   const size_t value = format_of(c.dtype).bytes;
   const int64_t out = c.steps * c.batch * c.outputs, last = c.batch * c.outputs;
   Recurrent p{};
-  p.cell = c.cell, p.scheme = c.scheme;
+  p.cell = c.cell, p.scheme = c.scheme, p.wide = c.wide;
   p.steps = c.steps, p.batch = c.batch, p.inputs = c.inputs, p.hidden = c.hidden;
   p.outputs = c.outputs, p.dtype = c.dtype, p.reverse = c.reverse;
   p.x = floats(c.x, c.dtype), p.h0 = floats(c.h0, c.dtype), p.c0 = floats(c.c0, c.dtype);
@@ -310,8 +322,7 @@ void run_recurrent(const Tier& tier, const RecurrentCase& c, char* y) {
   p.b_ih_dtype = c.b_ih_dtype, p.b_hh_dtype = c.b_hh_dtype;
   p.y = y, p.h_n = y + out * value, p.c_n = y + (out + last) * value;
 
-  const qnn::RecurrentKernel& kernel =
-      c.scheme == Scheme::weight ? tier.recurrent_weight : tier.recurrent;
+  const qnn::RecurrentKernel& kernel = qnn::kernel_of(tier, p);
   const Memory scratch(kernel.scratch_bytes(p, c.parts), c.at_end, 0xff);
   qnn::Meeting meeting;
   // Every third time the first thread has two parts.

@@ -11,7 +11,7 @@ from torch import nn
 from qnn.calibration.doubts import note_on
 from qnn.functional.attention import ROLES, linear_rows, runs
 from qnn.kernels.backends import linear_backend
-from qnn.kernels.schemes import STATIC
+from qnn.kernels.schemes import static_scheme
 from qnn.nn.attention.forward import APART, PACKED, Attention, arguments_of
 from qnn.nn.attention.observed import ObservedMultiheadAttention
 from qnn.nn.base import Quantized
@@ -184,7 +184,8 @@ class QMultiheadAttention(Attention, Quantized):
                 f"{type(layer).__name__}."
             )
         grids = [part for grid in layer.grids() for part in grid]
-        made = cls._around(layer, STATIC)
+        dtypes = [point.spec.dtype for point in layer.points()]
+        made = cls._around(layer, static_scheme(*dtypes))
         device = made._device
         found = zip(made._calibration(), grids, strict=True)
         made._set_calibration({name: part.to(device) for name, part in found})

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from qnn.kernels.schemes import static_scheme
 from qnn.kinds import Kind, Observation, Own, qualified, register_kind
 from qnn.nn.conv import observed, quantized
 from qnn.nn.conv.geometry import CONVS, TRANSPOSED, plain_class, why_not_conv
@@ -94,7 +95,9 @@ class ConvKind(Kind):
         return ["input"]
 
     def check_observation(self, layer: nn.Module, how: Observation) -> None:
-        spec_of(layer, how)
+        scheme = static_scheme(spec_of(layer, how).dtype)
+        if (reason := why_not_conv(scheme, layer)) is not None:
+            raise ValueError(f"qnn.{type(layer).__name__}: {reason}.")
 
     def require_ranges(self, layer: nn.Module) -> None:
         grid(cast(Any, layer).input_quantize)

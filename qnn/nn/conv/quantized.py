@@ -10,7 +10,7 @@ from torch import nn
 from qnn.calibration.doubts import note_on
 from qnn.functional.conv import conv_of
 from qnn.kernels.backends import op_backend
-from qnn.kernels.schemes import STATIC
+from qnn.kernels.schemes import static_scheme
 from qnn.nn.base import Quantized
 from qnn.nn.conv.geometry import (
     ends,
@@ -161,7 +161,7 @@ class QConv(Quantized):
                 f"qnn.{cls.__name__}.from_observed takes a qnn.{cls._observed.__name__}, got "
                 f"{type(observed).__name__}."
             )
-        layer = cls._around(observed, STATIC)
+        layer = cls._around(observed, static_scheme(observed.input_quantize.spec.dtype))
         found = (part.to(observed.weight.device) for part in grid(observed.input_quantize))
         layer._set_calibration(dict(zip(layer._calibration(), found, strict=True)))
         note_on(layer, [observed.input_quantize])

@@ -13,7 +13,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from qnn.kernels import get_scheme
 from qnn.kinds import Kind, Observation, Own, qualified, register_kind
 from qnn.nn.linear.conv1d import ObservedConv1D, QConv1D, as_linear, tell_adapters
-from qnn.nn.linear.observed import ObservedLinear, grid, spec_of_input, training_spec
+from qnn.nn.linear.observed import (
+    ObservedLinear,
+    default_spec,
+    grid,
+    spec_of_input,
+    training_spec,
+)
 from qnn.nn.linear.quantized import QLinear
 from qnn.nn.linear.training import Linear
 
@@ -169,11 +175,13 @@ def with_parameters_of(old: nn.Module, new: nn.Module, own: Own) -> nn.Module:
 
 
 def spec_of(layer: nn.Module, how: Observation) -> Any:
-    """The spec of the input: that of the call, or what the layer was observed with."""
+    """The spec of the input: that of the call, or what the layer was observed with, or else that of
+    the scheme.
+    """
     spec = spec_of_input(how.parts)
     if spec is None and "input_quantize" in layer._modules:
         return training_spec(cast(Any, layer).input_quantize.spec)
-    return spec
+    return spec or default_spec(how.scheme, how.qat)
 
 
 LINEAR = register_kind(LinearKind())

@@ -1,4 +1,4 @@
-"""`ObservedLinear`: a float `nn.Linear` on its way to `int8_static`."""
+"""`ObservedLinear`: a float `nn.Linear` on its way to `int8_static` or `int16_static`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,28 @@ from qnn.functional.layout import MATRIX, Layout
 from qnn.kernels.schemes import STATIC
 from qnn.nn.values import of_other_kind
 
-# The clipping that errs least, from a histogram; in training the range has to be cheap and to
-# follow the weights.
-_CALIBRATED = QuantSpec(torch.int8, observer="histogram")
-_TRAINED = QuantSpec(torch.int8, observer="moving_average")
+# By scheme, of calibration and of training. In 8 bits the clipping that errs least, from a
+# histogram; in training the range has to be cheap and to follow the weights.
+_DEFAULTS = {
+    "int8_static": (
+        QuantSpec(torch.int8, observer="histogram"),
+        QuantSpec(torch.int8, observer="moving_average"),
+    ),
+    "int16_static": (
+        QuantSpec(torch.int16, symmetric=True),
+        QuantSpec(torch.int16, symmetric=True, observer="moving_average"),
+    ),
+}
+
+
+def default_spec(scheme: str, qat: bool) -> QuantSpec:
+    """The spec of a layer's input where none is given."""
+    return _DEFAULTS[scheme][qat]
 
 
 class ObservedLinear(nn.Linear):
-    """An `nn.Linear` that records the range of its input, for `QLinear(scheme="int8_static")`.
+    """An `nn.Linear` that records the range of its input, for `QLinear(scheme="int8_static")`, or
+    `"int16_static"` with a spec of 16 bits.
 
     Without `qat` it computes what `nn.Linear` computes. With `qat` it trains for the quantised
     layer: input and weight are fake-quantised, the weight exactly as the layer will store it (int8,
@@ -35,7 +49,7 @@ class ObservedLinear(nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`.
-        spec: of the input, int8 or uint8 over the whole range, per-tensor;
+        spec: of the input, int8 or uint8 over the whole range or symmetric int16, per-tensor;
             `QuantSpec(torch.int8, observer="histogram")` if None, `"moving_average"` with `qat`.
         qat: whether to fake-quantise.
         name: of the layer, for errors.
@@ -113,7 +127,7 @@ class ObservedLinear(nn.Linear):
 
 def input_point(spec: QuantSpec | None, qat: bool, name: str) -> FakeQuantize:
     """The point that observes the input of the layer called `name`."""
-    spec = _accepted(spec or (_TRAINED if qat else _CALIBRATED))
+    spec = _accepted(spec or default_spec(STATIC, qat))
     return FakeQuantize(spec, name=f"{name}.input" if name else "input", qat=qat)
 
 
@@ -138,26 +152,35 @@ def spec_of_input(parts: Specs | None) -> QuantSpec | None:
         return None
     if given[-1] is None:
         raise ValueError(
-            "qnn.ObservedLinear: 'input' enters an int8 product, so its dtype must be torch.uint8 "
-            "or torch.int8; got None. Exclude the layer to leave it in float."
+            "qnn.ObservedLinear: 'input' enters an integer product, so its dtype must be "
+            "torch.uint8, torch.int8 or torch.int16; got None. Exclude the layer to leave it in "
+            "float."
         )
     return _accepted(given[-1])
 
 
-def training_spec(spec: QuantSpec) -> QuantSpec | None:
-    """The spec with which an input that was calibrated with `spec` is trained; None for the default
-    of training, after the default of calibration.
+def training_spec(spec: QuantSpec) -> QuantSpec:
+    """The spec with which an input that was calibrated with `spec` is trained: the default of
+    training, after the default of calibration.
     """
-    return None if spec == _CALIBRATED else spec
+    return dict(_DEFAULTS.values()).get(spec, spec)
 
 
 def _accepted(spec: QuantSpec) -> QuantSpec:
-    """`spec`, over all 256 integers: the layer clamps to these."""
+    """`spec`, over all integers that the layer clamps to."""
     who = "qnn.ObservedLinear"
-    if spec.dtype not in (torch.int8, torch.uint8):
-        raise ValueError(f"{who}: the input's spec must be int8 or uint8, got {spec.dtype}.")
+    if spec.dtype not in (torch.int8, torch.uint8, torch.int16):
+        raise ValueError(f"{who}: the input's spec must be int8, uint8 or int16, got {spec.dtype}.")
     if spec.channel_axis is not None:
         raise ValueError(f"{who}: the input has one scale; the spec's channel_axis must be None.")
+    if spec.dtype == torch.int16:
+        if not spec.symmetric or spec.qmin != -spec.qmax:
+            raise ValueError(
+                f"{who}: an input of 16 bits has no zero point; its spec must be "
+                f"QuantSpec(torch.int16, symmetric=True), got {spec}."
+            )
+        if spec.qmax == torch.iinfo(torch.int16).max:
+            return spec
     info = torch.iinfo(spec.dtype)
     least = info.min + 1 if spec.symmetric and info.min < 0 else info.min
     if spec.qmin not in (info.min, least) or spec.qmax != info.max:
@@ -168,9 +191,11 @@ def _accepted(spec: QuantSpec) -> QuantSpec:
     return spec if spec.qmin == info.min else replace(spec, qmin=info.min)
 
 
-def grid(point: FakeQuantize) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point of a layer's input, float32 and int8 `[1]`."""
+def grid(point: FakeQuantize) -> tuple[torch.Tensor, ...]:
+    """Scale and zero point of a layer's input, float32 and int8 `[1]`; of 16 bits the scale."""
     scale, zero_point = point.qparams()
+    if point.spec.dtype == torch.int16:
+        return (scale.detach().clone(),)
     if point.spec.dtype == torch.uint8:
         zero_point = zero_point - 128
     return scale.detach().clone(), zero_point.to(torch.int8)
@@ -178,6 +203,7 @@ def grid(point: FakeQuantize) -> tuple[torch.Tensor, torch.Tensor]:
 
 __all__ = [
     "ObservedLinear",
+    "default_spec",
     "fake_quantize_weight",
     "grid",
     "input_point",

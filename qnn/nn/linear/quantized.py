@@ -11,7 +11,7 @@ from qnn.calibration.doubts import note_on
 from qnn.functional.linear import linear_of
 from qnn.kernels import get_scheme
 from qnn.kernels.backends import linear_backend
-from qnn.kernels.schemes import STATIC
+from qnn.kernels.schemes import static_scheme
 from qnn.nn.base import Quantized
 from qnn.nn.linear.observed import ObservedLinear, grid
 from qnn.nn.values import Found, check_input, input_grid, of_other_kind, require_floats
@@ -31,7 +31,8 @@ class QLinear(Quantized, nn.Linear):
       for nvfp4, float32 for int4. `weight * weight_scale` is the float weight;
     - `weight_global_scale`: nvfp4's second scale, float32 `[1]`, a divisor;
     - `input_scale`, float32 `[1]`, and `input_zero_point`, int8 `[1]`: of int8_static, for the
-      input, per-tensor. A scale of 0 says that there is none yet, and a call is an error;
+      input, per-tensor; of int16_static the scale alone. A scale of 0 says that there is none yet,
+      and a call is an error;
     - `bias`: `[out_features]`, in `dtype`.
 
     `layer.weight` reads as the float weight, in `dtype`, decoded where it is used; what is written
@@ -45,10 +46,11 @@ class QLinear(Quantized, nn.Linear):
         in_features, out_features, bias, device: as in `nn.Linear`. `in_features` must be a multiple
             of 32 for mxfp8 and of 16 for nvfp4.
         dtype: of the bias, and of what `dequantize()` returns; torch's default dtype if None.
-        scheme: `"int8"`, `"fp8"`, `"fp8_tensor"`, `"fp8_block"`, `"mxfp8"`, `"nvfp4"` (activations
-            quantised, from the tensor at hand), `"int8_static"` (on a grid from calibration: see
-            `from_observed`), or `"int8_weight"`, `"fp8_weight"`, `"nvfp4_weight"`,
-            `"int4_weight"` (activations as they are).
+        scheme: `"int8"`, `"int16"`, `"fp8"`, `"fp8_tensor"`, `"fp8_block"`, `"mxfp8"`, `"nvfp4"`
+            (activations quantised, from the tensor at hand), `"int8_static"`, `"int16_static"` (on
+            a grid from calibration: see `from_observed`), `"int8_int4"` (int8 rows, an int4 weight)
+            or `"int8_weight"`, `"fp8_weight"`, `"nvfp4_weight"`, `"int4_weight"` (activations as
+            they are).
 
     Shape:
         input `[..., in_features]`, any number of leading axes, also empty;
@@ -127,7 +129,8 @@ class QLinear(Quantized, nn.Linear):
 
     @classmethod
     def from_observed(cls, observed: ObservedLinear) -> QLinear:
-        """The `int8_static` layer of one that was calibrated or trained.
+        """The static layer of one that was calibrated or trained: `int16_static` where its input
+        has 16 bits, else `int8_static`.
 
         Raises:
             TypeError: `observed` is not an `ObservedLinear`.
@@ -139,7 +142,7 @@ class QLinear(Quantized, nn.Linear):
                 "qnn.QLinear.from_observed takes a qnn.ObservedLinear, got "
                 f"{type(observed).__name__}."
             )
-        layer = cls._around(observed, STATIC)
+        layer = cls._around(observed, static_scheme(observed.input_quantize.spec.dtype))
         found = (part.to(observed.weight.device) for part in grid(observed.input_quantize))
         layer._set_calibration(dict(zip(layer._calibration(), found, strict=True)))
         note_on(layer, [observed.input_quantize])
@@ -189,4 +192,8 @@ class QLinear(Quantized, nn.Linear):
         return f"{features}, bias={self.bias is not None}{dtype}, scheme={self.scheme!r}"
 
     def _is_foreign(self, name: str) -> bool:
-        return super()._is_foreign(name) or name in ("input_scale", "input_global_scale")
+        return super()._is_foreign(name) or name in (
+            "input_scale",
+            "input_zero_point",
+            "input_global_scale",
+        )

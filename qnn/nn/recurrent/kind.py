@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn.modules.rnn import RNNBase
 
-from qnn.calibration.parts import PartSpecs, points_of
-from qnn.kernels.schemes import get_scheme, schemes_of
+from qnn.calibration.parts import WIDE_OPERANDS, PartSpecs, points_of
+from qnn.kernels.schemes import STATIC, get_scheme, schemes_of
 from qnn.kinds import Kind, Observation, Own, register_kind
 from qnn.nn.recurrent.cells import NAMES
 from qnn.nn.recurrent.class_checks import ADVICE, class_checks, warn_of_class_checks
@@ -88,7 +88,8 @@ class RecurrentKind(Kind):
     def observe(self, layer: nn.Module, how: Observation, own: Own) -> Any:
         made = self._quantizable(layer, how)
         known = layer.specs() if isinstance(layer, Observed) else {}
-        made.observe(PartSpecs(known) | (how.parts or {}), qat=how.qat)
+        specs = known or ({} if how.scheme == STATIC else WIDE_OPERANDS)
+        made.observe(PartSpecs(specs) | (how.parts or {}), qat=how.qat)
         if known:
             made.go_on_from(layer)
         for name, parameter in layer._parameters.items():

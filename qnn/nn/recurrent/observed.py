@@ -52,7 +52,8 @@ class Observed(nn.Module):
         Args:
             parts: specs by part name with wildcards, over the defaults: the last key that matches a
                 part counts, and None leaves it in float. `"input"`, `"hidden_state"` and
-                `"projection_input"` must have 8 bits. `qnn.parts` has `EIGHT_BIT` and `FIXED`.
+                `"projection_input"` must have 8 bits, or 16, symmetric. `qnn.parts` has
+                `EIGHT_BIT`, `WIDE_OPERANDS` and `FIXED`.
             qat: whether to fake-quantise.
 
         Returns:

@@ -13,8 +13,8 @@ from qnn.calibration.doubts import note_on
 from qnn.functional.float_recurrent import States
 from qnn.functional.recurrent import recurrent_of
 from qnn.kernels.backends import op_backend
-from qnn.kernels.reference.recurrent import CELLS, Cell
-from qnn.kernels.schemes import DEFAULT_SCHEME, STATIC, schemes_of
+from qnn.kernels.reference.recurrent import CELLS, Cell, why_not_operand
+from qnn.kernels.schemes import DEFAULT_SCHEME, schemes_of, static_scheme
 from qnn.nn.base import Quantized
 from qnn.nn.recurrent.observed import Observed
 from qnn.nn.recurrent.states import OfCell
@@ -111,7 +111,8 @@ class QRecurrent(OfCell, Quantized):
     @classmethod
     def from_observed(cls: type[LayerT], layer: Any) -> LayerT:
         """The static twin of a quantisable layer that was observed: for a `QLSTM` of a
-        `QuantizableLSTM`.
+        `QuantizableLSTM`. It is `int16_static` where a part that enters a product has 16 bits, else
+        `int8_static`.
 
         Raises:
             TypeError: `layer` is of another class.
@@ -119,7 +120,9 @@ class QRecurrent(OfCell, Quantized):
                 infinite or NaN, or has too many bits for an integer product; the part is named.
         """
         tables = cls.tables_of(layer)
-        made = cls._of(layer, STATIC, None)
+        operands = CELLS[cls.mode.lower()].operands()
+        specs = [spec for name, spec in layer.specs().items() if name in operands and spec]
+        made = cls._of(layer, static_scheme(*(spec.dtype for spec in specs)), None)
         device = made._device
         made._set_calibration({f"table{end}": each.to(device) for end, each in tables.items()})
         note_on(made, layer.points.values())
@@ -189,7 +192,8 @@ class QRecurrent(OfCell, Quantized):
         if not table.is_meta:
             operands = self._cell.operands(projection=bool(getattr(self, "proj_size", 0)))
             for part, row in zip(self._cell.parts, table.tolist(), strict=True):
-                if reason := _why_not_row(row, part in operands):
+                bits = cast(Any, self._scheme.activation).bits if part in operands else None
+                if reason := _why_not_row(row, bits):
                     raise ValueError(f"{name}: the part {part} {reason}.")
         return table
 
@@ -248,19 +252,22 @@ def _table(cell: Cell, points: Mapping[str, Any], who: str) -> torch.Tensor:
             row = point.row().cpu()
         except ValueError as error:
             raise ValueError(f"{who}: part {name!r}: {error}") from None
-        if name in cell.operands() and float(row[3] - row[2]) > 255:
+        bits = 8 if point.spec.dtype.itemsize == 1 else 16
+        if name in cell.operands() and (reason := why_not_operand(row.tolist(), bits)) is not None:
             raise ValueError(
-                f"{who}: part {name!r} enters an integer product and has at most 8 bits, got "
-                f"{int(row[2])} … {int(row[3])}."
+                f"{who}: part {name!r} enters an integer product and must have {reason}, got "
+                f"{int(row[2])} … {int(row[3])}, zero point {int(row[1])}."
             )
         rows.append(row)
     return torch.stack(rows)
 
 
-def _why_not_row(row: list[float], operand: bool) -> str | None:
-    """Why a row `(scale, zero_point, qmin, qmax)` of a table is no grid of its part, or None."""
+def _why_not_row(row: list[float], bits: int | None) -> str | None:
+    """Why a row `(scale, zero_point, qmin, qmax)` of a table is no grid of its part, or None; an
+    operand of a product has at most so many bits.
+    """
     scale, point, low, high = row
-    if scale == 0 and not operand:
+    if scale == 0 and bits is None:
         return None  # it stays as it is
     if not 0 < scale < math.inf:
         return f"must have a positive, finite scale, got {scale:g}"
@@ -268,6 +275,6 @@ def _why_not_row(row: list[float], operand: bool) -> str | None:
         return f"must have a whole zero point and whole ends, got {point:g}, {low:g}, {high:g}"
     if low > high:
         return f"must have qmin ≤ qmax, got {low:g} and {high:g}"
-    if operand and (high - low > 255 or abs(low - point) > 1024):
-        return f"enters an integer product and has at most 8 bits, got {low:g} … {high:g}"
+    if bits is not None and (reason := why_not_operand(row, bits)) is not None:
+        return f"enters an integer product and must have {reason}, got {low:g} … {high:g}"
     return None

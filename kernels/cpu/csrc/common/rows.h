@@ -1,4 +1,4 @@
-// A row of floats to int8: its scale and its codes.
+// A row of floats to integers: its scale and its codes.
 #pragma once
 
 #include <limits>
@@ -8,10 +8,11 @@
 namespace qnn {
 namespace {
 
-// amax / 127, at least the smallest normal float; 1 for a zero row. NaN and inf pass through.
+// amax / kMost, at least the smallest normal float; 1 for a zero row. NaN and inf pass through.
+template <int kMost = 127>
 inline float scale_of(float amax) {
   if (amax == 0.0f) return 1.0f;
-  const float scale = amax / 127.0f, least = std::numeric_limits<float>::min();
+  const float scale = amax / static_cast<float>(kMost), least = std::numeric_limits<float>::min();
   return scale < least ? least : scale;
 }
 
@@ -44,9 +45,9 @@ inline float row_magnitude(const typename Format::Value* x, int64_t k) {
   return amax;
 }
 
-template <class Format>
+template <class Format, int kMost = 127>
 inline float row_scale(const typename Format::Value* x, int64_t k) {
-  return scale_of(row_magnitude<Format>(x, k));
+  return scale_of<kMost>(row_magnitude<Format>(x, k));
 }
 
 // The low bytes, or halves, of kLanes words. GCC 12 takes words apart one by one for AVX2.
@@ -80,8 +81,8 @@ inline void write_codes(Code* p, vint q) {
 #endif
 }
 
-// round(x · inverse) of kLanes values. A product rounds to at most 127. Adding 1.5 · 2^23 rounds it
-// to nearest, ties to even, and leaves it in the low bits.
+// round(x · inverse) of kLanes values. A product rounds to at most the largest code. Adding
+// 1.5 · 2^23 rounds it to nearest, ties to even, and leaves it in the low bits.
 inline vint codes_of(vfloat x, float inverse) {
   const vfloat round = splat(0x1.8p23f);
   return bits(x * inverse + round) - bits(round);

@@ -59,6 +59,7 @@ inline vint bits(vfloat x) { return (vint)x; }
 inline vfloat floats(vint x) { return __builtin_convertvector(x, vfloat); }
 inline vfloat sum_as_float(vint acc) { return floats(acc); }
 inline vfloat sum_as_float(vfloat acc) { return acc; }
+inline vfloat sum_as_float(vdouble acc) { return __builtin_convertvector(acc, vfloat); }
 
 // a · b + c, rounded once where the instruction set can.
 inline vfloat fma(vfloat a, vfloat b, vfloat c) {

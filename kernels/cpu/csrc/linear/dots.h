@@ -114,7 +114,7 @@ struct Dots {
         // Of long rows the two terms may wrap, their sum does not.
         if constexpr (T::kOffset != 0)
           sums = (vint)((vuint)sums + static_cast<uint32_t>(b.start[row]));
-        if constexpr (T::kQuantizes) {
+        if constexpr (kZeroPoints<T>) {
           if (p.zero_point != 0) {
             vuint columns = read<vuint>(b.acc + p.m * T::kChunk + c);
             if constexpr (T::kOffset != 0) columns += static_cast<uint32_t>(b.start[p.m]);

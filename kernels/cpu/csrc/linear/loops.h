@@ -2,7 +2,7 @@
 // is a struct T:
 //
 // clang-format off
-//   Code, Panel, Acc    element of a row of x, of a panel of w, and of their sums (4 bytes)
+//   Code, Panel, Acc    element of a row of x, of a panel of w, and of their sums
 //   Sum                 a vector of sums
 //   kGroup              codes in a 32-bit word: what one lane multiplies in one instruction
 //   kQuantizes          x is quantised; else taken as float32
@@ -32,6 +32,8 @@
 #include "linear/blocked.h"
 #include "linear/dots.h"
 #include "linear/float_tier.h"
+#include "linear/int16_tier.h"
+#include "linear/int8_int4.h"
 
 namespace qnn {
 namespace {

@@ -8,6 +8,10 @@
 namespace qnn {
 namespace {
 
+// Whether a tier's sums have room for what a zero point adds to them.
+template <class T>
+constexpr bool kZeroPoints = std::is_same_v<typename T::Sum, vint>;
+
 // The columns of y in one chunk, and what is added and multiplied there, as float32.
 template <class T>
 struct Columns {
@@ -96,7 +100,7 @@ struct Output {
     alignas(64) int32_t words[kLanes * kLanes], turned[kLanes * kLanes];
     const auto scaled = [&](int64_t i) {
       Sum sum = read<Sum>(acc + i * acc_stride);
-      if constexpr (T::kQuantizes) {
+      if constexpr (kZeroPoints<T>) {
         if (start != nullptr) sum = (vint)((vuint)sum + static_cast<uint32_t>(start[c + i]));
       }
       vfloat value = sum_as_float(sum) * sw[c + i];

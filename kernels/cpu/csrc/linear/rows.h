@@ -7,13 +7,17 @@
 namespace qnn {
 namespace {
 
+// The largest code of a row of x: of 8 bits, or of 16 where sums have more than 32.
+template <class T>
+constexpr int kMostCode = std::is_same_v<typename T::Sum, vdouble> ? 32767 : 127;
+
 // One row: its codes, padded with zeros to `padded`, and its scale. Returns the sum of the codes.
-template <class Format, class Code>
+template <class Format, int kMost, class Code>
 inline int32_t quantize_row(const typename Format::Value* x, int64_t k, int64_t padded, Code* codes,
                             float* scale) {
-  *scale = row_scale<Format>(x, k);
+  *scale = row_scale<Format, kMost>(x, k);
   const float inverse = 1.0f / *scale;
-  vint sum = {};
+  vuint sum = {};  // codes of 16 bits may wrap around: nobody asks for their sum
   int64_t i = 0;
   // Else the row holds NaN or inf, and its codes are 0.
   if (*scale <= std::numeric_limits<float>::max()) {
@@ -23,29 +27,29 @@ inline int32_t quantize_row(const typename Format::Value* x, int64_t k, int64_t 
         const vuint pair = read<vuint>(x + i);
         const vint low = codes_of((vfloat)(pair << 16), inverse);
         const vint high = codes_of((vfloat)(pair & 0xffff0000), inverse);
-        sum += low + high;
+        sum += (vuint)(low + high);
         write(codes + i, __builtin_convertvector(((vuint)low & 0xff) | (vuint)high << 8, vhalf));
       }
     }
     for (; i < k; i += kLanes) {
       const vint q = codes_of(load_some<Format>(x + i, k - i), inverse);
-      sum += q;
+      sum += (vuint)q;
       write_codes(codes + i, q);
     }
   }
   for (; i < padded; i += kLanes) write_codes(codes + i, vint{});
-  int32_t total = 0;
+  uint32_t total = 0;
   for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
-  return total;
+  return static_cast<int32_t>(total);
 }
 
-// One row on the call's own grid; as above.
-template <class Format, class Code>
+// One row on the call's own grid, down to -128 of 8 bits and to -32767 of 16; as above.
+template <class Format, int kMost, class Code>
 inline int32_t quantize_on_grid(const Linear& p, const typename Format::Value* x, int64_t padded,
                                 Code* codes, float* scale) {
   const float inverse = 1.0f / p.grid_scale;
-  const vfloat low = splat(static_cast<float>(-128 - p.zero_point)),
-               high = splat(static_cast<float>(127 - p.zero_point)), round = splat(0x1.8p23f);
+  const vfloat low = splat(static_cast<float>((kMost == 127 ? -128 : -kMost) - p.zero_point)),
+               high = splat(static_cast<float>(kMost - p.zero_point)), round = splat(0x1.8p23f);
   vint lanes, most = {};
   vuint sum = {};  // codes of NaN may wrap around
   for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
@@ -67,9 +71,9 @@ inline int32_t quantize_on_grid(const Linear& p, const typename Format::Value* x
   for (int lane = 0; lane < kLanes; ++lane) good = good && most[lane] < 0x7f800000;
   *scale = good ? p.grid_scale : std::numeric_limits<float>::quiet_NaN();
   if (!good) return 0;  // whatever the codes are
-  int32_t total = 0;
-  for (int lane = 0; lane < kLanes; ++lane) total += static_cast<int32_t>(sum[lane]);
-  return total;
+  uint32_t total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
+  return static_cast<int32_t>(total);
 }
 
 inline void quantize(const Quantize& p, int part, int parts) {
@@ -125,8 +129,8 @@ __attribute__((noinline)) int32_t read_row(const Linear& p, int64_t row, int64_t
     with_format(p.x_dtype, [&](auto format) {
       using Format = decltype(format);
       const auto* x = static_cast<const typename Format::Value*>(p.x) + row * p.k;
-      sum = p.fixed ? quantize_on_grid<Format>(p, x, padded, out, scale)
-                    : quantize_row<Format>(x, p.k, padded, out, scale);
+      sum = p.fixed ? quantize_on_grid<Format, kMostCode<T>>(p, x, padded, out, scale)
+                    : quantize_row<Format, kMostCode<T>>(x, p.k, padded, out, scale);
     });
     return sum;
   }

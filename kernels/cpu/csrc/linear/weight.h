@@ -38,8 +38,9 @@ constexpr WeightFormat int4_in_groups(int64_t group, bool zero_points) {
 struct WeightOp {
   const char* name;
   WeightFormat weight;
+  bool quantizes = false;  // rows of x to int8; else they stay as they are
 };
-// Layers with activations as they are, over a weight that is not int8. Their arguments are x, the
+// Layers over a weight that is not int8. Their arguments are x, the
 // codes, the scales, the divisor or the zero points where there are, and the bias.
 constexpr WeightOp kWeightOps[] = {
     {"fp8_weight_linear", kE4m3},
@@ -50,6 +51,12 @@ constexpr WeightOp kWeightOps[] = {
     {"int4_asym_weight_linear", int4_in_groups(128, true)},
     {"int4_asym_g64_weight_linear", int4_in_groups(64, true)},
     {"int4_asym_g32_weight_linear", int4_in_groups(32, true)},
+    {"int8_int4_linear", int4_in_groups(128, false), true},
+    {"int8_int4_g64_linear", int4_in_groups(64, false), true},
+    {"int8_int4_g32_linear", int4_in_groups(32, false), true},
+    {"int8_int4_asym_linear", int4_in_groups(128, true), true},
+    {"int8_int4_asym_g64_linear", int4_in_groups(64, true), true},
+    {"int8_int4_asym_g32_linear", int4_in_groups(32, true), true},
 };
 
 // "int4, a float32 scale per group of 32, zero points"

@@ -56,7 +56,7 @@ Tensor grouped(const Signature& op, const WeightFormat& weight, const Kernel& ke
   const auto* bias = args.data<char>(a.bias);
   auto* out = static_cast<char*>(y.data_ptr());
   if (bias != nullptr) p.bias_dtype = float_format(*a.bias);
-  if (a.sx != nullptr) set_grid(p, *args.data<float>(a.sx), *args.data<int8_t>(a.zx));
+  set_grid(p, args, a.sx, a.zx);
   const int64_t row_in = k * a.x.element_size(), row_out = n * a.x.element_size();
   const int64_t scales = n * weight.groups(k), bytes_of_scales = scales * a.sw.element_size();
 
@@ -98,6 +98,18 @@ Tensor int8_static_grouped_linear(Tensor x, Tensor w, Tensor sw, Tensor offsets,
   return grouped(op, kInt8, best_tier().int8, {x, w, sw, nullptr, offsets, &sx, &zx, bias});
 }
 
+Tensor int16_grouped_linear(Tensor x, Tensor w, Tensor sw, Tensor offsets, Maybe bias) {
+  static const Signature& op = signature_of("int16_grouped_linear");
+  return grouped(op, kInt8, best_tier().int16,
+                 {x, w, sw, nullptr, offsets, nullptr, nullptr, bias});
+}
+
+Tensor int16_static_grouped_linear(Tensor x, Tensor w, Tensor sw, Tensor offsets, Tensor sx,
+                                   Maybe bias) {
+  static const Signature& op = signature_of("int16_static_grouped_linear");
+  return grouped(op, kInt8, best_tier().int16, {x, w, sw, nullptr, offsets, &sx, nullptr, bias});
+}
+
 // `fp8_weight_linear` as `fp8_weight_grouped_linear`.
 std::string name_of(const WeightOp& op) {
   const std::string name = op.name, tail = "linear";
@@ -108,7 +120,7 @@ std::string name_of(const WeightOp& op) {
 template <size_t kIndex>
 Tensor weight_linear(Tensor x, Tensor wq, Tensor sw, Tensor offsets, Maybe bias) {
   static const Signature& op = signature_of(name_of(kWeightOps[kIndex]));
-  return grouped(op, kWeightOps[kIndex].weight, best_tier().weight_only,
+  return grouped(op, kWeightOps[kIndex].weight, kernel_of(best_tier(), kWeightOps[kIndex]),
                  {x, wq, sw, nullptr, offsets, nullptr, nullptr, bias});
 }
 
@@ -116,7 +128,7 @@ template <size_t kIndex>
 Tensor weight_linear_extra(Tensor x, Tensor wq, Tensor sw, Tensor extra, Tensor offsets,
                            Maybe bias) {
   static const Signature& op = signature_of(name_of(kWeightOps[kIndex]));
-  return grouped(op, kWeightOps[kIndex].weight, best_tier().weight_only,
+  return grouped(op, kWeightOps[kIndex].weight, kernel_of(best_tier(), kWeightOps[kIndex]),
                  {x, wq, sw, &extra, offsets, nullptr, nullptr, bias});
 }
 
@@ -142,6 +154,8 @@ bool add_weight_ops(std::index_sequence<kIndex...>) {
     {"int8_grouped_linear", TORCH_BOX(&int8_grouped_linear)},
     {"int8_weight_grouped_linear", TORCH_BOX(&int8_weight_grouped_linear)},
     {"int8_static_grouped_linear", TORCH_BOX(&int8_static_grouped_linear)},
+    {"int16_grouped_linear", TORCH_BOX(&int16_grouped_linear)},
+    {"int16_static_grouped_linear", TORCH_BOX(&int16_static_grouped_linear)},
 });
 
 }  // namespace

@@ -8,6 +8,7 @@
 
 #include "linear/linear.h"
 #include "ops/threads.h"
+#include "tiers/tiers.h"
 
 namespace qnn {
 
@@ -25,12 +26,19 @@ inline void run_parallel(const Arguments& args, const Kernel& kernel, const Line
   });
 }
 
-// The fixed grid of all rows.
-inline void set_grid(Linear& p, float scale, int8_t zero_point) {
+// The fixed grid of all rows; one of 16 bits has no zero point.
+inline void set_grid(Linear& p, const Arguments& args, const Tensor* sx, const Tensor* zx) {
+  if (sx == nullptr) return;
+  const float scale = *args.data<float>(sx);
   const bool usable = scale >= std::numeric_limits<float>::min() && std::isfinite(scale);
   p.fixed = true;
   p.grid_scale = usable ? scale : std::numeric_limits<float>::quiet_NaN();
-  p.zero_point = zero_point;
+  if (zx != nullptr) p.zero_point = *args.data<int8_t>(zx);
+}
+
+// What runs an op of kWeightOps.
+inline const Kernel& kernel_of(const Tier& tier, const WeightOp& op) {
+  return op.quantizes ? tier.int8_int4 : tier.weight_only;
 }
 
 }  // namespace qnn

@@ -15,7 +15,6 @@
 namespace qnn {
 namespace {
 
-
 // y of the leading sizes of x and n columns, or nothing to compute: then m is 0.
 Tensor result(const Arguments& args, Linear& p, const Tensor& x, ScalarType dtype) {
   std::vector<int64_t> sizes(x.dim(), p.n);
@@ -48,7 +47,7 @@ Tensor linear(const Signature& op, const Kernel& kernel, const Int8Linear& a) {
   if (p.m == 0) return y;
   p.x = args.data(a.x), p.w = args.data<int8_t>(a.w), p.sw = args.data<float>(a.sw);
   p.row_scale = args.data<float>(a.scale);
-  if (a.sx != nullptr) set_grid(p, *args.data<float>(*a.sx), *args.data<int8_t>(*a.zx));
+  set_grid(p, args, a.sx, a.zx);
   p.bias = args.data(a.bias), p.residual = args.data(a.residual);
   if (p.bias != nullptr) p.bias_dtype = float_format(*a.bias);
   p.activation = activation_called(a.activation);
@@ -72,7 +71,7 @@ Tensor linear(const WeightOp& op, const Signature& signature, const Tier& tier, 
   if (p.weight.grouped()) p.group_scale = args.data(sw);
   p.bias = args.data(bias);
   if (p.bias != nullptr) p.bias_dtype = float_format(*bias);
-  run_parallel(args, tier.weight_only, p);
+  run_parallel(args, kernel_of(tier, op), p);
   return y;
 }
 
@@ -101,6 +100,19 @@ Tensor int8_rows_linear(Tensor q, Tensor scale, Tensor w, Tensor sw, Maybe bias,
                         std::string activation, ScalarType dtype) {
   static const Signature& op = signature_of("int8_rows_linear");
   return linear(op, best_tier().int8, {q, w, sw, bias, residual, activation, &scale, &dtype});
+}
+
+Tensor int16_linear(Tensor x, Tensor w, Tensor sw, Maybe bias, Maybe residual,
+                    std::string activation) {
+  static const Signature& op = signature_of("int16_linear");
+  return linear(op, best_tier().int16, {x, w, sw, bias, residual, activation});
+}
+
+Tensor int16_static_linear(Tensor x, Tensor w, Tensor sw, Tensor sx, Maybe bias, Maybe residual,
+                           std::string activation) {
+  static const Signature& op = signature_of("int16_static_linear");
+  return linear(op, best_tier().int16,
+                {x, w, sw, bias, residual, activation, nullptr, nullptr, &sx, nullptr});
 }
 
 // The ops of kWeightOps, by their place there.
@@ -152,23 +164,30 @@ std::tuple<Tensor, Tensor> int8_quantize(Tensor x) {
   return {codes, scales};
 }
 
-// For tests and benchmarks: `scheme` is int8 or int8_weight, and the tier is the named one.
+// For tests and benchmarks: `scheme` is int8, int16 or int8_weight, and the tier is the named one.
 Tensor cpu_linear(Tensor x, Tensor w, Tensor sw, Maybe bias, Maybe residual, std::string activation,
                   std::string scheme, std::string tier) {
-  const bool weight_only = scheme == "int8_weight";
-  if (!weight_only && scheme != "int8") {
-    throw std::invalid_argument(
-        "qnn::cpu_linear: scheme must be one of 'int8', 'int8_weight', got '" + scheme + "'.");
+  const std::pair<const char*, Kernel Tier::*> kernels[] = {
+      {"int8", &Tier::int8}, {"int16", &Tier::int16}, {"int8_weight", &Tier::weight_only}};
+  for (const auto& [name, kernel] : kernels) {
+    if (scheme != name) continue;
+    return linear(signature_of(scheme + "_linear"), tier_called(tier).*kernel,
+                  {x, w, sw, bias, residual, activation});
   }
-  const Tier& named = tier_called(tier);
-  return linear(signature_of(scheme + "_linear"), weight_only ? named.weight_only : named.int8,
-                {x, w, sw, bias, residual, activation});
+  throw std::invalid_argument(
+      "qnn::cpu_linear: scheme must be one of 'int8', 'int16', 'int8_weight', got '" + scheme +
+      "'.");
 }
 
-Tensor cpu_static_linear(Tensor x, Tensor w, Tensor sw, Tensor sx, Tensor zx, Maybe bias,
+// int8_static, or, without a zero point, int16_static.
+Tensor cpu_static_linear(Tensor x, Tensor w, Tensor sw, Tensor sx, Maybe zx, Maybe bias,
                          Maybe residual, std::string activation, std::string tier) {
+  if (!zx.has_value()) {
+    return linear(signature_of("int16_static_linear"), tier_called(tier).int16,
+                  {x, w, sw, bias, residual, activation, nullptr, nullptr, &sx, nullptr});
+  }
   return linear(signature_of("int8_static_linear"), tier_called(tier).int8,
-                {x, w, sw, bias, residual, activation, nullptr, nullptr, &sx, &zx});
+                {x, w, sw, bias, residual, activation, nullptr, nullptr, &sx, &*zx});
 }
 
 // The same for an op of kWeightOps.
@@ -189,6 +208,8 @@ Tensor cpu_weight_linear(Tensor x, Tensor wq, Tensor sw, Maybe extra, Maybe bias
     {"int8_linear", TORCH_BOX(&int8_linear)},
     {"int8_weight_linear", TORCH_BOX(&int8_weight_linear)},
     {"int8_static_linear", TORCH_BOX(&int8_static_linear)},
+    {"int16_linear", TORCH_BOX(&int16_linear)},
+    {"int16_static_linear", TORCH_BOX(&int16_static_linear)},
     {"int8_rows_linear", TORCH_BOX(&int8_rows_linear)},
 });
 
@@ -202,7 +223,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qnn, m) {
       "str scheme, str tier) "
       "-> Tensor");
   m.def(
-      "cpu_static_linear(Tensor x, Tensor w, Tensor sw, Tensor sx, Tensor zx, Tensor? bias, "
+      "cpu_static_linear(Tensor x, Tensor w, Tensor sw, Tensor sx, Tensor? zx, Tensor? bias, "
       "Tensor? residual, str activation, str tier) -> Tensor");
   m.def(
       "cpu_weight_linear(Tensor x, Tensor wq, Tensor sw, Tensor? extra, Tensor? bias, str op, "

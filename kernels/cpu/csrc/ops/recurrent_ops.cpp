@@ -16,6 +16,7 @@ namespace {
 
 struct RecurrentArguments {
   Scheme scheme;
+  bool wide;
   const Tensor &x, &h0;
   const Tensor* c0;  // of an LSTM
   const Tensor &w_ih, &sw_ih, &w_hh, &sw_hh;
@@ -26,21 +27,26 @@ struct RecurrentArguments {
   const std::string& direction;
 };
 
-const Signature& declared(bool lstm, Scheme scheme) {
+const Signature& declared(bool lstm, Scheme scheme, bool wide) {
   static const Signature* const all[][2] = {
       {&signature_of("int8_gru"), &signature_of("int8_lstm")},
       {&signature_of("int8_static_gru"), &signature_of("int8_static_lstm")},
-      {&signature_of("int8_weight_gru"), &signature_of("int8_weight_lstm")}};
-  return *all[static_cast<int>(scheme)][lstm];
+      {&signature_of("int8_weight_gru"), &signature_of("int8_weight_lstm")},
+      {&signature_of("int16_gru"), &signature_of("int16_lstm")},
+      {&signature_of("int16_static_gru"), &signature_of("int16_static_lstm")}};
+  return *all[static_cast<int>(scheme) + (wide ? 3 : 0)][lstm];
 }
 
-// What enters a product is 8 bits wide.
-const char* why_not_8_bits(const float* row) {
+// What enters a product is 8 bits wide, or up to 16 less its zero point.
+const char* why_not_operand(const float* row, bool wide) {
   const float low = row[2] - row[1], high = row[3] - row[1];
   if (!(row[0] > 0) || !std::isfinite(row[0])) return "a positive scale";
-  const bool whole = std::nearbyint(low) == low && std::nearbyint(high) == high;
-  if (!whole || !(low <= high) || high - low > 255 || std::fabs(low) > 1024) return "8 bits";
-  return nullptr;
+  const bool whole = std::nearbyint(low) == low && std::nearbyint(high) == high && low <= high;
+  if (wide)
+    return whole && low >= -32767 && high <= 32767
+               ? nullptr
+               : "codes less its zero point from -32767 to 32767";
+  return whole && high - low <= 255 && std::fabs(low) <= 1024 ? nullptr : "8 bits";
 }
 
 // Parts of a step that two threads share are worth their meeting, some 0.5 µs, from about so many
@@ -58,10 +64,11 @@ int64_t parts_worth(const Recurrent& p) {
 }
 
 // A row of the table, of a part that enters a product with so many columns.
-void require_8_bits(const Arguments& args, const float* grid, const std::string& part,
-                    int64_t columns) {
-  const char* reason = why_not_8_bits(grid);
+void require_operand(const Arguments& args, const float* grid, const std::string& part,
+                     int64_t columns, bool wide) {
+  const char* reason = why_not_operand(grid, wide);
   if (reason != nullptr) args.fail("table must give the part " + part + " " + reason);
+  if (wide) return;  // no sum overflows
   const auto code = [&](int at) { return static_cast<int64_t>(std::fabs(grid[at] - grid[1])); };
   const int64_t largest = std::max<int64_t>({1, code(2), code(3)});
   const int64_t limit = std::numeric_limits<int32_t>::max() / (largest * 128);
@@ -80,7 +87,7 @@ void require_rules(const Arguments& args, const Recurrent& p) {
   if (p.table == nullptr) return;
   const CellParts& parts = parts_of(p.cell);
   const auto require = [&](const char* part, int64_t columns) {
-    require_8_bits(args, p.table + 4 * parts.row(part), part, columns);
+    require_operand(args, p.table + 4 * parts.row(part), part, columns, p.wide);
   };
   require("input", p.inputs), require("hidden_state", p.outputs);
   if (p.w_hr != nullptr) require("projection_input", p.hidden);
@@ -90,9 +97,9 @@ void require_rules(const Arguments& args, const Recurrent& p) {
 Tensor recurrent(const RecurrentArguments& a, const Tier& tier, int64_t parts_wanted = 0) {
   const bool lstm = a.c0 != nullptr;
   Recurrent p{};
-  p.cell = lstm ? Cell::lstm : Cell::gru, p.scheme = a.scheme;
-  Arguments args(declared(lstm, p.scheme), a.x, a.h0, a.c0, a.w_ih, a.sw_ih, a.w_hh, a.sw_hh,
-                 a.table, a.b_ih, a.b_hh, a.w_hr, a.sw_hr, a.lengths, a.direction);
+  p.cell = lstm ? Cell::lstm : Cell::gru, p.scheme = a.scheme, p.wide = a.wide;
+  Arguments args(declared(lstm, p.scheme, p.wide), a.x, a.h0, a.c0, a.w_ih, a.sw_ih, a.w_hh,
+                 a.sw_hh, a.table, a.b_ih, a.b_hh, a.w_hr, a.sw_hr, a.lengths, a.direction);
   p.steps = a.x.size(0), p.batch = a.x.size(1), p.inputs = a.x.size(2);
   p.outputs = a.h0.size(1), p.hidden = lstm ? a.c0->size(1) : p.outputs;
   p.dtype = float_format(a.x);
@@ -116,8 +123,7 @@ Tensor recurrent(const RecurrentArguments& a, const Tier& tier, int64_t parts_wa
   char* to = static_cast<char*>(result.data_ptr());
   p.y = to, p.h_n = to + out * size, p.c_n = to + (out + last) * size;
 
-  const RecurrentKernel& kernel =
-      p.scheme == Scheme::weight ? tier.recurrent_weight : tier.recurrent;
+  const RecurrentKernel& kernel = kernel_of(tier, p);
   Meeting meeting;
   with_memory(args, [&] {
     share_memory(
@@ -132,49 +138,51 @@ Tensor recurrent(const RecurrentArguments& a, const Tier& tier, int64_t parts_wa
 
 // -- ops
 
-template <Scheme scheme>
+template <Scheme scheme, bool wide = false>
 Tensor lstm(Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor sw_ih, Tensor w_hh, Tensor sw_hh,
             Maybe b_ih, Maybe b_hh, Maybe w_hr, Maybe sw_hr, Maybe lengths, std::string direction) {
-  return recurrent({scheme, x, h0, &c0, w_ih, sw_ih, w_hh, sw_hh, nullptr, b_ih, b_hh, &w_hr,
+  return recurrent({scheme, wide, x, h0, &c0, w_ih, sw_ih, w_hh, sw_hh, nullptr, b_ih, b_hh, &w_hr,
                     &sw_hr, lengths, direction},
                    best_tier());
 }
 
-Tensor int8_static_lstm(Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor sw_ih, Tensor w_hh,
-                        Tensor sw_hh, Tensor table, Maybe b_ih, Maybe b_hh, Maybe w_hr, Maybe sw_hr,
-                        Maybe lengths, std::string direction) {
-  return recurrent({Scheme::fixed, x, h0, &c0, w_ih, sw_ih, w_hh, sw_hh, &table, b_ih, b_hh, &w_hr,
-                    &sw_hr, lengths, direction},
+template <bool wide>
+Tensor static_lstm(Tensor x, Tensor h0, Tensor c0, Tensor w_ih, Tensor sw_ih, Tensor w_hh,
+                   Tensor sw_hh, Tensor table, Maybe b_ih, Maybe b_hh, Maybe w_hr, Maybe sw_hr,
+                   Maybe lengths, std::string direction) {
+  return recurrent({Scheme::fixed, wide, x, h0, &c0, w_ih, sw_ih, w_hh, sw_hh, &table, b_ih, b_hh,
+                    &w_hr, &sw_hr, lengths, direction},
                    best_tier());
 }
 
-template <Scheme scheme>
+template <Scheme scheme, bool wide = false>
 Tensor gru(Tensor x, Tensor h0, Tensor w_ih, Tensor sw_ih, Tensor w_hh, Tensor sw_hh, Maybe b_ih,
            Maybe b_hh, Maybe lengths, std::string direction) {
-  return recurrent({scheme, x, h0, nullptr, w_ih, sw_ih, w_hh, sw_hh, nullptr, b_ih, b_hh, nullptr,
-                    nullptr, lengths, direction},
-                   best_tier());
-}
-
-Tensor int8_static_gru(Tensor x, Tensor h0, Tensor w_ih, Tensor sw_ih, Tensor w_hh, Tensor sw_hh,
-                       Tensor table, Maybe b_ih, Maybe b_hh, Maybe lengths, std::string direction) {
-  return recurrent({Scheme::fixed, x, h0, nullptr, w_ih, sw_ih, w_hh, sw_hh, &table, b_ih, b_hh,
+  return recurrent({scheme, wide, x, h0, nullptr, w_ih, sw_ih, w_hh, sw_hh, nullptr, b_ih, b_hh,
                     nullptr, nullptr, lengths, direction},
                    best_tier());
 }
 
+template <bool wide>
+Tensor static_gru(Tensor x, Tensor h0, Tensor w_ih, Tensor sw_ih, Tensor w_hh, Tensor sw_hh,
+                  Tensor table, Maybe b_ih, Maybe b_hh, Maybe lengths, std::string direction) {
+  return recurrent({Scheme::fixed, wide, x, h0, nullptr, w_ih, sw_ih, w_hh, sw_hh, &table, b_ih,
+                    b_hh, nullptr, nullptr, lengths, direction},
+                   best_tier());
+}
+
 // For tests and benchmarks: an LSTM where c0 is given, else a GRU; int8_static where a table is
-// given, else int8 or int8_weight; the tier is the named one, and the parts so many, 0 for as many
-// as the work is worth.
+// given, else int8 or int8_weight; int16_static or int16 where it is wide; the tier is the named
+// one, and the parts so many, 0 for as many as the work is worth.
 Tensor cpu_recurrent(Tensor x, Tensor h0, Maybe c0, Tensor w_ih, Tensor sw_ih, Tensor w_hh,
                      Tensor sw_hh, Maybe table, Maybe b_ih, Maybe b_hh, Maybe w_hr, Maybe sw_hr,
                      Maybe lengths, std::string direction, bool weight_only, std::string tier,
-                     int64_t parts) {
+                     int64_t parts, bool wide) {
   const Scheme scheme = table.has_value() ? Scheme::fixed
                         : weight_only     ? Scheme::weight
                                           : Scheme::dynamic;
   const bool lstm = c0.has_value();
-  return recurrent({scheme, x, h0, lstm ? &*c0 : nullptr, w_ih, sw_ih, w_hh, sw_hh,
+  return recurrent({scheme, wide, x, h0, lstm ? &*c0 : nullptr, w_ih, sw_ih, w_hh, sw_hh,
                     table.has_value() ? &*table : nullptr, b_ih, b_hh, lstm ? &w_hr : nullptr,
                     lstm ? &sw_hr : nullptr, lengths, direction},
                    tier_called(tier), parts);
@@ -193,11 +201,15 @@ std::string cpu_cell_parts() {
 
 [[maybe_unused]] const bool added = add_ops({
     {"int8_lstm", TORCH_BOX(&lstm<Scheme::dynamic>)},
-    {"int8_static_lstm", TORCH_BOX(&int8_static_lstm)},
+    {"int8_static_lstm", TORCH_BOX(&static_lstm<false>)},
     {"int8_weight_lstm", TORCH_BOX(&lstm<Scheme::weight>)},
     {"int8_gru", TORCH_BOX(&gru<Scheme::dynamic>)},
-    {"int8_static_gru", TORCH_BOX(&int8_static_gru)},
+    {"int8_static_gru", TORCH_BOX(&static_gru<false>)},
     {"int8_weight_gru", TORCH_BOX(&gru<Scheme::weight>)},
+    {"int16_lstm", TORCH_BOX((&lstm<Scheme::dynamic, true>))},
+    {"int16_static_lstm", TORCH_BOX(&static_lstm<true>)},
+    {"int16_gru", TORCH_BOX((&gru<Scheme::dynamic, true>))},
+    {"int16_static_gru", TORCH_BOX(&static_gru<true>)},
 });
 
 }  // namespace
@@ -207,7 +219,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qnn, m) {
   m.def(
       "cpu_recurrent(Tensor x, Tensor h0, Tensor? c0, Tensor w_ih, Tensor sw_ih, Tensor w_hh, "
       "Tensor sw_hh, Tensor? table, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? sw_hr, "
-      "Tensor? lengths, str direction, bool weight_only, str tier, int parts) -> Tensor");
+      "Tensor? lengths, str direction, bool weight_only, str tier, int parts, "
+      "bool wide=False) -> Tensor");
   m.def("cpu_cell_parts() -> str");
 }
 

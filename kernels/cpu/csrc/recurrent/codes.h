@@ -2,6 +2,7 @@
 #pragma once
 
 #include "recurrent/cell.h"
+#include "recurrent/products.h"
 #include "recurrent/shares.h"
 
 namespace qnn {
@@ -25,7 +26,7 @@ QNN_KERNEL void read_row(const Recurrent& p, const Quantizer& how, int64_t row, 
       for (int64_t i = 0; i < padded; i += kLanes)
         write(codes + i, i < k ? load_some<Format>(x + i, k - i) : vfloat{});
     } else if (p.scheme == Scheme::dynamic) {
-      *scale = row_scale<Format>(x, k);
+      *scale = row_scale<Format, kMostCodeOf<P>>(x, k);
       const bool finite = *scale <= std::numeric_limits<float>::max();
       const float inverse = finite ? 1.0f / *scale : 0.0f;
       for (int64_t i = 0; i < k; i += kLanes) {
@@ -111,7 +112,7 @@ QNN_KERNEL void publish(const Recurrent& p, const Members& members, const Operan
           most = to.marks[other * marks + row] > most ? to.marks[other * marks + row] : most;
         float amax;
         std::memcpy(&amax, &most, sizeof amax);
-        const float scale = scale_of(amax);
+        const float scale = scale_of<kMostCodeOf<P>>(amax);
         to.scales[share * marks + row] = scale;
         const bool finite = scale <= std::numeric_limits<float>::max();
         const float inverse = finite ? 1.0f / scale : 0.0f;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "recurrent/cell.h"
+#include "recurrent/products.h"
 
 namespace qnn {
 namespace {
@@ -106,8 +107,7 @@ QNN_KERNEL void scale_sums(const typename P::Acc* acc, int64_t rows,
     const Grid grid = grids[g];
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = (r * G + g) * kLanes;
-      using Sum = std::conditional_t<P::kQuantizes, vint, vfloat>;
-      vfloat v = sum_as_float(read<Sum>(acc + at)) * sw;
+      vfloat v = sum_as_float(read<Sums<P>>(acc + at)) * sw;
       if constexpr (P::kQuantizes) v = v * scales[r];
       if (biased) v = v + bias;
       write(to + at, round_to(grid, v));

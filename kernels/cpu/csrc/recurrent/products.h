@@ -1,7 +1,7 @@
 // The products of the recurrent layers. A tier gives them as a struct P:
 //
 // clang-format off
-//   Code, Acc           what activations are multiplied as, and the sums
+//   Code, Acc           what activations are multiplied as, and the sums: of 16-bit codes double
 //   kQuantizes          activations are integers; else float32
 //   kShifts, kLeast     as bytes: code - low of their part + kLeast; else as they are
 //   kGroup              codes that one 32-bit word of activations or of weights stands for
@@ -20,11 +20,22 @@
 namespace qnn {
 namespace {
 
-// Of integers, by a machine's multiply_add(sum, x, w): R rows a call times G gates.
-template <class M, int kMost4, int kMost3>
+// A vector of a product's sums, and the largest code of what it multiplies.
+template <class P>
+using Sums = std::conditional_t<std::is_same_v<typename P::Acc, double>, vdouble,
+                                std::conditional_t<P::kQuantizes, vint, vfloat>>;
+template <class P>
+constexpr int kMostCodeOf = std::is_same_v<typename P::Acc, double> ? 32767 : 127;
+
+// Of integers, by a machine's multiply_add(sum, x, w): R rows a call times G gates. Sums of 16-bit
+// codes, of which 32 bits hold so many pairs, go on in double, exactly.
+template <class M, int kMost4, int kMost3, class Total = int32_t>
 struct IntegerProduct : M {
   using Code = std::conditional_t<M::kGroup == 4, uint8_t, int16_t>;
-  using Acc = int32_t;
+  using Acc = Total;
+  static constexpr bool kGoesOn = std::is_same_v<Acc, double>;
+  static constexpr int64_t kPairs = 256;
+  static_assert(!kGoesOn || M::kGroup == 2);
   static constexpr bool kQuantizes = true, kShifts = M::kGroup == 4;
   static constexpr int32_t kLeast = M::kOffset != 0 ? 0 : -128;  // of an unsigned or a signed byte
   static constexpr int64_t kGroup = M::kGroup, kWordStep = 1, kTileRows = 18;
@@ -49,28 +60,40 @@ struct IntegerProduct : M {
   template <int R, int G>
   QNN_KERNEL static void product(const Code* x, int64_t stride, const char* panel,
                                  const int32_t* start, int64_t words, Acc* acc) {
-    vint sums[R][G];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) sums[r][g] = read<vint>(start + g * kLanes);
-    }
-    for (int64_t word = 0; word < words; ++word) {
-      vint w[G];
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) w[g] = read<vint>(panel + (word * G + g) * kLanes * 4);
+    int64_t word = 0;
+    do {
+      vint sums[R][G];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const vint codes = splat(read<int32_t>(x + r * stride + word * kGroup));
 #pragma GCC unroll 4
-        for (int g = 0; g < G; ++g) sums[r][g] = M::multiply_add(sums[r][g], codes, w[g]);
+        for (int g = 0; g < G; ++g) sums[r][g] = kGoesOn ? vint{} : read<vint>(start + g * kLanes);
       }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
+      const int64_t begin = word, end = kGoesOn ? smaller(words, begin + kPairs) : words;
+      for (; word < end; ++word) {
+        vint w[G];
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) write(acc + (r * G + g) * kLanes, sums[r][g]);
-    }
+        for (int g = 0; g < G; ++g) w[g] = read<vint>(panel + (word * G + g) * kLanes * 4);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          const vint codes = splat(read<int32_t>(x + r * stride + word * kGroup));
+#pragma GCC unroll 4
+          for (int g = 0; g < G; ++g) sums[r][g] = M::multiply_add(sums[r][g], codes, w[g]);
+        }
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g) {
+          Acc* to = acc + (r * G + g) * kLanes;
+          if constexpr (kGoesOn) {
+            const vdouble more = __builtin_convertvector(sums[r][g], vdouble);
+            write(to, begin == 0 ? more : read<vdouble>(to) + more);
+          } else {
+            write(to, sums[r][g]);
+          }
+        }
+      }
+    } while (kGoesOn && word < words);
   }
 
   template <int G, int R = kMost<G>>

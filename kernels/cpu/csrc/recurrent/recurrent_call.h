@@ -11,7 +11,7 @@
 namespace qnn {
 
 enum class Cell { lstm, gru };
-// int8, int8_static, int8_weight
+// int8 or int16, int8_static or int16_static, int8_weight
 enum class Scheme { dynamic, fixed, weight };
 
 // What the rows of a table are, as Cell.parts in kernels/reference/recurrent.py.
@@ -54,6 +54,7 @@ constexpr const CellParts& parts_of(Cell cell) {
 struct Recurrent {
   Cell cell;
   Scheme scheme;
+  bool wide;  // what enters a product has up to 16 bits, and not 8: int16, int16_static
   int64_t steps, batch, inputs, hidden, outputs;  // T, B, I, H, P
   const void* x;                                  // [T, B, I]
   const void *h0, *c0;                            // [B, P], [B, H]; c0 null in a GRU

@@ -12,26 +12,13 @@
 namespace qnn {
 namespace {
 
-struct Madd : Avx2, Inner<Madd> {
-  using Code = int16_t;
-  static constexpr bool kQuantizes = true;
-  using Panel = int16_t;
+struct Madd : Avx2Words, Inner<Madd> {
   using Acc = int32_t;
   using Sum = vint;
-  static constexpr int64_t kGroup = 2, kOffset = 0, kDepth = 512, kWordStep = 8;
-
-  static void fill_panel(Panel* to, const int8_t* w, int64_t depth) {
-    for (int64_t i = 0; i < depth; i += 16)
-      write(to + i, _mm256_cvtepi8_epi16(bytes_of<__m128i>(w + i, depth - i)));
-  }
 
   static vint multiply_add(vint sum, vint column, vint row) {
     return sum + (vint)_mm256_madd_epi16((__m256i)column, (__m256i)row);
   }
-  static vint column(const int8_t* w, int64_t left) {
-    return (vint)_mm256_cvtepi8_epi16(bytes_of<__m128i>(w, left));
-  }
-  static int32_t sum(vint s) { return qnn::sum((__m256i)s); }
 };
 
 bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
@@ -43,10 +30,13 @@ constexpr Tier avx2 = [] {
   t.name = "avx2";
   t.runs_here = runs_here;
   t.int8 = kernel<Madd>();
+  t.int16 = kernel<Int16Tier<Madd>>();
+  t.int8_int4 = int8_int4<Avx2Machine>();
   t.weight_only = kernel<FloatTier<Avx2Machine>>();
   t.quantize = quantize;
   t.look_up = look_up<FloatTier<Avx2Machine>>;
   t.recurrent = recurrent<IntegerProduct<Madd, 2, 3>>();
+  t.recurrent_int16 = recurrent<IntegerProduct<Madd, 2, 3, double>>();
   t.recurrent_weight = recurrent<FloatProduct<Avx2Machine, 2, 3>>();
   t.conv = conv<IntegerConv<Madd>>();
   t.conv_weight = conv<FloatConv<Avx2Machine>>();

@@ -50,6 +50,23 @@ struct Avx2 {
   }
 };
 
+// Both operands widened to 16 bits; a product adds pairs.
+struct Avx2Words : Avx2 {
+  using Code = int16_t;
+  using Panel = int16_t;
+  static constexpr bool kQuantizes = true;
+  static constexpr int64_t kGroup = 2, kOffset = 0, kDepth = 512, kWordStep = 8;
+
+  static void fill_panel(Panel* to, const int8_t* w, int64_t depth) {
+    for (int64_t i = 0; i < depth; i += 16)
+      write(to + i, _mm256_cvtepi8_epi16(bytes_of<__m128i>(w + i, depth - i)));
+  }
+  static vint column(const int8_t* w, int64_t left) {
+    return (vint)_mm256_cvtepi8_epi16(bytes_of<__m128i>(w, left));
+  }
+  static int32_t sum(vint s) { return qnn::sum((__m256i)s); }
+};
+
 struct Avx2Machine : Avx2 {
   // Two columns: four times four sums leave no register to decode in.
   static constexpr int64_t kDepth = 256, kWordStep = 8, kDotColumns = 2;

@@ -23,9 +23,13 @@ inline __m256i dpbusd(__m256i sum, __m256i w, __m256i x) {
 }
 #elif defined(QNN_EVEX)
 inline __m256i dpbusd(__m256i sum, __m256i w, __m256i x) { return _mm256_dpbusd_epi32(sum, w, x); }
+inline __m256i dpwssd(__m256i sum, __m256i w, __m256i x) { return _mm256_dpwssd_epi32(sum, w, x); }
 #else
 inline __m256i dpbusd(__m256i sum, __m256i w, __m256i x) {
   return _mm256_dpbusd_avx_epi32(sum, w, x);
+}
+inline __m256i dpwssd(__m256i sum, __m256i w, __m256i x) {
+  return _mm256_dpwssd_avx_epi32(sum, w, x);
 }
 #endif
 
@@ -53,6 +57,13 @@ struct Vnni256 : Avx2, Inner<Vnni256> {
   static int32_t sum(vint s) { return qnn::sum((__m256i)s); }
 };
 
+// Codes of 16 bits, in pairs.
+struct Vnni256Words : Avx2Words {
+  static vint multiply_add(vint sum, vint column, vint row) {
+    return (vint)dpwssd((__m256i)sum, (__m256i)column, (__m256i)row);
+  }
+};
+
 bool runs_here() {
 #if defined(QNN_EMULATE_VNNI)
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -72,10 +83,13 @@ constexpr Tier avx_vnni = [] {
   t.name = "avx_vnni";
   t.runs_here = runs_here;
   t.int8 = kernel<Vnni256>();
+  t.int16 = kernel<Int16Tier<Vnni256Words>>();
+  t.int8_int4 = int8_int4<Avx2Machine>();
   t.weight_only = kernel<FloatTier<Avx2Machine>>();
   t.quantize = quantize;
   t.look_up = look_up<FloatTier<Avx2Machine>>;
   t.recurrent = recurrent<IntegerProduct<Vnni256, 3, 3>>();
+  t.recurrent_int16 = recurrent<IntegerProduct<Vnni256Words, 3, 3, double>>();
   t.recurrent_weight = recurrent<FloatProduct<Avx2Machine, 2, 3>>();
   t.conv = conv<IntegerConv<Vnni256>>();
   t.conv_weight = conv<FloatConv<Avx2Machine>>();

@@ -54,6 +54,86 @@ bool known_integers(const Tier& tier) {
   return true;
 }
 
+// Codes of 16 bits, given as floats whose scale is 1, and sums that 32 bits do not hold.
+bool known_int16(const Tier& tier) {
+  for (const auto& [m, k, n] : {std::array<int64_t, 3>{3, 8300, 9}, {40, 1100, 33}}) {
+    std::vector<float> x(m * k), y(m * n);
+    std::vector<int8_t> w(n * k);
+    uint32_t state = 1;
+    const auto next = [&] {
+      return static_cast<int>((state = state * 1664525 + 1013904223) >> 16);
+    };
+    for (auto& v : x) v = static_cast<float>(std::max(next() - 32768, -32767));
+    for (auto& v : w) v = static_cast<int8_t>((next() >> 8) - 128);
+    std::fill_n(x.begin(), k, 32767.0f);
+    for (int64_t i = 0; i < m; ++i) x[i * k] = -32767.0f;
+    std::fill_n(w.begin(), k, int8_t{127});
+    std::fill_n(w.end() - k, k, int8_t{-128});
+    const std::vector<float> ones(n, 1.0f);
+    Linear p{};
+    p.m = m, p.k = k, p.n = n;
+    p.x = x.data();
+    p.weight = kInt8, p.w = w.data(), p.sw = ones.data();
+    p.y = y.data();
+    run_alone(tier.int16, p);
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t j = 0; j < n; ++j) {
+        int64_t sum = 0;
+        for (int64_t l = 0; l < k; ++l) sum += static_cast<int64_t>(x[i * k + l]) * w[j * k + l];
+        if (y[i * n + j] != static_cast<float>(sum)) return false;
+      }
+    }
+  }
+  return true;
+}
+
+// Groups of int4, whose sums are integers, to the bit.
+bool known_int8_int4(const Tier& tier) {
+  for (const auto& [m, k, n] : {std::array<int64_t, 3>{3, 352, 20}, {15, 64, 5}}) {
+    for (const bool zero_points : {false, true}) {
+      const WeightFormat format = int4_in_groups(32, zero_points);
+      const int64_t groups = format.groups(k), stride = format.row_bytes(k);
+      std::vector<float> x(m * k), y(m * n), scales(n * groups);
+      std::vector<uint8_t> w(n * stride), points(n * groups);
+      uint32_t state = 1;
+      const auto next = [&] {
+        return static_cast<int>((state = state * 1664525 + 1013904223) >> 24);
+      };
+      for (auto& v : x) v = static_cast<float>(std::max(next() - 128, -127));
+      for (auto& v : w) v = static_cast<uint8_t>(next());
+      for (auto& v : points) v = static_cast<uint8_t>(next() & 15);
+      for (auto& v : scales) v = static_cast<float>(next() + 1) / 192;
+      std::fill_n(x.begin(), k, 127.0f);
+      for (int64_t i = 0; i < m; ++i) x[i * k] = -127.0f;
+      std::fill_n(w.begin(), stride, uint8_t{255});
+      const float one = 1;
+      Linear p{};
+      p.m = m, p.k = k, p.n = n;
+      p.x = x.data();
+      p.weight = format, p.w = reinterpret_cast<const int8_t*>(w.data()), p.sw = &one;
+      p.group_scale = scales.data(), p.zero_points = zero_points ? points.data() : nullptr;
+      p.y = y.data();
+      run_alone(tier.int8_int4, p);
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+          float total = 0;
+          for (int64_t group = j * groups; group < (j + 1) * groups; ++group) {
+            int32_t sum = 0;
+            for (int64_t l = (group - j * groups) * 32, end = l + 32; l < end; ++l) {
+              const int code = w[j * stride + l / 2] >> 4 * (l % 2) & 15;
+              sum +=
+                  static_cast<int32_t>(x[i * k + l]) * (code - (zero_points ? points[group] : 8));
+            }
+            total = total + static_cast<float>(sum) * scales[group];
+          }
+          if (y[i * n + j] != total) return false;
+        }
+      }
+    }
+  }
+  return true;
+}
+
 double value_of_e4m3(uint8_t code) {
   const int exponent = code >> 3 & 15, mantissa = code & 7;
   const double magnitude = (code & 127) == 127 ? std::nan("")
@@ -138,13 +218,16 @@ bool known_floats(const Tier& tier) {
 // A step or two of every kind of layer, to the bit as in the portable tier, whose products are
 // plain C++: full-range operands, in both forms of AMX's product. 0.1 ms a tier.
 bool known_steps(const Tier& tier) {
-  for (const int kind : {0, 1, 2, 3}) {
+  for (const int all : {0, 1, 2, 3, 4, 5, 6, 7}) {
+    const int kind = all % 4;
     Recurrent p{};
     p.cell = kind % 2 == 0 ? Cell::lstm : Cell::gru;
     p.scheme = kind < 2 ? Scheme::dynamic : Scheme::fixed;
+    p.wide = all >= 4;
     const CellParts& parts = parts_of(p.cell);
     const int64_t gates = parts.gates;
-    p.steps = 2, p.batch = kind < 2 ? 9 : 3, p.inputs = 70, p.hidden = p.outputs = 18;
+    p.steps = 2, p.batch = kind < 2 ? 9 : 3, p.inputs = p.wide ? 530 : 70,
+    p.hidden = p.outputs = 18;
     uint32_t state = 1;
     const auto next = [&] {
       return static_cast<int>((state = state * 1664525 + 1013904223) >> 24) - 128;
@@ -160,9 +243,12 @@ bool known_steps(const Tier& tier) {
     }
     const std::vector<float> sw(gates * p.hidden, 1e-4f);
     std::vector<float> table;
-    for (int64_t part = 0; part < parts.count; ++part)
-      table.insert(table.end(), {1.0f / 64, part == 0 ? 128.0f : 0.0f, part == 0 ? 0.0f : -127.0f,
-                                 part == 0 ? 255.0f : 127.0f});
+    for (int64_t part = 0; part < parts.count; ++part) {
+      const bool bytes = part == 0 && !p.wide;
+      const float most = p.wide ? 32767.0f : 127.0f;
+      table.insert(table.end(), {p.wide ? 1.0f / 16384 : 1.0f / 64, bytes ? 128.0f : 0.0f,
+                                 bytes ? 0.0f : -most, bytes ? 255.0f : most});
+    }
     p.x = x.data(), p.h0 = h0.data(), p.c0 = c0.data();
     p.w_ih = w_ih.data(), p.w_hh = w_hh.data(), p.sw_ih = p.sw_hh = sw.data();
     if (p.scheme == Scheme::fixed) p.table = table.data();
@@ -177,7 +263,7 @@ bool known_steps(const Tier& tier) {
       kernel.run(p, {0, 1, 1, nullptr}, static_cast<char*>(aligned));
       return y;
     };
-    if (result(tier.recurrent) != result(portable.recurrent)) return false;
+    if (result(kernel_of(tier, p)) != result(kernel_of(portable, p))) return false;
   }
   return true;
 }
@@ -237,6 +323,8 @@ const char* why_not(size_t index) {
     for (size_t i = 0; i < std::size(kTiers); ++i) {
       found[i] = !kTiers[i]->runs_here()           ? "this CPU lacks the instructions"
                  : !known_integers(*kTiers[i])     ? "wrong integers in the known-answer test"
+                 : !known_int16(*kTiers[i])        ? "wrong 16-bit sums in the known-answer test"
+                 : !known_int8_int4(*kTiers[i])    ? "wrong sums of groups in the known-answer test"
                  : !known_floats(*kTiers[i])       ? "wrong floats in the known-answer test"
                  : !known_steps(*kTiers[i])        ? "wrong steps in the known-answer test"
                  : !known_convolutions(*kTiers[i]) ? "wrong convolutions in the known-answer test"

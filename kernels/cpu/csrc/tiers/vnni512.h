@@ -63,6 +63,26 @@ struct Vnni : Avx512, Inner<Vnni> {
   }
 };
 
+// Codes of 16 bits, in pairs.
+struct VnniWords : Avx512 {
+  using Code = int16_t;
+  using Panel = int16_t;
+  static constexpr bool kQuantizes = true;
+  static constexpr int64_t kGroup = 2, kOffset = 0, kDepth = 512, kWordStep = 16;
+
+  static void fill_panel(Panel* to, const int8_t* w, int64_t depth) {
+    for (int64_t i = 0; i < depth; i += 32)
+      write(to + i, _mm512_cvtepi8_epi16(bytes_of<__m256i>(w + i, depth - i)));
+  }
+  static vint multiply_add(vint sum, vint column, vint row) {
+    return (vint)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)column, (__m512i)row);
+  }
+  static vint column(const int8_t* w, int64_t left) {
+    return (vint)_mm512_cvtepi8_epi16(bytes_of<__m256i>(w, left));
+  }
+  static int32_t sum(vint s) { return qnn::sum((__m512i)s); }
+};
+
 inline bool vnni512_runs_here() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
