@@ -122,7 +122,7 @@ def _ops(scheme: str, *kinds: str, tables: str = "") -> dict[str, str]:
     return ops | {kind: f"{tables}_{kind}" for kind in (_TABLES if tables else ())}
 
 
-_OTHERS = ("lstm", "gru", "conv", "conv_transpose")
+_RECURRENT, _CONVS = ("lstm", "gru"), ("conv", "conv_transpose")
 _TABLES = ("embedding", "embedding_bag")
 _ROW = FLOAT8["float8_e4m3"]
 _TENSOR = FLOAT8["float8_e4m3_tensor"]
@@ -132,23 +132,26 @@ SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
         Scheme(
-            "int8", INT8_CHANNEL, INT8_TOKEN, _ops("int8", *_OTHERS, tables="int8_weight"),
+            "int8", INT8_CHANNEL, INT8_TOKEN, _ops("int8", *_RECURRENT, *_CONVS, tables="int8_weight"),
             "int-quantized",
             max_in_features=INT8_MAX_K,
         ),
         Scheme(
             "int8_static", INT8_CHANNEL, INT8_TENSOR,
-            _ops("int8_static", *_OTHERS, tables="int8_weight"), "int-quantized",
+            _ops("int8_static", *_RECURRENT, *_CONVS, tables="int8_weight"), "int-quantized",
             max_in_features=INT8_STATIC_MAX_K, static=True,
         ),
-        Scheme("int16", INT8_CHANNEL, INT16_TOKEN, _ops("int16", "lstm", "gru", tables="int8_weight"), "int-quantized"),
         Scheme(
-            "int16_static", INT8_CHANNEL, INT16_TENSOR, _ops("int16_static", "lstm", "gru", tables="int8_weight"),
-            "int-quantized", static=True,
+            "int16", INT8_CHANNEL, INT16_TOKEN, _ops("int16", *_RECURRENT, tables="int8_weight"),
+            "int-quantized",
+        ),
+        Scheme(
+            "int16_static", INT8_CHANNEL, INT16_TENSOR,
+            _ops("int16_static", *_RECURRENT, tables="int8_weight"), "int-quantized", static=True,
         ),
         Scheme(
             "int8_weight", INT8_CHANNEL, None,
-            _ops("int8_weight", *_OTHERS, tables="int8_weight"), "int-quantized",
+            _ops("int8_weight", *_RECURRENT, *_CONVS, tables="int8_weight"), "int-quantized",
         ),
         Scheme(
             "fp8", _ROW, replace(_ROW, granularity="token"), _ops("fp8", tables="fp8_weight"),
