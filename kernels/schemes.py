@@ -132,8 +132,8 @@ SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
         Scheme(
-            "int8", INT8_CHANNEL, INT8_TOKEN, _ops("int8", *_RECURRENT, *_CONVS, tables="int8_weight"),
-            "int-quantized",
+            "int8", INT8_CHANNEL, INT8_TOKEN,
+            _ops("int8", *_RECURRENT, *_CONVS, tables="int8_weight"), "int-quantized",
             max_in_features=INT8_MAX_K,
         ),
         Scheme(

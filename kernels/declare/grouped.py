@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qnn.kernels.declare import floats, int8  # noqa: F401  # the ops of linear layers
+from qnn.kernels.declare import floats, int8, int16  # noqa: F401  # the ops of linear layers
 from qnn.kernels.op import OPS, Op
 from qnn.kernels.op.axes import Arg
 from qnn.kernels.reference.grouped import by_group
