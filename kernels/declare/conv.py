@@ -148,14 +148,14 @@ def _conv(
     if up and names[0] == "x":
         reference = functools.partial(reference, transposed=True)
     # What has a limit sums integers.
-    kernel = functools.partial(reference, integer_sums=float32_sums)
+    sums = {} if limit is None else {"integer_sums": float32_sums}
     return Op(
         name,
         f"{arguments} -> {result}",
         doc=doc,
         dtypes={each: dtypes[each] for each in names if each in dtypes},
         reference=reference,
-        kernels={} if limit is None else {"CPU": kernel},
+        kernels={"CPU": functools.partial(reference, **sums)} if "activation" in names else {},
         rule=_rule(names, up=up, limit=limit),
         sizes=SIZES,
         layout=names[0],
