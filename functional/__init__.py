@@ -1,10 +1,11 @@
-"""Stateless layer mathematics: quantise, dequantise, linear, LSTM and GRU, and the one seam,
-`invoke_quant`.
+"""Stateless layer mathematics: quantise, dequantise, linear, convolutions, LSTM and GRU, and the
+one seam, `invoke_quant`.
 """
 
 import importlib
 from typing import Any
 
+from qnn.functional.conv import conv, conv_transpose
 from qnn.functional.fake_quantize import fake_quantize
 from qnn.functional.invoke import invoke_quant
 from qnn.functional.linear import linear
@@ -14,6 +15,8 @@ from qnn.functional.training import training_linear
 
 __all__ = [
     "RecurrentWeights",
+    "conv",
+    "conv_transpose",
     "dequantize",
     "fake_quantize",
     "gru",

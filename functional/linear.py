@@ -11,13 +11,16 @@ from qnn.functional import tensor_parallel
 from qnn.functional.invoke import invoke_quant
 from qnn.functional.quantize import dequantize, stored_parts
 from qnn.kernels import OPS, get_scheme
-from qnn.kernels.op.autograd import sum_of_rows
+from qnn.kernels.op.autograd import shape_alone, sum_of_rows
 from qnn.kernels.torch_private import in_functorch_transform
 
+_AFTER = ("bias", "residual")
 
-class _Linear(torch.autograd.Function):
-    """One op of linear kind, `op(x, *weight[, bias])` with the parts of a quantised weight and,
-    where it is static, the grid of `x`, in a region of its own; so are its gradients, to any order.
+
+class _Layer(torch.autograd.Function):
+    """One op of linear kind, `op(x, *weight, *constants[, bias])` with the parts of a quantised
+    weight and, where it is static, the grid of `x`, and the integers of a convolution, in a region
+    of its own; so are its gradients, to any order.
 
     For graphs that are compiled: elsewhere the op's own gradient is used, which is the same. The
     gradient to `x` is the op that the declaration names (`Op.backward`). That op is linear in `dy`
@@ -30,16 +33,17 @@ class _Linear(torch.autograd.Function):
         bias: torch.Tensor | None,
         op: str,
         scheme: str,
+        constants: Sequence[Any],
         *weight: torch.Tensor,
     ) -> torch.Tensor:
-        return _region(op, x, weight, bias, scheme)
+        return op_node(op, x, weight, bias, scheme, constants)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        x, bias, ctx.op, ctx.scheme, *weight = inputs
+        x, bias, ctx.op, ctx.scheme, ctx.constants, *weight = inputs
         ctx.save_for_backward(*weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.columns = x.shape[-1]
+        ctx.shape = x.shape
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -47,49 +51,77 @@ class _Linear(torch.autograd.Function):
         dx = dbias = None
         if ctx.needs_input_grad[0]:
             (gradient,) = OPS[ctx.op].backward.values()
-            dx = _apply(dy, _weight_of(gradient, weight), None, gradient, ctx.scheme)
+            names = [arg.name for arg in OPS[gradient].inputs if arg.axes is not None]
+            # Without the grid of a static input; and with the shape of x, if it is asked for.
+            count = len([name for name in names[1:] if name not in ("like", *_AFTER)])
+            like = [shape_alone(dy, ctx.shape)] if "like" in names else []
+            operands = (*weight[:count], *like)
+            dx = apply_op(dy, operands, None, gradient, ctx.scheme, ctx.constants)
             # A packed weight stands for columns that x may lack.
-            dx = dx if dx.shape[-1] == ctx.columns else dx[..., : ctx.columns]
+            columns = ctx.shape[-1]
+            dx = dx if dx.shape[-1] == columns else dx[..., :columns]
         if ctx.needs_input_grad[1]:
-            dbias = sum_of_rows(dy, ctx.bias_dtype)
-        return dx, dbias, None, None, *[None] * len(weight)
+            dbias = sum_of_rows(dy, ctx.bias_dtype, OPS[ctx.op].bias_axis or -1)
+        return dx, dbias, None, None, None, *[None] * len(weight)
 
 
-def _weight_of(gradient: str, parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """The parts that an op that gives a gradient takes, `op(dy, *parts)`: those of the weight,
-    without the grid of a static input after them.
-    """
-    return parts[: len(OPS[gradient].inputs) - 1]
-
-
-def _region(
+def op_node(
     op: str,
     x: torch.Tensor,
     weight: tuple[torch.Tensor, ...],
     bias: torch.Tensor | None,
     scheme: str,
+    constants: Sequence[Any] = (),
 ) -> torch.Tensor:
     """The op, in a region; an op that gives a gradient takes no bias."""
-    operands = (x, *weight, bias)[: len(OPS[op].inputs)]
-    return invoke_quant(OPS[op].overload, *operands, scheme=scheme)
+    count = len(OPS[op].inputs)
+    if not constants:
+        return invoke_quant(OPS[op].overload, *(x, *weight, bias)[:count], scheme=scheme)
+    overload = OPS[op].overload
+
+    def call(*tensors: torch.Tensor | None) -> torch.Tensor:
+        *parts, last = tensors
+        result: torch.Tensor = overload(*(*parts, *constants, last)[:count])
+        return result
+
+    return invoke_quant(call, x, *weight, bias, scheme=scheme)
 
 
-def _apply(
+def apply_op(
     x: torch.Tensor,
     weight: tuple[torch.Tensor, ...],
     bias: torch.Tensor | None,
     op: str,
     scheme: str,
+    constants: Sequence[Any] = (),
 ) -> torch.Tensor:
-    """`_region`, differentiable where that is asked for.
+    """`op_node`, differentiable where that is asked for.
 
     Not through a Function otherwise: where no gradient is wanted Dynamo calls the forward of one
     that takes `*args` with `ctx` in front.
     """
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        result: torch.Tensor = _Linear.apply(x, bias, op, scheme, *weight)  # type: ignore[no-untyped-call]
+        result: torch.Tensor = _Layer.apply(x, bias, op, scheme, constants, *weight)  # type: ignore[no-untyped-call]
         return result
-    return _region(op, x, weight, bias, scheme)
+    return op_node(op, x, weight, bias, scheme, constants)
+
+
+def call_in_eager(
+    function: str,
+    op: str,
+    scheme: str,
+    x: torch.Tensor,
+    parts: Sequence[torch.Tensor],
+    constants: Sequence[Any],
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """The op in eager mode, with errors that repeat the call."""
+    if type(x) not in _PLAIN or type(parts[0]) not in _PLAIN:
+        _refuse_distributed(function, scheme, x=x, weight=parts[0])
+    # Of a kernel in C++ a wrong dtype is a ValueError; traced, the fake checks.
+    OPS[op].require(x, *parts, *constants, bias)
+    result: torch.Tensor = OPS[op].call(autocast(x), *parts, *constants, bias)
+    return result
 
 
 def straight_through(y: torch.Tensor, line: torch.Tensor) -> torch.Tensor:
@@ -142,7 +174,7 @@ def linear(
     """
     parts = stored_parts(scheme, weight, _scale=weight_scale, _global_scale=weight_global_scale)
     if get_scheme(scheme).static or input_scale is not None or input_zero_point is not None:
-        parts += _grid(scheme, input_scale, input_zero_point)
+        parts += grid("qnn.functional.linear", scheme, input_scale, input_zero_point)
     return linear_of(x, parts, bias, scheme)
 
 
@@ -155,43 +187,37 @@ def linear_of(
     known = get_scheme(scheme)
     op = known.linear
     if not torch.compiler.is_compiling():
-        if type(x) not in _PLAIN or type(parts[0]) not in _PLAIN:
-            _refuse_distributed(scheme, x=x, weight=parts[0])
-        # Of a kernel in C++ a wrong dtype is a ValueError; traced, the fake checks.
-        OPS[op].require(x, *parts, bias)
-        result: torch.Tensor = OPS[op].call(autocast(x), *parts, bias)
-        return result
+        return call_in_eager("linear", op, scheme, x, parts, (), bias)
     x, parts = autocast(x), tuple(parts)
     if in_functorch_transform():
         detached = None if bias is None else bias.detach()
-        y = _region(op, x.detach(), parts, detached, scheme)
+        y = op_node(op, x.detach(), parts, detached, scheme)
         w = dequantize(parts[: len(known.weight.parts)], dtype=x.dtype, scheme=scheme)
         line = torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype))
         return straight_through(y, line)
-    return _apply(x, parts, bias, op, scheme)
+    return apply_op(x, parts, bias, op, scheme)
 
 
-def _grid(
-    scheme: str, scale: torch.Tensor | None, zero_point: torch.Tensor | None
+def grid(
+    who: str, scheme: str, scale: torch.Tensor | None, zero_point: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if not get_scheme(scheme).static:
-        raise ValueError(f"qnn.functional.linear: scheme {scheme!r} takes no input_scale.")
+        raise ValueError(f"{who}: scheme {scheme!r} takes no input_scale.")
     if scale is None or zero_point is None:
-        raise ValueError(
-            f"qnn.functional.linear: scheme {scheme!r} needs input_scale and input_zero_point."
-        )
+        raise ValueError(f"{who}: scheme {scheme!r} needs input_scale and input_zero_point.")
     return scale, zero_point
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def _refuse_distributed(scheme: str, **given: torch.Tensor) -> None:
+def _refuse_distributed(function: str, scheme: str, **given: torch.Tensor) -> None:
     for name, tensor in given.items():
         if tensor_parallel.is_distributed(tensor):
             raise ValueError(
-                f"qnn.functional.linear(scheme={scheme!r}): {name} is a DTensor; quantised weights "
-                "are sharded by fully_shard alone, and tensor parallelism is for qnn.Linear."
+                f"qnn.functional.{function}(scheme={scheme!r}): {name} is a DTensor; quantised "
+                "weights are sharded by fully_shard alone, and tensor parallelism is for "
+                "qnn.Linear."
             )
 
 

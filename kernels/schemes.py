@@ -118,7 +118,7 @@ def _ops(scheme: str, *kinds: str) -> dict[str, str]:
     return {kind: f"{scheme}_{kind}" for kind in ("linear", *kinds)}
 
 
-_RECURRENT, _CONV = ("lstm", "gru"), ("conv", "conv_transpose")
+_OTHERS = ("lstm", "gru", "conv", "conv_transpose")
 _ROW = FLOAT8["float8_e4m3"]
 _TENSOR = FLOAT8["float8_e4m3_tensor"]
 _GROUP, _BLOCK = FLOAT8["float8_e4m3_group"], FLOAT8["float8_e4m3_block"]
@@ -127,15 +127,15 @@ SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
         Scheme(
-            "int8", INT8_CHANNEL, INT8_TOKEN, _ops("int8", *_RECURRENT, *_CONV), "int-quantized",
+            "int8", INT8_CHANNEL, INT8_TOKEN, _ops("int8", *_OTHERS), "int-quantized",
             max_in_features=INT8_MAX_K,
         ),
         Scheme(
-            "int8_static", INT8_CHANNEL, INT8_TENSOR, _ops("int8_static", *_RECURRENT, *_CONV),
+            "int8_static", INT8_CHANNEL, INT8_TENSOR, _ops("int8_static", *_OTHERS),
             "int-quantized", max_in_features=INT8_STATIC_MAX_K, static=True,
         ),
         Scheme(
-            "int8_weight", INT8_CHANNEL, None, _ops("int8_weight", *_RECURRENT, *_CONV), "int-quantized",
+            "int8_weight", INT8_CHANNEL, None, _ops("int8_weight", *_OTHERS), "int-quantized",
         ),
         Scheme(
             "fp8", _ROW, replace(_ROW, granularity="token"), _ops("fp8"), "float-quantized",

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from qnn.kernels.cpu.conv import float32_sums
 from qnn.kernels.epilogue import ACTIVATIONS, LAST
 from qnn.kernels.formats.base import FLOATS
 from qnn.kernels.formats.int8 import INT8_MAX_K, INT8_STATIC_MAX_K
@@ -55,7 +56,7 @@ def _axes(function: str, of: str) -> str:
     )
 
 
-X, SAMPLES = "b c i1 i2 i3", "b 1 1 1 1"
+X, SAMPLES, LIKE = "b c i1 i2 i3", "b 1 1 1 1", "b m*groups i1 i2 i3"
 CODES_OF_X = f"q: {X}, scale: {SAMPLES}, zx: 1"
 WEIGHT = "w: n per(c,groups) k1 k2 k3, sw: n 1 1 1 1"
 # Of a transposed one: the channels of a group, m, come from the kernels.
@@ -71,7 +72,7 @@ _SAMPLE: dict[str, Any] = {
     "b": 2, "c": 6, "n": 4, "m": 2, "i1": 3, "i2": 5, "i3": 6, "k1": 2, "k2": 3, "k3": 2,
     "stride": [1, 2, 1], "padding": [0, 1, 1, 1, 2, 0], "dilation": [2, 1, 1], "groups": 2,
 }  # fmt: skip
-_SAMPLE_OF_GRADIENT = {**_SAMPLE, "m": 3, "o1": 2, "o2": 3, "o3": 7, "x_shape": [2, 6, 3, 5, 6]}
+_SAMPLE_OF_GRADIENT = {**_SAMPLE, "m": 3, "o1": 2, "o2": 3, "o3": 7}
 
 
 def _rule(names: Sequence[str], *, up: bool, limit: int | None) -> Callable[..., str | None]:
@@ -82,7 +83,7 @@ def _rule(names: Sequence[str], *, up: bool, limit: int | None) -> Callable[...,
 
     def rule(*args: Any) -> str | None:
         given = dict(zip(names, args, strict=True))
-        image, w = given.get("x_shape", args[0].shape), given["w"].shape
+        image, w = given.get("like", args[0]).shape, given["w"].shape
         stride, padding, dilation = (given[name] for name in ("stride", "padding", "dilation"))
         groups = given["groups"]
         together = {given[name] is None for name in ("rq", "rscale", "rz") if name in given}
@@ -110,10 +111,8 @@ def _rule(names: Sequence[str], *, up: bool, limit: int | None) -> Callable[...,
                 f"dilation {list(dilation)} leave nothing of an image of {list(image[2:])}: the "
                 f"result would be {sizes}; use a larger image, more padding or smaller kernels"
             )
-        if "x_shape" in given:
-            want, got = [image[0], w[0], *sizes], list(args[0].shape)
-            if want != got or image[1] != w[1] * groups:
-                return f"dy of an image of {list(image)} must be {want}, got {got}"
+        if "like" in given and (got := list(args[0].shape[2:])) != sizes:
+            return f"dy of images of {list(image[2:])} must be of {sizes}, got {got}"
         return None
 
     return rule
@@ -135,7 +134,7 @@ def _conv(
     inputs, _ = parse_signature(name, f"{arguments} -> {result}", SIZES)
     names = [arg.name for arg in inputs]
     dtypes = {
-        **dict.fromkeys(("x", "dy", "bias", "dtype"), FLOATS),
+        **dict.fromkeys(("x", "dy", "like", "bias", "dtype"), FLOATS),
         **dict.fromkeys(("q", "rq"), CODES),
         **dict.fromkeys(("w", "zx", "zo", "rz"), INT8),
         **dict.fromkeys(("sw", "sx", "so", "scale", "rscale"), SCALE),
@@ -149,14 +148,17 @@ def _conv(
         "sample": _SAMPLE,
         "products": PRODUCTS_UP if up else PRODUCTS,
     }
+    if up and names[0] == "x":
+        reference = functools.partial(reference, transposed=True)
+    # What has a limit sums integers.
+    sums = {} if limit is None else {"integer_sums": float32_sums}
     return Op(
         name,
         f"{arguments} -> {result}",
         doc=doc,
         dtypes={each: dtypes[each] for each in names if each in dtypes},
-        reference=functools.partial(reference, transposed=True)
-        if up and names[0] == "x"
-        else reference,
+        reference=reference,
+        kernels={"CPU": functools.partial(reference, **sums)} if "activation" in names else {},
         rule=_rule(names, up=up, limit=limit),
         sizes=SIZES,
         layout=names[0],
@@ -223,10 +225,10 @@ for _up_too in (False, True):
 
 int8_conv_dgrad = _conv(
     "int8_conv_dgrad",
-    f"dy: b n o1 o2 o3, w: n m k1 k2 k3, sw: n 1 1 1 1, x_shape: size[5], {GEOMETRY}",
-    "b m*groups x_shape[2] x_shape[3] x_shape[4]",
+    f"dy: b n o1 o2 o3, w: n m k1 k2 k3, sw: n 1 1 1 1, like: {LIKE}, {GEOMETRY}",
+    LIKE,
     reference.conv_dgrad_reference,
-    "conv_transpose(dy, w · sw), straight through the quantisation of x",
+    "conv_transpose(dy, w · sw) of the sizes of `like`, straight through the quantisation of x",
     backward={"dy": "int8_weight_conv"},
     sample=_SAMPLE_OF_GRADIENT,
     products="b n o1 o2 o3 m k1 k2 k3",

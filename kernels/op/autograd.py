@@ -5,8 +5,8 @@ since a gradient is made of ops again. What has no gradient says so when it is d
 never gives zero or None.
 
 - An argument with an entry in `Op.backward` has the result of that op as its gradient. The op is
-  called with the incoming gradient and what it shares by name with the forward; an argument
-  `x_shape` of it is the shape of the forward's `x`.
+  called with the incoming gradient and what it shares by name with the forward; of an argument
+  `like` it reads the shape, which is that of the forward's input.
 - `bias` is added along one axis of the result: its gradient is the sum over the others.
 - An epilogue (`activation`, `residual`, `last`) is differentiated as the separate torch calls that
   it stands for.
@@ -37,13 +37,20 @@ from qnn.kernels.torch_private import (
     without_autocast,
 )
 
-__all__ = ["autograd_kernel", "bias_axis", "sum_of_rows"]
+__all__ = ["autograd_kernel", "shape_alone", "sum_of_rows"]
 
 
 def sum_of_rows(dy: torch.Tensor, dtype: torch.dtype, axis: int = -1) -> torch.Tensor:
     """The gradient of what is added along `axis`, to each row `[N]` of `[..., N]`."""
     others = [each for each in range(dy.dim()) if each != axis % dy.dim()]
     return dy.sum(others, dtype=dtype) if others else dy.to(dtype)
+
+
+def shape_alone(dy: torch.Tensor, shape: Sequence[Any]) -> torch.Tensor:
+    """A tensor of this shape without memory. Sizes that are symbols would be no operands of a
+    region in a graph.
+    """
+    return dy.new_empty(()).expand(shape)
 
 
 def autograd_kernel(op: Declaration, ops: Mapping[str, Declaration]) -> Callable[..., Any]:
@@ -176,7 +183,7 @@ def _gradients(
     if op.differentiable:
         return _through_reference(op, given, douts, wanted)
     (dy, *_) = douts
-    axis = bias_axis(op)
+    axis = op.bias_axis
     able = {*op.backward, *(["bias"] if axis is not None else [])}
     if refused := [name for name in wanted if name not in able]:
         _refuse(op, refused, able)
@@ -187,21 +194,13 @@ def _gradients(
     found: dict[str, torch.Tensor] = {}
     if "bias" in wanted and axis is not None:
         found["bias"] = sum_of_rows(dy, like["bias"][1], axis)
-    given = {**given, **{f"{name}_shape": list(like[name][0]) for name in op.backward}}
     for first, other in op.backward.items():
         if first in wanted:
-            dx, columns = _called(ops[other], given, dy), like[first][0][-1]
+            shape, columns = shape_alone(dy, like[first][0]), like[first][0][-1]
+            dx = _called(ops[other], {**given, "like": shape}, dy)
             # A packed weight stands for columns that x may lack.
             found[first] = dx if dx.shape[-1] == columns else dx[..., :columns]
     return found
-
-
-def bias_axis(op: Declaration) -> int | None:
-    """Along which axis of the result `bias` is added, from the end; None without one."""
-    (result, *_), bias = op.outputs, [arg for arg in op.inputs if arg.name == "bias"]
-    if not bias or len(bias[0].tail) != 1 or bias[0].tail[0] not in result.tail:
-        return None
-    return result.tail.index(bias[0].tail[0]) - len(result.tail)
 
 
 def _through_reference(
@@ -235,7 +234,7 @@ def _tangent(
     if op.split is None and op.backward:
         ((first, gradient),) = op.backward.items()
         (linearised,) = ops[gradient].backward.values()
-        able = {first, *(["bias"] if (axis := bias_axis(op)) is not None else [])}
+        able = {first, *(["bias"] if (axis := op.bias_axis) is not None else [])}
     refused = [name for name, t in moved.items() if t is not None and name not in able]
     if refused:
         _refuse(op, refused, able, "forward-mode derivative")

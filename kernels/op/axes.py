@@ -12,9 +12,8 @@ Axes stand apart by blanks; `...` is any number of leading ones. An axis is
 - a function of known ones by its name, `out(h, kh, stride[0])`, which the declaration has.
 
 `w: (n k)[e]` is a list of `e` tensors. Other arguments are a `dtype`, `str`, `int`, `int[]`,
-`int[2]` or `bool`; `int=1` has a default. `size` and `size[2]` are integers that may be symbols in a
-trace. An integer argument is a known size too, and `stride[0]` the first of several. Results are
-`name: axes`, or the axes alone.
+`int[2]` or `bool`; `int=1` has a default. An integer argument is a known size too, and `stride[0]`
+the first of several. Results are `name: axes`, or the axes alone.
 """
 
 from __future__ import annotations
@@ -37,10 +36,8 @@ _NAME = r"[A-Za-z_]\w*"
 _FACTOR = re.compile(rf"(?P<name>{_NAME}(?:\[\d+\])?)(?:/(?P<divisor>\d+)(?:>(?P<least>\d+))?)?")
 _CALL = re.compile(rf"({_NAME})\((.*)\)")
 _LIST = re.compile(rf"\((?P<axes>.*)\)\[(?P<count>{_NAME})\]")
-_PLAIN = re.compile(r"(dtype|str|int|size|bool)(?:\[(\d*)\])?(?:=(.+))?")
-_SCHEMA = {
-    "dtype": "ScalarType", "str": "str", "int": "int", "size": "SymInt", "bool": "bool",
-}  # fmt: skip
+_PLAIN = re.compile(r"(dtype|str|int|bool)(?:\[(\d*)\])?(?:=(.+))?")
+_SCHEMA = {"dtype": "ScalarType", "str": "str", "int": "int", "bool": "bool"}
 FORMS = "names, k/128, k/128>2, p*2, t*b+b*h, f(h, k), and (n k)[e] for a list of tensors"
 
 
@@ -165,7 +162,7 @@ class Arg:
 
     @property
     def is_integers(self) -> bool:
-        return self.kind.startswith(("int", "SymInt"))
+        return self.kind.startswith("int")
 
     @property
     def length(self) -> int:
@@ -274,7 +271,7 @@ def _argument(part: str, fail: Callable[[str], Any], *, given: bool) -> Arg:
 def _plain(name: str, match: re.Match[str], optional: bool, fail: Callable[[str], Any]) -> Arg:
     """An argument that is not a tensor."""
     word, length, default = match.groups()
-    if length is not None and word not in ("int", "size"):
+    if length is not None and word != "int":
         fail(f"{name} is a list of {word}; only integers come in lists")
     kind = _SCHEMA[word] + ("" if length is None else f"[{length}]")
     if default is None:

@@ -88,6 +88,10 @@ class Declaration:
         self.layout = None if layout is None else names.index(layout)
         self.products = {"": products} if isinstance(products, str) else dict(products or {})
         self.limits, self.multiples = dict(limits or {}), dict(multiples or {})
+        # The axis of the result that `bias` is added along, from its end; None without one.
+        added, tail = [arg.tail for arg in self.inputs if arg.name == "bias"], self.outputs[0].tail
+        ends = [tail.index(axes[0]) - len(tail) for axes in added if axes[0] in tail]
+        self.bias_axis = ends[0] if ends and len(added[0]) == 1 else None
         # Torch drops trailing arguments that equal their default on the way to Python functions;
         # `tails[n]` is what a call of n arguments lacks.
         defaults = tuple(self.default(arg) for arg in self.inputs)
@@ -293,8 +297,8 @@ class Declaration:
     # -- results ----------------------------------------------------------------------------------
 
     def results(self, *args: Any) -> Any:
-        """What the op returns, without its values: new, in the signature's shapes, and contiguous or,
-        where an argument lends its layout, in that argument's memory format.
+        """What the op returns, without its values: new, in the signature's shapes, and contiguous
+        or, where an argument lends its layout, in that argument's memory format.
         """
         args += self.tails[len(args)]
         sizes = self.check(*args)

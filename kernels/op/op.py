@@ -172,12 +172,19 @@ class Op(Declaration):
         return self.results(*args)
 
     def _vmap(self, info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        """A mapped axis becomes a leading axis where every mapped argument has some; otherwise one
-        call an element.
+        """A mapped axis becomes a leading axis where every mapped argument has some, or part of the
+        batch of images; otherwise one call an element.
         """
         args += self.tails[len(args)]
         in_dims = (*in_dims, *[None] * (len(args) - len(in_dims)))
+        # Of several integers it is a list of None.
+        in_dims = [
+            None if arg.is_integers else axis
+            for arg, axis in zip(self.inputs, in_dims, strict=True)
+        ]
         mapped = [arg for arg, axis in zip(self.inputs, in_dims, strict=True) if axis is not None]
+        if self.layout is not None and all(arg.tail[0].name == "b" for arg in mapped):
+            return self._of_larger_batch(info.batch_size, in_dims, args)
         if self.rowwise and all(arg.has_lead for arg in mapped):
             moved = []
             for arg, axis, value in zip(self.inputs, in_dims, args, strict=True):
@@ -202,6 +209,22 @@ class Op(Declaration):
                 torch.stack(calls) if single else tuple(map(torch.stack, zip(*calls, strict=True)))
             )
         return result, 0 if len(self.outputs) == 1 else (0,) * len(self.outputs)
+
+    def _of_larger_batch(
+        self, count: int, in_dims: Sequence[int | None], args: Sequence[Any]
+    ) -> tuple[Any, Any]:
+        """One call over all mapped batches `b`."""
+        moved = []
+        for arg, axis, value in zip(self.inputs, in_dims, args, strict=True):
+            if axis is not None:
+                value = value.movedim(axis, 0).flatten(0, 1)
+            elif value is not None and arg.tail and arg.tail[0].name == "b":
+                value = value.expand(count, *value.shape).flatten(0, 1)
+            moved.append(value)
+        results = self.overload(*moved)
+        parts = results if isinstance(results, tuple) else (results,)
+        parts = tuple(y.unflatten(0, (count, y.shape[0] // count)) for y in parts)
+        return (parts, (0,) * len(parts)) if isinstance(results, tuple) else (parts[0], 0)
 
     def samples(self, seed: int = 0) -> Iterator[tuple[str, tuple[Any, ...]]]:
         """Arguments for tests; see `samples.py`."""

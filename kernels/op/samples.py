@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -21,8 +20,9 @@ def samples(op: Declaration, seed: int = 0) -> Iterator[tuple[str, tuple[Any, ..
     every choice.
     """
     free = op.dtypes.get("dtype", op.dtypes[op.inputs[0].name])
-    names = itertools.cycle(itertools.product(*op.choices.values()))
-    count = math.prod(map(len, op.choices.values()))
+    count = max(map(len, op.choices.values()), default=1)
+    cycles = map(itertools.cycle, op.choices.values())
+    names = zip(*cycles, strict=True) if op.choices else itertools.repeat(())
     leads = _LEADS if any(arg.has_lead for arg in op.inputs) else _LEADS[:1]
     for dtype in free:
         # Every lead with the first dtype; with the others one that has rows, and the empty one.

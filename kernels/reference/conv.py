@@ -7,7 +7,7 @@ each axis in turn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -91,8 +91,16 @@ def static_quantize_reference(
     return (q + (zero_point + OFFSET)).to(torch.uint8), torch.where(good, sx, torch.nan)
 
 
-def _product(transposed: bool) -> Any:
+def product(transposed: bool) -> Callable[..., torch.Tensor]:
     return transposed_sums if transposed else sums
+
+
+def exact_sums(
+    q: torch.Tensor, zx: torch.Tensor | None, w: torch.Tensor, *rest: Any, transposed: bool = False
+) -> torch.Tensor:
+    """The sums over codes: int8, or with a zero point uint8; below 2^53, and so exact."""
+    codes = q.double() if zx is None else q.double() - (zx.double() + OFFSET)
+    return product(transposed)(codes, w.double(), *rest)
 
 
 def conv_reference(
@@ -110,10 +118,10 @@ def conv_reference(
     *,
     compute: torch.dtype = torch.float32,
     transposed: bool = False,
+    integer_sums: Callable[..., torch.Tensor] = exact_sums,
 ) -> torch.Tensor:
     q, sx = quantize_samples(x)
-    # Exact: the sums stay below 2^53.
-    acc = _product(transposed)(q.double(), w.double(), stride, padding, dilation, groups)
+    acc = integer_sums(q, None, w, stride, padding, dilation, groups, transposed=transposed)
     return finish(scaled(acc.to(compute), sw, sx, bias, x.dtype), residual, activation, last)
 
 
@@ -134,10 +142,10 @@ def static_conv_reference(
     *,
     compute: torch.dtype = torch.float32,
     transposed: bool = False,
+    integer_sums: Callable[..., torch.Tensor] = exact_sums,
 ) -> torch.Tensor:
     q, scale = static_quantize_reference(x, sx, zx)
-    codes = q.double() - (zx.double() + OFFSET)
-    acc = _product(transposed)(codes, w.double(), stride, padding, dilation, groups)
+    acc = integer_sums(q, zx, w, stride, padding, dilation, groups, transposed=transposed)
     return finish(scaled(acc.to(compute), sw, scale, bias, x.dtype), residual, activation, last)
 
 
@@ -157,8 +165,8 @@ def weight_conv_reference(
     compute: torch.dtype = torch.float32,
     transposed: bool = False,
 ) -> torch.Tensor:
-    product = _product(transposed)
-    y = product(x.to(compute), w.to(compute), stride, padding, dilation, groups)
+    values = x.to(compute), w.to(compute)
+    y = product(transposed)(*values, stride, padding, dilation, groups)
     return finish(scaled(y, sw, None, bias, x.dtype), residual, activation, last)
 
 
@@ -182,8 +190,9 @@ def codes_conv_reference(
     dtype: torch.dtype = torch.float32,
     *,
     compute: torch.dtype = torch.float32,
+    integer_sums: Callable[..., torch.Tensor] = exact_sums,
 ) -> torch.Tensor:
-    acc = sums(q.double() - (zx.double() + OFFSET), w.double(), stride, padding, dilation, groups)
+    acc = integer_sums(q, zx, w, stride, padding, dilation, groups)
     y = scaled(acc.to(compute), sw, scale, bias, dtype)
     if rq is not None and rscale is not None and rz is not None:
         other = ((rq.to(compute) - (rz.to(compute) + OFFSET)) * rscale.to(compute)).to(y.dtype)
@@ -200,15 +209,17 @@ def chain_conv_reference(
     so: torch.Tensor,
     zo: torch.Tensor,
     *rest: Any,
+    integer_sums: Callable[..., torch.Tensor] = exact_sums,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return static_quantize_reference(codes_conv_reference(q, scale, zx, w, sw, *rest), so, zo)
+    y = codes_conv_reference(q, scale, zx, w, sw, *rest, integer_sums=integer_sums)
+    return static_quantize_reference(y, so, zo)
 
 
 def conv_dgrad_reference(
     dy: torch.Tensor,
     w: torch.Tensor,
     sw: torch.Tensor,
-    x_shape: Sequence[int],
+    like: torch.Tensor,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -219,7 +230,7 @@ def conv_dgrad_reference(
     dz = dy.to(compute) * sw.to(compute).view(1, -1, 1, 1, 1)
     dx = transposed_sums(dz, w.to(compute), stride, [0] * 6, dilation, groups)
     cut = []
-    for before, whole, size in zip(padding[::2], dx.shape[2:], x_shape[2:], strict=True):
+    for before, whole, size in zip(padding[::2], dx.shape[2:], like.shape[2:], strict=True):
         cut += [before, whole - before - size]
     dx = widened(dx, [-each for each in cut])
     return dx.to(dy.dtype if compute == torch.float32 else compute)

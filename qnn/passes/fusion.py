@@ -5,7 +5,7 @@ It looks at the nodes that carry `scheme=` and, where the region's op can do mor
 - quantises rows that several `int8` layers read once: one `int8_quantize`, and an
   `int8_rows_linear` for each layer;
 - hands an activation that follows a layer, and a residual that is added after it, to the layer's
-  op.
+  op; of a convolution also a ReLU after the residual.
 
 The op rounds where the separate nodes do, so ReLU, a residual and shared rows give the same bits; a
 GELU or SiLU is torch's but for the last one. What does not match exactly is left alone.
@@ -50,6 +50,7 @@ _VIEWS = frozenset(
         _aten.squeeze.dim, _aten.squeeze.dims,
     ]
 )  # fmt: skip
+_SQUEEZES = frozenset([_aten.squeeze.dim, _aten.squeeze.dims])
 
 
 @dataclass
@@ -59,9 +60,10 @@ class _Layer:
     region: Region
     result: Node
     end: Node  # the last node that is folded
-    views: list[Node] = field(default_factory=list)  # between the layer and its activation
+    views: list[Node] = field(default_factory=list)  # of the result, the last one first
     activation: str = "none"
-    residual: int | None = None  # which argument of `end`, an addition, it is
+    residual: Node | None = None
+    last: str = "none"  # after the residual
     rows: tuple[Node, Node] | None = None  # the input, quantised
 
 
@@ -83,6 +85,7 @@ def fold(graph: Graph) -> None:
     free = set(nodes)
     for layer in layers:
         _find_residual(layer, free)
+        _find_last(layer, doomed)
     shared = defaultdict(list)
     for layer in layers:
         if layer.region.op.name in SHARED and _can_share(layer.region):
@@ -93,7 +96,7 @@ def fold(graph: Graph) -> None:
     for layer in layers:
         if layer.rows or layer.end is not layer.result:
             doomed |= {layer.region.node, *layer.region.node.all_input_nodes[:1]}  # with its body
-            doomed |= {layer.result, layer.end}
+            doomed |= {layer.result, layer.end, *(layer.views if layer.residual else ())}
             _replace(graph, layer)
     for node in reversed(list(graph.nodes)):
         if node in doomed and not node.users:
@@ -148,7 +151,9 @@ def _find_activations(nodes: list[Node], layers: dict[Node, _Layer], doomed: set
             if len(y.users) != 1:
                 break
         layer = layers.get(y)
-        if layer is not None and (not views or len(y.users) == 1) and layer.end is y:
+        if layer is None or name not in layer.region.op.choices["activation"]:
+            continue
+        if (not views or len(y.users) == 1) and layer.end is y:
             layer.activation, layer.end, layer.views = name, top, views
             doomed |= {*inside, top}
 
@@ -188,15 +193,20 @@ def _only_within(node: Node, users: Iterable[Node]) -> bool:
 
 def _find_residual(layer: _Layer, free: set[Node]) -> None:
     """Look for an addition among the `free` nodes, and take it from them."""
-    if layer.views or len(layer.end.users) != 1:
+    end, views = layer.end, layer.views
+    if end is layer.result:  # the axes that a convolution lacks are taken away first
+        while len(end.users) == 1 and next(iter(end.users)).target in _SQUEEZES:
+            (end,) = end.users
+            views = [end, *views]
+    if len(end.users) != 1 or (views and _squeezed(views) is None):
         return
-    (add,) = layer.end.users
+    (add,) = end.users
     if add not in free or add.target is not _aten.add.Tensor or add.kwargs:
         return
-    (other,) = [arg for arg in add.args if arg is not layer.end] or [None]
+    (other,) = [arg for arg in add.args if arg is not end] or [None]
     if not isinstance(other, Node):
         return
-    mine, theirs, total = map(_tensor, (layer.end, other, add))
+    mine, theirs, total = map(_tensor, (end, other, add))
     if (
         isinstance(theirs, torch.Tensor)
         and theirs.dtype == mine.dtype
@@ -204,8 +214,36 @@ def _find_residual(layer: _Layer, free: set[Node]) -> None:
         and statically_equal(theirs.shape, mine.shape)
         and statically_equal(total.stride(), mine.stride())
     ):
-        layer.residual, layer.end = add.args.index(other), add
+        layer.residual, layer.end, layer.views = other, add, views
         free.remove(add)
+
+
+def _squeezed(views: list[Node]) -> list[int] | None:
+    """The axes that each of the views, the last one first, takes away; None where one does more."""
+    axes = []
+    for view in views:
+        axis: Any = view.args[1] if len(view.args) == 2 else None
+        taken = sorted(axis) if isinstance(axis, list | tuple) else [axis]
+        if view.target not in _SQUEEZES or not all(isinstance(a, int) and a >= 0 for a in taken):
+            return None
+        if _tensor(view).dim() + len(taken) != _tensor(view.args[0]).dim():
+            return None
+        axes += taken
+    return axes
+
+
+def _find_last(layer: _Layer, doomed: set[Node]) -> None:
+    """A ReLU after the residual, where the op has one."""
+    if layer.residual is None or "last" not in layer.region.op.choices:
+        return
+    for top in list(layer.end.users):
+        form = post_grad_form(ACTIVATIONS["relu"], _tensor(layer.end).dtype)
+        found = _match(form, top)
+        if found is not None and found[0] is layer.end:
+            if _only_within(layer.end, found[1] | {top}):
+                doomed |= {*found[1], layer.end}
+                layer.last, layer.end = "relu", top
+            return
 
 
 def _value(node: Node) -> Any:
@@ -232,21 +270,36 @@ def _quantize_once(graph: Graph, group: list[_Layer]) -> None:
 
 def _replace(graph: Graph, layer: _Layer) -> None:
     """One call for the layer and all that is folded into it."""
-    region, residual = layer.region, None
-    if layer.residual is not None:
-        residual = layer.end.args[layer.residual]
-    given = {**region.arguments, "residual": residual, "activation": layer.activation}
-    op, args = region.op, tuple(given.values())
-    if layer.rows is not None:
-        op = OPS[SHARED[op.name][1]]
-        args = (*layer.rows, *args[1:], _tensor(given["x"]).dtype)
+    region, residual = layer.region, layer.residual
     # After the residual, which may be computed later than the layer.
     with graph.inserting_before(region.node if residual is None else layer.end):
+        if residual is not None:
+            for axis in _squeezed(layer.views) or []:
+                residual = _unsqueezed(graph, residual, axis)
+        given = {**region.arguments, "residual": residual, "activation": layer.activation}
+        if layer.last != "none":
+            given["last"] = layer.last
+        op, args = region.op, tuple(given.values())
+        if layer.rows is not None:
+            op = OPS[SHARED[op.name][1]]
+            args = (*layer.rows, *args[1:], _tensor(given["x"]).dtype)
         call = graph.call_function(op.overload, args)
+        result = call
+        if residual is not None:
+            for view in reversed(layer.views):
+                result = graph.node_copy(view, {view.args[0]: result}.__getitem__)
     call.meta.update((layer.result if layer.views else layer.end).meta)
-    if layer.views:
+    if layer.views and residual is None:
         layer.result.replace_all_uses_with(call)
-    layer.end.replace_all_uses_with(layer.views[0] if layer.views else call)
+        result = layer.views[0]
+    layer.end.replace_all_uses_with(result)
+
+
+def _unsqueezed(graph: Graph, node: Node, axis: int) -> Node:
+    result = graph.call_function(_aten.unsqueeze.default, (node, axis))
+    with _tensor(node).fake_mode:
+        result.meta["val"] = _tensor(node).unsqueeze(axis)
+    return result
 
 
 def _refuse_dtypes(graph: Graph) -> None:
