@@ -197,7 +197,13 @@ def test_every_source_is_driven() -> None:
     assert len(names) == len(paths)  # objects lie in one folder
     tiers = {*MACHINE_FLAGS, "portable.cpp"}
     assert {Path(name).stem for name in tiers} == {*TIERS}
-    assert names == tiers | {"arguments.cpp", "conv_ops.cpp", "ops.cpp", "recurrent_ops.cpp", "tier_choice.cpp"}
+    assert names == tiers | {
+        "arguments.cpp",
+        "conv_ops.cpp",
+        "ops.cpp",
+        "recurrent_ops.cpp",
+        "tier_choice.cpp",
+    }
 
 
 @cases(200, 2000)
