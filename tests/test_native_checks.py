@@ -32,6 +32,11 @@ def broken(op: Op, arg: Arg, value: Any) -> Iterator[tuple[str, Any]]:
     if arg.kind == "ScalarType":
         yield from ((f"{dtype}", dtype) for dtype in OTHERS)
         return
+    if arg.is_integers:
+        many = isinstance(value, list | tuple)
+        for other in (-1, 0, 50):
+            yield f"{other}", [other, *value[1:]] if many else other
+        return
     yield from ((f"as {dtype}", value.to(dtype)) for dtype in OTHERS)
     yield "without axes", value.new_empty(())
     yield "an axis more", value[None]

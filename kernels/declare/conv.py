@@ -86,6 +86,9 @@ def _rule(names: Sequence[str], *, up: bool, limit: int | None) -> Callable[...,
         image, w = given.get("like", args[0]).shape, given["w"].shape
         stride, padding, dilation = (given[name] for name in ("stride", "padding", "dilation"))
         groups = given["groups"]
+        together = {given[name] is None for name in ("rq", "rscale", "rz") if name in given}
+        if len(together) > 1:
+            return "rq, rscale and rz belong together"
         if min(*stride, *dilation, groups) < 1:
             return (
                 f"stride, dilation and groups must be at least 1, got {list(stride)}, "

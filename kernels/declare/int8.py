@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from qnn.kernels.cpu import int8_linear as cpu
+from qnn.kernels.epilogue import ACTIVATIONS
 from qnn.kernels.formats.base import FLOATS
 from qnn.kernels.formats.int8 import INT8_MAX_K, INT8_ROWS_MAX_K, INT8_STATIC_MAX_K
 from qnn.kernels.op import Op
@@ -26,9 +27,7 @@ from qnn.kernels.reference.int8 import (
 )
 
 INT8, SCALE = (torch.int8,), (torch.float32,)
-# The C++ kernels of linear layers have these.
-LINEAR = ("none", "relu", "gelu", "gelu_tanh", "silu")
-EPILOGUE = {"activation": LINEAR}
+EPILOGUE = {"activation": tuple(ACTIVATIONS)}
 
 int8_quantize = Op(
     "int8_quantize",

@@ -50,8 +50,8 @@ struct ConvOutput {
   void* y;
   float residual_scale = 0;
   int32_t residual_zero;
-  float inverse;
-  int32_t zero_point;
+  vfloat inverse, low, high;  // of codes
+  vint zero;
 
   explicit ConvOutput(const Conv& p)
       : activation(p.activation),
@@ -61,8 +61,10 @@ struct ConvOutput {
         residual_codes(p.residual_codes),
         y(p.y),
         residual_zero(p.residual_zero_point + 128),
-        inverse(p.y_inverse),
-        zero_point(p.y_zero_point) {}
+        inverse(splat(p.y_inverse)),
+        low(splat(static_cast<float>(-128 - p.y_zero_point))),
+        high(splat(static_cast<float>(127 - p.y_zero_point))),
+        zero(splat(p.y_zero_point + 128)) {}
 
   vfloat other(int64_t at, int64_t left) const {
     const auto q = bytes_of<vubyte>(residual_codes + at, left);
@@ -106,12 +108,11 @@ struct ConvOutput {
 
   QNN_INLINE void put_codes(int64_t at, vfloat v, int64_t left, vint& most) const {
     vint magnitude = bits(v) & 0x7fffffff;
-    const vfloat low = splat(static_cast<float>(-128 - zero_point)),
-                 high = splat(static_cast<float>(127 - zero_point)), round = splat(0x1.8p23f);
+    const vfloat round = splat(0x1.8p23f);
     v = v * inverse;
     v = v < low ? low : v;
     v = v > high ? high : v;
-    const vint q = bits(v + round) - bits(round) + (zero_point + 128);
+    const vint q = bits(v + round) - bits(round) + zero;
     auto* to = static_cast<uint8_t*>(y) + at;
     if (left >= kLanes) {
       write_codes(to, q);

@@ -402,6 +402,16 @@ void Arguments::check() const {
   }
 }
 
+void Arguments::require_axis(const Tensor& t, int64_t axis, int64_t wanted) const {
+  if (t.size(axis) == wanted) return;
+  size_t i = 0;
+  while (all_[i].tensor != &t) ++i;
+  const Parameter& p = signature_.parameters[i];
+  fail(p.name + " must be " + p.form() + " with " + p.axes[axis].text + " = " +
+       std::to_string(wanted) + " as in " + signature_.parameters[0].name + ", got [" +
+       text_of(t.sizes()) + "]");
+}
+
 // The call, as it can be repeated; what is at its default is left out.
 std::string Arguments::call() const {
   std::string text;

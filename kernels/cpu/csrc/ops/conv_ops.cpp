@@ -48,10 +48,32 @@ Ints sizes_of(const Tensor& t, int64_t from = 0) {
   return sizes;
 }
 
-// `_rule` in kernels/declare/conv.py, in its words, and the sizes of y.
+// The axes that are functions of others, and then `_rule`, as in kernels/declare/conv.py.
 void require_rules(const Arguments& args, const ConvArguments& a, int64_t limit, Conv& p) {
   const Ints image = sizes_of(a.x), w = sizes_of(a.w);
   const auto least = [](const Ints& of) { return *std::min_element(of.begin(), of.end()); };
+  p.batch = image[0], p.channels = image[1], p.outputs = w[0], p.groups = a.groups;
+  args.require_axis(a.w, 1, a.groups > 0 ? p.channels / a.groups : 0);
+  Ints out;
+  for (int axis = 0; axis < 3; ++axis) {
+    p.in[axis] = image[axis + 2], p.kernel[axis] = w[axis + 2];
+    p.stride[axis] = a.stride[axis], p.dilation[axis] = a.dilation[axis];
+    p.before[axis] = a.padding[2 * axis];
+    const int64_t whole = p.in[axis] + p.before[axis] + a.padding[2 * axis + 1] -
+                          p.dilation[axis] * (p.kernel[axis] - 1) - 1;
+    // Rounded down, also where the kernel is larger than the image.
+    out.push_back(p.stride[axis] <= 0 ? 0
+                  : whole >= 0        ? whole / p.stride[axis] + 1
+                                      : 1 - div_up(-whole, p.stride[axis]));
+    p.out[axis] = out.back();
+  }
+  for (const Maybe* t : {&a.residual, a.rq}) {
+    for (int axis = 0; t != nullptr && t->has_value() && axis < 3; ++axis)
+      args.require_axis(**t, axis + 2, out[axis]);
+  }
+  if (a.rq != nullptr &&
+      (a.rq->has_value() != a.rscale->has_value() || a.rq->has_value() != a.rz->has_value()))
+    args.fail("rq, rscale and rz belong together");
   if (std::min({least(a.stride), least(a.dilation), a.groups}) < 1)
     args.fail("stride, dilation and groups must be at least 1, got " + listed(a.stride) + ", " +
               listed(a.dilation) + " and " + std::to_string(a.groups));
@@ -62,22 +84,6 @@ void require_rules(const Arguments& args, const ConvArguments& a, int64_t limit,
   if (image[1] % a.groups != 0 || w[0] % a.groups != 0)
     args.fail("groups must divide the channels, " + std::to_string(image[1]) + " and " +
               std::to_string(w[0]) + ", got " + std::to_string(a.groups));
-  if (w[1] != image[1] / a.groups)
-    args.fail("w must be [n, per(c,groups), k1, k2, k3] with per(c,groups) = " +
-              std::to_string(image[1] / a.groups) + " as in " + (a.scale == nullptr ? "x" : "q") +
-              ", got " + listed(w));
-  p.batch = image[0], p.channels = image[1], p.outputs = w[0], p.groups = a.groups;
-  Ints out;
-  for (int axis = 0; axis < 3; ++axis) {
-    p.in[axis] = image[axis + 2], p.kernel[axis] = w[axis + 2];
-    p.stride[axis] = a.stride[axis], p.dilation[axis] = a.dilation[axis];
-    p.before[axis] = a.padding[2 * axis];
-    const int64_t whole = p.in[axis] + p.before[axis] + a.padding[2 * axis + 1] -
-                          p.dilation[axis] * (p.kernel[axis] - 1) - 1;
-    // Rounded down, also where the kernel is larger than the image.
-    out.push_back((whole >= 0 ? whole / p.stride[axis] : -div_up(-whole, p.stride[axis])) + 1);
-    p.out[axis] = out.back();
-  }
   if (const int64_t depth = p.depth() * p.taps(); depth > limit)
     args.fail("the products of an output must be at most " + std::to_string(limit) +
               ", beyond which an int32 sum can overflow, got " + std::to_string(depth) +
@@ -142,14 +148,6 @@ std::tuple<Tensor, Tensor> conv(const Signature& op, const ConvKernel& kernel, C
   require_rules(args, a, limit, p);
   const ScalarType dtype = a.dtype == nullptr ? a.x.scalar_type() : *a.dtype;
   const Ints y_sizes{p.batch, p.outputs, p.out[0], p.out[1], p.out[2]};
-  const auto require_like_y = [&](const Maybe* t, const char* name) {
-    if (t != nullptr && t->has_value() && sizes_of(**t) != y_sizes)
-      args.fail(std::string(name) + " must be " + listed(y_sizes) + " as the result, got " +
-                listed(sizes_of(**t)));
-  };
-  require_like_y(&a.residual, "residual");
-  require_like_y(a.rq, "rq");
-
   p.input = input;
   p.x_last = p.y_last = is_channels_last(a.x) && !a.x.is_contiguous();
   const auto image = [&](const Tensor& t) {
@@ -171,8 +169,6 @@ std::tuple<Tensor, Tensor> conv(const Signature& op, const ConvKernel& kernel, C
   p.residual = image_of(&a.residual);
   p.residual_codes = static_cast<const uint8_t*>(image_of(a.rq));
   if (p.residual_codes != nullptr) {
-    if (!a.rscale->has_value() || !a.rz->has_value())
-      args.fail("rq, rscale and rz belong together");
     p.residual_scale = args.data<float>(*a.rscale);
     p.residual_zero_point = *args.data<int8_t>(*a.rz);
   }
