@@ -27,7 +27,7 @@ inline void run_parallel(const Arguments& args, const Kernel& kernel, const Line
 }
 
 // The fixed grid of all rows; one of 16 bits has no zero point.
-inline void set_grid(Linear& p, const Arguments& args, const Tensor* sx, const Tensor* zx) {
+inline void set_grid(Linear& p, Arguments& args, const Tensor* sx, const Tensor* zx) {
   if (sx == nullptr) return;
   const float scale = *args.data<float>(sx);
   const bool usable = scale >= std::numeric_limits<float>::min() && std::isfinite(scale);
