@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "linear/doubles.h"
 #include "ops/arguments.h"
 #include "ops/threads.h"
 #include "tiers/tier_choice.h"
@@ -20,6 +21,14 @@ namespace {
 constexpr const char* kActivations[] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
 
 void run_parallel(const Arguments& args, const Kernel& kernel, const Linear& p) {
+  if (p.y_dtype == DType::float64) {
+    const Tensor x = args.empty({has_double_rows(p) ? p.m * p.k : 0}, ScalarType::Float),
+                 y = args.empty({p.m * p.n}, ScalarType::Float);
+    auto *single_x = static_cast<float*>(x.data_ptr()),
+         *single_y = static_cast<float*>(y.data_ptr());
+    run_parallel(args, kernel, without_doubles(p, single_x, single_y));
+    return finish_doubles(p, single_y);
+  }
   // A thread more is worth its start, some µs, from about so many products, or so many bytes of w,
   // to each.
   constexpr int64_t kProducts = 1 << 20, kBytes = 1 << 17;
@@ -164,12 +173,18 @@ std::tuple<Tensor, Tensor> int8_quantize(Tensor x) {
   const int64_t k = sizes.back();
   sizes.back() = 1;
   const Tensor scales = args.empty(sizes, ScalarType::Float);
-  const Quantize p{scales.numel(),
-                   k,
-                   args.data(x),
-                   float_format(x),
-                   static_cast<int8_t*>(codes.data_ptr()),
-                   static_cast<float*>(scales.data_ptr())};
+  Quantize p{scales.numel(),
+             k,
+             args.data(x),
+             float_format(x),
+             static_cast<int8_t*>(codes.data_ptr()),
+             static_cast<float*>(scales.data_ptr())};
+  std::optional<Tensor> single;
+  if (p.x_dtype == DType::float64) {
+    single = args.empty({p.m * k}, ScalarType::Float);
+    p.x = to_single(p.x, p.m * k, static_cast<float*>(single->data_ptr()));
+    p.x_dtype = DType::float32;
+  }
   constexpr int64_t kValues =
       1 << 16;  // a thread more is worth its start from so many values to each
   share(p.m * k / kValues, [&](int part, int parts) { best_tier().quantize(p, part, parts); });

@@ -44,11 +44,27 @@ struct Vnni256 : Avx2, Inner<Vnni256> {
   static int32_t sum(vint s) { return qnn::sum((__m256i)s); }
 };
 
+// Of few rows in float32 this tier has the products of int4's bytes.
+using Int4Rows = Dots<FloatTier<Avx2Machine, DecoderList<Int4Codes>>>;
+
+bool are_int4_rows(const Linear& p) {
+  return p.weight.decoder == Decoder::int4 && p.m <= Avx2Machine::kDotRows;
+}
+
+size_t weight_only_bytes(const Linear& p) {
+  return are_int4_rows(p) ? Int4Rows::scratch_bytes(p) : avx2.weight_only.scratch_bytes(p);
+}
+
+void weight_only_run(const Linear& p, int part, int parts, char* scratch) {
+  are_int4_rows(p) ? Int4Rows::run(p, part, parts, scratch)
+                   : avx2.weight_only.run(p, part, parts, scratch);
+}
+
 bool runs_here() {
 #ifdef QNN_EVEX
   return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 #else
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return false;
+  if (!avx2.runs_here()) return false;
   unsigned a, b, c, d;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
 #endif
@@ -60,11 +76,10 @@ constexpr Tier avx_vnni = [] {
   Tier t{};
   t.name = "avx_vnni";
   t.runs_here = runs_here;
+  t.base = &avx2;
   t.int8 = kernel<Vnni256>();
-  t.weight_only = kernel<FloatTier<Avx2Machine>>();
-  t.quantize = quantize;
+  t.weight_only = {weight_only_bytes, weight_only_run};
   t.recurrent = recurrent<IntegerProduct<Vnni256, 3, 3>>();
-  t.recurrent_weight = recurrent<FloatProduct<Avx2Machine, 2, 3>>();
   return t;
 }();
 
