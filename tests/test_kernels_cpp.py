@@ -78,7 +78,7 @@ _UNDEFINED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 ADDRESSES = variant(_X86_EMULATED, flags=(*_SANITIZED, *_UNDEFINED), link=_UNDEFINED)
 # The loops that threads run are the same in every tier; AMX alone has state of a thread.
 THREADS = variant(
-    {"amx.cpp": EMULATED["amx.cpp"]} if X86 else {},
+    {name: _X86_EMULATED[name] for name in ("amx.cpp", "avx512_vnni.cpp")} if X86 else {},
     flags=(*_SANITIZED, "-fsanitize=thread"),
     link=("-fsanitize=thread",),
 )

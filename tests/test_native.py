@@ -222,18 +222,20 @@ class TestBuild(Case):
             "lock",
         ]
 
-    def test_a_compiler_too_old_for_a_tier(self) -> None:
+    @parameterized.expand([("avx_vnni",), ("avx2", "avx_vnni")])
+    def test_a_compiler_too_old_for_a_tier_or_its_base(self, *missing: str) -> None:
         if platform.machine() != "x86_64":
             pytest.skip("the tiers are for x86-64")
-        for name in ("avx2.cpp", "avx_vnni.cpp"):
-            (self.csrc / name).write_text(AVX2.replace("avx2", name.partition(".")[0]))
+        for name in ("avx2", "avx_vnni"):
+            (self.csrc / f"{name}.cpp").write_text(AVX2.replace("avx2", name))
         text = self.wrapper.read_text()
-        self.wrapper.write_text(text.replace(" in\n", " in\n*-mavxvnni*) exit 1 ;;\n", 1))
+        refused = "*-mavxvnni*)" if len(missing) == 1 else "*-mavxvnni*) ;; *-mavx2*)"
+        self.wrapper.write_text(text.replace(" in\n", f" in\n{refused} exit 1 ;;\n", 1))
         path = self.build()
         record = toolchain.Record.read(path.with_name(toolchain.RECORD))
         assert record is not None
-        assert record.missing == ("avx_vnni",)
-        assert (self.compiled("avx2.cpp"), self.compiled("avx_vnni.cpp")) == (1, 0)
+        assert record.missing == missing
+        assert (self.compiled("avx2.cpp"), self.compiled("avx_vnni.cpp")) == (2 - len(missing), 0)
         assert ctypes.CDLL(str(path)).without_avx_vnni() == 1
 
     @parameterized.expand(OBJCOPY)

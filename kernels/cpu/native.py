@@ -356,7 +356,7 @@ class _Line:
     def __init__(self, stream: TextIO | None, compiler: Compiler) -> None:
         self.start = time.perf_counter()
         self._stream = stream
-        self._text = f"qnn: building int8 kernels with {compiler.name} (once, ~20 s) ... "
+        self._text = f"qnn: building int8 kernels with {compiler.name} (once, ~30 s) ... "
         self._counts = stream is not None and not stream.closed and stream.isatty()
         self._say(self._text)
 

@@ -31,6 +31,7 @@
 #include <thread>
 #include <vector>
 
+#include "linear/doubles.h"
 #include "tiers/tiers.h"
 
 namespace {
@@ -42,6 +43,7 @@ using qnn::kTiers;
 using qnn::Linear;
 using qnn::Tier;
 using qnn::WeightFormat;
+using qnn::whole;
 
 constexpr int64_t kLongestRow = 132104;   // 128 · 127 · K stays below 2^31
 constexpr int64_t kLongestFixed = 65793;  // 255 · 128 · K does
@@ -674,6 +676,12 @@ void run(const Tier& tier, const Call& c, char* y) {
                               : c.sums_of_groups() ? tier.int8_int4
                               : c.wide             ? tier.int16
                                                    : tier.int8;
+  const Linear given = p;
+  std::vector<float> single_x, single_y;
+  if (p.y_dtype == DType::float64) {
+    single_x.resize(qnn::has_double_rows(p) ? c.m * c.k : 0), single_y.resize(c.m * c.n);
+    p = qnn::without_doubles(p, single_x.data(), single_y.data());
+  }
   const size_t bytes = kernel.scratch_bytes(p);
   std::vector<std::thread> threads;
   for (int part = 0; part < c.parts; ++part) {
@@ -687,6 +695,7 @@ void run(const Tier& tier, const Call& c, char* y) {
     }
   }
   for (std::thread& thread : threads) thread.join();
+  if (given.y_dtype == DType::float64) qnn::finish_doubles(given, single_y.data());
 }
 
 bool passes(const Tier& tier, const Call& c, const std::vector<Bounds>& want) {
@@ -712,14 +721,14 @@ bool passes(const Tier& tier, const Call& c, const std::vector<Bounds>& want) {
   return wrong == 0;
 }
 
-std::vector<const Tier*> tiers_called(const std::string& names) {
-  std::vector<const Tier*> found;
+std::vector<Tier> tiers_called(const std::string& names) {
+  std::vector<Tier> found;
   for (const Tier* tier : kTiers) {
     const bool named =
         ("," + names + ",").find("," + std::string(tier->name) + ",") != std::string::npos;
     if (!named && names != "all") continue;
     if (tier->runs_here()) {
-      found.push_back(tier);
+      found.push_back(whole(*tier));
     } else if (named) {
       std::printf("%s: this CPU lacks the instructions\n", tier->name);
       std::exit(2);
@@ -748,7 +757,7 @@ int main(int argc, char** argv) {
 #if !defined(QNN_HEAP)
   for (const int signal : {SIGSEGV, SIGBUS, SIGILL}) std::signal(signal, last_words);
 #endif
-  const std::vector<const Tier*> tiers = tiers_called(argv[1]);
+  const std::vector<Tier> tiers = tiers_called(argv[1]);
   const uint64_t cases = std::strtoull(argv[2], nullptr, 10),
                  seed = std::strtoull(argv[3], nullptr, 10);
   std::vector<uint64_t> failed(tiers.size());
@@ -761,7 +770,7 @@ int main(int argc, char** argv) {
     if ((seed + i) % 4 == 0) {
       const RecurrentCase c = RecurrentDraw(seed + i).next(seed + i);
       const std::vector<double> want = PlainRecurrent(c).run();
-      for (size_t t = 0; t < tiers.size(); ++t) failed[t] += !passes(*tiers[t], c, want);
+      for (size_t t = 0; t < tiers.size(); ++t) failed[t] += !passes(tiers[t], c, want);
       continue;
     }
     Call c = Draw(seed + i).call(seed + i);
@@ -770,11 +779,11 @@ int main(int argc, char** argv) {
     for (int64_t row = 0; row < c.m; ++row) {
       for (int64_t column = 0; column < c.n; ++column) want.push_back(expected(c, row, column));
     }
-    for (size_t t = 0; t < tiers.size(); ++t) failed[t] += !passes(*tiers[t], c, want);
+    for (size_t t = 0; t < tiers.size(); ++t) failed[t] += !passes(tiers[t], c, want);
   }
   bool good = !tiers.empty();
   for (size_t t = 0; t < tiers.size(); ++t) {
-    std::printf("%s: %llu cases, %llu failed\n", tiers[t]->name,
+    std::printf("%s: %llu cases, %llu failed\n", tiers[t].name,
                 static_cast<unsigned long long>(cases), static_cast<unsigned long long>(failed[t]));
     good = good && failed[t] == 0;
   }

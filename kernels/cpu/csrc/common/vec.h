@@ -98,6 +98,9 @@ inline vfloat nearest(vfloat x) {
 #define QNN_KERNEL __attribute__((noipa))
 #endif
 
+// For what a call does once, around its kernels: for size, and so quick to compile.
+#define QNN_ONCE __attribute__((noinline, cold))
+
 // -- float formats in memory
 
 struct Float32 {
@@ -195,6 +198,19 @@ inline void with_format(DType dtype, const Run& run) {
   }
 }
 
+// The same without float64, of which a tier has but `to_floats`.
+template <class Run>
+inline void with_single_format(DType dtype, const Run& run) {
+  switch (dtype) {
+    case DType::float32:
+      return run(Float32{});
+    case DType::bfloat16:
+      return run(BFloat16{});
+    default:
+      return run(Float16{});
+  }
+}
+
 // The first `count` values; the other lanes are 0.
 template <class Format>
 inline vfloat load_some(const typename Format::Value* p, int64_t count) {
@@ -210,6 +226,18 @@ inline void store_some(typename Format::Value* p, vfloat x, int64_t count) {
   typename Format::Value some[kLanes];
   Format::store(some, x);
   std::memcpy(p, some, count * sizeof *p);
+}
+
+// `count` values from `at` on as float32, then zeros, in whole vectors up to `padded`. Not for
+// inlining: a switch over formats, each time, is much of a file.
+__attribute__((noinline)) void to_floats(DType dtype, const void* from, int64_t at, int64_t count,
+                                         int64_t padded, float* to) {
+  with_format(dtype, [&](auto format) {
+    using Format = decltype(format);
+    const auto* x = static_cast<const typename Format::Value*>(from) + at;
+    for (int64_t i = 0; i < padded; i += kLanes)
+      write(to + i, i < count ? load_some<Format>(x + i, count - i) : vfloat{});
+  });
 }
 
 // -- activations
@@ -339,30 +367,6 @@ QNN_KERNEL void activate_all(Activation activation, float* values, int64_t rows)
     case Activation::hardsigmoid:
       return each(std::integral_constant<Activation, Activation::hardsigmoid>{});
   }
-}
-
-// float64 output: in double, one value at a time; nobody waits for it.
-inline double activate(Activation activation, double x) {
-  const auto up_to_6 = [](double v) { return v < 0 ? 0 : v > 6 ? 6 : v; };
-  switch (activation) {
-    case Activation::none:
-      return x;
-    case Activation::relu:
-      return x < 0 ? 0 : x;
-    case Activation::gelu:
-      return x * 0.5 * (1 + __builtin_erf(x * 0.70710678118654752));
-    case Activation::gelu_tanh:
-      return 0.5 * x * (1 + __builtin_tanh(0.79788456080286536 * (x + 0.044715 * x * x * x)));
-    case Activation::silu:
-      return x / (1 + __builtin_exp(-x));
-    case Activation::relu6:
-      return up_to_6(x);
-    case Activation::hardswish:
-      return x * up_to_6(x + 3) / 6;
-    case Activation::hardsigmoid:
-      return up_to_6(x + 3) / 6;
-  }
-  return x;
 }
 
 }  // namespace

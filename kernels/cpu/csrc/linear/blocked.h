@@ -136,7 +136,7 @@ struct Blocked {
     for (int64_t k = 0; k == 0 || k < p.k; k += T::kDepth) {
       const int64_t depth = p.k - k < T::kDepth ? p.k - k : T::kDepth;
       const int64_t words = round_up(div_up(depth, T::kGroup), T::kWordStep);
-      if (k == 0 && p.zero_point != 0) std::memset(b.columns.start, 0, T::kChunk * 4);
+      if (k == 0) std::memset(b.columns.start, 0, T::kChunk * 4);
       for (int64_t c = 0; c < columns; ++c) {
         Panel* to = b.panels + c * kPanelStride<T>;
         if (c < b.columns.count) {
@@ -167,7 +167,7 @@ struct Blocked {
                     g == 0 ? next + c * stride : nullptr, stride, shift});
         }
         if (more) continue;
-        with_format(p.y_dtype, [&](auto format) {
+        with_single_format(p.y_dtype, [&](auto format) {
           finish<decltype(format)>(p, b, acc, g * kLanes, rows, row);
         });
       }

@@ -24,7 +24,7 @@ struct DecoderList {
   }
 };
 
-using Decoders = DecoderList<Int8Codes, E4m3Codes, E2m1Codes, Int4Codes>;
+using AllDecoders = DecoderList<Int8Codes, E4m3Codes, E2m1Codes, Int4Codes>;
 
 }  // namespace
 }  // namespace qnn

@@ -72,7 +72,7 @@ struct Dots {
     for (int64_t n = begin; n < end; n += T::kChunk) {
       b.columns.move_to(p, n, end - n < T::kChunk ? end - n : T::kChunk);
       multiply(p, b);
-      with_format(p.y_dtype, [&](auto format) { write_rows<decltype(format)>(p, b); });
+      with_single_format(p.y_dtype, [&](auto format) { write_rows<decltype(format)>(p, b); });
     }
   }
 

@@ -41,9 +41,9 @@ QNN_KERNEL void dot_floats(const float* x, int64_t stride, const WeightRow* w, i
   }
 }
 
-// What a tier in float32 has beside its machine's part.
-template <class Machine>
-struct FloatTier : Machine, Inner<FloatTier<Machine>> {
+// What a tier in float32 has beside its machine's part, over the weights that `Decoders` read.
+template <class Machine, class Decoders = AllDecoders>
+struct FloatTier : Machine, Inner<FloatTier<Machine, Decoders>> {
   using Code = float;
   using Panel = float;
   using Acc = float;

@@ -115,7 +115,7 @@ struct Int8Int4 : M {
         const int64_t row = count * i / times;
         multiply(count * (i + 1) / times - row, p, b, row);
       }
-      with_format(p.y_dtype, [&](auto format) {
+      with_single_format(p.y_dtype, [&](auto format) {
         const Output<Int8Int4, decltype(format)> output(p, b.columns);
         for (int64_t row = 0; row < count; ++row)
           output.row(first + row, 0, read<vfloat>(b.acc + row * kLanes), b.scale[row]);

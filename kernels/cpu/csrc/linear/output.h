@@ -17,7 +17,7 @@ template <class T>
 struct Columns {
   int64_t begin, count;
   float* sw;
-  float* bias;
+  float* bias;     // -0, which changes no sum, where there is none
   int32_t* start;  // of the blocked form: -zero_point times the sum of a row of w
 
   static Columns take(Scratch& scratch) {
@@ -29,23 +29,17 @@ struct Columns {
     begin = first;
     count = p.n - first < most ? p.n - first : most;
     if (p.weight.grouped()) {
-      for (int64_t i = 0; i < T::kChunk; i += kLanes) write(sw + i, splat(*p.sw));
+      fill(sw, *p.sw);
     } else {
-      fill<Float32>(sw, p.sw + first);
+      to_floats(DType::float32, p.sw, first, count, T::kChunk, sw);
     }
-    if (p.bias == nullptr) return;
-    with_format(p.bias_dtype, [&](auto format) {
-      using Format = decltype(format);
-      fill<Format>(bias, static_cast<const typename Format::Value*>(p.bias) + first);
-    });
+    if (p.bias == nullptr) return fill(bias, -0.0f);
+    to_floats(p.bias_dtype, p.bias, first, count, T::kChunk, bias);
   }
 
  private:
-  template <class Format>
-  void fill(float* to, const typename Format::Value* from) const {
-    for (int64_t i = 0; i < T::kChunk; i += kLanes) {
-      write(to + i, i < count ? load_some<Format>(from + i, count - i) : vfloat{});
-    }
+  static void fill(float* to, float value) {
+    for (int64_t i = 0; i < T::kChunk; i += kLanes) write(to + i, splat(value));
   }
 };
 
@@ -57,23 +51,20 @@ template <class T, class Format>
 struct Output {
   using Value = typename Format::Value;
   using Sum = typename T::Sum;
-  // What values are turned as: float64 is made of float32 at the very end.
-  using Turned = std::conditional_t<std::is_same_v<Format, Float64>, Float32, Format>;
-  static constexpr int kPerWord = 4 / sizeof(typename Turned::Value), kTurned = kLanes * kPerWord;
-  static constexpr bool kDouble = std::is_same_v<Format, Float64>;
+  static constexpr int kPerWord = 4 / sizeof(Value), kTurned = kLanes * kPerWord;
 
   const float* sw;
-  const float* bias;     // or null
-  const int32_t* start;  // or null
-  Value* y;              // of the chunk's first column, in row 0
+  const float* bias;
+  const int32_t* start;
+  Value* y;  // of the chunk's first column, in row 0
   const Value* residual;
   int64_t stride, count;
   Activation activation;
 
   Output(const Linear& p, const Columns<T>& columns)
       : sw(columns.sw),
-        bias(p.bias == nullptr ? nullptr : columns.bias),
-        start(p.zero_point == 0 ? nullptr : columns.start),
+        bias(columns.bias),
+        start(columns.start),
         y(static_cast<Value*>(p.y) + columns.begin),
         residual(p.residual == nullptr ? nullptr
                                        : static_cast<const Value*>(p.residual) + columns.begin),
@@ -86,9 +77,8 @@ struct Output {
     alignas(64) float value[kLanes];
     vfloat scaled = sum_as_float(sums) * read<vfloat>(sw + c);
     if constexpr (T::kQuantizes) scaled = scaled * sx;
-    if (bias != nullptr) scaled = scaled + read<vfloat>(bias + c);
-    write(value, scaled);
-    if (!kDouble && activation != Activation::none) activate_all<Turned>(activation, value, 1);
+    write(value, scaled + read<vfloat>(bias + c));
+    if (activation != Activation::none) activate_all<Format>(activation, value, 1);
     put(row * stride + c, read<vfloat>(value), count - c);
   }
 
@@ -100,52 +90,41 @@ struct Output {
     alignas(64) int32_t words[kLanes * kLanes], turned[kLanes * kLanes];
     const auto scaled = [&](int64_t i) {
       Sum sum = read<Sum>(acc + i * acc_stride);
-      if constexpr (kZeroPoints<T>) {
-        if (start != nullptr) sum = (vint)((vuint)sum + static_cast<uint32_t>(start[c + i]));
-      }
+      if constexpr (T::kQuantizes && kZeroPoints<T>)
+        sum = (vint)((vuint)sum + static_cast<uint32_t>(start[c + i]));
       vfloat value = sum_as_float(sum) * sw[c + i];
       if constexpr (T::kQuantizes) value = value * sx;
-      return bias == nullptr ? value : value + bias[c + i];
+      return value + bias[c + i];
     };
     const auto pack = [&](const auto& value) {
       for (int w = 0; w < kLanes; ++w)
         write(words + w * kLanes,
-              Turned::pack(value(w * kPerWord), value(w * kPerWord + kPerWord - 1)));
+              Format::pack(value(w * kPerWord), value(w * kPerWord + kPerWord - 1)));
     };
-    if (kDouble || activation == Activation::none) {
+    if (activation == Activation::none) {
       pack(scaled);
     } else {
       for (int i = 0; i < kTurned; ++i) write(values + i * kLanes, scaled(i));
-      activate_all<Turned>(activation, values, kTurned);
+      activate_all<Format>(activation, values, kTurned);
       pack([&](int64_t i) { return read<vfloat>(values + i * kLanes); });
     }
     const int64_t at = row * stride + c, left = count - c;
     constexpr int64_t kWordRow = kLanes * 4;
-    if (!kDouble && residual == nullptr && rows == kLanes && left >= kTurned) {
-      return T::transpose(words, kWordRow, y + at, stride * static_cast<int64_t>(sizeof(Value)));
-    }
-    T::transpose(words, kWordRow, turned, kWordRow);
-    for (int64_t r = 0; r < rows; ++r) {
-      const auto* values_of_row =
-          reinterpret_cast<const typename Turned::Value*>(turned + r * kLanes);
+    const bool whole = residual == nullptr && rows == kLanes && left >= kTurned;
+    T::transpose(words, kWordRow, whole ? static_cast<void*>(y + at) : turned,
+                 whole ? stride * static_cast<int64_t>(sizeof(Value)) : kWordRow);
+    for (int64_t r = 0; !whole && r < rows; ++r) {
+      const auto* values_of_row = reinterpret_cast<const Value*>(turned + r * kLanes);
       for (int i = 0; i < kTurned && i < left; i += kLanes)
-        put(at + r * stride + i, Turned::load(values_of_row + i), left - i);
+        put(at + r * stride + i, Format::load(values_of_row + i), left - i);
     }
   }
 
  private:
   // The last steps at `left` or kLanes elements of y from `at` on.
   void put(int64_t at, vfloat value, int64_t left) const {
-    if constexpr (kDouble) {
-      for (int64_t lane = 0; lane < kLanes && lane < left; ++lane) {
-        const double exact = activate(activation, static_cast<double>(value[lane]));
-        y[at + lane] = residual == nullptr ? exact : exact + residual[at + lane];
-      }
-    } else {
-      if (residual != nullptr)
-        value = Format::round(value) + load_some<Format>(residual + at, left);
-      store_some<Format>(y + at, value, left);
-    }
+    if (residual != nullptr) value = Format::round(value) + load_some<Format>(residual + at, left);
+    store_some<Format>(y + at, value, left);
   }
 };
 

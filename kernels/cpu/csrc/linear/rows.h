@@ -77,7 +77,7 @@ inline int32_t quantize_on_grid(const Linear& p, const typename Format::Value* x
 }
 
 inline void quantize(const Quantize& p, int part, int parts) {
-  with_format(p.x_dtype, [&](auto format) {
+  with_single_format(p.x_dtype, [&](auto format) {
     using Format = decltype(format);
     for (int64_t row = p.m * part / parts; row < p.m * (part + 1) / parts; ++row) {
       const auto* x = static_cast<const typename Format::Value*>(p.x) + row * p.k;
@@ -106,12 +106,7 @@ template <class T>
 __attribute__((noinline)) int32_t read_row(const Linear& p, int64_t row, int64_t padded,
                                            typename T::Code* out, float* scale) {
   if constexpr (std::is_same_v<typename T::Code, float>) {
-    with_format(p.x_dtype, [&](auto format) {
-      using Format = decltype(format);
-      const auto* x = static_cast<const typename Format::Value*>(p.x) + row * p.k;
-      for (int64_t i = 0; i < padded; i += kLanes)
-        write(out + i, i < p.k ? load_some<Format>(x + i, p.k - i) : vfloat{});
-    });
+    to_floats(p.x_dtype, p.x, row * p.k, p.k, padded, out);
     return 0;
   } else if (p.row_scale != nullptr) {
     const int8_t* codes = static_cast<const int8_t*>(p.x) + row * p.k;
@@ -126,7 +121,7 @@ __attribute__((noinline)) int32_t read_row(const Linear& p, int64_t row, int64_t
     return sum;
   } else {
     int32_t sum = 0;
-    with_format(p.x_dtype, [&](auto format) {
+    with_single_format(p.x_dtype, [&](auto format) {
       using Format = decltype(format);
       const auto* x = static_cast<const typename Format::Value*>(p.x) + row * p.k;
       sum = p.fixed ? quantize_on_grid<Format, kMostCode<T>>(p, x, padded, out, scale)

@@ -6,6 +6,7 @@
 #include <limits>
 #include <stdexcept>
 
+#include "linear/doubles.h"
 #include "linear/linear.h"
 #include "ops/threads.h"
 #include "tiers/tiers.h"
@@ -13,6 +14,14 @@
 namespace qnn {
 
 inline void run_parallel(const Arguments& args, const Kernel& kernel, const Linear& p) {
+  if (p.y_dtype == DType::float64) {
+    const Tensor x = args.empty({has_double_rows(p) ? p.m * p.k : 0}, ScalarType::Float),
+                 y = args.empty({p.m * p.n}, ScalarType::Float);
+    auto *single_x = static_cast<float*>(x.data_ptr()),
+         *single_y = static_cast<float*>(y.data_ptr());
+    run_parallel(args, kernel, without_doubles(p, single_x, single_y));
+    return finish_doubles(p, single_y);
+  }
   // A thread more is worth its start, some µs, from about so many products, or so many bytes of w,
   // to each.
   constexpr int64_t kProducts = 1 << 20, kBytes = 1 << 17;

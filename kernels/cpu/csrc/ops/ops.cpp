@@ -152,12 +152,18 @@ std::tuple<Tensor, Tensor> int8_quantize(Tensor x) {
   const int64_t k = sizes.back();
   sizes.back() = 1;
   const Tensor scales = args.empty(sizes, ScalarType::Float);
-  const Quantize p{scales.numel(),
-                   k,
-                   args.data(x),
-                   float_format(x),
-                   static_cast<int8_t*>(codes.data_ptr()),
-                   static_cast<float*>(scales.data_ptr())};
+  Quantize p{scales.numel(),
+             k,
+             args.data(x),
+             float_format(x),
+             static_cast<int8_t*>(codes.data_ptr()),
+             static_cast<float*>(scales.data_ptr())};
+  std::optional<Tensor> single;
+  if (p.x_dtype == DType::float64) {
+    single = args.empty({p.m * k}, ScalarType::Float);
+    p.x = to_single(p.x, p.m * k, static_cast<float*>(single->data_ptr()));
+    p.x_dtype = DType::float32;
+  }
   constexpr int64_t kValues =
       1 << 16;  // a thread more is worth its start from so many values to each
   share(p.m * k / kValues, [&](int part, int parts) { best_tier().quantize(p, part, parts); });

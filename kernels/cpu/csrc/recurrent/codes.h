@@ -14,18 +14,15 @@ struct Quantizer {
   int32_t low = 0;  // what is taken from a code
 };
 
-// One row of x as P wants it, `padded` codes long, and its scale.
+// One row of x to codes, and its scale.
 template <class P>
-QNN_KERNEL void read_row(const Recurrent& p, const Quantizer& how, int64_t row, int64_t padded,
-                         typename P::Code* codes, float* scale) {
+void quantize_row(const Recurrent& p, const Quantizer& how, int64_t row, typename P::Code* codes,
+                  float* scale) {
   const int64_t k = p.inputs;
   with_format(p.dtype, [&](auto format) {
     using Format = decltype(format);
     const auto* x = static_cast<const typename Format::Value*>(p.x) + row * k;
-    if constexpr (!P::kQuantizes) {
-      for (int64_t i = 0; i < padded; i += kLanes)
-        write(codes + i, i < k ? load_some<Format>(x + i, k - i) : vfloat{});
-    } else if (p.scheme == Scheme::dynamic) {
+    if (p.scheme == Scheme::dynamic) {
       *scale = row_scale<Format, kMostCodeOf<P>>(x, k);
       const bool finite = *scale <= std::numeric_limits<float>::max();
       const float inverse = finite ? 1.0f / *scale : 0.0f;
@@ -51,6 +48,17 @@ QNN_KERNEL void read_row(const Recurrent& p, const Quantizer& how, int64_t row, 
       *scale = how.grid.scale + sum;
     }
   });
+}
+
+// One row of x as P wants it, `padded` codes long, and its scale.
+template <class P>
+QNN_KERNEL void read_row(const Recurrent& p, const Quantizer& how, int64_t row, int64_t padded,
+                         typename P::Code* codes, float* scale) {
+  if constexpr (!P::kQuantizes) {
+    to_floats(p.dtype, p.x, row * p.inputs, p.inputs, padded, codes);
+  } else {
+    quantize_row<P>(p, how, row, codes, scale);
+  }
 }
 
 // What one product takes: the codes of all rows, their scales as each share has them, and what the

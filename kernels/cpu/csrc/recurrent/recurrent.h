@@ -46,7 +46,7 @@ class Layer {
   Shares units_of_, outs_of_, projections_of_;
 
  public:
-  Layer(const Recurrent& p, const Members& members, char* scratch)
+  QNN_ONCE Layer(const Recurrent& p, const Members& members, char* scratch)
       : p_(p),
         members_(members),
         projected_(p.w_hr != nullptr),
@@ -172,7 +172,7 @@ class Layer {
     return *spare;
   }
 
-  QNN_KERNEL void begin(int share) {
+  QNN_ONCE void begin(int share) {
     const Run rows = Shares{p_.steps * p_.batch, 1, members_.shares}.of(share),
               own = units_of_.of(share);
     const int64_t stride = input_.code_stride();
@@ -207,7 +207,7 @@ class Layer {
                   (own.end - own.begin) * p_.batch * kLanes * sizeof(float));
   }
 
-  QNN_KERNEL void end(int share) const {
+  QNN_ONCE void end(int share) const {
     const auto leave = [&](const float* from, int64_t width, const Run& run, void* to) {
       for (int64_t i = run.begin; i < run.end; ++i) {
         for (int64_t row = 0; row < p_.batch; ++row) {

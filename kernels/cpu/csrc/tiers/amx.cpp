@@ -1,10 +1,8 @@
 // AMX: tiles of 16 rows of 64 bytes, and one instruction that multiplies 16 × 64 by 64 × 16 signed
 // bytes. The left operand is w as it lies in a panel, the right one is x in the blocked form's own
-// layout, and the sums come out as in the other tiers. Few rows, and int8_weight, run as
-// avx512_vnni does.
+// layout, and the sums come out as in the other tiers. Few rows, and float
+// activations, are avx512_vnni's.
 #define QNN_LANES 16
-#include "conv/loops.h"
-#include "embedding/embedding.h"
 #include "linear/loops.h"
 #include "recurrent/recurrent.h"
 #include "tiers/tiers.h"
@@ -125,6 +123,15 @@ struct AmxProduct : IntegerProduct<Vnni, 6, 8> {
   }
 };
 
+size_t int8_bytes(const Linear& p) {
+  return p.m <= Vnni::kDotRows ? avx512_vnni.int8.scratch_bytes(p) : Blocked<Amx>::scratch_bytes(p);
+}
+
+void int8_run(const Linear& p, int part, int parts, char* scratch) {
+  p.m <= Vnni::kDotRows ? avx512_vnni.int8.run(p, part, parts, scratch)
+                        : Blocked<Amx>::run(p, part, parts, scratch);
+}
+
 bool runs_here() {
 #ifdef QNN_EMULATE_AMX
   return vnni512_runs_here();
@@ -146,17 +153,9 @@ constexpr Tier amx = [] {
   Tier t{};
   t.name = "amx";
   t.runs_here = runs_here;
-  t.int8 = kernel<Vnni, Amx>();
-  t.int16 = kernel<Int16Tier<VnniWords>>();
-  t.int8_int4 = int8_int4<Avx512Machine>();
-  t.weight_only = kernel<FloatTier<Avx512Machine>>();
-  t.quantize = quantize;
-  t.look_up = look_up<FloatTier<Avx512Machine>>;
+  t.base = &avx512_vnni;
+  t.int8 = {int8_bytes, int8_run};
   t.recurrent = recurrent<AmxProduct>();
-  t.recurrent_int16 = recurrent<IntegerProduct<VnniWords, 6, 8, double>>();
-  t.recurrent_weight = recurrent<FloatProduct<Avx512Machine, 6, 8>>();
-  t.conv = conv<IntegerConv<Vnni>>();
-  t.conv_weight = conv<FloatConv<Avx512Machine>>();
   return t;
 }();
 

@@ -5,7 +5,6 @@
 #include <cpuid.h>
 
 #include "conv/loops.h"
-#include "embedding/embedding.h"
 #include "linear/loops.h"
 #include "recurrent/recurrent.h"
 #include "tiers/avx2.h"
@@ -63,6 +62,21 @@ struct Vnni256Words : Avx2Words {
     return (vint)dpwssd((__m256i)sum, (__m256i)column, (__m256i)row);
   }
 };
+// Of few rows in float32 this tier has the products of int4's bytes.
+using Int4Rows = Dots<FloatTier<Avx2Machine, DecoderList<Int4Codes>>>;
+
+bool are_int4_rows(const Linear& p) {
+  return p.weight.decoder == Decoder::int4 && p.m <= Avx2Machine::kDotRows;
+}
+
+size_t weight_only_bytes(const Linear& p) {
+  return are_int4_rows(p) ? Int4Rows::scratch_bytes(p) : avx2.weight_only.scratch_bytes(p);
+}
+
+void weight_only_run(const Linear& p, int part, int parts, char* scratch) {
+  are_int4_rows(p) ? Int4Rows::run(p, part, parts, scratch)
+                   : avx2.weight_only.run(p, part, parts, scratch);
+}
 
 bool runs_here() {
 #if defined(QNN_EMULATE_VNNI)
@@ -70,7 +84,7 @@ bool runs_here() {
 #elif defined(QNN_EVEX)
   return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 #else
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return false;
+  if (!avx2.runs_here()) return false;
   unsigned a, b, c, d;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
 #endif
@@ -82,17 +96,14 @@ constexpr Tier avx_vnni = [] {
   Tier t{};
   t.name = "avx_vnni";
   t.runs_here = runs_here;
+  t.base = &avx2;
   t.int8 = kernel<Vnni256>();
   t.int16 = kernel<Int16Tier<Vnni256Words>>();
   t.int8_int4 = int8_int4<Avx2Machine>();
-  t.weight_only = kernel<FloatTier<Avx2Machine>>();
-  t.quantize = quantize;
-  t.look_up = look_up<FloatTier<Avx2Machine>>;
+  t.weight_only = {weight_only_bytes, weight_only_run};
   t.recurrent = recurrent<IntegerProduct<Vnni256, 3, 3>>();
   t.recurrent_int16 = recurrent<IntegerProduct<Vnni256Words, 3, 3, double>>();
-  t.recurrent_weight = recurrent<FloatProduct<Avx2Machine, 2, 3>>();
   t.conv = conv<IntegerConv<Vnni256>>();
-  t.conv_weight = conv<FloatConv<Avx2Machine>>();
   return t;
 }();
 

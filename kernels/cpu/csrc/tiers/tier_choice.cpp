@@ -19,6 +19,16 @@ void run_alone(const Kernel& kernel, const Linear& p) {
   kernel.run(p, 0, 1, static_cast<char*>(std::align(64, bytes, aligned, space)));
 }
 
+const std::array<Tier, std::size(kTiers)>& tiers() {
+  static const auto all = [] {
+    std::array<Tier, std::size(kTiers)> found;
+    std::transform(std::begin(kTiers), std::end(kTiers), found.begin(),
+                   [](const Tier* tier) { return whole(*tier); });
+    return found;
+  }();
+  return all;
+}
+
 // Full-range operands whose product plain loops know, in both forms of the kernel.
 bool known_integers(const Tier& tier) {
   for (const auto& [m, k, n] : {std::array<int64_t, 3>{3, 301, 50}, {40, 1100, 33}}) {
@@ -321,14 +331,15 @@ const char* why_not(size_t index) {
   static const auto reasons = [] {
     std::array<const char*, std::size(kTiers)> found{};
     for (size_t i = 0; i < std::size(kTiers); ++i) {
-      found[i] = !kTiers[i]->runs_here()           ? "this CPU lacks the instructions"
-                 : !known_integers(*kTiers[i])     ? "wrong integers in the known-answer test"
-                 : !known_int16(*kTiers[i])        ? "wrong 16-bit sums in the known-answer test"
-                 : !known_int8_int4(*kTiers[i])    ? "wrong sums of groups in the known-answer test"
-                 : !known_floats(*kTiers[i])       ? "wrong floats in the known-answer test"
-                 : !known_steps(*kTiers[i])        ? "wrong steps in the known-answer test"
-                 : !known_convolutions(*kTiers[i]) ? "wrong convolutions in the known-answer test"
-                                                   : nullptr;
+      const Tier& tier = tiers()[i];
+      found[i] = !tier.runs_here()           ? "this CPU lacks the instructions"
+                 : !known_integers(tier)     ? "wrong integers in the known-answer test"
+                 : !known_int16(tier)        ? "wrong 16-bit sums in the known-answer test"
+                 : !known_int8_int4(tier)    ? "wrong sums of groups in the known-answer test"
+                 : !known_floats(tier)       ? "wrong floats in the known-answer test"
+                 : !known_steps(tier)        ? "wrong steps in the known-answer test"
+                 : !known_convolutions(tier) ? "wrong convolutions in the known-answer test"
+                                             : nullptr;
     }
     return found;
   }();
@@ -340,7 +351,7 @@ const char* why_not(size_t index) {
 const Tier& best_tier() {
   static const Tier& best = []() -> const Tier& {
     for (size_t i = 0; i < std::size(kTiers); ++i) {
-      if (why_not(i) == nullptr) return *kTiers[i];
+      if (why_not(i) == nullptr) return tiers()[i];
     }
     throw std::runtime_error("qnn: no kernel gives right results on this CPU.");
   }();
@@ -352,7 +363,7 @@ const Tier& tier_called(const std::string& name) {
     if (name != kTiers[i]->name) continue;
     if (why_not(i) != nullptr)
       throw std::invalid_argument("qnn: tier '" + name + "' cannot run: " + why_not(i) + ".");
-    return *kTiers[i];
+    return tiers()[i];
   }
   throw std::invalid_argument("qnn: unknown tier '" + name + "'.");
 }

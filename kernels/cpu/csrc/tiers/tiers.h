@@ -1,5 +1,6 @@
 // The tiers, best first. Each stands in the file of its name, compiled for its own instruction set,
-// and is a constant: code that fills one would run on every CPU.
+// and is a constant: code that fills one would run on every CPU. What a tier would compile as
+// another does it leaves null, and names that one.
 #pragma once
 
 #include "conv/conv.h"
@@ -23,6 +24,7 @@ struct Tier {
   RecurrentKernel recurrent_weight;  // of int8_weight
   ConvKernel conv;                   // of int8, int8_static and codes
   ConvKernel conv_weight;            // of int8_weight
+  const Tier* base;                  // whose are the fields that are null here; or null
 };
 
 namespace {
@@ -40,7 +42,8 @@ extern const Tier amx, avx512_vnni, avx_vnni, avx2, portable;
 
 namespace {
 
-// Those that a library is linked with; it is compiled with a define for each that it is without.
+// Those that a library is linked with, none without its base; it is compiled with a define for each
+// that it is without.
 constexpr const Tier* kTiers[] = {
 #if defined(__x86_64__)
 #ifndef QNN_NO_AMX
@@ -58,6 +61,25 @@ constexpr const Tier* kTiers[] = {
 #endif
     &portable,
 };
+
+// With what it has of its base. (Not a tier's code: its file is for every CPU.)
+inline Tier whole(const Tier& tier) {
+  Tier all = tier;
+  for (const Tier* base = tier.base; base != nullptr; base = base->base) {
+    if (all.int8.run == nullptr) all.int8 = base->int8;
+    if (all.int16.run == nullptr) all.int16 = base->int16;
+    if (all.int8_int4.run == nullptr) all.int8_int4 = base->int8_int4;
+    if (all.weight_only.run == nullptr) all.weight_only = base->weight_only;
+    if (all.quantize == nullptr) all.quantize = base->quantize;
+    if (all.look_up == nullptr) all.look_up = base->look_up;
+    if (all.recurrent.run == nullptr) all.recurrent = base->recurrent;
+    if (all.recurrent_int16.run == nullptr) all.recurrent_int16 = base->recurrent_int16;
+    if (all.recurrent_weight.run == nullptr) all.recurrent_weight = base->recurrent_weight;
+    if (all.conv.run == nullptr) all.conv = base->conv;
+    if (all.conv_weight.run == nullptr) all.conv_weight = base->conv_weight;
+  }
+  return all;
+}
 
 }  // namespace
 }  // namespace qnn
