@@ -201,3 +201,21 @@ def test_a_character_lstm_loses_little_in_int8(tmp_path: Path) -> None:
         assert rows[name][1] <= above
         assert rows[name][2] < 0.3 * size
     assert (tmp_path / "out" / "lstm_text.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_resnet_keeps_its_accuracy_in_int8(tmp_path: Path) -> None:
+    _need("matplotlib", "tqdm", "sklearn")
+    text = _example("convnet_int8.py", "--tiny", cwd=tmp_path)
+    assert re.search(r"4.conv1 +QConv2d +int8_static .*; BatchNorm 4.bn1 folded in", text)
+    rows = {
+        name: _numbers(rf"\n{name} +([\d.]+)% +([\d.]+|inf) +(\d+) +[\d.]+", text)
+        for name in ("float32", "fused", "dynamic", "static")
+    }
+    accuracy, _, size = rows["float32"]
+    assert accuracy > 85  # a guess has 10
+    assert rows["fused"][1] > 100
+    for name in ("dynamic", "static"):
+        assert rows[name][0] > accuracy - 1.5
+        assert rows[name][1] > 25
+        assert rows[name][2] < 0.3 * size
+    assert (tmp_path / "out" / "convnet_int8.png").read_bytes().startswith(b"\x89PNG")
