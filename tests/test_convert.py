@@ -128,9 +128,7 @@ class TestSelection:
             r"torch.nn.modules.activation.ReLU \(2\)",
         ):
             qnn.convert(
-                nn.Sequential(
-                    nn.PReLU(), *(nn.LayerNorm(190) for _ in "ab"), nn.ReLU(), nn.ReLU()
-                )
+                nn.Sequential(nn.PReLU(), *(nn.LayerNorm(190) for _ in "ab"), nn.ReLU(), nn.ReLU())
             )
         with pytest.raises(TypeError, match=r"takes an nn.Module, got int"):
             qnn.convert(3)  # type: ignore[type-var]

@@ -67,10 +67,10 @@ def convert(
 
     A pattern is a name with wildcards (`"encoder.layer.*.output"`), a module type, or a callable
     `(name, module) -> bool`; names and types pick everything inside the module that they match.
-    Layers of other kinds, subclasses with a forward of their own, convolutions with weight_norm, and
-    convolutions and recurrent layers where the scheme has none (it has in the int8 schemes), are
-    left alone; `qnn.summary` lists each with
-    the reason. A subclass of `nn.Linear` that computes the same is taken if a pattern names it.
+    Layers of other kinds, subclasses with a forward of their own, convolutions with weight_norm,
+    and convolutions and recurrent layers where the scheme has none (it has in the int8 schemes),
+    are left alone; `qnn.summary` lists each with the reason. A subclass of `nn.Linear` that
+    computes the same is taken if a pattern names it.
 
     Modules that are shared stay shared, and so do tied weights; a layer whose weight is tied to
     something that stays float is left alone. Hooks, train or eval mode, devices and the

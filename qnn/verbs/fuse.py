@@ -182,9 +182,10 @@ def _why_not_edge(
     if key not in edges.sources:
         return "the model does not call it" + ("" if by_graph else " on these inputs")
     sources = edges.sources[key]
-    if len(sources) != 1 or (source := next(iter(sources))) not in layers:
+    source: Any = next(iter(sources), None)
+    if len(sources) != 1 or source not in layers:
         return f"its input comes from {told(sources)}, not from one convolution or linear layer"
-    layer, readers = layers[cast(int, source)], edges.readers[cast(int, source)]
+    layer, readers = layers[source], edges.readers[source]
     if readers != {key}:
         return f"the result of {names[id(layer)]!r} also goes to {told(readers - {key})}"
     for each in (layer, norm):
