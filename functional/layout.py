@@ -140,7 +140,7 @@ class TransposedFilters(Filters):
     def _swapped(self, weight: torch.Tensor) -> torch.Tensor:
         """`[N, C / groups, …]` for `[C, N / groups, …]`; the swap is its own inverse."""
         groups = self.groups
-        split = weight.unflatten(0, (groups, weight.shape[0] // groups))
+        split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
         return split.transpose(1, 2).flatten(0, 1)
 
 

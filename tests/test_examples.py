@@ -215,3 +215,21 @@ def test_a_language_model_continues_its_prompt(tmp_path: Path) -> None:
     assert rows["int4_weight"][0] < 0.9 * rows["int8"][0]
     for name, least in {"bfloat16": 30, "int8": 25, "int8_weight": 30, "int4_weight": 8}.items():
         assert rows[name][2] > least
+
+
+def test_a_resnet_keeps_its_accuracy_in_int8(tmp_path: Path) -> None:
+    _need("matplotlib", "tqdm", "sklearn")
+    text = _example("convnet_int8.py", "--tiny", cwd=tmp_path)
+    assert re.search(r"4.conv1 +QConv2d +int8_static .*; BatchNorm 4.bn1 folded in", text)
+    rows = {
+        name: _numbers(rf"\n{name} +([\d.]+)% +([\d.]+|inf) +(\d+) +[\d.]+", text)
+        for name in ("float32", "fused", "dynamic", "static")
+    }
+    accuracy, _, size = rows["float32"]
+    assert accuracy > 85  # a guess has 10
+    assert rows["fused"][1] > 100
+    for name in ("dynamic", "static"):
+        assert rows[name][0] > accuracy - 1.5
+        assert rows[name][1] > 25
+        assert rows[name][2] < 0.3 * size
+    assert (tmp_path / "out" / "convnet_int8.png").read_bytes().startswith(b"\x89PNG")

@@ -54,10 +54,11 @@ def convert(
     on_unsupported: Literal["error", "skip"] = "error",
     progress: bool | str = True,
 ) -> ModelT:
-    """Replace the `nn.Linear`, `nn.LSTM` and `nn.GRU` layers of `model` by quantised ones.
+    """Replace the linear, convolution, LSTM and GRU layers of `model` by quantised ones.
 
-    They become `QLinear`, `QLSTM` and `QGRU`; `nn.LSTMCell` and `nn.GRUCell` become `QLSTMCell` and
-    `QGRUCell`, and transformers' `Conv1D` becomes a `QLinear` too. With
+    `nn.Linear`, `nn.Conv2d`, `nn.ConvTranspose2d` (and those of one and three axes), `nn.LSTM`,
+    `nn.GRU` and their cells become `QLinear`, `QConv2d`, `QConvTranspose2d`, `QLSTM`, `QGRU` and so
+    on, and transformers' `Conv1D` becomes a `QLinear` too. With
     `training=True` linear layers become `qnn.Linear`, which keeps the float parameters and trains
     in the scheme's arithmetic; a model that was trained so is converted once more to be deployed. A
     model from `qnn.prepare` that has seen its data is converted by `convert(model)`: every prepared
@@ -66,9 +67,10 @@ def convert(
 
     A pattern is a name with wildcards (`"encoder.layer.*.output"`), a module type, or a callable
     `(name, module) -> bool`; names and types pick everything inside the module that they match.
-    Layers of other kinds, subclasses with a forward of their own, and recurrent layers where the
-    scheme has none (it has one in the int8 schemes), are left alone; `qnn.summary` lists each with
-    the reason. A subclass of `nn.Linear` that computes the same is taken if a pattern names it.
+    Layers of other kinds, subclasses with a forward of their own, convolutions with weight_norm,
+    and convolutions and recurrent layers where the scheme has none (it has in the int8 schemes),
+    are left alone; `qnn.summary` lists each with the reason. A subclass of `nn.Linear` that
+    computes the same is taken if a pattern names it.
 
     Modules that are shared stay shared, and so do tied weights; a layer whose weight is tied to
     something that stays float is left alone. Hooks, train or eval mode, devices and the

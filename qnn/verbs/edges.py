@@ -114,7 +114,7 @@ def by_run(watched: dict[int, nn.Module], run: Callable[[], Any]) -> tuple[Edges
 
 class _Watch(TorchDispatchMode):
     def __init__(self, watched: dict[int, nn.Module]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.edges = Edges()
         self._inside: list[int] = []
         self._made: dict[int, tuple[int, torch.Tensor]] = {}

@@ -94,7 +94,7 @@ def fuse(model: ModelT, inputs: Any = None, *, inplace: bool = False) -> ModelT:
         reason = _why_not_norm(norm) or _why_not_edge(norm, edges, layers, names, inputs is None)
         if reason is None:
             (source,) = edges.sources[key]
-            layer = layers[cast(int, source)]
+            layer = layers[cast(Any, source)]
             reason = _why_not_layer(layer, names[id(layer)], shared)
         if reason is None and isinstance(found := _affine(norm, layer), str):
             reason = found
@@ -182,9 +182,10 @@ def _why_not_edge(
     if key not in edges.sources:
         return "the model does not call it" + ("" if by_graph else " on these inputs")
     sources = edges.sources[key]
-    if len(sources) != 1 or (source := next(iter(sources))) not in layers:
+    source: Any = next(iter(sources), None)
+    if len(sources) != 1 or source not in layers:
         return f"its input comes from {told(sources)}, not from one convolution or linear layer"
-    layer, readers = layers[cast(int, source)], edges.readers[cast(int, source)]
+    layer, readers = layers[source], edges.readers[source]
     if readers != {key}:
         return f"the result of {names[id(layer)]!r} also goes to {told(readers - {key})}"
     for each in (layer, norm):
@@ -279,8 +280,9 @@ def _shared(model: nn.Module) -> set[int]:
 def _affine(norm: nn.Module, layer: nn.Module) -> Affine | str:
     """The scale and shift of a BatchNorm, or why the layer cannot take them."""
     of: Any = norm
-    held = of.running_mean, of.running_var, of.weight, of.bias, getattr(of, "eps", 1e-5)
-    scale, shift = batch_norm.scale_and_shift(*(t.detach() if _is_tensor(t) else t for t in held))
+    with torch.no_grad():
+        held = of.running_mean, of.running_var, of.weight, of.bias, getattr(of, "eps", 1e-5)
+        scale, shift = batch_norm.scale_and_shift(*held)
     if scale.is_meta:
         return "it is on the meta device and has no values"
     if len(scale) != (out := _outputs(layer)):
@@ -303,10 +305,6 @@ def _affine(norm: nn.Module, layer: nn.Module) -> Affine | str:
 def _outputs(layer: nn.Module) -> int:
     of: Any = layer
     return int(of.out_features if isinstance(layer, nn.Linear) else of.out_channels)
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
 
 
 def _folded_tensors(layer: nn.Module, affine: Affine) -> tuple[torch.Tensor, torch.Tensor]:

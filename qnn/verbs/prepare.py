@@ -36,14 +36,14 @@ def prepare(
     inplace: bool = False,
     progress: bool | str = True,
 ) -> ModelT:
-    """Insert observation points into the `nn.Linear`, `nn.LSTM` and `nn.GRU` layers of `model`.
+    """Insert observation points into the linear, convolution and recurrent layers of a model.
 
-    They become `ObservedLinear`, `QuantizableLSTM` and `QuantizableGRU`. Their parameters are
-    copies, as the rest of the model is, and with `inplace=True` the same objects: an optimizer for
-    quantisation-aware training is made after a copy. Run the model on data like that of its use, or
-    `qnn.calibrate` it, and then `qnn.convert(model)`. Without `qat` no output changes; with it,
-    weights and parts are fake-quantised, for training: what `convert` makes then computes what was
-    trained.
+    They become `ObservedLinear`, `ObservedConv2d`, `QuantizableLSTM` and so on. Their parameters
+    are copies, as the rest of the model is, and with `inplace=True` the same objects: an optimizer
+    for quantisation-aware training is made after a copy. Run the model on data like that of its
+    use, or `qnn.calibrate` it, and then `qnn.convert(model)`. Without `qat` no output changes; with
+    it, weights and parts are fake-quantised, for training: what `convert` makes then computes what
+    was trained.
 
     Args:
         model: any float module.
@@ -52,7 +52,7 @@ def prepare(
         parts: specs by part name with wildcards, over the defaults: the scheme's bits for the
             operands of products and 16 for the rest of a recurrent layer, see
             `QuantizableLSTM.observe`; `qnn.parts.EIGHT_BIT` spends 8 on the rest. A linear layer
-            has one part, `"input"`. A key serves the layers that have such a part. What a layer
+            and a convolution have one part, `"input"`. A key serves the layers that have such a part. What a layer
             becomes depends on its operands: `int16_static` where one has 16 bits.
         split_gates: each gate of a recurrent layer is a linear layer of its own, with grids of its
             own.

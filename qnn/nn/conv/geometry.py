@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from qnn.functional.layout import FILTERS, Layout, TransposedFilters
 from qnn.kernels import get_scheme
@@ -76,7 +77,7 @@ def require_conv(who: str, layer: Any, kind: type[nn.Module], other: type[nn.Mod
     """
     if not isinstance(layer, kind) or isinstance(layer, other):
         raise TypeError(f"{who} takes an nn.{kind.__name__}, got {type(layer).__name__}.")
-    if nn.parameter.is_lazy(layer.weight):
+    if is_lazy(cast(Any, layer.weight)):
         raise TypeError(
             f"{who}: {type(layer).__name__} is not initialised: its sizes come from its first "
             "input; run one batch first."

@@ -32,8 +32,16 @@ class ConvKind(Kind):
     name = "conv"
     floats = CONVS
     titles: tuple[str, ...] = ("nn.Conv1d/2d/3d",)
-    quantized = (quantized.QConv1d, quantized.QConv2d, quantized.QConv3d)
-    observed = (observed.ObservedConv1d, observed.ObservedConv2d, observed.ObservedConv3d)
+    quantized: tuple[type[nn.Module], ...] = (
+        quantized.QConv1d,
+        quantized.QConv2d,
+        quantized.QConv3d,
+    )
+    observed: tuple[type[nn.Module], ...] = (
+        observed.ObservedConv1d,
+        observed.ObservedConv2d,
+        observed.ObservedConv3d,
+    )
     shares = True
     skips_computed = True  # those of audio models have weight_norm
 
