@@ -84,7 +84,7 @@ def supported() -> Iterator[Support]:
         for layer in kind.floats:
             if not layer.__module__.startswith("torch.") or kind_of(layer(SIZE, SIZE)) is not kind:
                 continue
-            # Schemes name their ops by torch's name of the layer: "linear", "lstm", "embedding_bag".
+            # Schemes name their ops by torch's name of the layer: "lstm", "embedding_bag".
             words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", layer.__name__.removesuffix("Cell"))
             name = words.lower()
             for scheme in SCHEMES.values():

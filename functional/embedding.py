@@ -126,7 +126,7 @@ def embedding_bag_of(
     if offsets is None:
         bags, length = input.shape
         offsets = torch.arange(0, bags + 1, device=input.device) * length
-        input, weights = input.reshape(-1), None if weights is None else weights.reshape(-1)
+        weights = None if weights is None else weights.reshape(-1)
     else:
         offsets = offsets.to(torch.int64)
         if not include_last_offset:
@@ -134,7 +134,7 @@ def embedding_bag_of(
             offsets = torch.cat((offsets, end))
     padding = -1 if padding_idx is None else padding_idx
 
-    operands = (input, offsets, *parts, weights)
+    operands = (input.reshape(-1), offsets, *parts, weights)
     if not torch.compiler.is_compiling():
         result: torch.Tensor = op.call(*operands, mode, padding, dtype)
         return result
@@ -167,9 +167,7 @@ def _why_not_bags(
     if mode != "sum":
         return f"per_sample_weights are for mode='sum' alone, got mode={mode!r}"
     if weights.shape != input.shape:
-        return (
-            f"per_sample_weights must be {list(input.shape)} as input, got {list(weights.shape)}"
-        )
+        return f"per_sample_weights must be {list(input.shape)} as input, got {list(weights.shape)}"
     if weights.dtype != dtype:
         return f"per_sample_weights must be {dtype} as the result, got {weights.dtype}; cast them"
     return None
