@@ -20,6 +20,7 @@ _ROWS = 19  # of a table in samples
 
 def _common(form: Format) -> dict[str, Any]:
     multiple = form.columns_multiple_of // form.packing
+    sizes = {"n": _ROWS, "p": 3 * multiple if multiple > 1 else 23}
     spans = {p.short.format("w"): (p.span[0], p.span[1] + 1) for p in form.parts if p.span}
     return {
         "out": ("dtype",),
@@ -28,12 +29,7 @@ def _common(form: Format) -> dict[str, Any]:
         "products": "0",
         "positive": scales_of(form, "w"),
         "multiples": {"p": multiple} if multiple > 1 else {},
-        "sample": {
-            "n": _ROWS,
-            "ids": (0, _ROWS),
-            "p": 3 * multiple if multiple > 1 else 23,
-            **spans,
-        },
+        "sample": {**sizes, **spans, "ids": (0, _ROWS)},
     }
 
 

@@ -89,8 +89,9 @@ def _hidden_dtype(model: nn.Module) -> torch.dtype | None:
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_floating_point():
-                hidden = isinstance(module, Quantized) and name in module._kept()
-                return module.dtype if hidden else None
+                if isinstance(module, Quantized) and name in module._kept():
+                    return module.dtype
+                return None
     return None
 
 

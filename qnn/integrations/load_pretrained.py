@@ -85,7 +85,7 @@ def _register() -> None:
     def init(self: Any, described: Any = None, **_: Any) -> None:
         self.quant_method, self.described = "qnn", described
 
-    def before_loading(self: Any, model: nn.Module, **_: Any) -> None:
+    def before_loading(self: Any, model: Any, **_: Any) -> None:
         found = {"quantization_config": self.quantization_config.described}
         convert(model, schemes_of(found, model), inplace=True)
         for layer in _layers(model).values():

@@ -182,7 +182,7 @@ class QEmbedding(Table, nn.Embedding):
         return cls.around(embedding, scheme)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         embeddings: torch.Tensor,
         freeze: bool = True,
