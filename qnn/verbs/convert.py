@@ -57,8 +57,9 @@ def convert(
     """Replace the `nn.Linear`, `nn.LSTM` and `nn.GRU` layers of `model` by quantised ones.
 
     They become `QLinear`, `QLSTM` and `QGRU`; `nn.LSTMCell` and `nn.GRUCell` become `QLSTMCell` and
-    `QGRUCell`, and transformers' `Conv1D` becomes a `QLinear` too; fused experts of the classes that
-    `qnn.register_adapter` knows become `QExperts`. With `training=True` linear layers become `qnn.Linear`, which keeps the float parameters and trains
+    `QGRUCell`, and transformers' `Conv1D` becomes a `QLinear` too; fused experts of classes that
+    `qnn.register_adapter` knows become `QExperts`. With
+    `training=True` linear layers become `qnn.Linear`, which keeps the float parameters and trains
     in the scheme's arithmetic; a model that was trained so is converted once more to be deployed. A
     model from `qnn.prepare` that has seen its data is converted by `convert(model)`: every prepared
     layer gets the scheme and the ranges that it was prepared for. A `CalibrationWarning` names
