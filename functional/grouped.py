@@ -51,7 +51,7 @@ def grouped_linear(
         ValueError, TypeError: an argument of the wrong shape, dtype or device; offsets that
             decrease or lie outside of the rows; an unknown scheme, or one without such an op.
 
-    >>> w = quantize(torch.eye(2).expand(3, 2, 2))
+    >>> w = torch.ones(3, 2, 2, dtype=torch.int8), torch.ones(3, 2, 1)
     >>> offsets = torch.tensor([1, 1, 2], dtype=torch.int32)
     >>> grouped_linear(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), w, offsets).shape
     torch.Size([2, 2])

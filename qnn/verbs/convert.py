@@ -58,7 +58,8 @@ def convert(
 
     `nn.Linear`, `nn.Conv2d`, `nn.ConvTranspose2d` (and those of one and three axes), `nn.LSTM`,
     `nn.GRU` and their cells become `QLinear`, `QConv2d`, `QConvTranspose2d`, `QLSTM`, `QGRU` and so
-    on, and transformers' `Conv1D` becomes a `QLinear` too. With
+    on, and transformers' `Conv1D` becomes a `QLinear` too; fused experts of
+    classes that `qnn.register_adapter` knows become `QExperts`. With
     `training=True` linear layers become `qnn.Linear`, which keeps the float parameters and trains
     in the scheme's arithmetic; a model that was trained so is converted once more to be deployed. A
     model from `qnn.prepare` that has seen its data is converted by `convert(model)`: every prepared

@@ -217,19 +217,19 @@ def _probable_weights(module: nn.Module) -> str:
     """Parameters that look like weights of products: two axes or more, and no table of positions or
     tokens.
     """
-    found = [
-        f"{name} {list(parameter.shape)} ({_size(nbytes([parameter]))})"
+    held = {
+        name: parameter
         for name, parameter in module._parameters.items()
         if parameter is not None
         and sum(length > 1 for length in parameter.shape) > 1
         and not any(word in name for word in _TABLES)
-    ]
+    }
+    found = [f"{name} {list(p.shape)} ({_size(nbytes([p]))})" for name, p in held.items()]
     if not found:
         return ""
     what = "is probably a weight" if len(found) == 1 else "each is probably a weight"
-    # Two axes of a matrix and one of experts.
-    stacks = sum(p is not None and p.dim() == 3 for p in module._parameters.values()) > 1
-    hint = "; of fused experts qnn.register_adapter says how they are built" if stacks else ""
+    stacks = sum(parameter.dim() == 3 for parameter in held.values())
+    hint = "; of fused experts qnn.register_adapter says how they are built" if stacks > 1 else ""
     return f"; {', '.join(found)} {what} that stays float{hint}"
 
 

@@ -155,7 +155,7 @@ class QExperts(Quantized):
         rows = self._of_each(hidden_states[order // chosen], offsets)
         weighed = rows * top_k_weights.flatten()[order, None]
         summed = unsort(weighed, order).unflatten(0, (tokens, chosen)).sum(1)
-        return summed.to(hidden_states.dtype)
+        return cast(torch.Tensor, summed.to(hidden_states.dtype))
 
     def _all(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Of as many rows for each expert."""

@@ -3,6 +3,7 @@
 // residual.
 #pragma once
 
+#include "common/doubles.h"
 #include "common/rows.h"
 #include "common/scratch.h"
 #include "conv/conv.h"
