@@ -10,12 +10,12 @@ namespace {
 
 // Columns at a time: a whole number of the steps of every decoder.
 constexpr int64_t kPiece = 512;
-static_assert(kPiece % Decoders::kStep == 0);
+static_assert(kPiece % AllDecoders::kStep == 0);
 
 // The floats of columns k … k + count of a row, in `to`, which has room for whole steps; without
 // the scale of the whole row.
 inline void decode_piece(const WeightRow& row, int64_t k, int64_t count, float* to) {
-  Decoders::with(row.decoder, [&](auto decoder) {
+  AllDecoders::with(row.decoder, [&](auto decoder) {
     using D = decltype(decoder);
     D::panel(to, row, k, count);
     // A product may have the NaN of a row in its first place; here each value has its own.
@@ -51,7 +51,7 @@ struct Lookups {
       const vfloat by = splat(scale(id));
       for (int64_t c = 0; c < k; c += kPiece) {
         const int64_t count = smaller(kPiece, k - c);
-        if (std::is_same_v<Format, Float32> && count % Decoders::kStep == 0) {
+        if (std::is_same_v<Format, Float32> && count % AllDecoders::kStep == 0) {
           float* to = reinterpret_cast<float*>(y + c);
           decode_piece(row, c, count, to);
           in_vectors(count, [&](int64_t j) { write(to + j, read<vfloat>(to + j) * by); });
