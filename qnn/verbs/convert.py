@@ -54,10 +54,11 @@ def convert(
     on_unsupported: Literal["error", "skip"] = "error",
     progress: bool | str = True,
 ) -> ModelT:
-    """Replace the `nn.Linear`, `nn.LSTM` and `nn.GRU` layers of `model` by quantised ones.
+    """Replace the `nn.Linear`, `nn.MultiheadAttention`, `nn.LSTM` and `nn.GRU` layers of `model` by
+    quantised ones.
 
-    They become `QLinear`, `QLSTM` and `QGRU`; `nn.LSTMCell` and `nn.GRUCell` become `QLSTMCell` and
-    `QGRUCell`, and transformers' `Conv1D` becomes a `QLinear` too. With
+    They become `QLinear`, `QMultiheadAttention`, `QLSTM` and `QGRU`; `nn.LSTMCell` and `nn.GRUCell`
+    become `QLSTMCell` and `QGRUCell`, and transformers' `Conv1D` becomes a `QLinear` too. With
     `training=True` linear layers become `qnn.Linear`, which keeps the float parameters and trains
     in the scheme's arithmetic; a model that was trained so is converted once more to be deployed. A
     model from `qnn.prepare` that has seen its data is converted by `convert(model)`: every prepared

@@ -36,22 +36,24 @@ def prepare(
     inplace: bool = False,
     progress: bool | str = True,
 ) -> ModelT:
-    """Insert observation points into the `nn.Linear`, `nn.LSTM` and `nn.GRU` layers of `model`.
+    """Insert observation points into the `nn.Linear`, `nn.MultiheadAttention`, `nn.LSTM` and
+    `nn.GRU` layers of `model`.
 
-    They become `ObservedLinear`, `QuantizableLSTM` and `QuantizableGRU`. Their parameters are
-    copies, as the rest of the model is, and with `inplace=True` the same objects: an optimizer for
-    quantisation-aware training is made after a copy. Run the model on data like that of its use, or
-    `qnn.calibrate` it, and then `qnn.convert(model)`. Without `qat` no output changes; with it,
-    weights and parts are fake-quantised, for training: what `convert` makes then computes what was
-    trained.
+    They become `ObservedLinear`, `ObservedMultiheadAttention`, `QuantizableLSTM` and
+    `QuantizableGRU`. Their parameters are copies, as the rest of the model is, and with
+    `inplace=True` the same objects: an optimizer for quantisation-aware training is made after a
+    copy. Run the model on data like that of its use, or `qnn.calibrate` it, and then
+    `qnn.convert(model)`. Without `qat` no output changes, but for the rounding of an attention,
+    whose projections are then called; with it, weights and parts are fake-quantised, for training:
+    what `convert` makes then computes what was trained.
 
     Args:
         model: any float module.
         scheme: `"int8_static"`, the scheme whose activations have fixed grids.
         parts: specs by part name with wildcards, over the defaults: 8 bits for the operands of
             products and 16 for the rest of a recurrent layer, see `QuantizableLSTM.observe`;
-            `qnn.parts.EIGHT_BIT` spends 8 on all. A linear layer has one part, `"input"`. A key
-            serves the layers that have such a part.
+            `qnn.parts.EIGHT_BIT` spends 8 on all. A linear layer and an attention have one part,
+            `"input"`. A key serves the layers that have such a part.
         split_gates: each gate of a recurrent layer is a linear layer of its own, with grids of its
             own.
         qat: fake-quantise, for quantisation-aware training. A model that was prepared and
