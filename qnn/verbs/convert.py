@@ -54,12 +54,13 @@ def convert(
     on_unsupported: Literal["error", "skip"] = "error",
     progress: bool | str = True,
 ) -> ModelT:
-    """Replace the linear, convolution, LSTM and GRU layers of `model` by quantised ones.
+    """Replace the linear, convolution, attention, LSTM and GRU layers of `model` by quantised ones.
 
-    `nn.Linear`, `nn.Conv2d`, `nn.ConvTranspose2d` (and those of one and three axes), `nn.LSTM`,
-    `nn.GRU` and their cells become `QLinear`, `QConv2d`, `QConvTranspose2d`, `QLSTM`, `QGRU` and so
-    on, and transformers' `Conv1D` becomes a `QLinear` too; fused experts of
-    classes that `qnn.register_adapter` knows become `QExperts`. With
+    `nn.Linear`, `nn.MultiheadAttention`, `nn.Conv2d`, `nn.ConvTranspose2d` (and those of one and
+    three axes), `nn.LSTM`, `nn.GRU` and their cells become `QLinear`, `QMultiheadAttention`,
+    `QConv2d`, `QConvTranspose2d`, `QLSTM`, `QGRU` and so on, and transformers' `Conv1D` becomes a
+    `QLinear` too; fused experts of classes that `qnn.register_adapter` knows become `QExperts`.
+    Embedding tables are taken when named. With
     `training=True` linear layers become `qnn.Linear`, which keeps the float parameters and trains
     in the scheme's arithmetic; a model that was trained so is converted once more to be deployed. A
     model from `qnn.prepare` that has seen its data is converted by `convert(model)`: every prepared

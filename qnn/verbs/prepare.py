@@ -36,14 +36,16 @@ def prepare(
     inplace: bool = False,
     progress: bool | str = True,
 ) -> ModelT:
-    """Insert observation points into the linear, convolution and recurrent layers of a model.
+    """Insert observation points into the linear, convolution, attention and recurrent layers of a
+    model.
 
-    They become `ObservedLinear`, `ObservedConv2d`, `QuantizableLSTM` and so on. Their parameters
-    are copies, as the rest of the model is, and with `inplace=True` the same objects: an optimizer
-    for quantisation-aware training is made after a copy. Run the model on data like that of its
-    use, or `qnn.calibrate` it, and then `qnn.convert(model)`. Without `qat` no output changes; with
-    it, weights and parts are fake-quantised, for training: what `convert` makes then computes what
-    was trained.
+    They become `ObservedLinear`, `ObservedConv2d`, `ObservedMultiheadAttention`, `QuantizableLSTM`
+    and so on. Their parameters are copies, as the rest of the model is, and with `inplace=True` the
+    same objects: an optimizer for quantisation-aware training is made after a copy. Run the model
+    on data like that of its use, or `qnn.calibrate` it, and then `qnn.convert(model)`. Without
+    `qat` no output changes, but for the rounding of an attention, whose projections are then
+    called; with it, weights and parts are fake-quantised, for training: what `convert` makes then
+    computes what was trained.
 
     Args:
         model: any float module.
@@ -51,9 +53,10 @@ def prepare(
             has 16 bits for the operands of products too.
         parts: specs by part name with wildcards, over the defaults: the scheme's bits for the
             operands of products and 16 for the rest of a recurrent layer, see
-            `QuantizableLSTM.observe`; `qnn.parts.EIGHT_BIT` spends 8 on the rest. A linear layer
-            and a convolution have one part, `"input"`. A key serves the layers that have such a part. What a layer
-            becomes depends on its operands: `int16_static` where one has 16 bits.
+            `QuantizableLSTM.observe`; `qnn.parts.EIGHT_BIT` spends 8 on the rest. A linear layer, a
+            convolution and an attention have one part, `"input"`. A key serves the layers that have
+            such a part. What a layer becomes depends on its operands: `int16_static` where one has
+            16 bits.
         split_gates: each gate of a recurrent layer is a linear layer of its own, with grids of its
             own.
         qat: fake-quantise, for quantisation-aware training. A model that was prepared and
