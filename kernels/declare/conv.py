@@ -246,6 +246,7 @@ int8_codes_conv = _conv(
     "added to the residual",
     limit=INT8_STATIC_MAX_K,
     out=("dtype",),
+    inference=True,
 )
 
 int8_chain_conv = _conv(
@@ -256,4 +257,5 @@ int8_chain_conv = _conv(
     "int8_static_quantize(int8_codes_conv(…), so, zo)",
     limit=INT8_STATIC_MAX_K,
     out=(torch.uint8, torch.float32),
+    inference=True,
 )
