@@ -87,7 +87,7 @@ class TestOp:
         got = torch.ops.qnn.int8_static_linear(x, w, sw, sx, zx)
         assert np.array_equal(got.numpy(), want)
 
-    @parameterized.expand(itertools.product(DTYPES, ACTIVATIONS))
+    @parameterized.expand(itertools.product(DTYPES, OPS["int8_linear"].choices["activation"]))
     def test_epilogue(self, dtype: torch.dtype, activation: str) -> None:
         w, sw = weights(63, 37)
         op = torch.ops.qnn.int8_static_linear

@@ -36,7 +36,7 @@ def float32_sums(
         return product(transposed)(x, w.float(), *rest)
     if taps > most:
         return product(transposed)(x.double(), w.double(), *rest).float()
-    acc: torch.Tensor | int = 0
+    acc = torch.zeros((), dtype=torch.int32)
     axis, parts = (0, groups) if transposed else (1, 1)
     step = most // taps
     for at in range(0, of_group, step):

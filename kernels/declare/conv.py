@@ -256,6 +256,7 @@ int8_codes_conv = _conv(
     limit=INT8_STATIC_MAX_K,
     native=True,
     out=("dtype",),
+    inference=True,
 )
 
 int8_chain_conv = _conv(
@@ -267,4 +268,5 @@ int8_chain_conv = _conv(
     limit=INT8_STATIC_MAX_K,
     native=True,
     out=(torch.uint8, torch.float32),
+    inference=True,
 )

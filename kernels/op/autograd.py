@@ -88,7 +88,7 @@ def autograd_kernel(op: Declaration, ops: Mapping[str, Declaration]) -> Callable
     names = [arg.name for arg in op.inputs]
     # What an epilogue has where it does nothing.
     absent = {"residual": None, "activation": "none", "last": "none"}
-    epilogue = [names.index(name) for name in absent if name in names]
+    epilogue = [names.index(name) for name in absent if name in names and not op.inference]
     bare = [absent[names[at]] for at in epilogue]
     function = _function(op, ops)
 

@@ -69,6 +69,7 @@ class Declaration:
         multiples: Mapping[str, int] | None = None,
         rowwise: bool = True,
         layout: str | None = None,
+        inference: bool = False,
     ) -> None:
         self.name, self.signature, self.doc = name, signature, doc
         self.sizes = dict(sizes or {})
@@ -91,7 +92,8 @@ class Declaration:
         # The axis of the result that `bias` is added along, from its end; None without one.
         added, tail = [arg.tail for arg in self.inputs if arg.name == "bias"], self.outputs[0].tail
         ends = [tail.index(axes[-1]) - len(tail) for axes in added if axes[-1] in tail]
-        self.bias_axis = ends[0] if ends else None
+        self.bias_axis = ends[0] if ends and not inference else None
+        self.inference = inference
         # Torch drops trailing arguments that equal their default on the way to Python functions;
         # `tails[n]` is what a call of n arguments lacks.
         defaults = tuple(self.default(arg) for arg in self.inputs)

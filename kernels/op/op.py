@@ -86,6 +86,7 @@ class Op(Declaration):
             tensor ties them.
         layout: the argument whose memory format the results have, contiguous or channels-last: an
             image `[b, c, …]` of three axes. A kernel may return another one, which costs a copy.
+        inference: whether none of its arguments has a gradient, not even a bias.
     """
 
     def __init__(self, name: str, signature: str, *, native: bool = False, **declared: Any) -> None:

@@ -226,7 +226,7 @@ def _squeezed(views: list[Node]) -> list[int] | None:
         taken = sorted(axis) if isinstance(axis, list | tuple) else [axis]
         if view.target not in _SQUEEZES or not all(isinstance(a, int) and a >= 0 for a in taken):
             return None
-        if _tensor(view).dim() + len(taken) != _tensor(view.args[0]).dim():
+        if _tensor(view).dim() + len(taken) != _tensor(view.all_input_nodes[0]).dim():
             return None
         axes += taken
     return axes
