@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -173,6 +174,7 @@ def _why_not_bags(
     return None
 
 
+@functools.cache
 def _op(scheme: str, kind: str) -> Op:
     name = get_scheme(scheme).op(kind)
     if name is None:
