@@ -91,7 +91,7 @@ class Convolution {
   Convolution(const Conv& p, int parts, Scratch scratch, size_t* used) : p_(p), image_(p) {
     const bool depthwise = image_.depthwise;
     const int64_t outputs = p.outputs / p.groups, window = p.depth() * p.taps();
-    vectors_ = kConvVectors;
+    vectors_ = P::kMostVectors;
     // Where a panel is beyond the first-level cache, half as many channels by twice the pixels.
     if (P::kQuantizes && kLanes == 16 && window > 640) vectors_ = 2;
     if (depthwise) vectors_ = kStrip / kLanes;
@@ -293,9 +293,16 @@ class Convolution {
                 int64_t slot) {
     const int64_t vectors = div_up(count, kLanes), at = slot * width_;
     const char* image = direct_ ? static_cast<const char*>(p_.x) : image_.memory;
-    const ConvTile strip{
-        image, at_ + first,      runs_, run_count_, panel_ + slot * panel_bytes_, start_ + at,
-        acc_,  vectors * kLanes, false};
+    const ConvTile strip{image,
+                         at_ + first,
+                         runs_,
+                         run_count_,
+                         panel_ + slot * panel_bytes_,
+                         vectors * kLanes * 4,
+                         start_ + at,
+                         acc_,
+                         vectors * kLanes,
+                         false};
     if (image_.depthwise) {
       depthwise_tiles<P>(vectors, pixels, strip, P::kGroup * p_.dilation[2] * image_.pixel);
     } else {

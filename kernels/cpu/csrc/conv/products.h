@@ -7,6 +7,7 @@
 //   kQuantizes          x is codes; else float32
 //   kShifts             codes are unsigned bytes, code - zero point + 128 + zero point
 //   kGroup              codes in a 32-bit word
+//   kMostVectors        of channels in a tile
 //   kDepth              words between two additions of float sums, 0: all of them
 //   multiply_add        sum + codes · weights, lane by lane
 //   transpose           kLanes × kLanes words, rows so many bytes apart
@@ -21,14 +22,14 @@
 namespace qnn {
 namespace {
 
-// Pixels × vectors of channels that are held in registers, by the count of vectors.
-constexpr int conv_pixels(int vectors) {
-  constexpr int kWide[] = {12, 12, 8, 6}, kNarrow[] = {12, 6}, kLeast[] = {8, 4};
-  return kLanes == 16  ? kWide[vectors - 1]
-         : kLanes == 8 ? kNarrow[vectors - 1]
-                       : kLeast[vectors - 1];
-}
+// Vectors of channels in a panel, and in a tile: with 16 lanes 4, 2 or 1, else 2 or 1. Floats have
+// no tile of 4, which would be no faster.
 constexpr int kConvVectors = kLanes == 16 ? 4 : 2;
+
+// Pixels of a tile of so many vectors, all held in registers.
+constexpr int conv_pixels(int vectors) {
+  return kLanes == 16 ? (vectors == 4 ? 6 : 12) : kLanes == 8 ? 12 / vectors : 8 / vectors;
+}
 
 // By a machine's integer multiply_add(sum, x, w).
 template <class M>
@@ -38,6 +39,7 @@ struct IntegerConv : M {
   using Sum = vint;
   static constexpr bool kQuantizes = true, kShifts = M::kGroup == 4;
   static constexpr int64_t kGroup = M::kGroup, kDepth = 0;
+  static constexpr int kMostVectors = kConvVectors;
 
   static vint weights(const int8_t* w, int64_t left) {
     if constexpr (kShifts) {
@@ -57,6 +59,7 @@ struct FloatConv : M {
   using Sum = vfloat;
   static constexpr bool kQuantizes = false, kShifts = false;
   static constexpr int64_t kGroup = 1, kDepth = 256;
+  static constexpr int kMostVectors = 2;
 
   static vfloat multiply_add(vfloat sum, vfloat x, vfloat w) { return fma(x, w, sum); }
   static vint weights(const int8_t* w, int64_t left) {
@@ -77,9 +80,10 @@ struct ConvTile {
   const int64_t* at;  // of each pixel's window, in bytes
   const ConvRun* runs;
   int64_t run_count;
-  const char* panel;  // [word][vector][lane]
-  const void* start;  // what the sums of a channel start at, of integers
-  void* acc;          // [pixel][acc_stride]
+  const char* panel;   // [word][vector][lane]
+  int64_t panel_step;  // bytes of a word
+  const void* start;   // what the sums of a channel start at, of integers
+  void* acc;           // [pixel][acc_stride]
   int64_t acc_stride;
   bool more;  // onto acc, of floats
 };
@@ -101,6 +105,7 @@ QNN_KERNEL void conv_tile(const ConvTile& tile) {
     }
   }
   const char* w = tile.panel;
+  const int64_t panel_step = tile.panel_step;
   const ConvRun* const end = tile.runs + tile.run_count;
   for (const ConvRun* run = tile.runs; run != end; ++run) {
     const int64_t until = run->offset + run->words * 4;
@@ -108,7 +113,7 @@ QNN_KERNEL void conv_tile(const ConvTile& tile) {
       Sum v[B];
 #pragma GCC unroll 4
       for (int b = 0; b < B; ++b) v[b] = read<Sum>(w + b * kLanes * 4);
-      w += B * kLanes * 4;
+      w += panel_step;
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
         const Sum codes = splat(read<Acc>(x[r] + i));
@@ -131,9 +136,9 @@ QNN_KERNEL void conv_tile(const ConvTile& tile) {
 }
 
 // R pixels × B vectors of a depthwise convolution, whose words are vectors: the word of a run is
-// `word_step` bytes from the last, and `panel_step` from it in the panel.
+// `word_step` bytes from the last.
 template <class P, int R, int B>
-QNN_KERNEL void depthwise_tile(const ConvTile& tile, int64_t word_step, int64_t panel_step) {
+QNN_KERNEL void depthwise_tile(const ConvTile& tile, int64_t word_step) {
   using Sum = typename P::Sum;
   using Acc = typename P::Acc;
   Sum sums[R][B];
@@ -149,6 +154,7 @@ QNN_KERNEL void depthwise_tile(const ConvTile& tile, int64_t word_step, int64_t 
     }
   }
   const char* w = tile.panel;
+  const int64_t panel_step = tile.panel_step;
   const ConvRun* const end = tile.runs + tile.run_count;
   for (const ConvRun* run = tile.runs; run != end; ++run) {
     int64_t at = run->offset;
@@ -172,16 +178,15 @@ QNN_KERNEL void depthwise_tile(const ConvTile& tile, int64_t word_step, int64_t 
 
 template <class P>
 void depthwise_tiles(int64_t vectors, int64_t pixels, const ConvTile& strip, int64_t word_step) {
-  const int64_t panel_step = vectors * kLanes * 4;
   ConvTile of = strip;
   const auto all_pixels = [&](auto count) {
     ConvTile tile = of;
     int64_t r = 0;
     for (; r + 2 <= pixels; r += 2, tile.at += 2) {
-      depthwise_tile<P, 2, count()>(tile, word_step, panel_step);
+      depthwise_tile<P, 2, count()>(tile, word_step);
       tile.acc = static_cast<typename P::Acc*>(tile.acc) + 2 * tile.acc_stride;
     }
-    if (r < pixels) depthwise_tile<P, 1, count()>(tile, word_step, panel_step);
+    if (r < pixels) depthwise_tile<P, 1, count()>(tile, word_step);
   };
   for (int64_t b = 0; b < vectors;) {
     const int64_t count = vectors - b >= 4 ? 4 : 1;
@@ -202,19 +207,23 @@ void conv_tiles_of(int64_t count, const ConvTile& tile) {
   if constexpr (R > 1) conv_tiles_of<P, B, R - 1>(count, tile);
 }
 
-template <class P, int B = kConvVectors>
+template <class P, int B = P::kMostVectors>
 void conv_tiles(int64_t vectors, int64_t pixels, const ConvTile& strip) {
-  if constexpr (B > 1) {
-    if (vectors < B) return conv_tiles<P, B - 1>(vectors, pixels, strip);
+  ConvTile of = strip;
+  for (; vectors >= B; vectors -= B) {
+    const int64_t times = div_up(pixels, conv_pixels(B));
+    for (int64_t i = 0; i < times; ++i) {
+      const int64_t first = pixels * i / times, count = pixels * (i + 1) / times - first;
+      ConvTile tile = of;
+      tile.at += first;
+      tile.acc = static_cast<typename P::Acc*>(of.acc) + first * of.acc_stride;
+      conv_tiles_of<P, B>(count, tile);
+    }
+    of.panel += B * kLanes * 4;
+    of.start = static_cast<const int32_t*>(of.start) + B * kLanes;
+    of.acc = static_cast<typename P::Acc*>(of.acc) + B * kLanes;
   }
-  const int64_t times = div_up(pixels, conv_pixels(B));
-  for (int64_t i = 0; i < times; ++i) {
-    const int64_t first = pixels * i / times, count = pixels * (i + 1) / times - first;
-    ConvTile tile = strip;
-    tile.at += first;
-    tile.acc = static_cast<typename P::Acc*>(strip.acc) + first * strip.acc_stride;
-    conv_tiles_of<P, B>(count, tile);
-  }
+  if constexpr (B > 1) conv_tiles<P, B / 2>(vectors, pixels, of);
 }
 
 // Rows [first, first + count) of w, `depth` codes each, to a panel of so many vectors; `start` is

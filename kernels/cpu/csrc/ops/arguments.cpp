@@ -279,11 +279,6 @@ DType float_format(ScalarType dtype) {
   }
 }
 
-Activation activation_called(const std::string& name) {
-  const auto* found = std::find(std::begin(kActivations), std::end(kActivations), name);
-  return static_cast<Activation>(found - std::begin(kActivations));
-}
-
 // -- a call
 
 namespace {
@@ -466,16 +461,6 @@ const void* Arguments::copy(const Tensor& t, MemoryFormat format) {
     no_memory(static_cast<double>(t.numel()) * static_cast<double>(t.element_size()),
               "a dense copy of " + signature_.parameters[i].name);
   }
-}
-
-bool is_channels_last(const Tensor& t) {
-  int64_t stride = 1;
-  for (const int axis : {1, 4, 3, 2, 0}) {
-    const int64_t size = t.size(axis);
-    if (size != 1 && t.stride(axis) != stride) return false;
-    stride *= size;
-  }
-  return true;
 }
 
 Tensor Arguments::empty(const std::vector<int64_t>& sizes, ScalarType dtype,

@@ -7,9 +7,11 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <initializer_list>
+#include <iterator>
 #include <optional>
 #include <string>
 #include <vector>
@@ -42,9 +44,20 @@ DType float_format(ScalarType dtype);
 inline DType float_format(const Tensor& t) { return float_format(t.scalar_type()); }
 
 // Of an image [b, c, i1, i2, i3]: whether the channels are the last axis in memory.
-bool is_channels_last(const Tensor& t);
+inline bool is_channels_last(const Tensor& t) {
+  int64_t stride = 1;
+  for (const int axis : {1, 4, 3, 2, 0}) {
+    const int64_t size = t.size(axis);
+    if (size != 1 && t.stride(axis) != stride) return false;
+    stride *= size;
+  }
+  return true;
+}
 
-Activation activation_called(const std::string& name);
+inline Activation activation_called(const std::string& name) {
+  const auto* found = std::find(std::begin(kActivations), std::end(kActivations), name);
+  return static_cast<Activation>(found - std::begin(kActivations));
+}
 
 // One argument of a call: a tensor, null where it was left out; a word; integers; a dtype.
 // One that is given by a pointer is an argument of some ops only: of those, for whose calls
