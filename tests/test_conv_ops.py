@@ -462,6 +462,18 @@ class TestFolding:
         assert torch.equal(got, block(x, residual))
 
     @torch.no_grad()
+    def test_a_residual_that_is_a_layer_with_all_folded(self) -> None:
+        first, second = (Block("int8", nn.Identity(), torch.relu) for _ in range(2))
+
+        def fn(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+            return second(x, first(x, residual))
+
+        x, residual = torch.randn(2, 4, 6, 5), torch.randn(2, 6, 6, 5)
+        got, calls = compiled(fn, x, residual)
+        assert calls == Counter({"int8_conv+residual": 2})
+        assert torch.equal(got, fn(x, residual))
+
+    @torch.no_grad()
     def test_a_sum_that_is_used_twice(self) -> None:
         block = Block("int8", nn.Identity())
         x, residual = torch.randn(2, 4, 6, 5), torch.randn(2, 6, 6, 5)
