@@ -1,4 +1,4 @@
-"""The int8 convolutions: ops, functions, gradients, and what the compiler folds into them."""
+"""The int8 convolutions: ops, functions and gradients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from qnn.kernels.reference import conv as reference
 from qnn.kernels.schemes import get_scheme, schemes_of
 
 from .common import DTYPES, examples, same_bits
-from .test_fusion import compiled
 
 SCHEMES = ("int8", "int8_static", "int8_weight")
 CONVS = {1: T.conv1d, 2: T.conv2d, 3: T.conv3d}
@@ -409,70 +408,6 @@ class TestModes:
                     call(x).sum().backward()
                 counts.append(counter.get_total_flops())
             assert counts[0] == counts[1] > 0
-
-
-class Block(nn.Module):
-    def __init__(self, scheme: str, act: Any, last: Any = None) -> None:
-        super().__init__()
-        self.layer, self.act, self.last = Layer(scheme, groups=1), act, last
-        self.layer.function = self.one
-
-    def one(self, x: torch.Tensor, parts: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return F.conv(x, parts, None, self.layer.bias, 1, 1, **{**kwargs, "groups": 1})
-
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        y = self.act(self.layer(x))
-        y = y if residual is None else residual + y
-        return y if self.last is None else self.last(y)
-
-
-class TestFolding:
-    @parameterized.expand(itertools.product([n for n in ACTIVATIONS if n != "none"], DTYPES[:2]))
-    @torch.no_grad()
-    def test_an_activation(self, name: str, dtype: torch.dtype) -> None:
-        block, x = Block("int8", ACTIVATIONS[name]), torch.randn(2, 4, 6, 5).to(dtype)
-        got, calls = compiled(block, x)
-        assert calls == Counter({f"int8_conv+{name}": 1})
-        rounding = 0 if name in ("relu", "relu6") else 4 * torch.finfo(dtype).eps
-        torch.testing.assert_close(got, block(x), rtol=rounding, atol=rounding)
-
-    @parameterized.expand(itertools.product(SCHEMES, (False, True), (False, True)))
-    @torch.no_grad()
-    def test_a_residual_and_a_relu_after_it(
-        self, scheme: str, channels_last: bool, dynamic: bool
-    ) -> None:
-        block = Block(scheme, nn.Identity(), torch.relu)
-        x, residual = torch.randn(2, 4, 6, 5), torch.randn(2, 6, 6, 5)
-        if channels_last:
-            x, residual = (
-                each.contiguous(memory_format=torch.channels_last) for each in (x, residual)
-            )
-        got, calls = compiled(block, x, residual, dynamic=dynamic)
-        assert calls == Counter({f"{get_scheme(scheme).op('conv')}+residual": 1})
-        want = block(x, residual)
-        assert torch.equal(got, want)
-        assert got.stride() == want.stride()
-
-    @torch.no_grad()
-    def test_an_activation_then_a_residual(self) -> None:
-        block = Block("int8", torch.relu)
-        x, residual = torch.randn(2, 4, 6, 5), torch.randn(2, 6, 6, 5)
-        got, calls = compiled(block, x, residual)
-        assert calls == Counter({"int8_conv+relu+residual": 1})
-        assert torch.equal(got, block(x, residual))
-
-    @torch.no_grad()
-    def test_a_sum_that_is_used_twice(self) -> None:
-        block = Block("int8", nn.Identity())
-        x, residual = torch.randn(2, 4, 6, 5), torch.randn(2, 6, 6, 5)
-
-        def fn(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-            y = block(x, residual)
-            return y.relu() * y.sum()
-
-        got, calls = compiled(fn, x, residual)
-        assert calls == Counter({"int8_conv+residual": 1})
-        torch.testing.assert_close(got, fn(x, residual))
 
 
 class TestErrors:

@@ -62,7 +62,8 @@ class _Layer:
     end: Node  # the last node that is folded
     views: list[Node] = field(default_factory=list)  # of the result, the last one first
     activation: str = "none"
-    residual: Node | None = None
+    sum: Node | None = None  # with a residual
+    residual: int = 0  # which argument of the sum it is
     last: str = "none"  # after the residual
     rows: tuple[Node, Node] | None = None  # the input, quantised
 
@@ -96,7 +97,7 @@ def fold(graph: Graph) -> None:
     for layer in layers:
         if layer.rows or layer.end is not layer.result:
             doomed |= {layer.region.node, *layer.region.node.all_input_nodes[:1]}  # with its body
-            doomed |= {layer.result, layer.end, *(layer.views if layer.residual else ())}
+            doomed |= {layer.result, layer.end, *(layer.views if layer.sum else ())}
             _replace(graph, layer)
     for node in reversed(list(graph.nodes)):
         if node in doomed and not node.users:
@@ -214,7 +215,8 @@ def _find_residual(layer: _Layer, free: set[Node]) -> None:
         and statically_equal(theirs.shape, mine.shape)
         and statically_equal(total.stride(), mine.stride())
     ):
-        layer.residual, layer.end, layer.views = other, add, views
+        layer.residual, layer.sum, layer.end = add.args.index(other), add, add
+        layer.views = views
         free.remove(add)
 
 
@@ -234,7 +236,7 @@ def _squeezed(views: list[Node]) -> list[int] | None:
 
 def _find_last(layer: _Layer, doomed: set[Node]) -> None:
     """A ReLU after the residual, where the op has one."""
-    if layer.residual is None or "last" not in layer.region.op.choices:
+    if layer.sum is None or "last" not in layer.region.op.choices:
         return
     for top in list(layer.end.users):
         form = post_grad_form(ACTIVATIONS["relu"], _tensor(layer.end).dtype)
@@ -270,7 +272,9 @@ def _quantize_once(graph: Graph, group: list[_Layer]) -> None:
 
 def _replace(graph: Graph, layer: _Layer) -> None:
     """One call for the layer and all that is folded into it."""
-    region, residual = layer.region, layer.residual
+    # Read now: it may be a layer that has been replaced.
+    residual: Any = None if layer.sum is None else layer.sum.args[layer.residual]
+    region = layer.region
     # After the residual, which may be computed later than the layer.
     with graph.inserting_before(region.node if residual is None else layer.end):
         if residual is not None:
