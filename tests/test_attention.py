@@ -17,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import qnn
 from qnn.functional.attention import linear_rows
+from qnn.kernels import get_scheme
+from qnn.nn.linear.observed import default_spec
 from qnn.passes import regions
 
 from .common import python_kernels, same_bits
@@ -55,9 +57,9 @@ def inputs(layer: nn.MultiheadAttention, same: int = 3) -> list[torch.Tensor]:
 
 def twin(layer: nn.MultiheadAttention, scheme: str, batch: list[torch.Tensor]) -> Any:
     """The quantised layer; a static one is calibrated on `batch`."""
-    if scheme != "int8_static":
+    if not get_scheme(scheme).static:
         return qnn.QMultiheadAttention.from_float(layer, scheme)
-    observed = qnn.ObservedMultiheadAttention.from_float(layer)
+    observed = qnn.ObservedMultiheadAttention.from_float(layer, default_spec(scheme, qat=False))
     observed(*batch)
     return qnn.QMultiheadAttention.from_observed(observed)
 
@@ -93,6 +95,16 @@ class TestValues:
         low = 10 if "nvfp4" in scheme else 15 if "4" in scheme else 22
         assert close(quantised(*given), layer(*given), low)
         assert quantised.scheme == quantised.out_proj.scheme == scheme
+
+    @parameterized.expand([("int8_static",), ("int16_static",)])
+    def test_prepared_for_a_scheme(self, scheme: str) -> None:
+        x = torch.randn(2, 6, 128)
+        layer = nn.MultiheadAttention(128, 4, batch_first=True).eval()
+        prepared = qnn.prepare(layer, scheme)
+        prepared(x, x, x)
+        quantised = qnn.convert(prepared)
+        assert quantised.scheme == quantised.out_proj.scheme == scheme
+        assert close(quantised(x, x, x), layer(x, x, x), 22)
 
     @parameterized.expand(itertools.product(("int8", "int8_static"), (1, 2, 3)))
     def test_projections_are_linear_layers(self, scheme: str, same: int) -> None:

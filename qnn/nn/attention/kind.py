@@ -12,7 +12,7 @@ from qnn.kinds import Kind, Observation, Own, is_swapped, register_kind
 from qnn.nn.attention.forward import APART, PACKED
 from qnn.nn.attention.observed import ObservedMultiheadAttention
 from qnn.nn.attention.quantized import QMultiheadAttention
-from qnn.nn.linear.observed import spec_of_input, training_spec
+from qnn.nn.linear.observed import default_spec, spec_of_input, training_spec
 
 _BIASES = ("in_proj_bias", "bias_k", "bias_v")
 _POINTS = ("query_quantize", "key_quantize", "value_quantize")
@@ -132,11 +132,13 @@ def _was_fused(layer: nn.TransformerEncoderLayer) -> bool:
 
 
 def _spec(layer: nn.Module, how: Observation) -> Any:
-    """The spec of the inputs: that of the call, or what the layer was observed with."""
+    """The spec of the inputs: that of the call, or what the layer was observed with, or else that
+    of the scheme.
+    """
     spec = spec_of_input(how.parts)
     if spec is None and isinstance(layer, ObservedMultiheadAttention):
         return training_spec(layer.spec)
-    return spec
+    return spec or default_spec(how.scheme, how.qat)
 
 
 register_kind(AttentionKind())
