@@ -41,7 +41,7 @@ def embedding(
         IndexError: an id that is not a row of the table.
         ValueError: a scheme without tables, or parts of another one.
 
-    >>> table = quantize(torch.tensor([[0.0, 0.0], [127.0, -1.0]]))
+    >>> table = qnn.functional.quantize(torch.tensor([[0.0, 0.0], [127.0, -1.0]]))
     >>> embedding(torch.tensor([1, 0, 1]), table)
     tensor([[127.,  -1.],
             [  0.,   0.],
@@ -97,7 +97,7 @@ def embedding_bag(
         ValueError: a scheme without tables, an unknown mode, weights for another one than
             `"sum"`, or offsets that are missing, given twice, or no bounds of bags.
 
-    >>> table = quantize(torch.tensor([[1.0, 127.0], [127.0, 2.0]]))
+    >>> table = qnn.functional.quantize(torch.tensor([[1.0, 127.0], [127.0, 2.0]]))
     >>> embedding_bag(torch.tensor([[0, 1], [1, 1]]), table, mode="sum")
     tensor([[128., 129.],
             [254.,   4.]])

@@ -130,7 +130,7 @@ class TestEpilogue:
             first = dict(zip(("q", "scale"), torch.ops.qnn.int8_quantize(x), strict=True))
             named["dtype"] = x.dtype
         lender = "dtype" if op == "int8_rows_linear" else "x"
-        names = "'none', 'relu', 'gelu', 'gelu_tanh', 'silu'"
+        names = "'none', 'relu', 'gelu', 'gelu_tanh', 'silu', 'relu6', 'hardswish', 'hardsigmoid'"
         for message, wrong in {
             f"residual must be torch.bfloat16 as {lender}, got torch.float32; cast it": {
                 "residual": torch.ones(2, 3, 9)

@@ -20,7 +20,8 @@ from qnn.kernels import OPS, SCHEMES
 from .common import DTYPES, forked, same_bits, sum_bound
 from .test_invoke_quant import schemes_of
 
-EVERY = [name for name in SCHEMES if not name.startswith("int8")]
+# The schemes whose products are not of integers.
+EVERY = [name for name in SCHEMES if not name.startswith(("int8", "int16"))]
 # Of int4 one of each kind, and the smallest and the largest group.
 NAMES = [s for s in EVERY if "int4" not in s] + ["int4_weight", "int4_weight_asym_g32"]
 K = {name: 256 if name.startswith("int4") else 96 for name in EVERY}  # in features
