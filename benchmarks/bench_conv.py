@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -137,21 +137,23 @@ def operations(model: nn.Module, x: torch.Tensor) -> int:
     return counted
 
 
-def cases(quick: bool, what: str, only: str) -> Iterator[Case[Task]]:
-    batches = (1, 2) if quick else (1, 16)
+def cases(quick: bool, what: str, only: str, batches: Sequence[int]) -> Iterator[Case[Task]]:
     tasks: list[tuple[str, Task, dict[int, torch.Tensor]]] = []
+    first = batches[0]
     torch.manual_seed(0)
     if what != "networks":
         for layer in QUICK_LAYERS if quick else LAYERS:
             calibration = tuple(layer.input(1) for _ in range(4))
             inputs = {batch: layer.input(batch) for batch in batches}
-            tasks.append((layer.name, Task(layer.build().eval(), inputs[1], calibration), inputs))
+            tasks.append(
+                (layer.name, Task(layer.build().eval(), inputs[first], calibration), inputs)
+            )
     if what != "layers":
         for name, model, side in networks(quick):
             model = settled(model, side)
             calibration = tuple(torch.randn(1, 3, side, side) for _ in range(8))
             inputs = {batch: torch.randn(batch, 3, side, side) for batch in batches}
-            tasks.append((name, Task(model, inputs[1], calibration), inputs))
+            tasks.append((name, Task(model, inputs[first], calibration), inputs))
     for name, task, inputs in tasks:
         if not re.search(only, name):
             continue
@@ -202,11 +204,12 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--what", choices=("layers", "networks", "both"), default="both")
     parser.add_argument("--case", default="", help="a regular expression of what is measured")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     effort = Effort(rounds=3, seconds=5) if options.quick else Effort(rounds=11, seconds=40)
     grid = measure_grid(
-        cases(options.quick, options.what, options.case),
+        cases(options.quick, options.what, options.case, options.batches),
         select(VARIANTS, options.only, BASELINE),
         baseline=BASELINE,
         effort=effort,
