@@ -52,7 +52,8 @@ def float_frozen(task: Task, dtype: torch.dtype) -> Run:
 
 @functools.lru_cache(maxsize=4)
 def _quantized(model: nn.Module, calibration: tuple[torch.Tensor, ...], scheme: str) -> nn.Module:
-    fused = qnn.fuse(copy.deepcopy(model))
+    has_norms = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    fused = qnn.fuse(model, calibration[0]) if has_norms else model
     if scheme != "int8_static":
         return qnn.convert(fused, scheme)
     return qnn.convert(qnn.calibrate(qnn.prepare(fused), calibration, progress=False))
