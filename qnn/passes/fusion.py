@@ -37,8 +37,9 @@ from qnn.kernels.torch_private import (
     post_grad_form,
     statically_equal,
 )
-from qnn.passes import cast_fusion
-from qnn.passes.region import Region, match, unwrap_gradients
+from qnn.passes import cast_fusion, chains
+from qnn.passes.chains import RESHAPES
+from qnn.passes.region import Region, before_writes, match, unwrap_gradients
 
 # The op that quantises the rows of a layer's input, and the layer's op for rows quantised already.
 SHARED = {"int8_linear": ("int8_quantize", "int8_rows_linear")}
@@ -72,8 +73,8 @@ def fold(graph: Graph) -> None:
     """Rewrite the graph in place."""
     if not inductor_matches_patterns():
         return
-    # The graph is functional up to the first write, which may stand at its end.
-    nodes = list(itertools.takewhile(lambda node: not _writes(node), graph.nodes))
+    _drop_round_trips(graph)
+    nodes = before_writes(graph)
     layers = [
         _Layer(region, result, result)
         for region in match(nodes, where=_takes_more)
@@ -104,6 +105,23 @@ def fold(graph: Graph) -> None:
             graph.erase_node(node)
 
 
+def _drop_round_trips(graph: Graph) -> None:
+    """Take away reshapes that end at a shape which they came through, such as a sum in place of a
+    convolution's result leaves: its axes are put back and taken away once more.
+    """
+    for node in before_writes(graph):
+        source = node
+        while source.target in RESHAPES:
+            source = source.all_input_nodes[0]
+            shapes = [_tensor(each).shape for each in (node, source)]
+            if source.op == "call_function" and statically_equal(*shapes):
+                node.replace_all_uses_with(source)
+                break
+        while node.target in RESHAPES and not node.users:
+            unused, node = node, node.all_input_nodes[0]
+            graph.erase_node(unused)
+
+
 def _can_share(region: Region) -> bool:
     """Whether the sums of the op for quantised rows, whose codes may be −128, hold so many; and
     whether the op would get its dtype.
@@ -112,10 +130,6 @@ def _can_share(region: Region) -> bool:
         return False
     limit = OPS[SHARED[region.op.name][1]].limits["k"]
     return bool(_tensor(region.arguments["w"]).shape[1] <= limit)
-
-
-def _writes(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _takes_more(region: Region) -> bool:
@@ -177,7 +191,9 @@ def _match(pattern: Node, node: Node) -> tuple[Node, set[Node]] | None:
                 and len(want.args) == len(got.args)
                 and all(map(same, want.args, got.args))
             )
-        return type(want) is type(got) and bool(want == got)
+        # `nn.ReLU6` ends at 6.0, `F.relu6` at 6.
+        numbers = {type(want), type(got)} <= {int, float}
+        return (numbers or type(want) is type(got)) and bool(want == got)
 
     if not same(pattern, node):
         return None
@@ -324,6 +340,7 @@ def _run(graph: Graph) -> None:
         _refuse_dtypes(graph)
     unwrap_gradients(graph)
     fold(graph)
+    chains.join(graph)
     cast_fusion.unfold(graph)
 
 
@@ -334,7 +351,8 @@ def _uuid() -> bytes:
 @functools.cache
 def _digest() -> bytes:
     """Of the pass and of the ops that it calls: part of the key of Inductor's caches."""
-    passes = map(Path(__file__).with_name, ("fusion.py", "cast_fusion.py", "region.py"))
+    names = ("fusion.py", "chains.py", "cast_fusion.py", "region.py")
+    passes = map(Path(__file__).with_name, names)
     sources = [file.read_bytes() for file in (*passes, Path(str(torch_private.__file__)))]
     declared = "\n".join(f"{op.schema} {op.choices}" for op in OPS.values())
     return hashlib.sha256(b"\n".join([*sources, declared.encode()])).digest()

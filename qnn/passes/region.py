@@ -238,6 +238,17 @@ def _fail(op: Op, reason: str, kind: type[Exception] = ValueError) -> NoReturn:
     raise kind(f"qnn.passes.build({op.name!r}): {reason}.")
 
 
+def before_writes(graph: Graph) -> list[Node]:
+    """The nodes up to the first that writes to a tensor, which may stand at the end of what is
+    functional otherwise.
+    """
+    return list(itertools.takewhile(lambda node: not _writes(node), graph.nodes))
+
+
+def _writes(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
 def unwrap_gradients(graph: Graph) -> None:
     """Put what is inside of the regions with several results in their place.
 
