@@ -28,7 +28,7 @@ EPS = torch.finfo(torch.float32).eps
 
 # |error| of an activation in EPS · |x|, against float64, over 2,000,000 float32 values from 0 to
 # the largest: gelu 2.57 (torch's own 2.94), gelu_tanh 0.95 (0.91), silu 0.99 (0.99).
-ERRORS = {"none": 0.0, "relu": 0.0, "gelu": 3.0, "gelu_tanh": 1.1, "silu": 1.1}
+ERRORS = {"gelu": 3.0, "gelu_tanh": 1.1, "silu": 1.1}  # the others are torch's own to the bit
 
 
 # -- random calls ----------------------------------------------------------------------------------
@@ -187,9 +187,11 @@ def test_equals_reference(tier: str, scheme: str, examples: int) -> None:
         assert_same(argument, linear.reference(scheme))
         activated = replace(call, residual=None).run(scheme, tier)
         x = argument.double()
-        want = ACTIVATIONS[call.activation](x)
-        error = ERRORS[call.activation] * EPS * x.abs().nan_to_num(0, 0)
-        assert_close(activated, want, error)
+        if call.activation in ERRORS:
+            error = ERRORS[call.activation] * EPS * x.abs().nan_to_num(0, 0)
+            assert_close(activated, ACTIVATIONS[call.activation](x), error)
+        else:
+            assert_same(activated, ACTIVATIONS[call.activation](argument))
         got = call.run(scheme, tier)
         assert_same(got, activated if call.residual is None else activated + call.residual)
 
@@ -239,11 +241,12 @@ def test_every_half(tier: str, activation: str, dtype: torch.dtype) -> None:
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     got = identity(x, activation, tier)
     wide = x.double()
-    want = ACTIVATIONS[activation](wide)
-    assert_close(got, want, ERRORS[activation] * EPS * wide.abs().nan_to_num(0, 0))
     torchs = ACTIVATIONS[activation](x)
     differ = (got != torchs) & ~(got.isnan() & torchs.isnan())
-    assert int(differ.sum()) <= {"none": 0, "relu": 0}.get(activation, 700)
+    assert int(differ.sum()) <= 700 * (activation in ERRORS)
+    if activation in ERRORS:
+        want = ACTIVATIONS[activation](wide)
+        assert_close(got, want, ERRORS[activation] * EPS * wide.abs().nan_to_num(0, 0))
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
@@ -309,7 +312,9 @@ X, W, SW = torch.randn(3, 8), torch.ones(5, 8, dtype=torch.int8), torch.ones(5, 
 
 
 def test_wrong_scheme_and_tier() -> None:
-    with pytest.raises(ValueError, match=r"scheme must be one of 'int8', 'int8_weight', got"):
+    with pytest.raises(
+        ValueError, match=r"scheme must be one of 'int8', 'int16', 'int8_weight', got"
+    ):
         Call(X, W, SW).run("int4", "portable")
     with pytest.raises(ValueError, match=r"unknown tier 'avx10'"):
         Call(X, W, SW).run("int8", "avx10")
