@@ -115,11 +115,12 @@ struct Int8Int4 : M {
         const int64_t row = count * i / times;
         multiply(count * (i + 1) / times - row, p, b, row);
       }
-      with_single_format(p.y_dtype, [&](auto format) {
-        const Output<Int8Int4, decltype(format)> output(p, b.columns);
-        for (int64_t row = 0; row < count; ++row)
-          output.row(first + row, 0, read<vfloat>(b.acc + row * kLanes), b.scale[row]);
-      });
+      for (int64_t i = 0; i < count; ++i) {
+        float* values = b.acc + i * kLanes;
+        write(values, scaled_sums<Int8Int4>(read<vfloat>(values), read<vfloat>(b.columns.sw),
+                                            splat(b.scale[i]), read<vfloat>(b.columns.bias)));
+      }
+      put_rows(p, first, count, b.columns.begin, b.columns.count, b.acc, kLanes);
     }
   }
 

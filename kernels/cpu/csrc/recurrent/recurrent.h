@@ -37,7 +37,7 @@ class Layer {
   size_t bytes_;
   Code* x_codes_;
   float* x_scales_;
-  Operand<P> h_codes_[2], inner_codes_;
+  Operand<Code> h_codes_[2], inner_codes_;
   float *h_, *c_, *inner_ = nullptr;
   // Of each share.
   char *input_blocks_, *hidden_blocks_, *projection_blocks_ = nullptr, *spare_;
@@ -88,7 +88,7 @@ class Layer {
       each([&](int share) { end(share); });
       return;
     }
-    publish<P>(p_, members_, h_codes_[0], of_h_, h_, outs_of_);
+    publish(p_, members_, h_codes_[0], of_h_, kMostCodeOf<P>, h_, outs_of_);
     // The chunk's first step, counted in the order in which they are taken.
     for (int64_t begin = 0; begin < p_.steps; begin += chunk_) {
       const int64_t count = p_.steps - begin < chunk_ ? p_.steps - begin : chunk_;
@@ -131,11 +131,11 @@ class Layer {
     x_scales_ = scratch.take<float>(rows);
     const auto operand = [&](const Panels& weight) {
       const int64_t marks = round_up(p_.batch, kLine / 4), stride = weight.code_stride();
-      return Operand<P>{scratch.take<Code>((p_.batch + more) * stride), stride,
+      return Operand<Code>{scratch.take<Code>((p_.batch + more) * stride), stride,
                         scratch.take<int32_t>(shares * marks), scratch.take<float>(shares * marks),
                         marks};
     };
-    for (Operand<P>& o : h_codes_) o = operand(hidden_);
+    for (Operand<Code>& o : h_codes_) o = operand(hidden_);
     h_ = scratch.take<float>(outs_ * state_rows);
     c_ = scratch.take<float>(kLstm ? units_ * state_rows : 0);
     if (projected_) {
@@ -256,7 +256,7 @@ class Layer {
   // there.
   void take_step(int64_t index, int64_t t, int64_t at, int64_t count) const {
     const bool last = index + 1 == p_.steps;
-    const Operand<P>& from = h_codes_[index % 2];
+    const Operand<Code>& from = h_codes_[index % 2];
     each([&](int share) {
       const Run own = units_of_.of(share);
       for (int64_t i = own.begin; i < own.end; ++i) {
@@ -273,13 +273,13 @@ class Layer {
       }
     });
     if (projected_) {
-      publish<P>(p_, members_, inner_codes_, of_inner_, inner_, units_of_);
+      publish(p_, members_, inner_codes_, of_inner_, kMostCodeOf<P>, inner_, units_of_);
       each([&](int share) {
         const Run own = projections_of_.of(share);
         for (int64_t i = own.begin; i < own.end; ++i) project(share, i, t);
       });
     }
-    if (!last) publish<P>(p_, members_, h_codes_[(index + 1) % 2], of_h_, h_, outs_of_);
+    if (!last) publish(p_, members_, h_codes_[(index + 1) % 2], of_h_, kMostCodeOf<P>, h_, outs_of_);
   }
 
   QNN_KERNEL void project(int share, int64_t index, int64_t t) const {
