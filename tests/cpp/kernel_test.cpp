@@ -672,10 +672,12 @@ void run(const Tier& tier, const Call& c, char* y) {
   Linear p{};
   p.m = c.m, p.k = c.k, p.n = c.n;
   const std::vector<int8_t> codes_of_x(c.xq.begin(), c.xq.end());
-  p.x = c.codes ? operands.place(codes_of_x.data(), codes_of_x.size()) : operands.place_floats(c.x, c.x_dtype);
+  p.x = c.codes ? operands.place(codes_of_x.data(), codes_of_x.size())
+                : operands.place_floats(c.x, c.x_dtype);
   p.x_dtype = c.x_dtype;
   if (c.codes)
-    p.row_scale = reinterpret_cast<const float*>(operands.place(c.sx.data(), c.sx.size() * sizeof(float)));
+    p.row_scale =
+        reinterpret_cast<const float*>(operands.place(c.sx.data(), c.sx.size() * sizeof(float)));
   p.fixed = c.fixed, p.grid_scale = c.grid_scale, p.zero_point = c.zero_point;
   operands.place_weight(c, p);
   if (!c.bias.empty()) p.bias = operands.place_floats(c.bias, c.bias_dtype);

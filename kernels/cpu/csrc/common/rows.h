@@ -81,6 +81,15 @@ inline void write_codes(Code* p, vint q) {
 #endif
 }
 
+// 32-bit sums to sums in double, or onto them: of whole vectors.
+inline __attribute__((noinline)) void add_sums(const int32_t* from, int64_t count, bool onto,
+                                               double* to) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const vdouble more = __builtin_convertvector(read<vint>(from + i), vdouble);
+    write(to + i, onto ? read<vdouble>(to + i) + more : more);
+  }
+}
+
 // round(x · inverse) of kLanes values. A product rounds to at most the largest code. Adding
 // 1.5 · 2^23 rounds it to nearest, ties to even, and leaves it in the low bits.
 inline vint codes_of(vfloat x, float inverse) {

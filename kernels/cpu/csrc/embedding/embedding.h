@@ -63,8 +63,7 @@ struct Lookups {
       const vfloat by = splat(scale(id));
       for (int64_t c = 0; c < k; c += kPiece) {
         const int64_t count = smaller(kPiece, k - c);
-        const bool in_place =
-            p.table.y_dtype == DType::float32 && count % AllDecoders::kStep == 0;
+        const bool in_place = p.table.y_dtype == DType::float32 && count % AllDecoders::kStep == 0;
         float* to = in_place ? static_cast<float*>(p.table.y) + at + c : values;
         decode_piece(row, c, count, to);
         in_vectors(count, [&](int64_t j) { write(to + j, read<vfloat>(to + j) * by); });

@@ -44,6 +44,8 @@ inline vint whole(vint sum) {
 #endif
 }
 
+constexpr int kUnrolled = kLanes == 4 ? 1 : 4;  // words; plain products are long as they are
+
 // What a machine M, as of FloatTier, makes of it.
 template <class M>
 struct Int8Int4 : M {
@@ -204,7 +206,7 @@ struct Int8Int4 : M {
         vint part[R];
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r) part[r] = vint{};
-#pragma GCC unroll 4
+#pragma GCC unroll kUnrolled
         for (int64_t j = i; j < i + 4 * kWord; j += kWord) {
           const vuint words = read<vuint>(w.words + j / kWord * kLanes);
           const vuint even = words & 0x0f0f0f0f, odd = words >> 4 & 0x0f0f0f0f;

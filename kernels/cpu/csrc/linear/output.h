@@ -80,8 +80,9 @@ struct Output {
 };
 
 // Dot form: rows of values, `values_stride` apart, to `count` columns of y from `column` on.
-inline __attribute__((noinline)) void put_rows(const Linear& p, int64_t row, int64_t rows, int64_t column,
-                                        int64_t count, float* values, int64_t values_stride) {
+inline __attribute__((noinline)) void put_rows(const Linear& p, int64_t row, int64_t rows,
+                                               int64_t column, int64_t count, float* values,
+                                               int64_t values_stride) {
   with_single_format(p.y_dtype, [&](auto format) {
     const Output<decltype(format)> output(p);
     for (const int64_t end = row + rows; row < end; ++row, values += values_stride) {

@@ -101,8 +101,8 @@ inline void quantize(const Quantize& p, int part, int parts) {
   });
 }
 
-// One row of x in codes up to `most`, `padded` of them; returns their sum. Not for inlining: a switch
-// over formats, each time, is much of a file.
+// One row of x in codes up to `most`, `padded` of them; returns their sum. Not for inlining: a
+// switch over formats, each time, is much of a file.
 template <class Code>
 __attribute__((noinline)) int32_t read_codes(const Linear& p, int64_t row, int64_t padded, int most,
                                              Code* out, float* scale) {

@@ -83,7 +83,8 @@ inline int32_t greatest(vint v) {
 #endif
 }
 
-// States of all shares to codes, up to `most_code`, that all shares read, and the scales of their rows.
+// States of all shares to codes, up to `most_code`, that all shares read, and the scales of their
+// rows.
 template <class Code>
 QNN_KERNEL void publish(const Recurrent& p, const Members& members, const Operand<Code>& to,
                         const Quantizer& how, int most_code, const float* values,

@@ -57,7 +57,10 @@ struct Vnni256 : Avx2, Inner<Vnni256> {
 };
 
 // Codes of 16 bits, in pairs.
-struct Vnni256Words : Avx2Words {
+struct Vnni256Words : Avx2Words, Inner<Vnni256Words> {
+  using Acc = int32_t;
+  using Sum = vint;
+
   static vint multiply_add(vint sum, vint column, vint row) {
     return (vint)dpwssd((__m256i)sum, (__m256i)column, (__m256i)row);
   }
