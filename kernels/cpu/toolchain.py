@@ -56,8 +56,9 @@ MACHINE_FLAGS = {
 }
 # A tier whose file leaves to another's what both would compile alike is not built without it.
 BASES = {"amx.cpp": "avx512_vnni.cpp", "avx_vnni.cpp": "avx2.cpp"}
-# Of the files that are no tier's: they check and hand over, and -O3 takes them 1.4 times as long.
-CALM = ("-O1",)
+# Of the files that are no tier's: they check and hand over. With -O1 an eager call of 64 by 64
+# takes 16.4 µs and not 15.7.
+CALM = ("-O2",)
 
 
 class BuildError(RuntimeError):

@@ -1,5 +1,5 @@
-// The tiers against plain loops, on random calls, of which one in four is of a recurrent layer and
-// one of a convolution; without torch.
+// The tiers against plain loops, on random calls, of which two in eight are of a recurrent layer,
+// two of a convolution and one is a lookup in a table; without torch.
 //
 //   kernel_test                           the tiers that this CPU can run, one a line
 //   kernel_test TIERS CASES SEED [conv]   CASES calls of each tier, or convolutions alone; TIERS:
@@ -253,7 +253,7 @@ class Draw {
     return c;
   }
 
- private:
+ protected:
   int between(int first, int last) {
     return std::uniform_int_distribution<int>(first, last)(random_);
   }
@@ -578,12 +578,15 @@ void activate(Bounds& y, Activation activation, const Format& f) {
     if (y.low != y.high && !std::isnan(y.low)) y.any = true;
     return y.apply([&](double x) { return activated(activation, x); });
   }
+  // Six times x comes before the division.
+  const double largest = std::max(std::fabs(y.low), std::fabs(y.high));
+  if (activation == Activation::hardswish && f.bytes != 8 && largest > FLT_MAX / 6.001)
+    y.any = true;
   // The slopes are at most 1.5. The polynomials err by a share of x, not of the result, which may
   // be far smaller.
-  const double most = std::max(std::fabs(y.low), std::fabs(y.high));
   const bool moved = activation >= Activation::hardswish;  // of x + 3
   const double error =
-      0.75 * (y.high - y.low) + (moved ? most + 3 : most) * (f.bytes == 8 ? 1e-15 : 5e-7);
+      0.75 * (y.high - y.low) + (moved ? largest + 3 : largest) * (f.bytes == 8 ? 1e-15 : 5e-7);
   const double middle = activated(activation, (y.low + y.high) / 2);
   y.low = rounded(middle - error, f), y.high = rounded(middle + error, f);
 }
@@ -630,40 +633,56 @@ void last_words(int signal) {
 }
 #endif
 
-void run(const Tier& tier, const Call& c, char* y) {
-  std::vector<std::unique_ptr<Memory>> operands;
-  const auto place = [&](const void* data, size_t bytes) {
-    operands.push_back(std::make_unique<Memory>(bytes, c.at_end, 0xff));
-    if (bytes > 0) std::memcpy(operands.back()->data(), data, bytes);
-    operands.back()->make_read_only();
-    return operands.back()->data();
-  };
-  const auto place_floats = [&](const std::vector<double>& values, DType dtype) {
+// Read-only, each at a page.
+class Operands {
+ public:
+  explicit Operands(bool at_end) : at_end_(at_end) {}
+
+  const char* place(const void* data, size_t bytes) {
+    placed_.push_back(std::make_unique<Memory>(bytes, at_end_, 0xff));
+    if (bytes > 0) std::memcpy(placed_.back()->data(), data, bytes);
+    placed_.back()->make_read_only();
+    return placed_.back()->data();
+  }
+  const char* place_floats(const std::vector<double>& values, DType dtype) {
     const Format& f = format_of(dtype);
     std::vector<char> bytes(values.size() * f.bytes);
     for (size_t i = 0; i < values.size(); ++i) encode(values[i], f, bytes.data() + i * f.bytes);
     return place(bytes.data(), bytes.size());
-  };
+  }
+  void place_weight(const Call& c, Linear& p) {
+    p.weight = c.weight;
+    p.w = reinterpret_cast<const int8_t*>(place(c.w.data(), c.w.size()));
+    const char* codes = place(c.group_codes.data(), c.group_codes.size());
+    const char* floats = place(c.group_scales.data(), c.group_scales.size() * sizeof(float));
+    if (c.weight.grouped() && c.k > 0)
+      p.group_scale = c.weight.scale == qnn::ScaleKind::e4m3 ? codes : floats;
+    if (c.weight.zero_points && c.k > 0) p.zero_points = reinterpret_cast<const uint8_t*>(codes);
+    const size_t scales = c.weight.grouped() ? std::min<size_t>(1, c.sw.size()) : c.sw.size();
+    p.sw = reinterpret_cast<const float*>(place(c.sw.data(), scales * sizeof(float)));
+  }
+
+ private:
+  bool at_end_;
+  std::vector<std::unique_ptr<Memory>> placed_;
+};
+
+void run(const Tier& tier, const Call& c, char* y) {
+  Operands operands(c.at_end);
   Linear p{};
   p.m = c.m, p.k = c.k, p.n = c.n;
   const std::vector<int8_t> codes_of_x(c.xq.begin(), c.xq.end());
-  p.x = c.codes ? place(codes_of_x.data(), codes_of_x.size()) : place_floats(c.x, c.x_dtype);
+  p.x = c.codes ? operands.place(codes_of_x.data(), codes_of_x.size())
+                : operands.place_floats(c.x, c.x_dtype);
   p.x_dtype = c.x_dtype;
   if (c.codes)
-    p.row_scale = reinterpret_cast<const float*>(place(c.sx.data(), c.sx.size() * sizeof(float)));
+    p.row_scale =
+        reinterpret_cast<const float*>(operands.place(c.sx.data(), c.sx.size() * sizeof(float)));
   p.fixed = c.fixed, p.grid_scale = c.grid_scale, p.zero_point = c.zero_point;
-  p.weight = c.weight;
-  p.w = reinterpret_cast<const int8_t*>(place(c.w.data(), c.w.size()));
-  const char* codes = place(c.group_codes.data(), c.group_codes.size());
-  const char* floats = place(c.group_scales.data(), c.group_scales.size() * sizeof(float));
-  if (c.weight.grouped() && c.k > 0)
-    p.group_scale = c.weight.scale == qnn::ScaleKind::e4m3 ? codes : floats;
-  if (c.weight.zero_points && c.k > 0) p.zero_points = reinterpret_cast<const uint8_t*>(codes);
-  const size_t scales = c.weight.grouped() ? std::min<size_t>(1, c.sw.size()) : c.sw.size();
-  p.sw = reinterpret_cast<const float*>(place(c.sw.data(), scales * sizeof(float)));
-  if (!c.bias.empty()) p.bias = place_floats(c.bias, c.bias_dtype);
+  operands.place_weight(c, p);
+  if (!c.bias.empty()) p.bias = operands.place_floats(c.bias, c.bias_dtype);
   p.bias_dtype = c.bias_dtype;
-  if (!c.residual.empty()) p.residual = place_floats(c.residual, c.y_dtype);
+  if (!c.residual.empty()) p.residual = operands.place_floats(c.residual, c.y_dtype);
   p.activation = c.activation;
   p.y = y;
   p.y_dtype = c.y_dtype;
@@ -683,10 +702,11 @@ void run(const Tier& tier, const Call& c, char* y) {
     p = qnn::without_doubles(p, single_x.data(), single_y.data());
   }
   const size_t bytes = kernel.scratch_bytes(p);
+  std::vector<std::unique_ptr<Memory>> scratches;
   std::vector<std::thread> threads;
   for (int part = 0; part < c.parts; ++part) {
-    operands.push_back(std::make_unique<Memory>(bytes, c.at_end, 0xff));
-    char* scratch = operands.back()->data();
+    scratches.push_back(std::make_unique<Memory>(bytes, c.at_end, 0xff));
+    char* scratch = scratches.back()->data();
     if (c.parts == 1) {
       kernel.run(p, 0, 1, scratch);
     } else {
@@ -698,27 +718,34 @@ void run(const Tier& tier, const Call& c, char* y) {
   if (given.y_dtype == DType::float64) qnn::finish_doubles(given, single_y.data());
 }
 
-bool passes(const Tier& tier, const Call& c, const std::vector<Bounds>& want) {
-  const Format& f = format_of(c.y_dtype);
-  std::snprintf(running, sizeof running, "%s: %s", tier.name, c.text().c_str());
+// What `call` leaves in y, [rows, columns], is held against what is wanted.
+template <class Run>
+bool passes(const std::vector<Bounds>& want, DType dtype, bool at_end, int64_t columns,
+            const Run& call) {
+  const Format& f = format_of(dtype);
 #if defined(QNN_HEAP)
   std::fprintf(stderr, "%s\n", running);  // a sanitizer ends the process: the last line says where
 #endif
-  const Memory y(want.size() * f.bytes, c.at_end, 0xff);
-  run(tier, c, y.data());
+  const Memory y(want.size() * f.bytes, at_end, 0xff);
+  call(y.data());
   size_t wrong = 0;
   for (size_t i = 0; i < want.size(); ++i) {
     const double got = decode(y.data() + i * f.bytes, f);
     if (holds(want[i], got)) continue;
     if (wrong++ == 0) {
       std::printf("%s\n  y[%lld, %lld] = %.17g, not from %.17g to %.17g\n", running,
-                  static_cast<long long>(i) / static_cast<long long>(c.n),
-                  static_cast<long long>(i) % static_cast<long long>(c.n), got, want[i].low,
+                  static_cast<long long>(i) / static_cast<long long>(columns),
+                  static_cast<long long>(i) % static_cast<long long>(columns), got, want[i].low,
                   want[i].high);
     }
   }
   if (wrong > 0) std::printf("  %zu of %zu values are wrong\n", wrong, want.size());
   return wrong == 0;
+}
+
+bool passes(const Tier& tier, const Call& c, const std::vector<Bounds>& want) {
+  std::snprintf(running, sizeof running, "%s: %s", tier.name, c.text().c_str());
+  return passes(want, c.y_dtype, c.at_end, c.n, [&](char* y) { run(tier, c, y); });
 }
 
 std::vector<Tier> tiers_called(const std::string& names) {
@@ -740,6 +767,7 @@ std::vector<Tier> tiers_called(const std::string& names) {
 }  // namespace
 
 #include "conv_case.h"
+#include "lookup_case.h"
 #include "recurrent_case.h"
 
 int main(int argc, char** argv) {
@@ -764,12 +792,22 @@ int main(int argc, char** argv) {
   for (uint64_t i = 0; i < cases; ++i) {
     if (convolutions || (seed + i) % 4 == 1) {
       const ConvCase c = ConvDraw(seed + i).next(seed + i);
-      for (size_t t = 0; t < tiers.size(); ++t) failed[t] += !passes(*tiers[t], c);
+      for (size_t t = 0; t < tiers.size(); ++t) failed[t] += !passes(tiers[t], c);
       continue;
     }
     if ((seed + i) % 4 == 0) {
       const RecurrentCase c = RecurrentDraw(seed + i).next(seed + i);
       const std::vector<double> want = PlainRecurrent(c).run();
+      for (size_t t = 0; t < tiers.size(); ++t) failed[t] += !passes(tiers[t], c, want);
+      continue;
+    }
+    if ((seed + i) % 8 == 2) {
+      const LookupCase c = LookupDraw(seed + i).next(seed + i);
+      std::vector<Bounds> want;
+      for (size_t row = 0; row < c.results(); ++row) {
+        for (int64_t column = 0; column < c.table.k; ++column)
+          want.push_back(expected(c, row, column));
+      }
       for (size_t t = 0; t < tiers.size(); ++t) failed[t] += !passes(tiers[t], c, want);
       continue;
     }

@@ -8,11 +8,11 @@
 namespace qnn {
 namespace {
 
-// amax / kMost, at least the smallest normal float; 1 for a zero row. NaN and inf pass through.
-template <int kMost = 127>
-inline float scale_of(float amax) {
+// amax over the largest code, at least the smallest normal float; 1 for a zero row. NaN and inf
+// pass through.
+inline float scale_of(float amax, int most = 127) {
   if (amax == 0.0f) return 1.0f;
-  const float scale = amax / static_cast<float>(kMost), least = std::numeric_limits<float>::min();
+  const float scale = amax / static_cast<float>(most), least = std::numeric_limits<float>::min();
   return scale < least ? least : scale;
 }
 
@@ -45,9 +45,9 @@ inline float row_magnitude(const typename Format::Value* x, int64_t k) {
   return amax;
 }
 
-template <class Format, int kMost = 127>
-inline float row_scale(const typename Format::Value* x, int64_t k) {
-  return scale_of<kMost>(row_magnitude<Format>(x, k));
+template <class Format>
+inline float row_scale(const typename Format::Value* x, int64_t k, int most = 127) {
+  return scale_of(row_magnitude<Format>(x, k), most);
 }
 
 // The low bytes, or halves, of kLanes words. GCC 12 takes words apart one by one for AVX2.
@@ -79,6 +79,15 @@ inline void write_codes(Code* p, vint q) {
     write(p, __builtin_convertvector(q, vshort));
   }
 #endif
+}
+
+// 32-bit sums to sums in double, or onto them: of whole vectors.
+inline __attribute__((noinline)) void add_sums(const int32_t* from, int64_t count, bool onto,
+                                               double* to) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const vdouble more = __builtin_convertvector(read<vint>(from + i), vdouble);
+    write(to + i, onto ? read<vdouble>(to + i) + more : more);
+  }
 }
 
 // round(x · inverse) of kLanes values. A product rounds to at most the largest code. Adding

@@ -88,7 +88,7 @@ class Convolution {
   int32_t* start_;
   char* acc_;
 
-  Convolution(const Conv& p, int parts, Scratch scratch, size_t* used) : p_(p), image_(p) {
+  QNN_ONCE Convolution(const Conv& p, int parts, Scratch scratch, size_t* used) : p_(p), image_(p) {
     const bool depthwise = image_.depthwise;
     const int64_t outputs = p.outputs / p.groups, window = p.depth() * p.taps();
     vectors_ = P::kMostVectors;
@@ -132,7 +132,7 @@ class Convolution {
     if (used != nullptr) *used = scratch.used();
   }
 
-  void bands() {
+  QNN_ONCE void bands() {
     const int64_t height = p_.out[1];
     int64_t most = kBandPixels / p_.out[2], low = 1, high = larger(1, smaller(most, height));
     while (low < high) {  // the most rows that fit
@@ -160,7 +160,7 @@ class Convolution {
   }
 
   // Depends on the rows of a plane in a band.
-  void set_runs(int64_t rows) {
+  QNN_ONCE void set_runs(int64_t rows) {
     const Conv& p = p_;
     const bool split = !image_.depthwise && p.kernel[2] > 1 && p.dilation[2] > 1;
     const int64_t columns = split ? p.kernel[2] : 1;

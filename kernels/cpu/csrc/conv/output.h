@@ -75,22 +75,7 @@ struct ConvOutput {
   // `most` are the magnitudes of what becomes codes.
   void put(int64_t at, vfloat value, int64_t left, vint& most) const {
     if constexpr (kDouble) {
-      const vfloat more = residual_codes == nullptr ? vfloat{} : other(at, left);
-      vfloat rounded = {};
-      for (int64_t lane = 0; lane < kLanes && lane < left; ++lane) {
-        double v = activate(activation, static_cast<double>(value[lane]));
-        if (residual_codes != nullptr && residual != nullptr) {
-          v += residual[at + lane] + static_cast<double>(more[lane]);
-        } else if (residual_codes != nullptr) {
-          v += more[lane];
-        } else if (residual != nullptr) {
-          v += residual[at + lane];
-        }
-        if (relu && v < 0) v = 0;
-        rounded[lane] = static_cast<float>(v);
-        if (!codes) static_cast<double*>(y)[at + lane] = v;
-      }
-      if (codes) put_codes(at, rounded, left, most);
+      put_doubles(at, value, left, most);
     } else {
       if (residual != nullptr || residual_codes != nullptr) {
         vfloat sum = residual_codes == nullptr ? vfloat{} : Format::round(other(at, left));
@@ -105,6 +90,27 @@ struct ConvOutput {
       if (codes) return put_codes(at, value, left, most);
       store_some<Format>(static_cast<Value*>(y) + at, value, left);
     }
+  }
+
+  // One at a time will do.
+  __attribute__((noinline)) void put_doubles(int64_t at, vfloat value, int64_t left,
+                                             vint& most) const {
+    const vfloat more = residual_codes == nullptr ? vfloat{} : other(at, left);
+    vfloat rounded = {};
+    for (int64_t lane = 0; lane < kLanes && lane < left; ++lane) {
+      double v = activate(activation, static_cast<double>(value[lane]));
+      if (residual_codes != nullptr && residual != nullptr) {
+        v += residual[at + lane] + static_cast<double>(more[lane]);
+      } else if (residual_codes != nullptr) {
+        v += more[lane];
+      } else if (residual != nullptr) {
+        v += residual[at + lane];
+      }
+      if (relu && v < 0) v = 0;
+      rounded[lane] = static_cast<float>(v);
+      if (!codes) static_cast<double*>(y)[at + lane] = v;
+    }
+    if (codes) put_codes(at, rounded, left, most);
   }
 
   QNN_INLINE void put_codes(int64_t at, vfloat v, int64_t left, vint& most) const {

@@ -13,8 +13,10 @@ constexpr int64_t kPiece = 512;
 static_assert(kPiece % AllDecoders::kStep == 0);
 
 // The floats of columns k … k + count of a row, in `to`, which has room for whole steps; without
-// the scale of the whole row.
-inline void decode_piece(const WeightRow& row, int64_t k, int64_t count, float* to) {
+// the scale of the whole row. Not for inlining, as what follows: a switch over decoders or formats,
+// each time, is much of a file.
+__attribute__((noinline)) void decode_piece(const WeightRow& row, int64_t k, int64_t count,
+                                            float* to) {
   AllDecoders::with(row.decoder, [&](auto decoder) {
     using D = decltype(decoder);
     D::panel(to, row, k, count);
@@ -24,6 +26,17 @@ inline void decode_piece(const WeightRow& row, int64_t k, int64_t count, float* 
         for (int64_t i = 0; i < count; ++i) to[i] = kE4m3Values.values[row.codes[k + i]];
       }
     }
+  });
+}
+
+// So many values to y, from `at` on.
+__attribute__((noinline)) void store_piece(DType dtype, void* y, int64_t at, const float* values,
+                                           int64_t count) {
+  with_format(dtype, [&](auto format) {
+    using Format = decltype(format);
+    auto* to = static_cast<typename Format::Value*>(y) + at;
+    for (int64_t i = 0; i < count; i += kLanes)
+      store_some<Format>(to + i, read<vfloat>(values + i), count - i);
   });
 }
 
@@ -43,31 +56,23 @@ struct Lookups {
 
   float scale(int64_t id) const { return p.table.sw[p.table.weight.grouped() ? 0 : id]; }
 
-  template <class Format>
-  void rows(typename Format::Value* y, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i, y += k) {
-      const int64_t id = p.id(i);
+  void rows(int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t id = p.id(i), at = i * k;
       const WeightRow row = T::row(p.table, id);
       const vfloat by = splat(scale(id));
       for (int64_t c = 0; c < k; c += kPiece) {
         const int64_t count = smaller(kPiece, k - c);
-        if (std::is_same_v<Format, Float32> && count % AllDecoders::kStep == 0) {
-          float* to = reinterpret_cast<float*>(y + c);
-          decode_piece(row, c, count, to);
-          in_vectors(count, [&](int64_t j) { write(to + j, read<vfloat>(to + j) * by); });
-          continue;
-        }
-        decode_piece(row, c, count, values);
-        in_vectors(count, [&](int64_t j) {
-          store_some<Format>(y + c + j, read<vfloat>(values + j) * by, count - j);
-        });
+        const bool in_place = p.table.y_dtype == DType::float32 && count % AllDecoders::kStep == 0;
+        float* to = in_place ? static_cast<float*>(p.table.y) + at + c : values;
+        decode_piece(row, c, count, to);
+        in_vectors(count, [&](int64_t j) { write(to + j, read<vfloat>(to + j) * by); });
+        if (!in_place) store_piece(p.table.y_dtype, p.table.y, at + c, values, count);
       }
     }
   }
 
-  template <class Format>
-  void bag(typename Format::Value* y, int64_t begin, int64_t end) {
-    const auto* weights = static_cast<const typename Format::Value*>(p.weights);
+  void bag(int64_t b, int64_t begin, int64_t end) {
     int64_t number = 0;
     for (int64_t i = begin; i < end; ++i) number += p.id(i) != p.padding;
     const bool largest = p.mode == Bag::max && number > 0;
@@ -80,8 +85,9 @@ struct Lookups {
         if (id == p.padding) continue;
         decode_piece(T::row(p.table, id), c, count, values);
         const vfloat by = splat(scale(id));
-        const vfloat weight =
-            splat(weights == nullptr ? 1.0f : load_some<Format>(weights + i, 1)[0]);
+        alignas(64) float one[kLanes] = {1.0f};
+        if (p.weights != nullptr) to_floats(p.table.y_dtype, p.weights, i, 1, kLanes, one);
+        const vfloat weight = splat(one[0]);
         in_vectors(count, [&](int64_t j) {
           const vfloat v = read<vfloat>(values + j) * by * weight, sum = read<vfloat>(sums + j);
           if (largest) {
@@ -93,9 +99,8 @@ struct Lookups {
       }
       const vfloat among =
           splat(p.mode == Bag::mean ? static_cast<float>(larger(1, number)) : 1.0f);
-      in_vectors(count, [&](int64_t j) {
-        store_some<Format>(y + c + j, read<vfloat>(sums + j) / among, count - j);
-      });
+      in_vectors(count, [&](int64_t j) { write(sums + j, read<vfloat>(sums + j) / among); });
+      store_piece(p.table.y_dtype, p.table.y, b * k + c, sums, count);
     }
   }
 };
@@ -104,24 +109,20 @@ struct Lookups {
 template <class T>
 void look_up(const Lookup& p, int part, int parts) {
   Lookups<T> all(p);
-  with_format(p.table.y_dtype, [&](auto format) {
-    using Format = decltype(format);
-    auto* y = static_cast<typename Format::Value*>(p.table.y);
-    const int64_t begin = p.count * part / parts, end = p.count * (part + 1) / parts;
-    if (p.offsets == nullptr) return all.template rows<Format>(y + begin * p.table.k, begin, end);
-    // The bags that begin at the part's own ids; the last part has those that are empty at the end.
-    const auto bag_at = [&](int64_t id) {
-      int64_t low = 0, high = p.bags;
-      while (low < high) {
-        const int64_t middle = (low + high) / 2;
-        p.offsets[middle] < id ? void(low = middle + 1) : void(high = middle);
-      }
-      return low;
-    };
-    const int64_t last = part + 1 == parts ? p.bags : bag_at(end);
-    for (int64_t b = part == 0 ? 0 : bag_at(begin); b < last; ++b)
-      all.template bag<Format>(y + b * p.table.k, p.offsets[b], p.offsets[b + 1]);
-  });
+  const int64_t begin = p.count * part / parts, end = p.count * (part + 1) / parts;
+  if (p.offsets == nullptr) return all.rows(begin, end);
+  // The bags that begin at the part's own ids; the last part has those that are empty at the end.
+  const auto bag_at = [&](int64_t id) {
+    int64_t low = 0, high = p.bags;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      p.offsets[middle] < id ? void(low = middle + 1) : void(high = middle);
+    }
+    return low;
+  };
+  const int64_t last = part + 1 == parts ? p.bags : bag_at(end);
+  for (int64_t b = part == 0 ? 0 : bag_at(begin); b < last; ++b)
+    all.bag(b, p.offsets[b], p.offsets[b + 1]);
 }
 
 }  // namespace

@@ -167,9 +167,7 @@ struct Blocked {
                     g == 0 ? next + c * stride : nullptr, stride, shift});
         }
         if (more) continue;
-        with_single_format(p.y_dtype, [&](auto format) {
-          finish<decltype(format)>(p, b, acc, g * kLanes, rows, row);
-        });
+        finish(p, b, acc, g * kLanes, rows, row);
       }
     }
   }
@@ -210,17 +208,23 @@ struct Blocked {
     if constexpr (G > 1) multiply_rows<R, G - 1>(groups, step);
   }
 
-  template <class Format>
   static void finish(const Linear& p, const Buffers& b, const Acc* acc, int64_t first, int64_t rows,
                      int64_t tile_row) {
-    using Out = Output<T, Format>;
-    const Out output(p, b.columns);
+    alignas(64) float values[T::kChunk * kLanes];
+    const Columns<T>& columns = b.columns;
+    const int64_t some = round_up(columns.count, kPiece);
     for (int64_t r = 0; r < rows && tile_row + first + r < p.m; r += kLanes) {
       const int64_t row = tile_row + first + r, left = p.m - row;
       const vfloat sx = read<vfloat>(b.tile.scale + first + r);
-      for (int64_t c = 0; c < output.count; c += Out::kTurned) {
-        output.columns(row, left < kLanes ? left : kLanes, c, acc + c * rows + r, rows, sx);
+      for (int64_t c = 0; c < some; ++c) {
+        auto sums = read<typename T::Sum>(acc + c * rows + r);
+        if constexpr (T::kQuantizes && kZeroPoints<T>)
+          sums = (vint)((vuint)sums + static_cast<uint32_t>(columns.start[c]));
+        write(values + c * kLanes,
+              scaled_sums<T>(sums, splat(columns.sw[c]), sx, splat(columns.bias[c])));
       }
+      put_columns<typename T::Turns>(p, row, smaller(left, kLanes), columns.begin, columns.count,
+                                     values);
     }
   }
 };

@@ -72,7 +72,9 @@ struct Dots {
     for (int64_t n = begin; n < end; n += T::kChunk) {
       b.columns.move_to(p, n, end - n < T::kChunk ? end - n : T::kChunk);
       multiply(p, b);
-      with_single_format(p.y_dtype, [&](auto format) { write_rows<decltype(format)>(p, b); });
+      scale_rows(p, b);
+      put_rows(p, 0, p.m, b.columns.begin, b.columns.count, reinterpret_cast<float*>(b.acc),
+               T::kChunk * static_cast<int64_t>(sizeof(typename T::Acc) / sizeof(float)));
     }
   }
 
@@ -105,12 +107,13 @@ struct Dots {
     }
   }
 
-  template <class Format>
-  static void write_rows(const Linear& p, const Buffers& b) {
-    const Output<T, Format> output(p, b.columns);
+  // Sums to floats, in their place.
+  static void scale_rows(const Linear& p, const Buffers& b) {
     for (int64_t row = 0; row < p.m; ++row) {
-      for (int64_t c = 0; c < output.count; c += kLanes) {
-        auto sums = read<typename T::Sum>(b.acc + row * T::kChunk + c);
+      typename T::Acc* acc = b.acc + row * T::kChunk;
+      auto* values = reinterpret_cast<float*>(acc);
+      for (int64_t c = 0; c < b.columns.count; c += kLanes) {
+        auto sums = read<typename T::Sum>(acc + c);
         // Of long rows the two terms may wrap, their sum does not.
         if constexpr (T::kOffset != 0)
           sums = (vint)((vuint)sums + static_cast<uint32_t>(b.start[row]));
@@ -121,7 +124,8 @@ struct Dots {
             sums = (vint)((vuint)sums - columns * static_cast<uint32_t>(p.zero_point));
           }
         }
-        output.row(row, c, sums, b.scale[row]);
+        write(values + c, scaled_sums<T>(sums, read<vfloat>(b.columns.sw + c), splat(b.scale[row]),
+                                         read<vfloat>(b.columns.bias + c)));
       }
     }
   }

@@ -1,23 +1,34 @@
 // The tiers in int16: x in 16 bits, w in 8.
 #pragma once
 
+#include "common/rows.h"
 #include "linear/inner.h"
 
 namespace qnn {
 namespace {
 
-// Of a machine M that multiplies 16-bit codes in pairs. A sum of 256 pairs is below 2^31; it goes
-// on in double, which holds every sum here exactly. Two planes of bytes would take twice as many
-// products where bytes are widened to 16 bits, and as many where they are multiplied as they are.
+// Of a machine M that multiplies 16-bit codes in pairs, with sums in 32 bits. A sum of 256 pairs is
+// below 2^31; it goes on in double, which holds every sum here exactly. Two planes of bytes would
+// take twice as many products where bytes are widened to 16 bits, and as many where they are
+// multiplied as they are.
 template <class M>
-struct Int16Tier : M, Inner<Int16Tier<M>> {
+struct Int16Tier : M {
   using Code = typename M::Code;
   using Acc = double;
   using Sum = vdouble;
   static constexpr int64_t kPairs = 256;
   static_assert(kPairs * 2 * 32767 * 128 < int64_t{1} << 31);
   static_assert(sizeof(Code) == 2 && M::kOffset == 0 && M::kDepth <= 2 * kPairs);
-  using Inner<Int16Tier<M>>::block;
+
+  // The machine's own kernel, over one panel.
+  template <int R, int G>
+  static void block(const Product<Int16Tier>& p) {
+    alignas(64) int32_t some[R * G * kLanes] = {};
+    M::template block<R, G>(
+        {p.x, p.x_stride, p.words, p.panel, some, G * kLanes, p.next, p.next_stride, p.next_shift});
+    for (int r = 0; r < R; ++r)
+      add_sums(some + r * G * kLanes, G * kLanes, true, p.acc + r * p.acc_stride);
+  }
 
   // R rows of x, `stride` codes apart, times kDotColumns rows of w: [R][kChunk] sums.
   template <int R>
@@ -43,13 +54,16 @@ struct Int16Tier : M, Inner<Int16Tier<M>> {
           for (int r = 0; r < R; ++r) sums[r][c] = M::multiply_add(sums[r][c], column, rows[r]);
         }
       }
+      alignas(64) vint all[R * M::kDotColumns];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-        for (int c = 0; c < M::kDotColumns; ++c) {
-          Acc& to = acc[r * M::kChunk + c];
-          to = (begin == 0 ? 0 : to) + total(sums[r][c]);
-        }
+        for (int c = 0; c < M::kDotColumns; ++c) all[r * M::kDotColumns + c] = sums[r][c];
+      }
+#pragma GCC unroll 1
+      for (int i = 0; i < R * M::kDotColumns; ++i) {
+        Acc& to = acc[i / M::kDotColumns * M::kChunk + i % M::kDotColumns];
+        to = (begin == 0 ? 0 : to) + total(all[i]);
       }
     }
   }

@@ -44,6 +44,8 @@ inline vint whole(vint sum) {
 #endif
 }
 
+constexpr int kUnrolled = kLanes == 4 ? 1 : 4;  // words; plain products are long as they are
+
 // What a machine M, as of FloatTier, makes of it.
 template <class M>
 struct Int8Int4 : M {
@@ -115,11 +117,12 @@ struct Int8Int4 : M {
         const int64_t row = count * i / times;
         multiply(count * (i + 1) / times - row, p, b, row);
       }
-      with_single_format(p.y_dtype, [&](auto format) {
-        const Output<Int8Int4, decltype(format)> output(p, b.columns);
-        for (int64_t row = 0; row < count; ++row)
-          output.row(first + row, 0, read<vfloat>(b.acc + row * kLanes), b.scale[row]);
-      });
+      for (int64_t i = 0; i < count; ++i) {
+        float* values = b.acc + i * kLanes;
+        write(values, scaled_sums<Int8Int4>(read<vfloat>(values), read<vfloat>(b.columns.sw),
+                                            splat(b.scale[i]), read<vfloat>(b.columns.bias)));
+      }
+      put_rows(p, first, count, b.columns.begin, b.columns.count, b.acc, kLanes);
     }
   }
 
@@ -203,7 +206,7 @@ struct Int8Int4 : M {
         vint part[R];
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r) part[r] = vint{};
-#pragma GCC unroll 4
+#pragma GCC unroll kUnrolled
         for (int64_t j = i; j < i + 4 * kWord; j += kWord) {
           const vuint words = read<vuint>(w.words + j / kWord * kLanes);
           const vuint even = words & 0x0f0f0f0f, odd = words >> 4 & 0x0f0f0f0f;

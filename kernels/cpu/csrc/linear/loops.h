@@ -17,7 +17,8 @@
 //   kDotColumns         rows of w that `dot` takes
 //   Row, row(p, n)      a row of w, for fill_panel and dot; bytes where x is quantised
 //   Session             lives while a thread works on a call in blocked form
-//   transpose           kLanes × kLanes words, rows so many bytes apart
+//   Turns               the struct, of many tiers of a file, whose `transpose` turns kLanes × kLanes
+//                       words, rows so many bytes apart
 //   fill_panel          a piece of one row of w into a panel
 //   block<R, G>, dot<R> the inner kernels; inner.h has them for a tier that gives it four operations
 // clang-format on

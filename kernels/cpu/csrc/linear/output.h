@@ -43,90 +43,92 @@ struct Columns {
   }
 };
 
-// The way from sums to y: scales, bias, cast; then the activation and the residual, each on what
-// the cast left, with a cast of its own. So one call gives what separate operations give.
-// Everything is held by value: through a reference the compiler would have to read it again after
-// each store to y.
-template <class T, class Format>
+// A vector of sums: scales and bias.
+template <class T>
+QNN_INLINE vfloat scaled_sums(typename T::Sum sums, vfloat sw, vfloat sx, vfloat bias) {
+  vfloat value = sum_as_float(sums) * sw;
+  if constexpr (T::kQuantizes) value = value * sx;
+  return value + bias;
+}
+
+// What follows is the same for all tiers of a file: the cast to y; then the activation and the
+// residual, each on what the cast left, with a cast of its own. So one call gives what separate
+// operations give. Everything is held by value: through a reference the compiler would have to
+// read it again after each store to y.
+template <class Format>
 struct Output {
   using Value = typename Format::Value;
-  using Sum = typename T::Sum;
-  static constexpr int kPerWord = 4 / sizeof(Value), kTurned = kLanes * kPerWord;
-
-  const float* sw;
-  const float* bias;
-  const int32_t* start;
-  Value* y;  // of the chunk's first column, in row 0
+  Value* y;
   const Value* residual;
-  int64_t stride, count;
+  int64_t stride;
   Activation activation;
 
-  Output(const Linear& p, const Columns<T>& columns)
-      : sw(columns.sw),
-        bias(columns.bias),
-        start(columns.start),
-        y(static_cast<Value*>(p.y) + columns.begin),
-        residual(p.residual == nullptr ? nullptr
-                                       : static_cast<const Value*>(p.residual) + columns.begin),
+  explicit Output(const Linear& p)
+      : y(static_cast<Value*>(p.y)),
+        residual(static_cast<const Value*>(p.residual)),
         stride(p.n),
-        count(columns.count),
         activation(p.activation) {}
 
-  // Dot form: the sums of one row, at the kLanes columns from `c` of the chunk on.
-  void row(int64_t row, int64_t c, Sum sums, float sx) const {
-    alignas(64) float value[kLanes];
-    vfloat scaled = sum_as_float(sums) * read<vfloat>(sw + c);
-    if constexpr (T::kQuantizes) scaled = scaled * sx;
-    write(value, scaled + read<vfloat>(bias + c));
-    if (activation != Activation::none) activate_all<Format>(activation, value, 1);
-    put(row * stride + c, read<vfloat>(value), count - c);
+  void activate(float* values, int64_t vectors) const {
+    if (activation != Activation::none) activate_all<Format>(activation, values, vectors);
   }
-
-  // Blocked form: a vector of sums is a column of up to kLanes rows. kTurned columns from `c` of
-  // the chunk on are scaled as they lie, cast, packed into words, and turned on their way to y.
-  void columns(int64_t row, int64_t rows, int64_t c, const typename T::Acc* acc, int64_t acc_stride,
-               vfloat sx) const {
-    alignas(64) float values[kTurned * kLanes];
-    alignas(64) int32_t words[kLanes * kLanes], turned[kLanes * kLanes];
-    const auto scaled = [&](int64_t i) {
-      Sum sum = read<Sum>(acc + i * acc_stride);
-      if constexpr (T::kQuantizes && kZeroPoints<T>)
-        sum = (vint)((vuint)sum + static_cast<uint32_t>(start[c + i]));
-      vfloat value = sum_as_float(sum) * sw[c + i];
-      if constexpr (T::kQuantizes) value = value * sx;
-      return value + bias[c + i];
-    };
-    const auto pack = [&](const auto& value) {
-      for (int w = 0; w < kLanes; ++w)
-        write(words + w * kLanes,
-              Format::pack(value(w * kPerWord), value(w * kPerWord + kPerWord - 1)));
-    };
-    if (activation == Activation::none) {
-      pack(scaled);
-    } else {
-      for (int i = 0; i < kTurned; ++i) write(values + i * kLanes, scaled(i));
-      activate_all<Format>(activation, values, kTurned);
-      pack([&](int64_t i) { return read<vfloat>(values + i * kLanes); });
-    }
-    const int64_t at = row * stride + c, left = count - c;
-    constexpr int64_t kWordRow = kLanes * 4;
-    const bool whole = residual == nullptr && rows == kLanes && left >= kTurned;
-    T::transpose(words, kWordRow, whole ? static_cast<void*>(y + at) : turned,
-                 whole ? stride * static_cast<int64_t>(sizeof(Value)) : kWordRow);
-    for (int64_t r = 0; !whole && r < rows; ++r) {
-      const auto* values_of_row = reinterpret_cast<const Value*>(turned + r * kLanes);
-      for (int i = 0; i < kTurned && i < left; i += kLanes)
-        put(at + r * stride + i, Format::load(values_of_row + i), left - i);
-    }
-  }
-
- private:
   // The last steps at `left` or kLanes elements of y from `at` on.
   void put(int64_t at, vfloat value, int64_t left) const {
     if (residual != nullptr) value = Format::round(value) + load_some<Format>(residual + at, left);
     store_some<Format>(y + at, value, left);
   }
 };
+
+// Dot form: rows of values, `values_stride` apart, to `count` columns of y from `column` on.
+inline __attribute__((noinline)) void put_rows(const Linear& p, int64_t row, int64_t rows,
+                                               int64_t column, int64_t count, float* values,
+                                               int64_t values_stride) {
+  with_single_format(p.y_dtype, [&](auto format) {
+    const Output<decltype(format)> output(p);
+    for (const int64_t end = row + rows; row < end; ++row, values += values_stride) {
+      output.activate(values, div_up(count, kLanes));
+      for (int64_t c = 0; c < count; c += kLanes)
+        output.put(row * output.stride + column + c, read<vfloat>(values + c), count - c);
+    }
+  });
+}
+
+// Blocked form: a vector of values is a column of up to kLanes rows. As many columns as fill the
+// words of a vector are packed, and turned on their way to y. M is the machine, whose `transpose`
+// it is.
+template <class M>
+__attribute__((noinline)) void put_columns(const Linear& p, int64_t row, int64_t rows,
+                                           int64_t column, int64_t count, float* values) {
+  with_single_format(p.y_dtype, [&](auto format) {
+    using Format = decltype(format);
+    using Value = typename Format::Value;
+    constexpr int kPerWord = 4 / sizeof(Value), kTurned = kLanes * kPerWord;
+    constexpr int64_t kWordRow = kLanes * 4;
+    alignas(64) int32_t words[kLanes * kLanes], turned[kLanes * kLanes];
+    const Output<Format> output(p);
+    for (int64_t c = 0; c < count; c += kTurned, values += kTurned * kLanes) {
+      output.activate(values, kTurned);
+      const void* packed = values;
+      if constexpr (kPerWord > 1) {
+        for (int w = 0; w < kLanes; ++w) {
+          const float* pair = values + w * kPerWord * kLanes;
+          write(words + w * kLanes,
+                Format::pack(read<vfloat>(pair), read<vfloat>(pair + (kPerWord - 1) * kLanes)));
+        }
+        packed = words;
+      }
+      const int64_t at = row * output.stride + column + c, left = count - c;
+      const bool whole = output.residual == nullptr && rows == kLanes && left >= kTurned;
+      M::transpose(packed, kWordRow, whole ? static_cast<void*>(output.y + at) : turned,
+                   whole ? output.stride * static_cast<int64_t>(sizeof(Value)) : kWordRow);
+      for (int64_t r = 0; !whole && r < rows; ++r) {
+        const auto* values_of_row = reinterpret_cast<const Value*>(turned + r * kLanes);
+        for (int i = 0; i < kTurned && i < left; i += kLanes)
+          output.put(at + r * output.stride + i, Format::load(values_of_row + i), left - i);
+      }
+    }
+  });
+}
 
 }  // namespace
 }  // namespace qnn

@@ -12,10 +12,10 @@ template <class T>
 constexpr int kMostCode = std::is_same_v<typename T::Sum, vdouble> ? 32767 : 127;
 
 // One row: its codes, padded with zeros to `padded`, and its scale. Returns the sum of the codes.
-template <class Format, int kMost, class Code>
-inline int32_t quantize_row(const typename Format::Value* x, int64_t k, int64_t padded, Code* codes,
-                            float* scale) {
-  *scale = row_scale<Format, kMost>(x, k);
+template <class Format, class Code>
+inline int32_t quantize_row(const typename Format::Value* x, int64_t k, int64_t padded, int most,
+                            Code* codes, float* scale) {
+  *scale = row_scale<Format>(x, k, most);
   const float inverse = 1.0f / *scale;
   vuint sum = {};  // codes of 16 bits may wrap around: nobody asks for their sum
   int64_t i = 0;
@@ -44,12 +44,13 @@ inline int32_t quantize_row(const typename Format::Value* x, int64_t k, int64_t 
 }
 
 // One row on the call's own grid, down to -128 of 8 bits and to -32767 of 16; as above.
-template <class Format, int kMost, class Code>
+template <class Format, class Code>
 inline int32_t quantize_on_grid(const Linear& p, const typename Format::Value* x, int64_t padded,
-                                Code* codes, float* scale) {
+                                int most_code, Code* codes, float* scale) {
   const float inverse = 1.0f / p.grid_scale;
-  const vfloat low = splat(static_cast<float>((kMost == 127 ? -128 : -kMost) - p.zero_point)),
-               high = splat(static_cast<float>(kMost - p.zero_point)), round = splat(0x1.8p23f);
+  const int least_code = most_code == 127 ? -128 : -most_code;
+  const vfloat low = splat(static_cast<float>(least_code - p.zero_point)),
+               high = splat(static_cast<float>(most_code - p.zero_point)), round = splat(0x1.8p23f);
   vint lanes, most = {};
   vuint sum = {};  // codes of NaN may wrap around
   for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
@@ -100,34 +101,39 @@ inline void quantize(const Quantize& p, int part, int parts) {
   });
 }
 
-// One row of x as a tier wants it, `padded` codes long; returns the sum of its codes. Not for
-// inlining: a switch over formats, each time, is much of a file.
-template <class T>
-__attribute__((noinline)) int32_t read_row(const Linear& p, int64_t row, int64_t padded,
-                                           typename T::Code* out, float* scale) {
-  if constexpr (std::is_same_v<typename T::Code, float>) {
-    to_floats(p.x_dtype, p.x, row * p.k, p.k, padded, out);
-    return 0;
-  } else if (p.row_scale != nullptr) {
+// One row of x in codes up to `most`, `padded` of them; returns their sum. Not for inlining: a
+// switch over formats, each time, is much of a file.
+template <class Code>
+__attribute__((noinline)) int32_t read_codes(const Linear& p, int64_t row, int64_t padded, int most,
+                                             Code* out, float* scale) {
+  int32_t sum = 0;
+  if (p.row_scale != nullptr) {
     const int8_t* codes = static_cast<const int8_t*>(p.x) + row * p.k;
     *scale = p.row_scale[row];
     // Loops of one purpose each: those the compiler makes vectors of.
     for (int64_t i = 0; i < p.k; ++i) out[i] = codes[i];
     for (int64_t i = p.k; i < padded; ++i) out[i] = 0;
-    int32_t sum = 0;
-    if constexpr (T::kOffset != 0) {
-      for (int64_t i = 0; i < p.k; ++i) sum += codes[i];
-    }
+    for (int64_t i = 0; i < p.k; ++i) sum += codes[i];
     return sum;
+  }
+  with_single_format(p.x_dtype, [&](auto format) {
+    using Format = decltype(format);
+    const auto* x = static_cast<const typename Format::Value*>(p.x) + row * p.k;
+    sum = p.fixed ? quantize_on_grid<Format>(p, x, padded, most, out, scale)
+                  : quantize_row<Format>(x, p.k, padded, most, out, scale);
+  });
+  return sum;
+}
+
+// One row of x as a tier wants it, `padded` codes long; returns the sum of its codes.
+template <class T>
+int32_t read_row(const Linear& p, int64_t row, int64_t padded, typename T::Code* out,
+                 float* scale) {
+  if constexpr (std::is_same_v<typename T::Code, float>) {
+    to_floats(p.x_dtype, p.x, row * p.k, p.k, padded, out);
+    return 0;
   } else {
-    int32_t sum = 0;
-    with_single_format(p.x_dtype, [&](auto format) {
-      using Format = decltype(format);
-      const auto* x = static_cast<const typename Format::Value*>(p.x) + row * p.k;
-      sum = p.fixed ? quantize_on_grid<Format, kMostCode<T>>(p, x, padded, out, scale)
-                    : quantize_row<Format, kMostCode<T>>(x, p.k, padded, out, scale);
-    });
-    return sum;
+    return read_codes(p, row, padded, kMostCode<T>, out, scale);
   }
 }
 

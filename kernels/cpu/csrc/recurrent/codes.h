@@ -14,16 +14,17 @@ struct Quantizer {
   int32_t low = 0;  // what is taken from a code
 };
 
-// One row of x to codes, and its scale.
-template <class P>
-void quantize_row(const Recurrent& p, const Quantizer& how, int64_t row, typename P::Code* codes,
-                  float* scale) {
+// One row of x to codes up to `most`, and its scale. Of a code's type, not of a product: those of
+// 8 and of 16 bits may share it.
+template <class Code>
+QNN_KERNEL void quantize_row(const Recurrent& p, const Quantizer& how, int64_t row, int most,
+                             Code* codes, float* scale) {
   const int64_t k = p.inputs;
   with_format(p.dtype, [&](auto format) {
     using Format = decltype(format);
     const auto* x = static_cast<const typename Format::Value*>(p.x) + row * k;
     if (p.scheme == Scheme::dynamic) {
-      *scale = row_scale<Format, kMostCodeOf<P>>(x, k);
+      *scale = row_scale<Format>(x, k, most);
       const bool finite = *scale <= std::numeric_limits<float>::max();
       const float inverse = finite ? 1.0f / *scale : 0.0f;
       for (int64_t i = 0; i < k; i += kLanes) {
@@ -52,20 +53,20 @@ void quantize_row(const Recurrent& p, const Quantizer& how, int64_t row, typenam
 
 // One row of x as P wants it, `padded` codes long, and its scale.
 template <class P>
-QNN_KERNEL void read_row(const Recurrent& p, const Quantizer& how, int64_t row, int64_t padded,
-                         typename P::Code* codes, float* scale) {
+void read_row(const Recurrent& p, const Quantizer& how, int64_t row, int64_t padded,
+              typename P::Code* codes, float* scale) {
   if constexpr (!P::kQuantizes) {
     to_floats(p.dtype, p.x, row * p.inputs, p.inputs, padded, codes);
   } else {
-    quantize_row<P>(p, how, row, codes, scale);
+    quantize_row(p, how, row, kMostCodeOf<P>, codes, scale);
   }
 }
 
 // What one product takes: the codes of all rows, their scales as each share has them, and what the
 // shares tell each other about their columns of a row: the peak, or whether all are finite.
-template <class P>
+template <class Code>
 struct Operand {
-  typename P::Code* codes;
+  Code* codes;
   int64_t stride;
   int32_t* marks;  // [share][row]
   float* scales;   // [share][row]
@@ -82,10 +83,12 @@ inline int32_t greatest(vint v) {
 #endif
 }
 
-// States of all shares to codes that all shares read, and the scales of their rows.
-template <class P>
-QNN_KERNEL void publish(const Recurrent& p, const Members& members, const Operand<P>& to,
-                        const Quantizer& how, const float* values, const Shares& shares) {
+// States of all shares to codes, up to `most_code`, that all shares read, and the scales of their
+// rows.
+template <class Code>
+QNN_KERNEL void publish(const Recurrent& p, const Members& members, const Operand<Code>& to,
+                        const Quantizer& how, int most_code, const float* values,
+                        const Shares& shares) {
   const int64_t marks = to.mark_stride;
   const auto each = [&](const auto& work) {
     for (int share = members.begin; share < members.end; ++share) work(share, shares.of(share));
@@ -93,7 +96,7 @@ QNN_KERNEL void publish(const Recurrent& p, const Members& members, const Operan
   const auto of = [&](int64_t block, int64_t row) {
     return read<vfloat>(values + (block * p.batch + row) * kLanes);
   };
-  if constexpr (!P::kQuantizes) {
+  if constexpr (std::is_same_v<Code, float>) {
     each([&](int, const Run& run) {
       for (int64_t row = 0; row < p.batch; ++row) {
         for (int64_t i = run.begin; i < run.end; ++i)
@@ -120,7 +123,7 @@ QNN_KERNEL void publish(const Recurrent& p, const Members& members, const Operan
           most = to.marks[other * marks + row] > most ? to.marks[other * marks + row] : most;
         float amax;
         std::memcpy(&amax, &most, sizeof amax);
-        const float scale = scale_of<kMostCodeOf<P>>(amax);
+        const float scale = scale_of(amax, most_code);
         to.scales[share * marks + row] = scale;
         const bool finite = scale <= std::numeric_limits<float>::max();
         const float inverse = finite ? 1.0f / scale : 0.0f;

@@ -28,7 +28,7 @@ template <class P>
 constexpr int kMostCodeOf = std::is_same_v<typename P::Acc, double> ? 32767 : 127;
 
 // Of integers, by a machine's multiply_add(sum, x, w): R rows a call times G gates. Sums of 16-bit
-// codes, of which 32 bits hold so many pairs, go on in double, exactly.
+// codes, of which 32 bits hold so many pairs, are added in double, exactly.
 template <class M, int kMost4, int kMost3, class Total = int32_t>
 struct IntegerProduct : M {
   using Code = std::conditional_t<M::kGroup == 4, uint8_t, int16_t>;
@@ -59,51 +59,52 @@ struct IntegerProduct : M {
 
   template <int R, int G>
   QNN_KERNEL static void product(const Code* x, int64_t stride, const char* panel,
-                                 const int32_t* start, int64_t words, Acc* acc) {
-    int64_t word = 0;
-    do {
-      vint sums[R][G];
+                                 const int32_t* start, int64_t words, int32_t* acc) {
+    vint sums[R][G];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) sums[r][g] = read<vint>(start + g * kLanes);
+    }
+    for (int64_t word = 0; word < words; ++word) {
+      vint w[G];
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) w[g] = read<vint>(panel + (word * G + g) * kLanes * 4);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
+        const vint codes = splat(read<int32_t>(x + r * stride + word * kGroup));
 #pragma GCC unroll 4
-        for (int g = 0; g < G; ++g) sums[r][g] = kGoesOn ? vint{} : read<vint>(start + g * kLanes);
+        for (int g = 0; g < G; ++g) sums[r][g] = M::multiply_add(sums[r][g], codes, w[g]);
       }
-      const int64_t begin = word, end = kGoesOn ? smaller(words, begin + kPairs) : words;
-      for (; word < end; ++word) {
-        vint w[G];
-#pragma GCC unroll 4
-        for (int g = 0; g < G; ++g) w[g] = read<vint>(panel + (word * G + g) * kLanes * 4);
+    }
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          const vint codes = splat(read<int32_t>(x + r * stride + word * kGroup));
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-          for (int g = 0; g < G; ++g) sums[r][g] = M::multiply_add(sums[r][g], codes, w[g]);
-        }
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-        for (int g = 0; g < G; ++g) {
-          Acc* to = acc + (r * G + g) * kLanes;
-          if constexpr (kGoesOn) {
-            const vdouble more = __builtin_convertvector(sums[r][g], vdouble);
-            write(to, begin == 0 ? more : read<vdouble>(to) + more);
-          } else {
-            write(to, sums[r][g]);
-          }
-        }
-      }
-    } while (kGoesOn && word < words);
+      for (int g = 0; g < G; ++g) write(acc + (r * G + g) * kLanes, sums[r][g]);
+    }
   }
 
   template <int G, int R = kMost<G>>
   static void rows(int64_t count, const Code* x, int64_t stride, const char* panel,
                    const int32_t* start, int64_t words, Acc* acc) {
-    if (count == R) return product<R, G>(x, stride, panel, start, words, acc);
-    if constexpr (R > 1) rows<G, R - 1>(count, x, stride, panel, start, words, acc);
+    if (count != R) {
+      if constexpr (R > 1) rows<G, R - 1>(count, x, stride, panel, start, words, acc);
+    } else if constexpr (kGoesOn) {
+      constexpr int64_t kSums = R * G * kLanes;
+      alignas(64) int32_t some[kSums];
+      for (int64_t begin = 0; begin == 0 || begin < words; begin += kPairs) {
+        // The same kernel as of the sums that stay in 32 bits.
+        IntegerProduct<M, kMost4, kMost3>::template product<R, G>(
+            x + begin * kGroup, stride, panel + begin * G * kLanes * 4, start,
+            smaller(kPairs, words - begin), some);
+        add_sums(some, kSums, begin > 0, acc);
+      }
+    } else {
+      product<R, G>(x, stride, panel, start, words, acc);
+    }
   }
 
-  // acc [rows][G][kLanes] = start + x · panel.
+  // acc [rows][G][kLanes] = start + x · panel; of 16-bit codes `start` is zeros.
   template <int G>
   QNN_KERNEL static void multiply(const Code* x, int64_t stride, int64_t count, const char* panel,
                                   const int32_t* start, int64_t words, Acc* acc) {

@@ -6,57 +6,49 @@
 // shares, which keep their panels in their caches, and wait for each other between the steps.
 #pragma once
 
-#include "recurrent/codes.h"
+#include "recurrent/cells.h"
 #include "recurrent/panels.h"
 #include "recurrent/products.h"
 
 namespace qnn {
 namespace {
 
-// `states` and what is like them lie as [block of kLanes][row][lane], in float32.
 template <class P, int G>
-class Layer {
+class Layer : Cells<G> {
   using Code = typename P::Code;
   using Panels = qnn::Panels<P, G>;
   using Block = typename Panels::Block;
-  static constexpr bool kLstm = G == 4;
-  static constexpr int64_t kWidth = Panels::kWidth;
   // Of the input linears of a share's units: what stays in the second-level cache beside its
   // panels.
   static constexpr int64_t kChunkBytes = 1 << 18;
 
-  const Recurrent& p_;
+  using Cells<G>::kLstm, Cells<G>::kWidth, Cells<G>::p_, Cells<G>::projected_;
+  using Cells<G>::units_, Cells<G>::outs_, Cells<G>::units_of_, Cells<G>::outs_of_;
+  using Cells<G>::of_h_, Cells<G>::of_cell_, Cells<G>::of_gates_, Cells<G>::of_tanh_;
+  using Cells<G>::h_, Cells<G>::c_, Cells<G>::inner_;
+
   const Members& members_;
-  const bool projected_;
-  const int64_t units_, outs_;  // blocks of kLanes
   Panels input_, hidden_, projection_;
-  Quantizer of_x_, of_h_, of_inner_;
-  Grid of_cell_, of_gates_[G], of_tanh_;
+  Quantizer of_x_, of_inner_;
   int64_t chunk_;  // steps
 
   size_t bytes_;
   Code* x_codes_;
   float* x_scales_;
-  Operand<P> h_codes_[2], inner_codes_;
-  float *h_, *c_, *inner_ = nullptr;
+  Operand<Code> h_codes_[2], inner_codes_;
   // Of each share.
   char *input_blocks_, *hidden_blocks_, *projection_blocks_ = nullptr, *spare_;
   float* chunk_values_;
   int64_t chunk_size_, spare_size_;
-  Shares units_of_, outs_of_, projections_of_;
+  Shares projections_of_;
 
  public:
   QNN_ONCE Layer(const Recurrent& p, const Members& members, char* scratch)
-      : p_(p),
+      : Cells<G>(p, members.shares),
         members_(members),
-        projected_(p.w_hr != nullptr),
-        units_(div_up(p.hidden, kLanes)),
-        outs_(div_up(p.outputs, kLanes)),
         input_(Panels::of_gates(p.w_ih, p.sw_ih, p.b_ih, p.b_ih_dtype, p.hidden, p.inputs)),
         hidden_(Panels::of_gates(p.w_hh, p.sw_hh, p.b_hh, p.b_hh_dtype, p.hidden, p.outputs)),
         projection_(Panels::plain(p.w_hr, p.sw_hr, p.outputs, p.hidden)),
-        units_of_{units_, 1, members.shares},
-        outs_of_{outs_, projected_ ? G : 1, members.shares},
         projections_of_{projection_.blocks, 1, members.shares} {
     constexpr CellParts kParts = kLstm ? kLstmParts : kGruParts;
     constexpr int64_t kInput = kParts.row("input"), kState = kParts.row("hidden_state"),
@@ -85,10 +77,10 @@ class Layer {
   void run() {
     each([&](int share) { begin(share); });
     if (p_.steps == 0) {
-      each([&](int share) { end(share); });
+      each([&](int share) { this->end(share); });
       return;
     }
-    publish<P>(p_, members_, h_codes_[0], of_h_, h_, outs_of_);
+    publish(p_, members_, h_codes_[0], of_h_, kMostCodeOf<P>, h_, outs_of_);
     // The chunk's first step, counted in the order in which they are taken.
     for (int64_t begin = 0; begin < p_.steps; begin += chunk_) {
       const int64_t count = p_.steps - begin < chunk_ ? p_.steps - begin : chunk_;
@@ -100,7 +92,7 @@ class Layer {
         take_step(begin + i, first + at, at, count);
       }
     }
-    each([&](int share) { end(share); });
+    each([&](int share) { this->end(share); });
   }
 
  private:
@@ -131,11 +123,11 @@ class Layer {
     x_scales_ = scratch.take<float>(rows);
     const auto operand = [&](const Panels& weight) {
       const int64_t marks = round_up(p_.batch, kLine / 4), stride = weight.code_stride();
-      return Operand<P>{scratch.take<Code>((p_.batch + more) * stride), stride,
-                        scratch.take<int32_t>(shares * marks), scratch.take<float>(shares * marks),
-                        marks};
+      return Operand<Code>{scratch.take<Code>((p_.batch + more) * stride), stride,
+                           scratch.take<int32_t>(shares * marks),
+                           scratch.take<float>(shares * marks), marks};
     };
-    for (Operand<P>& o : h_codes_) o = operand(hidden_);
+    for (Operand<Code>& o : h_codes_) o = operand(hidden_);
     h_ = scratch.take<float>(outs_ * state_rows);
     c_ = scratch.take<float>(kLstm ? units_ * state_rows : 0);
     if (projected_) {
@@ -158,10 +150,6 @@ class Layer {
     chunk_size_ = round_up(chunk_ * p_.batch * most * kWidth, kLine);
     chunk_values_ = scratch.take<float>(shares * chunk_size_);
     bytes_ = scratch.used();
-  }
-
-  float* state(float* states, int64_t block, int64_t row) const {
-    return states + (block * p_.batch + row) * kLanes;
   }
 
   // A block of a weight: as packed at the beginning, or now, where it is used only once.
@@ -188,37 +176,7 @@ class Layer {
       pack(hidden_, hidden_blocks_, own);
       if (projected_) pack(projection_, projection_blocks_, projections_of_.of(share));
     }
-    const auto enter = [&](const void* from, const Grid& grid, int64_t width, const Run& run,
-                           float* to) {
-      for (int64_t i = run.begin; i < run.end; ++i) {
-        for (int64_t row = 0; row < p_.batch; ++row) {
-          const int64_t first = i * kLanes, count = width - first;
-          vfloat v = load_floats(p_.dtype, from, row * width + first, count);
-          // A NaN or inf does not become a plausible number; v · 0 is NaN then.
-          if (p_.table != nullptr) v = round_to(grid, v) + v * 0.0f;
-          write(state(to, i, row), first_lanes(v, count));
-        }
-      }
-    };
-    enter(p_.h0, of_h_.grid, p_.outputs, outs_of_.of(share), h_);
-    if (kLstm) enter(p_.c0, of_cell_, p_.hidden, own, c_);
-    if (projected_)
-      std::memset(state(inner_, own.begin, 0), 0,
-                  (own.end - own.begin) * p_.batch * kLanes * sizeof(float));
-  }
-
-  QNN_ONCE void end(int share) const {
-    const auto leave = [&](const float* from, int64_t width, const Run& run, void* to) {
-      for (int64_t i = run.begin; i < run.end; ++i) {
-        for (int64_t row = 0; row < p_.batch; ++row) {
-          const int64_t first = i * kLanes;
-          store_floats(p_.dtype, to, row * width + first,
-                       read<vfloat>(from + (i * p_.batch + row) * kLanes), width - first);
-        }
-      }
-    };
-    leave(h_, p_.outputs, outs_of_.of(share), p_.h_n);
-    if (kLstm) leave(c_, p_.hidden, units_of_.of(share), p_.c_n);
+    this->enter(share);
   }
 
   // A block times rows, in tiles of an even share. `place(row)` is where a tile's values go,
@@ -256,7 +214,7 @@ class Layer {
   // there.
   void take_step(int64_t index, int64_t t, int64_t at, int64_t count) const {
     const bool last = index + 1 == p_.steps;
-    const Operand<P>& from = h_codes_[index % 2];
+    const Operand<Code>& from = h_codes_[index % 2];
     each([&](int share) {
       const Run own = units_of_.of(share);
       for (int64_t i = own.begin; i < own.end; ++i) {
@@ -268,18 +226,19 @@ class Layer {
             hidden_, block, from.codes, p_.batch, from.scales + share * from.mark_stride,
             [&](int64_t) { return values; },
             [&](int64_t row, int64_t rows, const float* of_h) {
-              cells(of_x + row * kWidth, of_h, row, rows, t, i);
+              this->cells(of_x + row * kWidth, of_h, row, rows, t, i);
             });
       }
     });
     if (projected_) {
-      publish<P>(p_, members_, inner_codes_, of_inner_, inner_, units_of_);
+      publish(p_, members_, inner_codes_, of_inner_, kMostCodeOf<P>, inner_, units_of_);
       each([&](int share) {
         const Run own = projections_of_.of(share);
         for (int64_t i = own.begin; i < own.end; ++i) project(share, i, t);
       });
     }
-    if (!last) publish<P>(p_, members_, h_codes_[(index + 1) % 2], of_h_, h_, outs_of_);
+    if (!last)
+      publish(p_, members_, h_codes_[(index + 1) % 2], of_h_, kMostCodeOf<P>, h_, outs_of_);
   }
 
   QNN_KERNEL void project(int share, int64_t index, int64_t t) const {
@@ -289,67 +248,8 @@ class Layer {
         projection_, block, inner_codes_.codes, p_.batch,
         inner_codes_.scales + share * inner_codes_.mark_stride, [&](int64_t) { return values; },
         [&](int64_t first, int64_t rows, const float* of_inner) {
-          for (int64_t r = 0; r < rows; ++r) {
-            for (int64_t g = 0; g < G && index * G + g < outs_; ++g) {
-              if (there(t, first + r)) {
-                put(read<vfloat>(of_inner + (r * G + g) * kLanes), t, first + r, index * G + g);
-              } else {
-                put_nothing(t, first + r, index * G + g);
-              }
-            }
-          }
+          this->put_projected(of_inner, first, rows, t, index);
         });
-  }
-
-  bool there(int64_t t, int64_t row) const { return p_.lengths == nullptr || t < p_.lengths[row]; }
-
-  // The hidden state and the output of a row and block.
-  QNN_KERNEL void put(vfloat h, int64_t t, int64_t row, int64_t block) const {
-    const int64_t first = block * kLanes, count = p_.outputs - first;
-    h = round_to(of_h_.grid, h);
-    h = store_floats(p_.dtype, p_.y, (t * p_.batch + row) * p_.outputs + first, h, count);
-    write(state(h_, block, row), first_lanes(h, count));
-  }
-  void put_nothing(int64_t t, int64_t row, int64_t block) const {
-    const int64_t first = block * kLanes;
-    store_floats(p_.dtype, p_.y, (t * p_.batch + row) * p_.outputs + first, vfloat{},
-                 p_.outputs - first);
-  }
-
-  // The cells of a block of units in so many rows.
-  QNN_KERNEL void cells(const float* of_x, const float* of_h, int64_t first, int64_t rows,
-                        int64_t t, int64_t block) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t row = first + r;
-      if (!there(t, row)) {
-        if (!projected_) put_nothing(t, row, block);
-        continue;
-      }
-      const float *x = of_x + r * kWidth, *h = of_h + r * kWidth;
-      const auto gate = [&](int g) { return read<vfloat>(x + g * kLanes); };
-      const auto both = [&](int g) { return gate(g) + read<vfloat>(h + g * kLanes); };
-      if constexpr (kLstm) {
-        float* at = state(c_, block, row);
-        const vfloat i = round_to(of_gates_[0], cell_sigmoid(both(0))),
-                     f = round_to(of_gates_[1], cell_sigmoid(both(1))),
-                     g = round_to(of_gates_[2], cell_tanh(both(2))),
-                     o = round_to(of_gates_[3], cell_sigmoid(both(3)));
-        const vfloat c = round_to(of_cell_, f * read<vfloat>(at) + i * g);
-        write(at, c);
-        const vfloat out = o * round_to(of_tanh_, cell_tanh(c));
-        if (projected_) {
-          write(state(inner_, block, row), first_lanes(out, p_.hidden - block * kLanes));
-        } else {
-          put(out, t, row, block);
-        }
-      } else {
-        const vfloat r_gate = round_to(of_gates_[0], cell_sigmoid(both(0))),
-                     z = round_to(of_gates_[1], cell_sigmoid(both(1)));
-        const vfloat n =
-            round_to(of_gates_[2], cell_tanh(gate(2) + r_gate * read<vfloat>(h + 2 * kLanes)));
-        put((read<vfloat>(state(h_, block, row)) - n) * z + n, t, row, block);
-      }
-    }
   }
 };
 

@@ -22,6 +22,7 @@ inline float sum(__m256 v) {
 }
 
 struct Avx2 {
+  using Turns = Avx2;
   using Session = NoSession;
   static constexpr int64_t kTileGroups = 16, kTileBytes = 1 << 18, kChunk = 96, kDotRows = 4,
                            kDotColumns = 4;

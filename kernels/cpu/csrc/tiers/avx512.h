@@ -21,6 +21,7 @@ inline int32_t sum(__m512i v) {
 }
 
 struct Avx512 {
+  using Turns = Avx512;
   using Session = NoSession;
   // TOPS of one Zen 4 core (peak 0.47) at 512x768x768, 512x3072x768, 512x4096x4096, bfloat16, bias:
   //   tile of 4 groups  0.391 0.396 0.401    chunk of 48   0.398 0.418 0.411

@@ -20,6 +20,9 @@ inline __m256i dpbusd(__m256i sum, __m256i w, __m256i x) {
   sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, even_x));
   return _mm256_add_epi32(sum, _mm256_madd_epi16(odd, _mm256_srai_epi16(x, 8)));
 }
+inline __m256i dpwssd(__m256i sum, __m256i w, __m256i x) {
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(w, x));
+}
 #elif defined(QNN_EVEX)
 inline __m256i dpbusd(__m256i sum, __m256i w, __m256i x) { return _mm256_dpbusd_epi32(sum, w, x); }
 inline __m256i dpwssd(__m256i sum, __m256i w, __m256i x) { return _mm256_dpwssd_epi32(sum, w, x); }
@@ -57,7 +60,10 @@ struct Vnni256 : Avx2, Inner<Vnni256> {
 };
 
 // Codes of 16 bits, in pairs.
-struct Vnni256Words : Avx2Words {
+struct Vnni256Words : Avx2Words, Inner<Vnni256Words> {
+  using Acc = int32_t;
+  using Sum = vint;
+
   static vint multiply_add(vint sum, vint column, vint row) {
     return (vint)dpwssd((__m256i)sum, (__m256i)column, (__m256i)row);
   }

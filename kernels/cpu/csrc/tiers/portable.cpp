@@ -17,6 +17,7 @@ namespace qnn {
 namespace {
 
 struct PlainMachine {
+  using Turns = PlainMachine;
   using Session = NoSession;
   static constexpr int64_t kDepth = 512, kWordStep = 1;
   static constexpr int64_t kTileGroups = 32, kTileBytes = 1 << 18, kChunk = 32, kDotRows = 4,

@@ -64,9 +64,11 @@ struct Vnni : Avx512, Inner<Vnni> {
 };
 
 // Codes of 16 bits, in pairs.
-struct VnniWords : Avx512 {
+struct VnniWords : Avx512, Inner<VnniWords> {
   using Code = int16_t;
   using Panel = int16_t;
+  using Acc = int32_t;
+  using Sum = vint;
   static constexpr bool kQuantizes = true;
   static constexpr int64_t kGroup = 2, kOffset = 0, kDepth = 512, kWordStep = 16;
 
