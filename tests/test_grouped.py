@@ -38,7 +38,11 @@ def ends(*values: int) -> torch.Tensor:
 
 
 def grid(scheme: str) -> dict[str, torch.Tensor]:
-    return STATIC if SCHEMES[scheme].static else {}
+    """The parts of a static scheme's grid, as arguments and as a layer's parameters."""
+    activation = SCHEMES[scheme].activation
+    if not SCHEMES[scheme].static or activation is None:
+        return {}
+    return {name: STATIC[name] for name in ("input" + p.suffix for p in activation.parts[1:])}
 
 
 def stack(scheme: str) -> tuple[tuple[torch.Tensor, ...], list[tuple[torch.Tensor, ...]]]:
@@ -233,9 +237,8 @@ class TestLayer:
         if SCHEMES[scheme].static:
             with pytest.raises(RuntimeError, match="not calibrated"):
                 small(X, OFFSETS)
-            small.input_scale, small.input_zero_point = (
-                nn.Parameter(value, requires_grad=False) for value in STATIC.values()
-            )
+            for name, value in grid(scheme).items():
+                setattr(small, name, nn.Parameter(value, requires_grad=False))
         y = small(X, OFFSETS)
         state = small.state_dict()
         assert all(tensor.shape[0] == E for name, tensor in state.items() if "input" not in name)

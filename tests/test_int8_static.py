@@ -405,7 +405,9 @@ class TestLayer:
             assert torch.equal(value, before[name]), name
 
     def test_other_schemes_refuse_the_state(self) -> None:
-        with pytest.raises(RuntimeError, match="input_scale belongs to another scheme"):
+        with pytest.raises(
+            RuntimeError, match="input_scale, input_zero_point belongs to another scheme"
+        ):
             qnn.QLinear(48, 32).load_state_dict(calibrated()[1].state_dict())
 
     def test_float_weights_are_quantised_on_the_way_in(self) -> None:

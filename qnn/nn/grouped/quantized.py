@@ -189,7 +189,11 @@ class QGroupedLinear(Quantized):
         )
 
     def _is_foreign(self, name: str) -> bool:
-        return super()._is_foreign(name) or name in ("input_scale", "input_global_scale")
+        return super()._is_foreign(name) or name in (
+            "input_scale",
+            "input_zero_point",
+            "input_global_scale",
+        )
 
 
 def why_not_stack(scheme: Scheme, groups: int, rows: int, columns: int) -> str | None:
