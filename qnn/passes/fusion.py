@@ -94,11 +94,13 @@ def fold(graph: Graph) -> None:
     for group in shared.values():
         if len(group) > 1:
             _quantize_once(graph, group)
+    replaced: dict[Node | None, Node] = {}
     for layer in layers:
+        layer.residual = replaced.get(layer.residual, layer.residual)
         if layer.rows or layer.end is not layer.result:
             doomed |= {layer.region.node, *layer.region.node.all_input_nodes[:1]}  # with its body
             doomed |= {layer.result, layer.end, *(layer.views if layer.residual else ())}
-            _replace(graph, layer)
+            replaced[layer.end] = _replace(graph, layer)
     for node in reversed(list(graph.nodes)):
         if node in doomed and not node.users:
             graph.erase_node(node)
@@ -284,8 +286,8 @@ def _quantize_once(graph: Graph, group: list[_Layer]) -> None:
         layer.rows = (rows, scale)
 
 
-def _replace(graph: Graph, layer: _Layer) -> None:
-    """One call for the layer and all that is folded into it."""
+def _replace(graph: Graph, layer: _Layer) -> Node:
+    """One call for the layer and all that is folded into it; the node that stands for its end."""
     region, residual = layer.region, layer.residual
     # After the residual, which may be computed later than the layer.
     with graph.inserting_before(region.node if residual is None else layer.end):
@@ -309,6 +311,7 @@ def _replace(graph: Graph, layer: _Layer) -> None:
         layer.result.replace_all_uses_with(call)
         result = layer.views[0]
     layer.end.replace_all_uses_with(result)
+    return result
 
 
 def _unsqueezed(graph: Graph, node: Node, axis: int) -> Node:
