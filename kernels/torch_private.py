@@ -33,6 +33,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import (
+    TorchDispatchMode,
     _disable_current_modes,
     _get_current_dispatch_mode_stack,
 )
@@ -42,6 +43,7 @@ from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispat
 __all__ = [
     "AFTER_AUTOGRAD",
     "SingleLevelFunction",
+    "TorchDispatchMode",
     "active_ddp",
     "any_requires_grad",
     "append_post_grad_pass",

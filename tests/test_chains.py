@@ -65,8 +65,8 @@ class Inverted(nn.Module):
 
 # Two convolutions with a chain between them, and those of the shortcut.
 RESNET = (
-    lambda: nn.Sequential(Basic(6, 6), Basic(6, 8, 2)),
-    {QUANTIZE: 2, CHAIN: 2, CODES: 2, KEPT: 1},
+    lambda: nn.Sequential(Basic(6, 6), Basic(6, 6), Basic(6, 8, 2)),
+    {QUANTIZE: 3, CHAIN: 3, CODES: 3, KEPT: 1},
 )
 # What the first block gives is added, too; what the second gives is read by the third alone.
 MOBILENET = (

@@ -44,7 +44,8 @@ class TestSubclasses:
             {"block": nn.ModuleDict({"same": Same(32, 8), "other": Other(32, 8)})}
         )
         model["plain"] = nn.Linear(32, 8)
-        nn.init.normal_(model["block"]["same"].weight)
+        for parameter in model["block"].parameters():
+            nn.init.normal_(parameter)
         return model
 
     @parameterized.expand(

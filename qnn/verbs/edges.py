@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from qnn.kernels.torch_private import TorchDispatchMode, tree_leaves
 
 OUTPUT = "the model's output"
 
