@@ -90,7 +90,8 @@ def autograd_kernel(op: Declaration, ops: Mapping[str, Declaration]) -> Callable
     absent = {"residual": None, "activation": "none", "last": "none"}
     epilogue = [names.index(name) for name in absent if name in names and not op.inference]
     bare = [absent[names[at]] for at in epilogue]
-    function = _function(op, ops)
+    # Made at the first gradient: of all ops together it would be a good part of the import.
+    function = functools.cache(functools.partial(_function, op, ops))
 
     def differentiable(below: Any, *args: Any) -> Any:
         args += op.tails[len(args)]
@@ -104,7 +105,7 @@ def autograd_kernel(op: Declaration, ops: Mapping[str, Declaration]) -> Callable
                 y = y if residual is None else y + residual
                 return ACTIVATIONS[last[0]](y) if last else y
         with single_level_functions():
-            return function.apply(functools.partial(redispatch, below), *args)
+            return function().apply(functools.partial(redispatch, below), *args)
 
     return run
 
