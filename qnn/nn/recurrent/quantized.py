@@ -111,8 +111,8 @@ class QRecurrent(OfCell, Quantized):
     @classmethod
     def from_observed(cls: type[LayerT], layer: Any) -> LayerT:
         """The static twin of a quantisable layer that was observed: for a `QLSTM` of a
-        `QuantizableLSTM`. It is `int16_static` where a part that enters a product has 16 bits, else
-        `int8_static`.
+        `QuantizableLSTM`: in the static scheme of 16 bits where a part that enters a product has
+        so many, else in that of 8.
 
         Raises:
             TypeError: `layer` is of another class.

@@ -91,7 +91,8 @@ struct Int8Int4 : M {
   static int64_t tile_rows(const Linear& p, int parts) {
     const int64_t most = larger(kRows, smaller(kTileRows, M::kTileBytes / larger(p.k, 1)));
     const int64_t share = round_up(div_up(p.m, parts), kRows);
-    return smaller(div_up(p.m, div_up(p.m, most)), larger(share, kRows));
+    const int64_t even = div_up(p.m, larger(div_up(p.m, most), 1));
+    return larger(smaller(even, larger(share, kRows)), 1);
   }
 
   static size_t scratch_bytes(const Linear& p) {
