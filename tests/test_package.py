@@ -70,6 +70,19 @@ class TestImport:
         )  # fmt: skip
         assert done.stdout.strip().endswith("__init__.py")
 
+    def test_its_pass_is_installed_by_a_trace(self) -> None:
+        """In a process that imports nothing of qnn but itself."""
+        code = """if 1:
+            import torch
+            import qnn
+            from torch._inductor import config
+            assert not config.post_grad_custom_post_pass
+            layer = qnn.convert(torch.nn.Sequential(torch.nn.Linear(8, 8)), "int8")
+            torch.compile(layer, backend="aot_eager")(torch.randn(2, 8))
+            assert config.post_grad_custom_post_pass
+            """
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
     def test_everything_public_is_there(self) -> None:
         for name in qnn.__all__:
             assert hasattr(qnn, name), name

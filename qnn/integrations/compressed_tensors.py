@@ -57,7 +57,7 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
     ignore, inside = [], owners(model.modules())
     for name, module in _layers(model):
         if isinstance(module, Quantized):
-            # What the float form of its owner does not call is no layer to the package either.
+            # What the float form of its owner does not call is not a layer for the package either.
             known = _foreign(inside.get(id(module), module))
             groups.setdefault((module.scheme, known), []).append(name)
         elif (kind := kind_of(module)) is not None and kind.standard:

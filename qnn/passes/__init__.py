@@ -2,7 +2,7 @@
 Inductor is to find in their place.
 """
 
-from qnn.passes import region
+from qnn.passes import fusion, region  # fusion has itself installed at the first trace
 from qnn.passes.region import Region, build, match, read, regions
 
-__all__ = ["Region", "build", "match", "read", "region", "regions"]
+__all__ = ["Region", "build", "fusion", "match", "read", "region", "regions"]

@@ -117,8 +117,9 @@ class QEmbedding(Table, nn.Embedding):
 
     One call decodes the rows that are asked for; there is no float table at any time. The tensors
     are those of `QLinear` for a weight `[num_embeddings, embedding_dim]`: `weight` and
-    `weight_scale`, one scale a row, and for nvfp4 and int4 one a group of a row. `layer.weight`
-    reads as the float table. It is frozen, and so the result needs no gradient, and `sparse` and
+    `weight_scale`, with per-channel scales (a row is a channel), and for nvfp4 and int4 per-group
+    ones. `layer.weight` reads as the float table. It is frozen, and so the result needs no
+    gradient, and `sparse` and
     `scale_grad_by_freq`, which are about the gradient of a table, are kept for `dequantize()` and
     do nothing. A linear layer whose weight is tied to the table keeps it in common where both have
     one format of weights, such as `int8` and `int8_weight`.
