@@ -20,6 +20,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ FLOOR = 8.0
 
 
 @dataclass(frozen=True)
-class Layer:
+class Convolution:
     """One convolution on an image `size`."""
 
     name: str
@@ -66,15 +67,17 @@ class Layer:
 
 
 LAYERS = (
-    Layer("ResNet 3x3 64, 56²", nn.Conv2d, (64, 64), 3, (56, 56)),
-    Layer("ResNet 3x3 256, 14²", nn.Conv2d, (256, 256), 3, (14, 14)),
-    Layer("ResNet 1x1 256->64, 56²", nn.Conv2d, (256, 64), 1, (56, 56)),
-    Layer("ResNet 7x7/2 3->64, 224²", nn.Conv2d, (3, 64), 7, (224, 224), (("stride", 2),)),
-    Layer("MobileNetV2 depthwise 144, 56²", nn.Conv2d, (144, 144), 3, (56, 56), (("groups", 144),)),
-    Layer("MobileNetV2 1x1 24->144, 56²", nn.Conv2d, (24, 144), 1, (56, 56)),
-    Layer("speech 1-D k=3/2 512, T=400", nn.Conv1d, (512, 512), 3, (400,), (("stride", 2),)),
+    Convolution("ResNet 3x3 64, 56²", nn.Conv2d, (64, 64), 3, (56, 56)),
+    Convolution("ResNet 3x3 256, 14²", nn.Conv2d, (256, 256), 3, (14, 14)),
+    Convolution("ResNet 1x1 256->64, 56²", nn.Conv2d, (256, 64), 1, (56, 56)),
+    Convolution("ResNet 7x7/2 3->64, 224²", nn.Conv2d, (3, 64), 7, (224, 224), (("stride", 2),)),
+    Convolution(
+        "MobileNetV2 depthwise 144, 56²", nn.Conv2d, (144, 144), 3, (56, 56), (("groups", 144),)
+    ),
+    Convolution("MobileNetV2 1x1 24->144, 56²", nn.Conv2d, (24, 144), 1, (56, 56)),
+    Convolution("speech 1-D k=3/2 512, T=400", nn.Conv1d, (512, 512), 3, (400,), (("stride", 2),)),
 )
-QUICK_LAYERS = (Layer("3x3 8, 8²", nn.Conv2d, (8, 8), 3, (8, 8)),)
+QUICK_LAYERS = (Convolution("3x3 8, 8²", nn.Conv2d, (8, 8), 3, (8, 8)),)
 
 
 class Logits(nn.Module):
@@ -120,7 +123,7 @@ def settled(model: nn.Module, side: int) -> nn.Module:
 
 
 @torch.no_grad()
-def operations(model: nn.Module, x: torch.Tensor) -> int:
+def counted_operations(model: nn.Module, x: torch.Tensor) -> int:
     """Of the convolutions and linear layers of one call."""
     counted = 0
 
@@ -140,34 +143,35 @@ def operations(model: nn.Module, x: torch.Tensor) -> int:
 def cases(quick: bool, what: str, only: str, batches: Sequence[int]) -> Iterator[Case[Task]]:
     tasks: list[tuple[str, Task, dict[int, torch.Tensor]]] = []
     first = batches[0]
+    task_of = partial(Task, memory_format=torch.channels_last)
     torch.manual_seed(0)
     if what != "networks":
         for layer in QUICK_LAYERS if quick else LAYERS:
             calibration = tuple(layer.input(1) for _ in range(4))
             inputs = {batch: layer.input(batch) for batch in batches}
             tasks.append(
-                (layer.name, Task(layer.build().eval(), inputs[first], calibration), inputs)
+                (layer.name, task_of(layer.build().eval(), inputs[first], calibration), inputs)
             )
     if what != "layers":
         for name, model, side in networks(quick):
             model = settled(model, side)
             calibration = tuple(torch.randn(1, 3, side, side) for _ in range(8))
             inputs = {batch: torch.randn(batch, 3, side, side) for batch in batches}
-            tasks.append((name, Task(model, inputs[first], calibration), inputs))
+            tasks.append((name, task_of(model, inputs[first], calibration), inputs))
     for name, task, inputs in tasks:
         if not re.search(only, name):
             continue
         for batch, x in inputs.items():
             with torch.no_grad():
                 reference = task.model(x)
-            count = operations(task.model, x)
+            count = counted_operations(task.model, x)
             yield Case(
                 name, f"batch {batch}", replace(task, input=x), reference, count, lambda _: FLOOR
             )
 
 
 # Where, over whom, and how many times as fast at least.
-_AIMS = (
+_STATIC = (
     ("ResNet-18, batch 1", "torchao PT2E", 1 / 0.8),
     ("ResNet-18, batch 16", "torchao PT2E", 1 / 0.9),
     ("ResNet-18, batch 1", "ONNX Runtime int8", 1 / 0.85),
@@ -188,16 +192,13 @@ _DYNAMIC = tuple(
 )
 
 
-def aims() -> list[Aim]:
-    static = [
-        Aim(case, Pick("qnn int8_static", "compiled"), Pick(family), round(goal, 2), (case,))
-        for case, family, goal in _AIMS
-    ]
-    dynamic = [
-        Aim(case, Pick("qnn int8", "compiled"), Pick(family, "compiled", "fp32"), goal, (case,))
-        for case, family, goal in _DYNAMIC
-    ]
-    return static + dynamic
+AIMS = [
+    Aim(case, Pick("qnn int8_static", "compiled"), Pick(family), round(goal, 2), (case,))
+    for case, family, goal in _STATIC
+] + [
+    Aim(case, Pick("qnn int8", "compiled"), Pick(family, "compiled", "fp32"), goal, (case,))
+    for case, family, goal in _DYNAMIC
+]
 
 
 def main() -> None:
@@ -218,7 +219,7 @@ def main() -> None:
     )
     rows = all_rows(grid)
     parts = [f"## {name}\n\n{size_table(each)}" for name, each in grid.items()]
-    parts += [aims_table(aims(), rows), without_time(rows)]
+    parts += [aims_table(AIMS, rows), without_time(rows)]
     print("", *parts, sep="\n\n")
     save(
         options.out,

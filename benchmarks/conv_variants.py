@@ -17,57 +17,24 @@ from typing import Any
 import torch
 from torch import nn
 
-import qnn
-
 from harness import Run, Variant, inductor_settings, needs
-from variants import Task, compiled_run, onnx_session, openvino, scratch
-
-
-def _channels_last(task: Task, dtype: torch.dtype) -> torch.Tensor:
-    x = task.input_in(dtype)
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-
-
-def _in_channels_last(model: nn.Module) -> nn.Module:
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-# -- float and qnn -----------------------------------------------------------------------------
-
-
-def float_eager(task: Task, dtype: torch.dtype) -> Run:
-    model = _in_channels_last(task.model_in(dtype))
-    return Run(partial(model, _channels_last(task, dtype)))
-
-
-def float_compiled(task: Task, dtype: torch.dtype) -> Run:
-    return compiled_run(_in_channels_last(task.model_in(dtype)), _channels_last(task, dtype))
+from variants import (
+    Task,
+    compiled_run,
+    float_compiled,
+    float_eager,
+    onnx_session,
+    openvino,
+    qnn_compiled,
+    qnn_eager,
+    scratch,
+)
 
 
 def float_frozen(task: Task, dtype: torch.dtype) -> Run:
     """Weights in oneDNN's own order, BatchNorm folded."""
     with inductor_settings(freezing=True):
         return float_compiled(task, dtype)
-
-
-@functools.lru_cache(maxsize=4)
-def _quantized(model: nn.Module, calibration: tuple[torch.Tensor, ...], scheme: str) -> nn.Module:
-    has_norms = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    fused = qnn.fuse(model, calibration[0]) if has_norms else model
-    if scheme != "int8_static":
-        return qnn.convert(fused, scheme)
-    return qnn.convert(qnn.calibrate(qnn.prepare(fused), calibration, progress=False))
-
-
-def qnn_eager(task: Task, dtype: torch.dtype, *, scheme: str = "int8") -> Run:
-    model = copy.deepcopy(_quantized(task.model, task.calibration, scheme)).to(dtype)
-    return Run(partial(model, _channels_last(task, dtype)))
-
-
-def qnn_compiled(task: Task, dtype: torch.dtype, *, scheme: str = "int8") -> Run:
-    model = copy.deepcopy(_quantized(task.model, task.calibration, scheme)).to(dtype)
-    with inductor_settings():
-        return compiled_run(model, _channels_last(task, dtype))
 
 
 # -- torchao -----------------------------------------------------------------------------------
@@ -82,7 +49,7 @@ def torchao_pt2e(task: Task, dtype: torch.dtype) -> Run:
         x86 = needs("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
         quantizer = x86.X86InductorQuantizer()
         quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
-        exported = torch.export.export(task.model_in(torch.float32), (task.input,)).module()
+        exported = torch.export.export(copy.deepcopy(task.model), (task.input,)).module()
         prepared = pt2e.prepare_pt2e(exported, quantizer)
         batch = len(task.input)  # the graph takes this batch alone
         for image in task.calibration:

@@ -31,19 +31,42 @@ class Task:
     """A float32 model in eval mode and its input.
 
     `calibration` holds more inputs, of any batch size: for static quantisation, and for tracing.
-    Tasks that share `model` and `calibration` share what peers derive from them.
+    Tasks that share `model` and `calibration` share what is derived from them. `memory_format` is
+    that of images in float and in qnn; peers choose their own.
     """
 
     model: nn.Module
     input: torch.Tensor
     calibration: tuple[torch.Tensor, ...]
     transformer: bool = False
+    memory_format: torch.memory_format = torch.preserve_format
 
     def model_in(self, dtype: torch.dtype) -> nn.Module:
-        return copy.deepcopy(self.model).to(dtype)
+        return self._placed(copy.deepcopy(self.model), dtype)
 
     def input_in(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.input.to(dtype) if self.input.is_floating_point() else self.input
+        if not self.input.is_floating_point():
+            return self.input
+        is_image = self.input.dim() == 4
+        return self.input.to(
+            dtype, memory_format=self.memory_format if is_image else torch.preserve_format
+        )
+
+    def quantized_in(self, dtype: torch.dtype, scheme: str) -> nn.Module:
+        """The model by `qnn.convert`, its BatchNorm layers folded."""
+        return self._placed(copy.deepcopy(_quantized(self.model, self.calibration, scheme)), dtype)
+
+    def _placed(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
+        return model.to(dtype=dtype, memory_format=self.memory_format)  # type: ignore[call-overload]
+
+
+@functools.lru_cache(maxsize=4)
+def _quantized(model: nn.Module, calibration: tuple[torch.Tensor, ...], scheme: str) -> nn.Module:
+    has_norms = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    fused = qnn.fuse(model, calibration[0]) if has_norms else model
+    if scheme != "int8_static":
+        return qnn.convert(fused, scheme)
+    return qnn.convert(qnn.calibrate(qnn.prepare(fused), calibration, progress=False))
 
 
 def compiled_run(model: nn.Module, x: torch.Tensor, note: str = "") -> Run:
@@ -64,14 +87,14 @@ def float_compiled(task: Task, dtype: torch.dtype) -> Run:
     return compiled_run(task.model_in(dtype), task.input_in(dtype))
 
 
-def qnn_eager(task: Task, dtype: torch.dtype) -> Run:
-    return Run(partial(qnn.convert(task.model, "int8").to(dtype), task.input_in(dtype)))
+def qnn_eager(task: Task, dtype: torch.dtype, *, scheme: str = "int8") -> Run:
+    return Run(partial(task.quantized_in(dtype, scheme), task.input_in(dtype)))
 
 
-def qnn_compiled(task: Task, dtype: torch.dtype) -> Run:
+def qnn_compiled(task: Task, dtype: torch.dtype, *, scheme: str = "int8") -> Run:
     """Tracing qnn's ops adds its pass to Inductor's settings; peers are compiled without it."""
     with inductor_settings():
-        return compiled_run(qnn.convert(task.model, "int8").to(dtype), task.input_in(dtype))
+        return compiled_run(task.quantized_in(dtype, scheme), task.input_in(dtype))
 
 
 # -- torch.ao ----------------------------------------------------------------------------------

@@ -508,7 +508,10 @@ class TestVerbs:
         [
             (lambda: nn.utils.parametrizations.weight_norm(nn.Conv1d(3, 4, 3)), "parametrized"),
             (lambda: nn.utils.parametrizations.spectral_norm(nn.Conv1d(3, 4, 3)), "parametrized"),
-            (lambda: nn.utils.weight_norm(nn.Conv1d(3, 4, 3)), "weight_norm, .*undo it first"),
+            (
+                lambda: nn.utils.weight_norm(nn.Conv1d(3, 4, 3)),
+                "weight_v, weight_g.*remove_weight_norm",
+            ),
             (lambda: nn.LazyConv1d(4, 3), "not initialised.*run one batch first"),
         ]
     )
