@@ -118,6 +118,7 @@ __all__ = [
     "parts",
     "passes",
     "prepare",
+    "pt2e",
     "register_adapter",
     "register_kind",
     "sqnr",
