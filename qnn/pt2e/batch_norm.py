@@ -1,12 +1,13 @@
 """BatchNorms of a graph, folded into the convolution or linear layer before each.
 
-A fold is right only if every call of the layer goes into that BatchNorm, and nowhere else. What is
-not folded stays as it is, and `summary` has the reason.
+A fold is right only if every call of the layer goes into that BatchNorm, and nowhere else. One that
+is not folded stays as it is, and `summary` has the reason.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,121 +19,155 @@ from qnn.pt2e import graph as graphs
 from qnn.pt2e.layers import Call, read
 
 aten = torch.ops.aten
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+
+# The module that a node calls.
+Module = Callable[[Any], Any]
 
 
 def fold_nodes(root: GraphModule) -> dict[str, str]:
     """Fold the `aten.batch_norm` of an exported graph; by the name of each layer that took one, the
     name of the BatchNorm. Those that stay have their reason in `meta["qnn_reason"]`.
     """
-    norms = [n for n in root.graph.nodes if n.target is aten.batch_norm.default]
-    groups: dict[tuple[int, ...], list[Node]] = {}
-    for norm in norms:
-        source = norm.args[0]
-        call = read(root, source) if isinstance(source, Node) else None
-        if not isinstance(call, Call) or not isinstance(call.layer, (*_LAYERS, *_TRANSPOSED)):
-            norm.meta["qnn_reason"] = "not folded: no convolution or linear layer is before it"
-            continue
-        groups.setdefault((id(call.layer._parameters["weight"]),), []).append(norm)
-    folded: dict[str, str] = {}
-    for members in groups.values():
-        reason = _why_not(root, members)
-        if reason is None:
-            layer, name = _fold(root, members)
-            folded[layer] = name
+
+    def module(node: Any) -> Any:
+        found = read(root, node) if isinstance(node, Node) else None
+        return found.layer if isinstance(found, Call) else None
+
+    def readers(call: Any) -> set[Any]:
+        weight = module(call).weight
+        reads = [n for n in root.graph.find_nodes(op="get_attr") if graphs.held(root, n) is weight]
+        return {user for node in reads for user in node.users}
+
+    groups: dict[int, list[Any]] = {}
+    for norm in root.graph.find_nodes(op="call_function", target=aten.batch_norm.default):
+        layer = module(norm.args[0])
+        if isinstance(layer, _LAYERS) and _position_of_bias(norm.args[0]) is not None:
+            groups.setdefault(id(layer.weight), []).append(norm)
         else:
-            for norm in members:
+            norm.meta["qnn_reason"] = "not folded: no convolution or linear layer is before it"
+    folded: dict[str, str] = {}
+    for norms in groups.values():
+        if (reason := _why_not(norms, module, readers)) is not None:
+            for norm in norms:
                 norm.meta["qnn_reason"] = f"not folded: {reason}"
+            continue
+        layer, it = _fold_nodes(root, norms, module)
+        folded[layer] = it
     if folded:
         _erase_unused(root)
         root.recompile()
     return folded
 
 
-def _why_not(root: GraphModule, norms: list[Node]) -> str | None:
-    """Why these BatchNorms, all after calls with one weight, cannot go into it."""
+def fold_modules(root: GraphModule) -> dict[str, str]:
+    """Fold the BatchNorm modules that were trained after layers of a lifted graph; by the name of
+    each layer that took one, the name of the BatchNorm.
+
+    Trained was `bn(conv(x, fq(w)))`. With a scale per channel `fq(s · w)` is `s · fq(w)`, up to the
+    rounding of the scales, so what is folded here has the codes that were trained. Nothing is
+    divided by s, and gamma = 0 does no harm.
+    """
+    graph, folded = root.graph, dict[str, str]()
+    calls: dict[str, list[Any]] = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            calls.setdefault(str(node.target), []).append(node)
+
+    def module(node: Any) -> Any:
+        is_call = isinstance(node, Node) and node.op == "call_module"
+        return graphs.held(root, node) if is_call else None
+
+    for name, norms in calls.items():
+        if not isinstance(root.get_submodule(name), nn.modules.batchnorm._BatchNorm):
+            continue
+        if any(not isinstance(module(norm.args[0]), _LAYERS) for norm in norms):
+            continue
+        if _why_not(norms, module, lambda call: set(calls[str(call.target)])) is not None:
+            continue
+        layer, trained = module(norms[0].args[0]), module(norms[0].args[0]).weight.requires_grad
+        weight, bias = _folded(layer, module(norms[0]))
+        layer.weight = nn.Parameter(weight, requires_grad=trained)
+        layer.bias = nn.Parameter(bias, requires_grad=trained)
+        folded[str(norms[0].args[0].target)] = name
+        for norm in norms:
+            norm.replace_all_uses_with(norm.args[0])
+            graph.erase_node(norm)
+        root.delete_submodule(name)
+    if folded:
+        root.recompile()
+    return folded
+
+
+def _why_not(norms: list[Any], module: Module, readers: Callable[[Any], set[Any]]) -> str | None:
+    """Why BatchNorms, each after a call of one layer, cannot go into that layer; `readers` are all
+    that read its weight.
+    """
     calls = [norm.args[0] for norm in norms]
-    weight = _layer(root, calls[0]).weight
-    readers = {
-        user
-        for node in root.graph.find_nodes(op="get_attr")
-        if graphs.held(root, node) is weight
-        for user in node.users
-    }
-    if len(readers) != len(set(calls)):
-        others = ", ".join(sorted(user.name for user in readers - set(calls)))
-        return f"the layer's weight is also read by {others}, without this BatchNorm"
+    if others := readers(calls[0]) - set(calls):
+        names = ", ".join(sorted(map(str, others)))
+        return f"the layer's weight is also read by {names}, without this BatchNorm"
+    first = module(norms[0])
     for norm, call in zip(norms, calls, strict=True):
-        if len(call.users) > 1:
-            others = ", ".join(sorted(u.name for u in call.users if u is not norm))
-            return f"the layer's result is also read by {others}"
-        if norm.args[1:5] != norms[0].args[1:5] or norm.args[7] != norms[0].args[7]:
+        if others := set(call.users) - {norm}:
+            return f"the layer's result is also read by {', '.join(sorted(map(str, others)))}"
+        each, layer = module(norm), module(call)
+        if each.running_mean is not first.running_mean or each.eps != first.eps:
             return "the layer's calls go into several BatchNorms"
-        if norm.args[3] is None:
+        if each.running_mean is None:
             return "it has no running statistics, and so normalises by each batch's own"
-        axes = 0 if isinstance(_layer(root, call), nn.Linear) else weight.dim() - 2
+        axes = 0 if isinstance(layer, nn.Linear) else layer.weight.dim() - 2
         if graphs.value(norm).dim() != axes + 2:
             return "it normalises an axis that is not that of the layer's outputs"
-    if _position_of_bias(calls[0]) is None:
-        return f"{calls[0].target} takes no bias"
-    folded = _folded_node(root, calls[0], norms[0])
-    if any(why_not_finite(tensor) for tensor in folded):
-        return f"the folded weight would not be finite in {weight.dtype}"
+    layer = module(calls[0])
+    if any(why_not_finite(tensor) for tensor in _folded(layer, first)):
+        return f"the folded weight would not be finite in {layer.weight.dtype}"
     return None
 
 
-def _layer(root: GraphModule, node: Any) -> Any:
-    """The layer that a node calls, of those that are one."""
-    return cast(Call, read(root, node)).layer
-
-
-def _folded_node(root: GraphModule, call: Node, norm: Node) -> tuple[torch.Tensor, torch.Tensor]:
-    return folded(_layer(root, call), _layer(root, norm))
-
-
 @torch.no_grad()
-def folded(layer: nn.Module, norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+def _folded(layer: Any, norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The weight and bias of a layer with a BatchNorm in them."""
-    of, it = cast(Any, layer), cast(Any, norm)
-    scale, shift = batch_norm.scale_and_shift(
-        it.running_mean, it.running_var, it.weight, it.bias, it.eps
-    )
-    groups = of.groups if isinstance(layer, _TRANSPOSED) else None
-    bias = None if of.bias is None else of.bias.detach()
-    return batch_norm.fold(of.weight.detach(), bias, scale, shift, transposed_groups=groups)
+    held = norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
+    scale, shift = batch_norm.scale_and_shift(*held)
+    groups = layer.groups if isinstance(layer, _TRANSPOSED) else None
+    bias = None if layer.bias is None else layer.bias.detach()
+    return batch_norm.fold(layer.weight.detach(), bias, scale, shift, transposed_groups=groups)
 
 
-def _fold(root: GraphModule, norms: list[Node]) -> tuple[str, str]:
+def _fold_nodes(root: GraphModule, norms: list[Any], module: Module) -> tuple[str, str]:
     """Fold, and name the layer and the BatchNorm."""
-    first, mean = cast(Node, norms[0].args[0]), cast(Node, norms[0].args[3])
-    found = cast(Call, read(root, first))
-    weight, bias = _folded_node(root, first, norms[0])
-    trained = cast(Any, found.layer).weight.requires_grad
+    calls = [norm.args[0] for norm in norms]
+    found: Any = read(root, calls[0])
+    trained = found.layer.weight.requires_grad
+    weight, bias = _folded(found.layer, module(norms[0]))
     target = str(found.tensors["weight"].target)
-    owner = target.rpartition(".")[0]
-    _set(root, target, nn.Parameter(weight, requires_grad=trained))
-    name = f"{owner}.bias" if owner else "bias"
+    owner, _, last = target.rpartition(".")
     if "bias" in found.tensors:
         name = str(found.tensors["bias"].target)
-    elif target.rpartition(".")[2] != "weight":
+    elif last == "weight":
+        name = f"{owner}.bias" if owner else "bias"
+    else:
         name = graphs.free_name(root, f"{target}_bias")
-    _set(root, name, nn.Parameter(bias, requires_grad=trained))
+    for key, tensor in ((target, weight), (name, bias)):
+        place, _, leaf = key.rpartition(".")
+        root.get_submodule(place)._parameters[leaf] = nn.Parameter(tensor, requires_grad=trained)
     with root.graph.inserting_before(next(iter(root.graph.nodes))):
         attribute = root.graph.get_attr(name)
-    mode = graphs.value(first).fake_mode
+    mode = graphs.value(calls[0]).fake_mode
     attribute.meta["val"] = mode.from_tensor(graphs.held(root, attribute), static_shapes=True)
-    at = cast(int, _position_of_bias(first))
-    for norm in norms:
-        call = cast(Node, norm.args[0])
-        args = list(call.args)
-        args += [None] * (at + 1 - len(args))
-        args[at] = attribute
+    at = _position_of_bias(calls[0])
+    for norm, call in zip(norms, calls, strict=True):
+        args = [*call.args, *[None] * (at + 1 - len(call.args))]  # type: ignore[operator]
+        args[at] = attribute  # type: ignore[index]
         call.args = tuple(args)
         call.kwargs = {key: value for key, value in call.kwargs.items() if key != "bias"}
         norm.replace_all_uses_with(call)
+    told = str(norms[0].args[3].target).rpartition(".")[0]
+    for norm in norms:
         root.graph.erase_node(norm)
-    return owner or target, str(mean.target).rpartition(".")[0]
+    return owner or target, told
 
 
 def _position_of_bias(call: Any) -> int | None:
@@ -140,70 +175,22 @@ def _position_of_bias(call: Any) -> int | None:
     return names.index("bias") if "bias" in names else None
 
 
-def _set(root: GraphModule, target: str, parameter: nn.Parameter) -> None:
-    owner, _, name = target.rpartition(".")
-    module = root.get_submodule(owner)
-    module._parameters[name] = parameter
-
-
 def _erase_unused(root: GraphModule) -> None:
-    graph = root.graph
-    gone: set[str] = set()
+    """Erase the reads of what was folded, the counts of BatchNorms, and the tensors themselves."""
+    graph, gone = root.graph, set[str]()
     for node in reversed(list(graph.nodes)):
-        counts = node.target is aten.add_.Tensor and str(node.args[0].target).endswith(  # type: ignore[union-attr]
+        counts = node.target is aten.add_.Tensor and str(node.args[0].target).endswith(
             "num_batches_tracked"
         )
         if (counts or node.op == "get_attr") and not node.users:
             if node.op == "get_attr":
                 gone.add(str(node.target))
             graph.erase_node(node)
-    still = {str(node.target) for node in graph.find_nodes(op="get_attr")}
-    for target in gone - still:
+    for target in gone - {str(node.target) for node in graph.find_nodes(op="get_attr")}:
         owner, _, name = target.rpartition(".")
         module = root.get_submodule(owner)
         module._parameters.pop(name, None)
         module._buffers.pop(name, None)
 
 
-def fold_modules(root: GraphModule) -> dict[str, str]:
-    """Fold the BatchNorm modules that were trained after convolution and linear layers of a lifted
-    graph; by the name of each layer that took one, the name of the BatchNorm.
-
-    Before, the layer trains `bn(conv(x, fq(w)))`. With a scale per channel `fq(s · w)` is
-    `s · fq(w)`, up to the rounding of the scales, so what is folded here has the codes that were
-    trained: there is no division, and gamma = 0 does no harm.
-    """
-    graph, done = root.graph, dict[str, str]()
-    calls: dict[str, list[Node]] = {}
-    for node in graph.nodes:
-        if node.op == "call_module":
-            calls.setdefault(str(node.target), []).append(node)
-    for name, norms in list(calls.items()):
-        norm = root.get_submodule(name)
-        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
-            continue
-        sources = {each.args[0] for each in norms}
-        targets = {str(each.target) for each in sources if getattr(each, "op", "") == "call_module"}
-        if len(targets) != 1 or any(getattr(each, "op", "") != "call_module" for each in sources):
-            continue
-        (target,) = targets
-        layer: Any = root.get_submodule(target)
-        rank = graphs.value(norms[0]).dim()
-        if (
-            not isinstance(layer, (*_LAYERS, *_TRANSPOSED))
-            or set(calls[target]) != sources
-            or any(len(each.users) > 1 for each in sources)  # type: ignore[union-attr]
-            or rank != (2 if isinstance(layer, nn.Linear) else layer.weight.dim())
-        ):
-            continue
-        weight, bias = folded(layer, norm)
-        layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
-        layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
-        for each in norms:
-            each.replace_all_uses_with(each.args[0])  # type: ignore[arg-type]
-            graph.erase_node(each)
-        root.delete_submodule(name)
-        done[target] = name
-    if done:
-        root.recompile()
-    return done
+__all__ = ["fold_modules", "fold_nodes"]

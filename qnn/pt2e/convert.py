@@ -11,7 +11,7 @@ from qnn.kinds import is_prepared, kind_of
 from qnn.pt2e import graph as graphs
 from qnn.pt2e.batch_norm import fold_modules
 from qnn.pt2e.prepare import REASONS, SCHEMES, set_reasons
-from qnn.verbs import convert
+from qnn.verbs.convert import convert
 from qnn.verbs.plan import FOLDED
 
 

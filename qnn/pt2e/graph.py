@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from qnn.kinds import qualified
@@ -27,7 +27,8 @@ def own(model: Any, *, inplace: bool, who: str) -> GraphModule:
     Raises:
         TypeError: anything else, with what to do.
     """
-    if isinstance(model, ExportedProgram):
+    export: Any = sys.modules.get("torch.export")  # slow to import; who exported has done so
+    if export is not None and isinstance(model, export.ExportedProgram):
         graph: Any = copy.deepcopy(model.module()) if not inplace else model.module()
     elif not isinstance(model, GraphModule):
         kind = qualified(type(model))

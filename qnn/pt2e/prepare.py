@@ -15,9 +15,9 @@ from qnn.pt2e.graph import ANNOTATION
 from qnn.pt2e.layers import BY_MODE
 from qnn.pt2e.lift import Lifted, lift
 from qnn.pt2e.quantizer import call_if_there
-from qnn.verbs import prepare
 from qnn.verbs.checks import left_alone, why_not
 from qnn.verbs.plan import FOLDED, LEFT, REASON
+from qnn.verbs.prepare import prepare
 
 # What a prepared graph knows, in its `meta`: the schemes of the layers that have no observers.
 SCHEMES = "qnn_schemes"
@@ -83,9 +83,9 @@ def _prepare(
     call_if_there(quantizer, "validate", root)
     annotated = [n for n in root.graph.nodes if graphs.is_annotated(n)]
     by_scheme = [n for n in annotated if _scheme_of(n) is not None]
-    told = {n.name: graphs.told(n) for n in root.graph.nodes}
-    reasons = dict(getattr(quantizer, "reasons", {}))
-    _check_something(who, annotated, {told.get(n, n): reason for n, reason in reasons.items()})
+    told: dict[Any, str] = {n.name: graphs.told(n) for n in root.graph.nodes}
+    reasons: dict[str, str] = dict(getattr(quantizer, "reasons", {}))
+    _check_something(who, annotated, {told.get(n) or n: reason for n, reason in reasons.items()})
     others = set(annotated) - set(by_scheme)
     lifted = lift(root, lambda n: n not in others and (bool(by_scheme) or n.target in BY_MODE))
     schemes, left = _choose(root, lifted, reasons)
@@ -108,7 +108,7 @@ def set_reasons(root: GraphModule) -> None:
         setattr(root.get_submodule(name), REASON, reason)
 
 
-def _scheme_of(node: Node) -> str | None:
+def _scheme_of(node: Node) -> Any:
     return getattr(node.meta.get(ANNOTATION), "scheme", None)
 
 
@@ -134,12 +134,12 @@ def _choose(
         layer = root.get_submodule(name)
         kind = kind_of(layer)
         if kind is None:
-            for node in calls:
-                if (reason := node.meta.get("qnn_reason")) is not None:
-                    left[name] = reason
+            if "qnn_reason" in calls[0].meta:
+                left[name] = calls[0].meta["qnn_reason"]
             continue
         found = {_scheme_of(node) for node in calls}
         alone = [node for node in calls if _scheme_of(node) is None]
+        reason: str | None
         if (reader := lifted.read_elsewhere.get(name)) is not None:
             reason = f"its weight is read as a float tensor by {reader}"
         elif alone:
