@@ -7,6 +7,14 @@ quantised = convert_pt2e(prepared)
 """
 
 from qnn.pt2e.convert import convert_pt2e
+from qnn.pt2e.modes import (
+    allow_exported_model_train_eval,
+    disable_observer,
+    enable_observer,
+    model_is_exported,
+    move_exported_model_to_eval,
+    move_exported_model_to_train,
+)
 from qnn.pt2e.prepare import prepare_pt2e, prepare_qat_pt2e
 from qnn.pt2e.quantizer import ComposableQuantizer, Int8Quantizer, Quantizer, SchemeAnnotation
 
@@ -15,7 +23,13 @@ __all__ = [
     "Int8Quantizer",
     "Quantizer",
     "SchemeAnnotation",
+    "allow_exported_model_train_eval",
     "convert_pt2e",
+    "disable_observer",
+    "enable_observer",
+    "model_is_exported",
+    "move_exported_model_to_eval",
+    "move_exported_model_to_train",
     "prepare_pt2e",
     "prepare_qat_pt2e",
 ]
