@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from qnn.functional.invoke import invoke_quant
+from qnn.functional.invoke import op_region
 from qnn.functional.quantize import stored_parts
 from qnn.kernels import OPS, Op, get_scheme
 from qnn.kernels.schemes import schemes_of
@@ -59,7 +59,7 @@ def embedding_of(
     if not torch.compiler.is_compiling():
         result: torch.Tensor = op.call(input, *parts, dtype)
         return result
-    return invoke_quant(
+    return op_region(
         lambda ids, *stored: op.overload(ids, *stored, dtype), input, *parts, scheme=scheme
     )
 
@@ -145,7 +145,7 @@ def embedding_bag_of(
 
     if weights is not None and torch.is_grad_enabled() and weights.requires_grad:
         return cast(torch.Tensor, run(*operands))  # by the op's own gradient; the node has none
-    return invoke_quant(run, *operands, scheme=scheme)
+    return op_region(run, *operands, scheme=scheme)
 
 
 def _why_not_bags(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from qnn.functional import tensor_parallel
-from qnn.functional.invoke import invoke_quant
+from qnn.functional.invoke import op_region
 from qnn.functional.quantize import dequantize, stored_parts
 from qnn.kernels import OPS, get_scheme
 from qnn.kernels.op.autograd import gradient_of_bias, shape_alone
@@ -78,7 +78,7 @@ def op_node(
     """The op, in a region; an op that gives a gradient takes no bias."""
     count = len(OPS[op].inputs)
     if not constants:
-        return invoke_quant(OPS[op].overload, *(x, *weight, bias)[:count], scheme=scheme)
+        return op_region(OPS[op].overload, *(x, *weight, bias)[:count], scheme=scheme)
     overload = OPS[op].overload
 
     def call(*tensors: torch.Tensor | None) -> torch.Tensor:
@@ -86,7 +86,7 @@ def op_node(
         result: torch.Tensor = overload(*(*parts, *constants, last)[:count])
         return result
 
-    return invoke_quant(call, x, *weight, bias, scheme=scheme)
+    return op_region(call, x, *weight, bias, scheme=scheme)
 
 
 def apply_op(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qnn.functional.invoke import invoke_quant
+from qnn.functional.invoke import op_region
 from qnn.functional.linear import autocast
 from qnn.functional.quantize import stored_parts
 from qnn.kernels import OPS
@@ -52,7 +52,7 @@ def _call(op: str, direction: str, scheme: str, *tensors: torch.Tensor | None) -
         result: torch.Tensor = overload(*operands, direction)
         return result
 
-    return invoke_quant(run, *tensors, scheme=scheme)
+    return op_region(run, *tensors, scheme=scheme)
 
 
 class _Recurrent(torch.autograd.Function):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from qnn.functional import tensor_parallel
-from qnn.functional.invoke import invoke_quant
+from qnn.functional.invoke import op_region
 from qnn.functional.linear import autocast, straight_through
 from qnn.kernels import OPS, training_scheme
 from qnn.kernels.formats import FLOATS, Format
@@ -48,7 +48,7 @@ def _multiply(
         result: torch.Tensor = OPS[op].overload(*operands, dtype)
         return result
 
-    return invoke_quant(product, *a, *b, bias, scheme=scheme)
+    return op_region(product, *a, *b, bias, scheme=scheme)
 
 
 class _TrainingLinear(torch.autograd.Function):

@@ -27,10 +27,11 @@ from torch._C import _DisableAutocast as without_autocast
 from torch._functorch.utils import (
     enable_single_level_autograd_function as single_level_functions,
 )
-from torch._higher_order_ops import invoke_quant, invoke_quant_packed
+from torch._higher_order_ops import InvokeQuant, invoke_quant, invoke_quant_packed
 from torch._higher_order_ops.utils import redirect_to_mode
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, get_proxy_mode
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
@@ -42,6 +43,8 @@ from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispat
 
 __all__ = [
     "AFTER_AUTOGRAD",
+    "InvokeQuant",
+    "ProxyTorchDispatchMode",
     "SingleLevelFunction",
     "TorchDispatchMode",
     "active_ddp",
@@ -49,6 +52,7 @@ __all__ = [
     "append_post_grad_pass",
     "below_autograd",
     "count_operations",
+    "get_proxy_mode",
     "in_forward_mode",
     "in_functorch_transform",
     "in_mode",

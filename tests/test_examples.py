@@ -251,3 +251,20 @@ def test_a_resnet_keeps_its_accuracy_in_int8(tmp_path: Path) -> None:
         assert rows[name][1] > 25
         assert rows[name][2] < 0.3 * size
     assert (tmp_path / "out" / "convnet_int8.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_scheme_of_ones_own_trains_and_is_fused(tmp_path: Path) -> None:
+    _need("sklearn")
+    _need_a_compiler()
+    text = _example("custom_scheme.py", "--tiny", cwd=tmp_path)
+    accuracy, size = _numbers(r"\nfloat32 +([\d.]+)% +inf +(\d+)", "\n" + text)
+    coded, sqnr, smaller = _numbers(r"\nnf4 +([\d.]+)% +([\d.]+) +(\d+)\n", text)
+    assert accuracy > 80  # a guess has 10
+    assert coded > accuracy - 3
+    assert sqnr > 20
+    assert smaller == size * 4.5 / 32
+    trained = _numbers(r"\nnf4, trained[a-z, ]* +([\d.]+)% ", text)
+    assert len(trained) == 3
+    assert min(trained) > accuracy - 1
+    assert "example::nf4_mm was called 2 times, for 2 layers" in text
+    assert max(_numbers(r"the pass: (\S+)", text)) < 1e-4

@@ -2,7 +2,7 @@
 
 from qnn.kernels.op.axes import Arg, Axis, describe, parse_axis, parse_signature, size_of
 from qnn.kernels.op.declaration import Declaration, too_long
-from qnn.kernels.op.op import LIBRARY, OPS, Op, on_first_call, on_trace
+from qnn.kernels.op.op import LIBRARY, OPS, Op, on_first_call, on_trace, run_trace_hooks
 
 __all__ = [
     "LIBRARY",
@@ -16,6 +16,7 @@ __all__ = [
     "on_trace",
     "parse_axis",
     "parse_signature",
+    "run_trace_hooks",
     "size_of",
     "too_long",
 ]

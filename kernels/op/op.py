@@ -39,6 +39,12 @@ def on_trace(hook: Callable[[], None]) -> Callable[[], None]:
     return hook
 
 
+def run_trace_hooks() -> None:
+    """For the fake of an op."""
+    for hook in _TRACE_HOOKS:
+        hook()
+
+
 def on_first_call(load: Callable[[], bool]) -> Callable[[], bool]:
     """Have `load` called when a native op runs before the C++ library has its kernel: it loads the
     library, and says whether it is there now.
@@ -167,8 +173,7 @@ class Op(Declaration):
 
     def fake(self, *args: Any) -> Any:
         """`results`, in every trace."""
-        for hook in _TRACE_HOOKS:
-            hook()
+        run_trace_hooks()
         flops.register(OPS)
         return self.results(*args)
 

@@ -37,7 +37,7 @@ from qnn.kernels.torch_private import (
     post_grad_form,
     statically_equal,
 )
-from qnn.passes import cast_fusion, chains
+from qnn.passes import cast_fusion, chains, user_region
 from qnn.passes.chains import RESHAPES
 from qnn.passes.region import Region, before_writes, match, unwrap_gradients
 
@@ -338,6 +338,7 @@ def _refuse_dtypes(graph: Graph) -> None:
 def _run(graph: Graph) -> None:
     if mistakes_dtypes():
         _refuse_dtypes(graph)
+    user_region.settle(graph)
     unwrap_gradients(graph)
     fold(graph)
     chains.join(graph)
@@ -351,7 +352,7 @@ def _uuid() -> bytes:
 @functools.cache
 def _digest() -> bytes:
     """Of the pass and of the ops that it calls: part of the key of Inductor's caches."""
-    names = ("fusion.py", "chains.py", "cast_fusion.py", "region.py")
+    names = ("fusion.py", "chains.py", "cast_fusion.py", "region.py", "user_region.py")
     passes = map(Path(__file__).with_name, names)
     sources = [file.read_bytes() for file in (*passes, Path(str(torch_private.__file__)))]
     declared = "\n".join(f"{op.schema} {op.choices}" for op in OPS.values())

@@ -23,12 +23,14 @@ from torch.fx.node import map_arg
 
 from qnn.kernels import OPS, Op, get_scheme
 from qnn.kernels.torch_private import invoke_quant, invoke_quant_packed
+from qnn.kernels.user_region import REGION_RESULT, REGION_START
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 _OPERATORS: tuple[object, ...] = (invoke_quant, invoke_quant_packed)
 _EDGES = ("placeholder", "output")
+_MARKS: tuple[object, ...] = (REGION_START, REGION_RESULT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +68,7 @@ class Region:
         """The node whose value is what the op returns: `node`, or the only item of it where its
         value is a tuple of one tensor. None where such a tuple has no user, or several.
         """
-        if self.call is self.node or self.call.graph.output_node().args[0] is self.call:
+        if self.call is self.node or isinstance(self.call.graph.output_node().args[0], Node):
             return self.node
         users = list(self.node.users)
         return users[0] if [user.target for user in users] == [operator.getitem] else None
@@ -81,8 +83,9 @@ def read(node: Node) -> Region | None:
     """
     call, scheme = node, None
     if node.target in _OPERATORS:
-        body = _body(node)
-        inside = [] if body is None else [n for n in body.graph.nodes if n.op not in _EDGES]
+        body = body_of(node)
+        nodes = () if body is None else body.graph.nodes
+        inside = [n for n in nodes if n.op not in _EDGES and n.target not in _MARKS]
         if len(inside) != 1:
             return None
         call, scheme = inside[0], cast("str | None", node.kwargs.get("scheme"))
@@ -256,7 +259,7 @@ def unwrap_gradients(graph: Graph) -> None:
     all of its gradients, and Inductor's lowering of a region takes one result only.
     """
     for node in graph.find_nodes(op="call_function", target=invoke_quant):
-        body = _body(node)
+        body = body_of(node)
         if body is not None and len(_results(body)) > 1:
             _inline(node, body)
 
@@ -291,8 +294,8 @@ def _held(node: object) -> Any:
     return None if root is None else operator.attrgetter(str(node.target))(root)
 
 
-def _body(node: Node) -> GraphModule | None:
-    """The graph of a region, whatever it holds."""
+def body_of(node: Node) -> GraphModule | None:
+    """The graph of a region, whatever it holds; None for another node."""
     held = _held(node.args[0]) if node.target in _OPERATORS else None
     return held if isinstance(held, GraphModule) else None
 
