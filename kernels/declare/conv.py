@@ -23,7 +23,7 @@ from qnn.kernels.cpu.conv import float32_sums, float32_sums_of_bytes
 from qnn.kernels.epilogue import ACTIVATIONS, LAST
 from qnn.kernels.formats.base import FLOATS
 from qnn.kernels.formats.int8 import INT8_MAX_K, INT8_STATIC_MAX_K
-from qnn.kernels.op import Op, parse_signature, too_long
+from qnn.kernels.op import Op, too_long
 from qnn.kernels.reference import conv as reference
 from qnn.kernels.reference import int16
 
@@ -133,8 +133,7 @@ def _conv(
     **declared: Any,
 ) -> Op:
     """Declare one of the family. What has a limit, or 16 bits, sums integers."""
-    inputs, _ = parse_signature(name, f"{arguments} -> {result}", SIZES)
-    names = [arg.name for arg in inputs]
+    names = [argument.split(":")[0].rstrip("?") for argument in arguments.split(", ")]
     dtypes = {
         **dict.fromkeys(("x", "dy", "like", "bias", "dtype"), FLOATS),
         **dict.fromkeys(("q", "rq"), CODES),

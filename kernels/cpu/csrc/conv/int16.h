@@ -34,9 +34,9 @@ struct Joined : P {
 
 template <class From>
 __attribute__((noinline)) void join_sums(const From* from, int64_t count, float* to) {
-  using V = std::conditional_t<std::is_same_v<From, double>, vdouble, vint>;
-  for (int64_t i = 0; i < count; i += kLanes)
-    write(to + i, __builtin_convertvector(read<V>(from + i), vfloat));
+  using V = std::conditional_t<std::is_same_v<From, double>, vhalfdouble, vhalfint>;
+  for (int64_t i = 0; i < count; i += kLanes / 2)
+    write(to + i, __builtin_convertvector(read<V>(from + i), vhalffloat));
 }
 
 }  // namespace

@@ -171,7 +171,8 @@ class Convolution {
     const bool split = !image_.depthwise && p.kernel[2] > 1 && p.dilation[2] > 1;
     const int64_t columns = split ? p.kernel[2] : 1;
     const int64_t codes = image_.depthwise ? p.kernel[2] : p.kernel[2] / columns * p.depth();
-    const int64_t most = in_pieces() ? P::kDepth * P::kGroup : codes;
+    // Two runs go into a piece of integers, whatever their lengths.
+    const int64_t most = in_pieces() ? P::kDepth * P::kGroup / (kWide ? 2 : 1) : codes;
     const int64_t step = image_.depthwise ? word_step() : 4;
     run_count_ = 0;
     for (int64_t a = 0; a < p.kernel[0]; ++a) {
