@@ -96,7 +96,9 @@ class Routed(nn.Module):
         gate: Any = self.adapter.gate
         if gate is None and self.adapter.gated:
             gate = getattr(self._class, "_apply_gate", _halves)
-        return cast(torch.Tensor, gate(self, rows) if gate is not None else self.act_fn(rows))
+        return cast(
+            torch.Tensor, gate(self, rows) if gate is not None else cast(Any, self).act_fn(rows)
+        )
 
     def _check(
         self, hidden: torch.Tensor, index: torch.Tensor | None, weights: torch.Tensor | None
