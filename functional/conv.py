@@ -39,7 +39,8 @@ def conv(
 
     `int8` quantises each sample of `x` with a scale of its own and multiplies integers:
     `y = int32(conv(xq, weight)) · weight_scale · sx + bias`; `int8_static` does so on the grid of
-    `input_scale` and `input_zero_point`; `int8_weight` takes `x` as it is. Padding is exactly zero.
+    `input_scale` and `input_zero_point`; `int16` and `int16_static` do the same with 16 bits for
+    `x`; `int8_weight` takes `x` as it is. Padding is exactly zero.
     The arithmetic after the sums is float32, with one cast at the end. The result has the memory
     format of `x`, contiguous or channels-last.
 
@@ -55,7 +56,8 @@ def conv(
         bias: any float dtype, `[N]`.
         stride, padding, dilation, groups, padding_mode: as those of `nn.Conv2d`.
         input_scale, input_zero_point: of int8_static alone: the grid of `x`, float32 and int8
-            `[1]`, with `x ≈ (q − input_zero_point) · input_scale` for q from −128 to 127.
+            `[1]`, with `x ≈ (q − input_zero_point) · input_scale` for q from −128 to 127. Of
+            int16_static input_scale alone, with q from −32767 to 32767.
         scheme: the name of a scheme that has convolutions.
 
     Returns:

@@ -41,7 +41,8 @@ def grouped_linear(
         offsets: the ends of the groups, int32 `[E]`, as those of torch's `grouped_mm`. A kernel
             reads them on the host.
         bias: any float dtype, `[E, N]`.
-        input_scale, input_zero_point: of int8_static alone: the grid of `x`, as for `linear`.
+        input_scale, input_zero_point: of int8_static and int16_static alone: the grid of `x`, as
+            for `linear`.
         scheme: the name of a scheme.
 
     Returns:
@@ -113,6 +114,11 @@ def unsort(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         0, order, torch.arange(len(order), device=order.device)
     )
     return rows[places]
+
+
+def without_rest(x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """`x` with zeros in the rows of no group."""
+    return x.masked_fill(group_of_rows(offsets, x.shape[0])[:, None] == len(offsets), 0)
 
 
 def float_grouped_linear(

@@ -142,12 +142,13 @@ SCHEMES: dict[str, Scheme] = {
             max_in_features=INT8_STATIC_MAX_K, static=True,
         ),
         Scheme(
-            "int16", INT8_CHANNEL, INT16_TOKEN, _ops("int16", *_RECURRENT, tables="int8_weight"),
-            "int-quantized",
+            "int16", INT8_CHANNEL, INT16_TOKEN,
+            _ops("int16", *_RECURRENT, *_CONVS, tables="int8_weight"), "int-quantized",
         ),
         Scheme(
             "int16_static", INT8_CHANNEL, INT16_TENSOR,
-            _ops("int16_static", *_RECURRENT, tables="int8_weight"), "int-quantized", static=True,
+            _ops("int16_static", *_RECURRENT, *_CONVS, tables="int8_weight"), "int-quantized",
+            static=True,
         ),
         Scheme(
             "int8_weight", INT8_CHANNEL, None,

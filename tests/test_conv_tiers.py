@@ -10,10 +10,12 @@ import torch
 
 from qnn.kernels.epilogue import ACTIVATIONS
 from qnn.kernels.reference import conv as reference
+from qnn.kernels.reference import int16
 
 from .tiers import TIERS, need
 
 pytestmark = pytest.mark.usefixtures("library")
+SCHEMES = ("int8", "int8_static", "int8_weight", "int16", "int16_static")
 EXACT = ("none", "relu", "relu6", "hardswish", "hardsigmoid")
 EACH = [pytest.param(40, 1), pytest.param(1000, 10_000, marks=pytest.mark.long)]
 
@@ -99,16 +101,20 @@ def compare(draw: Draw, scheme: str, tier: str) -> None:
     x, (w, sw), rest = draw.x(), draw.weight(), draw.rest()
     if scheme == "int8_weight":  # torch's own float convolutions differ in what inf becomes
         x.nan_to_num_(0, 0, 0)
-    after, static = (draw.activation, draw.last), scheme == "int8_static"
-    grid = draw.grid() if static else ()
+    after = draw.activation, draw.last
+    grid = draw.grid() if "static" in scheme else ()
+    if scheme == "int16_static":
+        grid = (grid[0] / 256,)
     of_scheme = {
         "int8": reference.conv_reference,
         "int8_static": reference.static_conv_reference,
         "int8_weight": reference.weight_conv_reference,
+        "int16": int16.conv_reference,
+        "int16_static": int16.static_conv_reference,
     }[scheme]
     want = of_scheme(x, w, sw, *grid, *rest, *after)
-    given = grid or (None, None)
-    word = "int8" if static else scheme
+    given = (*grid, None, None)[:2]
+    word = scheme.removesuffix("_static")
     got = torch.ops.qnn.cpu_conv(x, w, sw, *given, *rest, *after, word, tier, draw.parts)
     exact = scheme != "int8_weight" and draw.activation in EXACT
     agrees(got, want, 0 if exact else TOLERANCE[draw.dtype])
@@ -124,7 +130,26 @@ def test_of_floats(tier: str, cases: int, first: int) -> None:
     """To the bit, where sums are integers and the activation is rounded arithmetic alone."""
     need(tier)
     for seed in range(first, first + cases):
-        compare(Draw(seed), ("int8", "int8_static", "int8_weight")[seed % 3], tier)
+        compare(Draw(seed), SCHEMES[seed % len(SCHEMES)], tier)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_sums_that_32_bits_do_not_hold(tier: str) -> None:
+    """More than 256 pairs of codes, in one run of the window and in several; of a depthwise layer
+    too, whose kernel is as long.
+    """
+    need(tier)
+    for channels, groups, kernel in ((1100, 1, 1), (90, 2, 25), (3, 1, 701), (20, 20, 1203)):
+        x = torch.randint(-32767, 32768, (2, channels, 1, 1, kernel + 9)).float()
+        x[0], x[1, :, ..., 0] = 32767, 32767
+        w = torch.randint(-128, 128, (20, channels // groups, 1, 1, kernel)).to(torch.int8)
+        w[0], w[1] = 127, -128
+        rest = [[1, 1, 1], [0, 0, 0, 0, 4, 3], [1, 1, 1], groups, None, None]
+        operands = x, w, torch.ones(20, 1, 1, 1, 1)
+        got = torch.ops.qnn.cpu_conv(*operands, None, None, *rest, "none", "none", "int16", tier, 1)
+        want = reference.exact_sums(x, None, w, *rest[:4])
+        agrees(got, want.float(), 0)
+        assert want.abs().max() > 2**31
 
 
 @pytest.mark.parametrize(("cases", "first"), EACH)
@@ -159,7 +184,7 @@ def test_the_result_does_not_depend_on_the_threads() -> None:
         draw = Draw(seed)
         x, (w, sw), rest = draw.x(), draw.weight(), draw.rest()
         tier = next(t for t in TIERS if f"{t}:ok" in torch.ops.qnn.cpu_tiers())
-        for scheme in ("int8", "int8_weight"):
+        for scheme in ("int8", "int8_weight", "int16"):
             first, *others = (
                 torch.ops.qnn.cpu_conv(
                     x, w, sw, None, None, *rest, "none", "none", scheme, tier, parts

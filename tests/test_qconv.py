@@ -478,7 +478,8 @@ class TestVerbs:
         small = qnn.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(32, 4)), "fp8")
         reasons = {row.name: row.reason for row in qnn.summary(small).rows}
         assert reasons["0"] == (
-            "scheme 'fp8' has no convolution; use one of 'int8', 'int8_static', 'int8_weight'"
+            "scheme 'fp8' has no convolution; use one of 'int8', 'int8_static', 'int16', "
+            "'int16_static', 'int8_weight'"
         )
         with pytest.raises(ValueError, match="no convolution that trains in low precision"):
             qnn.convert(nn.Sequential(nn.Conv2d(3, 4, 3)), "fp8", training=True)

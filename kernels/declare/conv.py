@@ -1,4 +1,4 @@
-"""The int8 convolutions: plain and transposed, of 1, 2 and 3 axes, and their gradients.
+"""The int8 and int16 convolutions: plain and transposed, of 1, 2 and 3 axes, and their gradients.
 
 There is one op for any number of axes: images are `[b, c, i1, i2, i3]`, and an axis that a 1-D or
 2-D convolution lacks has size 1. `padding` is what is added before and after each axis; it has the
@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 
-from qnn.kernels.cpu.conv import float32_sums
+from qnn.kernels.cpu.conv import float32_sums, float32_sums_of_bytes
 from qnn.kernels.epilogue import ACTIVATIONS, LAST
 from qnn.kernels.formats.base import FLOATS
 from qnn.kernels.formats.int8 import INT8_MAX_K, INT8_STATIC_MAX_K
-from qnn.kernels.op import Op, parse_signature, too_long
+from qnn.kernels.op import Op, too_long
 from qnn.kernels.reference import conv as reference
+from qnn.kernels.reference import int16
 
 INT8, CODES, SCALE = (torch.int8,), (torch.uint8,), (torch.float32,)
 EPILOGUE = {"activation": tuple(ACTIVATIONS), "last": LAST}
@@ -128,11 +129,11 @@ def _conv(
     up: bool = False,
     limit: int | None = None,
     native: bool = False,
+    integer_sums: Callable[..., torch.Tensor] = float32_sums,
     **declared: Any,
 ) -> Op:
-    """Declare one of the family."""
-    inputs, _ = parse_signature(name, f"{arguments} -> {result}", SIZES)
-    names = [arg.name for arg in inputs]
+    """Declare one of the family. What has a limit, or 16 bits, sums integers."""
+    names = [argument.split(":")[0].rstrip("?") for argument in arguments.split(", ")]
     dtypes = {
         **dict.fromkeys(("x", "dy", "like", "bias", "dtype"), FLOATS),
         **dict.fromkeys(("q", "rq"), CODES),
@@ -150,8 +151,8 @@ def _conv(
     }
     if up and names[0] == "x":
         reference = functools.partial(reference, transposed=True)
-    # What has a limit sums integers.
-    sums = {} if limit is None else {"integer_sums": float32_sums}
+    wide = integer_sums is not float32_sums
+    sums = {"integer_sums": integer_sums} if limit is not None or wide else {}
     return Op(
         name,
         f"{arguments} -> {result}",
@@ -211,6 +212,22 @@ for _up_too in (False, True):
         limit=INT8_STATIC_MAX_K,
         backward={"x": f"int8_conv{_end}_dgrad"},
     )
+    for _name, _grid, _meaning, _codes in (
+        ("int16", "", int16.conv_reference, "sx = amax(|x|) / 32767 of each sample, "),
+        ("int16_static", "sx: 1, ", int16.static_conv_reference, ""),
+    ):
+        _conv(
+            f"{_name}_conv{_end}",
+            f"x: {X}, {_weight}, {_grid}{_rest}",
+            _result,
+            _meaning,
+            f"{_codes}q = clamp(round(x · (1/sx)), −32767, 32767); last(activation(float32("
+            f"{_what}(q, w)) · sw · sx + bias) + residual), with casts as in int8_conv",
+            up=_up_too,
+            native=not _up_too,
+            integer_sums=float32_sums_of_bytes,
+            backward={"x": f"int8_conv{_end}_dgrad"},
+        )
     _conv(
         f"int8_weight_conv{_end}",
         f"x: {X}, {_weight}, {_rest}",

@@ -8,11 +8,14 @@ none, and give zeros.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from qnn.kernels.cpu.grouped_linear import quantized_grouped_linear
 from qnn.kernels.declare import floats, int8, int16  # noqa: F401  # the ops of linear layers
+from qnn.kernels.formats import Format
 from qnn.kernels.op import OPS, Op
 from qnn.kernels.op.axes import Arg
 from qnn.kernels.reference.grouped import by_group
@@ -37,8 +40,17 @@ def _at_least_one(x: torch.Tensor, w: torch.Tensor, *_: Any) -> str | None:
     return None if w.shape[0] else "there must be a group at least"
 
 
-def _declare(one: Op, first: str, signature: str, weight: list[Arg], **declared: Any) -> None:
-    """The op that does what `one` does, group by group; `first` is its float argument."""
+def _declare(
+    one: Op,
+    first: str,
+    signature: str,
+    weight: list[Arg],
+    cpu: Callable[..., Any] | None = None,
+    **declared: Any,
+) -> None:
+    """The op that does what `one` does, group by group, on a CPU by the kernel `cpu` if there is
+    one; `first` is its float argument.
+    """
     has_bias = "bias" in signature
 
     def call(*args: Any) -> Any:
@@ -53,7 +65,7 @@ def _declare(one: Op, first: str, signature: str, weight: list[Arg], **declared:
         dtypes={n: d for n, d in one.dtypes.items() if n in names} | _OFFSETS,
         out=one.out,
         reference=by_group(one.reference, len(weight), bias=has_bias),
-        kernels={"CPU": loop, "CUDA": loop},
+        kernels={"CPU": cpu or loop, "CUDA": loop},
         backward={first: grouped_name(one.backward[first])},
         positive=tuple(one.positive),
         rule=_at_least_one,
@@ -66,16 +78,21 @@ def _declare(one: Op, first: str, signature: str, weight: list[Arg], **declared:
     )  # fmt: skip
 
 
-def declare_grouped(linear: Op) -> None:
-    """The grouped forms of the op of a linear layer and of its gradient."""
+def declare_grouped(linear: Op, activation: Format | None = None) -> None:
+    """The grouped forms of the op of a linear layer and of its gradient; `activation` is that of a
+    layer whose activations are cast before a product of floats.
+    """
     dgrad = OPS[linear.backward["x"]]
     shared = {arg.name for arg in dgrad.inputs}
     weight = [arg for arg in linear.inputs if arg.name in shared]
     grid = [arg for arg in linear.inputs if arg.name in ("sx", "zx")]
     known = f"{_stacked(weight)}, offsets: e"
     of_grid = "".join(f", {arg.name}: {' '.join(map(str, arg.tail))}" for arg in grid)
+    cpu = None
+    if activation is not None:
+        cpu = quantized_grouped_linear(activation, grouped_name(dgrad.backward["dy"]))
     _declare(
-        linear, "x", f"x: m k, {known}{of_grid}, bias?: e n -> m n", weight,
+        linear, "x", f"x: m k, {known}{of_grid}, bias?: e n -> m n", weight, cpu,
         products="m n k", native=linear.native,
     )  # fmt: skip
     if grouped_name(dgrad.name) not in OPS:
@@ -90,6 +107,7 @@ def declare_grouped(linear: Op) -> None:
 for _scheme in SCHEMES.values():
     _linear = OPS[_scheme.linear]
     _plain = OPS[OPS[_linear.backward["x"]].backward["dy"]]
-    for _op in (_linear, _plain):
+    _cast = _scheme.activation if _scheme.weight.number == "float" else None
+    for _op, _activation in ((_linear, _cast), (_plain, None)):
         if grouped_name(_op.name) not in OPS:
-            declare_grouped(_op)
+            declare_grouped(_op, _activation)

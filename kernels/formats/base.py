@@ -125,6 +125,13 @@ class Format(ABC):
         a per-tensor scale; a format of 128x128 or 16x16 blocks takes `[R, C]` alone.
         """
 
+    def quantize_beside(self, x: torch.Tensor, amax: torch.Tensor) -> tuple[Any, ...]:
+        """`quantize`, for rows of several values at once: a scale of the tensor becomes one for
+        each row, from `amax` float32 `[R, 1]`, the largest finite magnitude of the value that the
+        row is of. So `quantize` of each value gives the same codes and scales.
+        """
+        return self.quantize(x)
+
     @abstractmethod
     def decode(
         self, parts: Sequence[torch.Tensor], compute: torch.dtype

@@ -54,8 +54,8 @@ class Float8(Format):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         rows, columns = self.sides
         if rows == 0:
-            r = reciprocal_scale(finite_amax(x), self.qmax)
-            return cast(x, r, self.storage), (1 / r).reshape(1)
+            q, scale = self.quantize_beside(x, finite_amax(x))
+            return q, scale.reshape(1)
         if columns == 0:
             r = reciprocal_scale(finite_amax(x, -1), self.qmax)
             return cast(x, r, self.storage), 1 / r
@@ -67,6 +67,14 @@ class Float8(Format):
         if rows > 1:
             each = each.repeat_interleave(rows, 0)[: x.shape[0]]
         return cast(x, each, self.storage), (1 / r).contiguous()
+
+    def quantize_beside(
+        self, x: torch.Tensor, amax: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.sides[0] != 0:
+            return self.quantize(x)
+        r = reciprocal_scale(amax, self.qmax)
+        return cast(x, r, self.storage), 1 / r
 
     def decode(
         self, parts: Sequence[torch.Tensor], compute: torch.dtype

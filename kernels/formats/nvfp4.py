@@ -108,16 +108,31 @@ class NVFP4(Format):
         self, x: torch.Tensor, seed: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x = hadamard(x) if self.transformed else x.float()
+        return self._quantize(x, finite_amax(x).reshape(1), seed)
+
+    def quantize_beside(
+        self, x: torch.Tensor, amax: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self._quantize(x.float(), amax, None)
+
+    def _quantize(
+        self, x: torch.Tensor, amax: torch.Tensor, seed: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x = grouped(x, BLOCK)
-        amax = finite_amax(x).reshape(1)
         s = torch.where(amax == 0, 1.0, over(_E4M3_MAX * _E2M1_MAX, amax).clamp(max=_FLT_MAX))
+        of_block = s[..., None]
         bmax = finite_amax(x, -1)
         if self.tall:  # a block of rows shares its scale
             tall = grouped(bmax.squeeze(-1).mT, BLOCK)
             bmax = finite_amax(tall, -1).expand_as(tall).flatten(-2)[:, : x.shape[0]].mT[..., None]
-        b = (bmax * (s * (1 / _E2M1_MAX))).clamp(max=_E4M3_MAX).to(torch.float8_e4m3fn).float()
+        b = (
+            (bmax * (of_block * (1 / _E2M1_MAX)))
+            .clamp(max=_E4M3_MAX)
+            .to(torch.float8_e4m3fn)
+            .float()
+        )
         b = torch.where(bmax == 0, 1.0, b)
-        r = (1 / (b * (1 / s))).clamp(max=_FLT_MAX)
+        r = (1 / (b * (1 / of_block))).clamp(max=_FLT_MAX)
         scaled = (x * r).clamp(-_E2M1_MAX, _E2M1_MAX)
         noise = None if seed is None else hashed(scaled.numel(), seed).view(scaled.shape)
         finite = x.isfinite()

@@ -18,6 +18,7 @@ the first of several. Results are `name: axes`, or the axes alone.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import keyword
 import math
@@ -116,6 +117,7 @@ class Axis:
         return self.text
 
 
+@functools.cache
 def parse_axis(text: str) -> Axis:
     """An axis; a ValueError for what is none."""
     text = text.strip()

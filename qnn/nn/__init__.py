@@ -20,6 +20,8 @@ from qnn.nn.embedding import QEmbedding, QEmbeddingBag
 from qnn.nn.grouped import (
     ExpertsAdapter,
     GroupedLinear,
+    ObservedExperts,
+    ObservedGroupedLinear,
     QExperts,
     QGroupedLinear,
     register_adapter,
@@ -49,6 +51,8 @@ __all__ = [
     "ObservedConvTranspose1d",
     "ObservedConvTranspose2d",
     "ObservedConvTranspose3d",
+    "ObservedExperts",
+    "ObservedGroupedLinear",
     "ObservedLinear",
     "ObservedMultiheadAttention",
     "QConv1d",

@@ -70,7 +70,7 @@ def convert(
     A pattern is a name with wildcards (`"encoder.layer.*.output"`), a module type, or a callable
     `(name, module) -> bool`; names and types pick everything inside the module that they match.
     Layers of other kinds, subclasses with a forward of their own, convolutions with weight_norm,
-    and convolutions and recurrent layers where the scheme has none (it has in the int8 schemes),
+    and convolutions and recurrent layers where the scheme has none (the int8 and int16 ones have),
     are left alone; `qnn.summary` lists each with the reason. A subclass of `nn.Linear` that
     computes the same is taken if a pattern names it.
 

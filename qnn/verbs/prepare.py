@@ -43,9 +43,9 @@ def prepare(
     and so on. Their parameters are copies, as the rest of the model is, and with `inplace=True` the
     same objects: an optimizer for quantisation-aware training is made after a copy. Run the model
     on data like that of its use, or `qnn.calibrate` it, and then `qnn.convert(model)`. Without
-    `qat` no output changes, but for the rounding of an attention, whose projections are then
-    called; with it, weights and parts are fake-quantised, for training: what `convert` makes then
-    computes what was trained.
+    `qat` no output changes, but for the rounding of an attention and of experts, whose products are
+    then called; with it, weights and parts are fake-quantised, for training: what `convert` makes
+    then computes what was trained.
 
     Args:
         model: any float module.
@@ -54,9 +54,9 @@ def prepare(
         parts: specs by part name with wildcards, over the defaults: the scheme's bits for the
             operands of products and 16 for the rest of a recurrent layer, see
             `QuantizableLSTM.observe`; `qnn.parts.EIGHT_BIT` spends 8 on the rest. A linear layer, a
-            convolution and an attention have one part, `"input"`. A key serves the layers that have
-            such a part. What a layer becomes depends on its operands: `int16_static` where one has
-            16 bits.
+            convolution, an attention and experts have one part, `"input"`. A key serves the layers
+            that have such a part. What a layer becomes depends on its operands: `int16_static`
+            where one has 16 bits.
         split_gates: each gate of a recurrent layer is a linear layer of its own, with grids of its
             own.
         qat: fake-quantise, for quantisation-aware training. A model that was prepared and

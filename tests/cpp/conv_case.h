@@ -10,8 +10,8 @@ using qnn::ConvInput;
 
 struct ConvCase {
   uint64_t seed = 0;
-  Conv p{};  // sizes, formats and grids; the operands are below
-  bool at_end = false;
+  Conv p{};                           // sizes, formats and grids; the operands are below
+  bool at_end = false, wide = false;  // codes of 16 bits
   int parts = 1;
   std::vector<double> x, bias, residual;
   std::vector<uint8_t> codes, residual_codes;
@@ -23,12 +23,12 @@ struct ConvCase {
     const auto three = [](const int64_t* v) {
       return std::to_string(v[0]) + "x" + std::to_string(v[1]) + "x" + std::to_string(v[2]);
     };
-    return std::string(kInputs[static_cast<int>(p.input)]) + " conv b=" + std::to_string(p.batch) +
-           " c=" + std::to_string(p.channels) + " n=" + std::to_string(p.outputs) +
-           " groups=" + std::to_string(p.groups) + " image " + three(p.in) + " to " + three(p.out) +
-           " kernel " + three(p.kernel) + " stride " + three(p.stride) + " dilation " +
-           three(p.dilation) + " padding " + three(p.before) + " from " +
-           std::to_string(p.zero_point) + (p.x_last ? " x last" : " x first") +
+    return std::string(wide ? "wide " : "") + kInputs[static_cast<int>(p.input)] +
+           " conv b=" + std::to_string(p.batch) + " c=" + std::to_string(p.channels) +
+           " n=" + std::to_string(p.outputs) + " groups=" + std::to_string(p.groups) + " image " +
+           three(p.in) + " to " + three(p.out) + " kernel " + three(p.kernel) + " stride " +
+           three(p.stride) + " dilation " + three(p.dilation) + " padding " + three(p.before) +
+           " from " + std::to_string(p.zero_point) + (p.x_last ? " x last" : " x first") +
            (p.y_last ? " y last" : " y first") + " x=" + format_of(p.x_dtype).name +
            " bias=" + (bias.empty() ? "none" : format_of(p.bias_dtype).name) +
            " y=" + (p.y_codes ? "codes of " : "") + format_of(p.y_dtype).name +
@@ -62,7 +62,10 @@ class ConvDraw {
     p.last_relu = one_in(4);
     if (p.input == ConvInput::fixed || p.input == ConvInput::codes)
       p.zero_point = one_in(3) ? (one_in(2) ? -128 : 127) : between(-128, 127);
+    c.wide = (p.input == ConvInput::dynamic || p.input == ConvInput::fixed) && one_in(2);
+    if (c.wide) p.zero_point = 0;
     p.grid_scale = one_in(20) ? NAN : 0.01f + 0.1f * static_cast<float>(unit());
+    if (c.wide) p.grid_scale /= 256;
     values(c);
     weight(c);
     if (!one_in(3)) c.bias = floats(p.outputs, p.bias_dtype);
@@ -228,12 +231,13 @@ class PlainConv {
     }
     if (p_.input == ConvInput::floats) return 1;
     const bool dynamic = p_.input == ConvInput::dynamic;
-    if (dynamic) scale = amax == 0 ? 1 : std::max(amax / 127.0f, FLT_MIN);
+    const float most = c_.wide ? 32767 : 127;
+    if (dynamic) scale = amax == 0 ? 1 : std::max(amax / most, FLT_MIN);
     if (!finite || std::isnan(scale)) scale = NAN;
     const float inverse = 1 / scale;
     for (int64_t i = 0; i < size; ++i) {
-      const float low = dynamic ? -127 : -128 - p_.zero_point,
-                  high = dynamic ? 127 : 127 - p_.zero_point;
+      const float low = dynamic || c_.wide ? -most : -128 - p_.zero_point,
+                  high = dynamic || c_.wide ? most : 127 - p_.zero_point;
       to[i] = std::isnan(scale)
                   ? 0
                   : std::nearbyint(std::clamp(static_cast<float>(to[i]) * inverse, low, high));
@@ -345,7 +349,9 @@ std::vector<int32_t> run_conv(const Tier& tier, const ConvCase& c, char* y) {
     std::printf("%s\n  not a call: %s\n", running, why);
     std::exit(1);
   }
-  const qnn::ConvKernel& kernel = p.input == ConvInput::floats ? tier.conv_weight : tier.conv;
+  const qnn::ConvKernel& kernel = p.input == ConvInput::floats ? tier.conv_weight
+                                  : c.wide                     ? tier.conv_int16
+                                                               : tier.conv;
   const auto all_parts = [&](const auto& work) {
     std::vector<std::thread> threads;
     for (int part = 1; part < c.parts; ++part) threads.emplace_back([&work, part] { work(part); });

@@ -149,7 +149,7 @@ class QConv(Quantized):
 
     @classmethod
     def from_observed(cls: type[ConvT], observed: Any) -> ConvT:
-        """The `int8_static` layer of one that was calibrated or trained.
+        """The `int8_static` or `int16_static` layer of one that was calibrated or trained.
 
         Raises:
             TypeError: `observed` is not the observed layer of this class.
@@ -249,7 +249,11 @@ class QConv(Quantized):
         return ", ".join([*said, f"scheme={self.scheme!r}"])
 
     def _is_foreign(self, name: str) -> bool:
-        return super()._is_foreign(name) or name in ("input_scale", "input_global_scale")
+        return super()._is_foreign(name) or name in (
+            "input_scale",
+            "input_zero_point",
+            "input_global_scale",
+        )
 
 
 class QConvTranspose(QConv):
@@ -302,18 +306,20 @@ class QConv2d(QConv, nn.Conv2d):  # type: ignore[misc]
     - `weight_scale`: per-channel, float32 `[out_channels, 1, …]`. `weight * weight_scale` is the
       float weight;
     - `input_scale`, float32 `[1]`, and `input_zero_point`, int8 `[1]`: of int8_static, for the
-      input, per-tensor. A scale of 0 says that there is none yet, and a call is an error;
+      input, per-tensor; int16_static has no zero point. A scale of 0 says that there is none yet,
+      and a call is an error;
     - `bias`: `[out_channels]`, in `dtype`.
 
-    In `int8` each sample of a batch has a scale of its own. Padded borders are exactly zero. As for
-    `QLinear`, `layer.weight` reads as the float weight, all but `bias` need no gradient and keep
-    their dtypes, and `load_state_dict` takes quantised state or a float `weight`.
+    In `int8` and `int16` each sample of a batch has a scale of its own. Padded borders are exactly
+    zero. As for `QLinear`, `layer.weight` reads as the float weight, all but `bias` need no
+    gradient and keep their dtypes, and `load_state_dict` takes quantised state or a float `weight`.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
             padding_mode, device: as in `nn.Conv2d`.
         dtype: of the bias, and of what `dequantize()` returns; torch's default dtype if None.
-        scheme: `"int8"`, `"int8_static"` or `"int8_weight"`, as of `QLinear`.
+        scheme: `"int8"`, `"int8_static"`, `"int16"`, `"int16_static"` or `"int8_weight"`, as of
+            `QLinear`.
 
     Shape:
         input `[batch, in_channels, h, w]` or `[in_channels, h, w]`, also an empty batch;

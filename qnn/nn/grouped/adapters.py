@@ -131,7 +131,11 @@ def adapter_of(module: nn.Module) -> ExpertsAdapter | None:
 
 def modules_held() -> frozenset[str]:
     """The names of modules that experts may have."""
-    return frozenset().union(*(adapter.holds for adapter in _ADAPTERS.values()))
+    held = (
+        adapter.holds | {f"{weight}_input_quantize" for weight in adapter.weights}
+        for adapter in _ADAPTERS.values()
+    )
+    return frozenset().union(*held)
 
 
 # [E, 2 I, H] and [E, H, I], without biases, with a gate of the class.

@@ -7,25 +7,31 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from qnn.functional.grouped import grouped_linear_of, sort_by_group, unsort
+from qnn.calibration.doubts import note_on
+from qnn.functional.grouped import grouped_linear_of
 from qnn.functional.layout import STACK
 from qnn.kernels import get_scheme
 from qnn.kernels.backends import linear_backend
 from qnn.kernels.formats import FLOATS
+from qnn.kernels.schemes import static_scheme
 from qnn.nn.base import Quantized
-from qnn.nn.grouped.adapters import ExpertsAdapter, adapter_of
+from qnn.nn.grouped.observed_experts import ObservedExperts
 from qnn.nn.grouped.quantized import why_not_stack
-from qnn.nn.values import require_floats, require_input
+from qnn.nn.grouped.routed import Routed
+from qnn.nn.linear.observed import grid
+from qnn.nn.values import Found, input_grid, require_floats
 
 
-class QExperts(Quantized):
+class QExperts(Quantized, Routed):
     """A module of fused experts, such as transformers' `MixtralExperts`, in `scheme`: its forward,
     with `QGroupedLinear`'s arithmetic in its two products.
 
     Its tensors have the names of the float module, `gate_up_proj` and `down_proj`, with the
     suffixes of the parts, such as `gate_up_proj_scale`, in the layout `[E, N, K]` whatever that of
-    the float module is. Its other attributes and modules are those of the float one.
-    `convert` makes it, for the classes that `qnn.register_adapter` knows.
+    the float module is; in int8_static also `gate_up_proj_input_scale`, float32 `[1]`, and
+    `gate_up_proj_input_zero_point`, int8 `[1]`, a grid for all experts, and those of `down_proj`.
+    Its other attributes and modules are those of the float one. `convert` makes it, for the classes
+    that `qnn.register_adapter` knows.
 
     Shape:
         `hidden_states` `[T, H]`, `top_k_index` integers `[T, k]`, `top_k_weights` `[T, k]`; output
@@ -33,23 +39,13 @@ class QExperts(Quantized):
     """
 
     _layout = STACK
-    adapter: ExpertsAdapter
-    num_groups: int
 
     def __init__(self, like: nn.Module, scheme: str = "int8", *, device: Any = None) -> None:
         super().__init__()
-        adapter = adapter_of(like)
-        if adapter is None or (reason := adapter.why_not(like)) is not None:
-            raise TypeError(
-                f"qnn.QExperts: {type(like).__name__} is not built as an adapter says: "
-                f"{reason if adapter else 'there is none for it; see qnn.register_adapter'}."
-            )
-        self.adapter, self.scheme, self._prefixes = adapter, scheme, adapter.weights
-        self._class = type(like)
-        weights = [cast(torch.Tensor, like._parameters[name]) for name in adapter.weights]
-        self._shapes = dict(zip(adapter.weights, map(adapter.shape, weights), strict=True))
-        self._set_dtype(weights[0].dtype)
-        self.num_groups, _, self.in_features = self._shapes[adapter.first]
+        self._is_like(like)
+        adapter, self.scheme = self.adapter, scheme
+        self._prefixes = adapter.weights
+        self._set_dtype(cast(torch.Tensor, like._parameters[adapter.first]).dtype)
         for groups, rows, columns in self._shapes.values():
             if (reason := why_not_stack(get_scheme(scheme), groups, rows, columns)) is not None:
                 raise ValueError(f"{self._who}: {reason}.")
@@ -57,6 +53,7 @@ class QExperts(Quantized):
             f"{name}_bias": shape[:2] for name, shape in self._shapes.items() if adapter.bias
         }
         self._empty_weights(device, {**biases, **self._shapes})
+        self._grids = {name: [*self._grid_of(name)] for name in self._shapes}
 
     @classmethod
     def from_float(cls, experts: nn.Module, scheme: str = "int8") -> QExperts:
@@ -66,6 +63,32 @@ class QExperts(Quantized):
             TypeError: there is no adapter for its class, or it is built otherwise.
             ValueError: a weight holds NaN or inf, or has a size that `scheme` does not take.
         """
+        return cls._around(experts, scheme)
+
+    @classmethod
+    def from_observed(cls, experts: ObservedExperts) -> QExperts:
+        """The `int8_static` form of experts that were calibrated or trained.
+
+        Raises:
+            TypeError: `experts` is not an `ObservedExperts`.
+            ValueError: a product has observed nothing, or a NaN or infinite value; a weight holds
+                NaN or inf, or has a size that the scheme does not take.
+        """
+        if not isinstance(experts, ObservedExperts):
+            raise TypeError(
+                "qnn.QExperts.from_observed takes a qnn.ObservedExperts, got "
+                f"{type(experts).__name__}."
+            )
+        points = experts.points()
+        made = cls._around(experts, static_scheme(*(p.spec.dtype for p in points.values())))
+        for weight, point in points.items():
+            found = (part.to(made._device) for part in grid(point))
+            made._set_calibration(dict(zip(made._grids[weight], found, strict=True)))
+        note_on(made, list(points.values()))
+        return made
+
+    @classmethod
+    def _around(cls, experts: nn.Module, scheme: str) -> QExperts:
         made = cls(experts, scheme, device="meta")
         floats = {name: experts._parameters[name] for name in (*made._biases, *made._shapes)}
         require_floats(f"qnn.QExperts.from_float({type(experts).__name__})", floats)
@@ -76,10 +99,7 @@ class QExperts(Quantized):
                 if p is not None
             }
         )
-        made._modules.update(experts._modules)
-        for name, value in vars(experts).items():
-            if name not in vars(made):
-                made.__dict__[name] = value
+        made._has_rest_of(experts)
         return made.train(experts.training)
 
     # -- what the base asks -----------------------------------------------------------------------
@@ -91,17 +111,26 @@ class QExperts(Quantized):
     def _biases(self) -> tuple[str, ...]:
         return self.adapter.biases
 
+    def _grid_of(self, weight: str) -> dict[str, Found]:
+        return {f"{weight}_{name}": each for name, each in input_grid(self._scheme).items()}
+
+    def _calibration(self) -> dict[str, Found]:
+        return {name: each for w in self._shapes for name, each in self._grid_of(w).items()}
+
+    def _is_foreign(self, name: str) -> bool:
+        return super()._is_foreign(name) or name in {f"{w}_input_scale" for w in self._shapes}
+
     def _backend(self) -> str:
+        if self._uncalibrated:
+            return (
+                "none: not calibrated; load a calibrated state, or prepare, calibrate and convert"
+            )
         said = linear_backend(self._scheme, self._stored_of(self.adapter.first)[0])
         return f"{said}; a call for each expert with tokens"
 
     @property
     def _who(self) -> str:
         return f"qnn.QExperts({self._class.__name__}, scheme={self.scheme!r})"
-
-    def _turned(self, weight: torch.Tensor) -> torch.Tensor:
-        """A weight between the layout of the float module and `[E, N, K]`."""
-        return weight.mT if self.adapter.transposed else weight
 
     def _read_state(self, given: dict[str, Any]) -> dict[str, Any]:
         turned = dict(given)
@@ -141,70 +170,13 @@ class QExperts(Quantized):
 
     # -- forward ----------------------------------------------------------------------------------
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor | None = None,
-        top_k_weights: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        self._check(hidden_states, top_k_index, top_k_weights)
-        if top_k_index is None or top_k_weights is None:
-            return self._all(hidden_states)
-        tokens, chosen = top_k_index.shape
-        order, offsets = sort_by_group(top_k_index, self.num_groups)
-        rows = self._of_each(hidden_states[order // chosen], offsets)
-        weighed = rows * top_k_weights.flatten()[order, None]
-        summed = unsort(weighed, order).unflatten(0, (tokens, chosen)).sum(1)
-        return cast(torch.Tensor, summed.to(hidden_states.dtype))
-
-    def _all(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Of as many rows for each expert."""
-        rows = hidden_states.reshape(-1, self.in_features)
-        each = torch.arange(1, self.num_groups + 1, dtype=torch.int32, device=rows.device)
-        return self._of_each(rows, each * (rows.shape[0] // self.num_groups))
-
-    def _of_each(self, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """What each expert makes of its rows."""
-        adapter = self.adapter
-        inner = self._gate(self._product(adapter.first, rows, offsets))
-        result = self._product(adapter.second, inner, offsets)
-        return result if adapter.norm is None else cast(Any, self._modules[adapter.norm])(result)
-
     def _product(self, weight: str, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        if self._uncalibrated:
+            self._refuse_uncalibrated()
         bias = self._parameters.get(f"{weight}_bias")
-        return grouped_linear_of(rows, (*self._held(weight), offsets), bias, self.scheme)
-
-    def _gate(self, rows: torch.Tensor) -> torch.Tensor:
-        gate: Any = self.adapter.gate
-        if gate is None and self.adapter.gated:
-            gate = getattr(self._class, "_apply_gate", _halves)
-        return cast(torch.Tensor, gate(self, rows) if gate is not None else self.act_fn(rows))
-
-    def _check(
-        self, hidden: torch.Tensor, index: torch.Tensor | None, weights: torch.Tensor | None
-    ) -> None:
-        require_input(self._who, hidden, self._device)
-        routed = self.adapter.routed
-        if hidden.shape[-1] != self.in_features or (routed and hidden.dim() != 2):
-            raise ValueError(
-                f"{self._who}: hidden_states must be [tokens, {self.in_features}], got "
-                f"{tuple(hidden.shape)}."
-            )
-        if not routed:
-            if index is not None or weights is not None:
-                raise TypeError(f"{self._who} takes hidden_states alone, sorted by expert.")
-            if (rows := hidden.numel() // self.in_features) % self.num_groups:
-                raise ValueError(
-                    f"{self._who}: hidden_states must have as many rows for each of "
-                    f"{self.num_groups} experts, got {rows}."
-                )
-        elif index is None or weights is None:
-            raise TypeError(f"{self._who} takes hidden_states, top_k_index and top_k_weights.")
-        elif index.dim() != 2 or index.shape != weights.shape or len(index) != len(hidden):
-            raise ValueError(
-                f"{self._who}: top_k_index and top_k_weights must be [tokens, k] for the "
-                f"{len(hidden)} tokens, got {tuple(index.shape)} and {tuple(weights.shape)}."
-            )
+        points = [cast(torch.Tensor, self._parameters[name]) for name in self._grids[weight]]
+        operands = (*self._held(weight), offsets, *points)
+        return grouped_linear_of(rows, operands, bias, self.scheme)
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name}={list(shape)}" for name, shape in self._shapes.items())
@@ -212,12 +184,7 @@ class QExperts(Quantized):
 
 
 _OWN = {"adapter", "scheme", "dtype", "num_groups", "in_features", "_class", "_shapes"}
-_OWN |= {"_prefixes", "_storage", "_part_names", "_uncalibrated"}
-
-
-def _halves(module: Any, rows: torch.Tensor) -> torch.Tensor:
-    gate, up = rows.chunk(2, dim=-1)
-    return cast(torch.Tensor, module.act_fn(gate) * up)
+_OWN |= {"_prefixes", "_storage", "_part_names", "_uncalibrated", "_grids"}
 
 
 __all__ = ["QExperts"]

@@ -7,13 +7,17 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from qnn.calibration.doubts import note_on
 from qnn.functional.grouped import grouped_linear_of
 from qnn.functional.layout import STACK
 from qnn.kernels import Scheme, get_scheme
 from qnn.kernels.backends import linear_backend
+from qnn.kernels.schemes import static_scheme
 from qnn.nn.base import Quantized
 from qnn.nn.grouped.linear import GroupedLinear
-from qnn.nn.values import Found, of_other_kind, require_floats, require_input
+from qnn.nn.grouped.observed import ObservedGroupedLinear
+from qnn.nn.linear.observed import grid
+from qnn.nn.values import Found, input_grid, of_other_kind, require_floats, require_input
 
 
 class QGroupedLinear(Quantized):
@@ -76,11 +80,13 @@ class QGroupedLinear(Quantized):
         return {"weight": (self.num_groups, self.out_features, self.in_features)}
 
     def _calibration(self) -> dict[str, Found]:
-        return grid_of_input(self._scheme)
+        return input_grid(self._scheme)
 
     def _backend(self) -> str:
         if self._uncalibrated:
-            return "none: not calibrated; load a calibrated state"
+            return (
+                "none: not calibrated; load a calibrated state, or prepare, calibrate and convert"
+            )
         return f"{linear_backend(self._scheme, self.stored[0])}; a call for each group with rows"
 
     @property
@@ -137,6 +143,27 @@ class QGroupedLinear(Quantized):
         made = cls(groups, columns, rows, False, "meta", weight.dtype, scheme=scheme)
         made._take(floats)
         return made.train(training)
+
+    @classmethod
+    def from_observed(cls, layer: ObservedGroupedLinear) -> QGroupedLinear:
+        """The `int8_static` layer of one that was calibrated or trained.
+
+        Raises:
+            TypeError: `layer` is not an `ObservedGroupedLinear`.
+            ValueError: it has observed nothing, or a NaN or infinite value; the weight holds NaN or
+                inf, or has a size that the scheme does not take.
+        """
+        if not isinstance(layer, ObservedGroupedLinear):
+            raise TypeError(
+                "qnn.QGroupedLinear.from_observed takes a qnn.ObservedGroupedLinear, got "
+                f"{type(layer).__name__}."
+            )
+        point = layer.input_quantize
+        made = cls.from_float(layer, static_scheme(point.spec.dtype))
+        found = (part.to(layer.weight.device) for part in grid(point))
+        made._set_calibration(dict(zip(made._calibration(), found, strict=True)))
+        note_on(made, [point])
+        return made
 
     def dequantize(self) -> GroupedLinear:
         """The float layer with the weights that the stored ones stand for, in `dtype`."""
@@ -203,13 +230,3 @@ def why_not_stack(scheme: Scheme, groups: int, rows: int, columns: int) -> str |
     if not isinstance(groups, int | torch.SymInt) or groups < 1:
         return f"num_groups must be an integer of at least 1, got {groups!r}"
     return scheme.why_not_linear(columns, rows)
-
-
-def grid_of_input(scheme: Scheme) -> dict[str, Found]:
-    """What calibration finds for the input of a layer in a static scheme."""
-    if not scheme.static or scheme.activation is None:
-        return {}
-    return {
-        "input" + part.suffix: Found(part.dtype, (1,), part.dtype == torch.float32)
-        for part in scheme.activation.parts[1:]
-    }

@@ -84,9 +84,9 @@ inline void write_codes(Code* p, vint q) {
 // 32-bit sums to sums in double, or onto them: of whole vectors.
 inline __attribute__((noinline)) void add_sums(const int32_t* from, int64_t count, bool onto,
                                                double* to) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const vdouble more = __builtin_convertvector(read<vint>(from + i), vdouble);
-    write(to + i, onto ? read<vdouble>(to + i) + more : more);
+  for (int64_t i = 0; i < count; i += kLanes / 2) {
+    const auto more = __builtin_convertvector(read<vhalfint>(from + i), vhalfdouble);
+    write(to + i, onto ? read<vhalfdouble>(to + i) + more : more);
   }
 }
 

@@ -31,6 +31,10 @@ typedef int16_t vshort __attribute__((vector_size(2 * QNN_LANES)));
 typedef int8_t vbyte __attribute__((vector_size(QNN_LANES)));
 typedef uint8_t vubyte __attribute__((vector_size(QNN_LANES)));
 typedef double vdouble __attribute__((vector_size(8 * QNN_LANES)));
+// As many as fill a register in double: a conversion of more GCC 12 does one by one.
+typedef int32_t vhalfint __attribute__((vector_size(2 * QNN_LANES)));
+typedef float vhalffloat __attribute__((vector_size(2 * QNN_LANES)));
+typedef double vhalfdouble __attribute__((vector_size(4 * QNN_LANES)));
 
 template <class V>
 inline V read(const void* p) {

@@ -25,6 +25,10 @@ struct ConvAxis {
   }
 };
 
+// The largest code of a symmetric grid.
+template <class P>
+constexpr int kConvMost = 127;
+
 // How values become codes: clamp(round(value · inverse)) + add.
 struct ConvQuantizer {
   float inverse, low, high;
@@ -147,11 +151,13 @@ struct Image {
   int64_t tap_t(int64_t rows) const { return h.length(rows) * row_bytes(); }
 
   ConvQuantizer quantizer(int64_t sample) const {
+    constexpr auto kMost = static_cast<float>(kConvMost<P>);
     if (p.input == ConvInput::dynamic) {
       const float scale = p.sample_scale[sample];
       const bool finite = scale <= std::numeric_limits<float>::max();
-      return {finite ? 1.0f / scale : 0.0f, -127.0f, 127.0f, pad};
+      return {finite ? 1.0f / scale : 0.0f, -kMost, kMost, pad};
     }
+    if (kConvMost<P> > 127) return {1.0f / p.grid_scale, -kMost, kMost, pad};
     return fixed_grid(p, pad);
   }
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "conv/image.h"
+#include "conv/int16.h"
 #include "conv/output.h"
 #include "conv/products.h"
 
@@ -34,7 +35,7 @@ class Convolution {
   static float scale(int32_t most) {
     float amax;
     std::memcpy(&amax, &most, sizeof amax);
-    return scale_of(amax);
+    return scale_of(amax, kConvMost<P>);
   }
 
   static void quantize(const Conv& p, int part, int parts) {
@@ -66,6 +67,9 @@ class Convolution {
  private:
   static constexpr int64_t kStrip = 64, kBandPixels = 8192, kImageBytes = 1 << 19,
                            kKeptBytes = 1 << 17;
+  // Sums go on in double.
+  static constexpr bool kWide = kConvMost<P> > 127;
+  using Finished = std::conditional_t<kWide, Joined<P>, P>;
 
   // Of a group, or of some channels that are depthwise.
   struct Group {
@@ -87,6 +91,7 @@ class Convolution {
   char* panel_;
   int32_t* start_;
   char* acc_;
+  double* wide_;
 
   QNN_ONCE Convolution(const Conv& p, int parts, Scratch scratch, size_t* used) : p_(p), image_(p) {
     const bool depthwise = image_.depthwise;
@@ -129,6 +134,7 @@ class Convolution {
     panel_ = scratch.take<char>(held * panel_bytes_);
     // Squares of pixels and channels are turned whole, also the last of a strip.
     acc_ = scratch.take<char>((kStrip + kLanes) * width_ * 4);
+    wide_ = scratch.take<double>(kWide ? kStrip * width_ : 0);
     if (used != nullptr) *used = scratch.used();
   }
 
@@ -165,7 +171,9 @@ class Convolution {
     const bool split = !image_.depthwise && p.kernel[2] > 1 && p.dilation[2] > 1;
     const int64_t columns = split ? p.kernel[2] : 1;
     const int64_t codes = image_.depthwise ? p.kernel[2] : p.kernel[2] / columns * p.depth();
-    const int64_t most = P::kDepth == 0 || image_.depthwise ? codes : P::kDepth;
+    // Two runs go into a piece of integers, whatever their lengths.
+    const int64_t most = in_pieces() ? P::kDepth * P::kGroup / (kWide ? 2 : 1) : codes;
+    const int64_t step = image_.depthwise ? word_step() : 4;
     run_count_ = 0;
     for (int64_t a = 0; a < p.kernel[0]; ++a) {
       for (int64_t b = 0; b < p.kernel[1]; ++b) {
@@ -175,7 +183,7 @@ class Convolution {
           const int64_t from = ((a * p.kernel[1] + b) * columns + c) * codes;
           for (int64_t i = 0; i < codes; i += most) {
             const int64_t some = smaller(most, codes - i);
-            runs_[run_count_++] = {offset + i * 4 / P::kGroup, div_up(some, P::kGroup), from + i,
+            runs_[run_count_++] = {offset + i / P::kGroup * step, div_up(some, P::kGroup), from + i,
                                    some};
           }
         }
@@ -303,36 +311,54 @@ class Convolution {
                          acc_,
                          vectors * kLanes,
                          false};
-    if (image_.depthwise) {
-      depthwise_tiles<P>(vectors, pixels, strip, P::kGroup * p_.dilation[2] * image_.pixel);
-    } else {
-      multiply(vectors, pixels, strip);
-    }
+    multiply(vectors, pixels, strip);
     const ConvPiece piece{band.first * p_.out[2] + first, pixels, output, count, vectors,
                           reinterpret_cast<float*>(acc_)};
-    finish_strip<P>(p_, piece, sw_ + at, p_.bias == nullptr ? nullptr : bias_ + at, scale_ + first);
+    finish_strip<Finished>(p_, piece, sw_ + at, p_.bias == nullptr ? nullptr : bias_ + at,
+                           scale_ + first);
   }
 
+  // Whether the sums of a window are those of pieces of it. The taps of a depthwise one are few.
+  bool in_pieces() const { return P::kDepth != 0 && (kWide || !image_.depthwise); }
+
+  // Bytes from a word of a depthwise run to the next.
+  int64_t word_step() const { return P::kGroup * p_.dilation[2] * image_.pixel; }
+
   void multiply(int64_t vectors, int64_t pixels, ConvTile strip) {
-    if (P::kDepth == 0) return conv_tiles<P>(vectors, pixels, strip);
+    if (!in_pieces()) return multiply_piece(vectors, pixels, strip);
     const ConvRun* const end = runs_ + run_count_;
+    const int64_t sums = pixels * vectors * kLanes;
+    auto* const acc = reinterpret_cast<int32_t*>(acc_);
     while (strip.runs != end) {
-      int64_t words = 0;
-      strip.run_count = 0;
-      while (strip.runs + strip.run_count != end && words < P::kDepth)
-        words += strip.runs[strip.run_count++].words;
-      conv_tiles<P>(vectors, pixels, strip);
-      strip.runs += strip.run_count;
+      int64_t words = strip.runs->words;
+      const ConvRun* last = strip.runs + 1;
+      // Integers of at most so many words; of floats about as many.
+      while (last != end && (kWide ? words + last->words : words + 1) <= P::kDepth)
+        words += last++->words;
+      strip.run_count = last - strip.runs;
+      multiply_piece(vectors, pixels, strip);
+      if (kWide && last == end && !strip.more)
+        return join_sums(acc, sums, reinterpret_cast<float*>(acc_));
+      if (kWide) add_sums(acc, sums, strip.more, wide_);
+      strip.runs = last;
       strip.panel += words * vectors * kLanes * 4;
       strip.more = true;
     }
+    if (kWide) join_sums(wide_, sums, reinterpret_cast<float*>(acc_));
+  }
+
+  void multiply_piece(int64_t vectors, int64_t pixels, const ConvTile& strip) {
+    if (image_.depthwise) return depthwise_tiles<P>(vectors, pixels, strip, word_step());
+    conv_tiles<P>(vectors, pixels, strip);
   }
 };
 
 template <class P>
 constexpr ConvKernel conv() {
   using C = Convolution<P>;
-  if constexpr (P::kQuantizes) {
+  if constexpr (kConvMost<P> > 127) {
+    return {C::magnitudes, C::scale, nullptr, C::scratch_bytes, C::run};
+  } else if constexpr (P::kQuantizes) {
     return {C::magnitudes, C::scale, C::quantize, C::scratch_bytes, C::run};
   } else {
     return {nullptr, nullptr, nullptr, C::scratch_bytes, C::run};

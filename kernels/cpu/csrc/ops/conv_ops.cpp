@@ -254,6 +254,26 @@ Tensor int8_static_conv(Tensor x, Tensor w, Tensor sw, Tensor sx, Tensor zx, Int
        dilation, groups,  bias, residual, nullptr, nullptr, nullptr, activation, last,   nullptr}));
 }
 
+Tensor int16_conv(Tensor x, Tensor w, Tensor sw, Ints stride, Ints padding, Ints dilation,
+                  int64_t groups, Maybe bias, Maybe residual, std::string activation,
+                  std::string last) {
+  static const Signature& op = signature_of("int16_conv");
+  return std::get<0>(conv(op, best_tier().conv_int16, ConvInput::dynamic, kAny,
+                          {x,       nullptr, nullptr, nullptr,    w,      sw,     nullptr,
+                           nullptr, stride,  padding, dilation,   groups, bias,   residual,
+                           nullptr, nullptr, nullptr, activation, last,   nullptr}));
+}
+
+Tensor int16_static_conv(Tensor x, Tensor w, Tensor sw, Tensor sx, Ints stride, Ints padding,
+                         Ints dilation, int64_t groups, Maybe bias, Maybe residual,
+                         std::string activation, std::string last) {
+  static const Signature& op = signature_of("int16_static_conv");
+  return std::get<0>(conv(
+      op, best_tier().conv_int16, ConvInput::fixed, kAny,
+      {x,        nullptr, &sx,  nullptr,  w,       sw,      nullptr, nullptr,    stride, padding,
+       dilation, groups,  bias, residual, nullptr, nullptr, nullptr, activation, last,   nullptr}));
+}
+
 Tensor int8_codes_conv(Tensor q, Tensor scale, Tensor zx, Tensor w, Tensor sw, Ints stride,
                        Ints padding, Ints dilation, int64_t groups, Maybe bias, Maybe residual,
                        Maybe rq, Maybe rscale, Maybe rz, std::string activation, std::string last,
@@ -305,26 +325,26 @@ std::tuple<Tensor, Tensor> int8_static_quantize(Tensor x, Tensor sx, Tensor zx) 
   return {codes, scales};
 }
 
-// For tests and benchmarks: int8_static where sx and zx are given, else `scheme`, int8 or
-// int8_weight; the tier is the named one, and the parts so many, 0 for as many as the work is
-// worth.
+// For tests and benchmarks: `scheme`, int8, int16 or int8_weight, in its static form where sx is
+// given; the tier is the named one, and the parts so many, 0 for as many as the work is worth.
 Tensor cpu_conv(Tensor x, Tensor w, Tensor sw, Maybe sx, Maybe zx, Ints stride, Ints padding,
                 Ints dilation, int64_t groups, Maybe bias, Maybe residual, std::string activation,
                 std::string last, std::string scheme, std::string tier, int64_t parts) {
   const Tier& named = tier_called(tier);
-  const bool fixed = sx.has_value(), weight = scheme == "int8_weight";
+  const bool fixed = sx.has_value(), weight = scheme == "int8_weight", wide = scheme == "int16";
   const ConvInput input = fixed    ? ConvInput::fixed
                           : weight ? ConvInput::floats
                                    : ConvInput::dynamic;
-  const Signature& op = signature_of(fixed ? "int8_static_conv" : scheme + "_conv");
-  return std::get<0>(conv(op, weight ? named.conv_weight : named.conv, input,
-                          weight  ? kAny
-                          : fixed ? kFixedLimit
-                                  : kLimit,
+  const Signature& op = signature_of(scheme + (fixed ? "_static_conv" : "_conv"));
+  const ConvKernel& kernel = weight ? named.conv_weight : wide ? named.conv_int16 : named.conv;
+  return std::get<0>(conv(op, kernel, input,
+                          weight || wide ? kAny
+                          : fixed        ? kFixedLimit
+                                         : kLimit,
                           {x,
                            nullptr,
                            fixed ? &*sx : nullptr,
-                           fixed ? &*zx : nullptr,
+                           zx.has_value() ? &*zx : nullptr,
                            w,
                            sw,
                            nullptr,
@@ -348,6 +368,8 @@ Tensor cpu_conv(Tensor x, Tensor w, Tensor sw, Maybe sx, Maybe zx, Ints stride, 
     {"int8_conv", TORCH_BOX(&int8_conv), true},
     {"int8_weight_conv", TORCH_BOX(&int8_weight_conv), true},
     {"int8_static_conv", TORCH_BOX(&int8_static_conv), true},
+    {"int16_conv", TORCH_BOX(&int16_conv), true},
+    {"int16_static_conv", TORCH_BOX(&int16_static_conv), true},
     {"int8_codes_conv", TORCH_BOX(&int8_codes_conv), true},
     {"int8_chain_conv", TORCH_BOX(&int8_chain_conv), true},
     {"int8_static_quantize", TORCH_BOX(&int8_static_quantize)},

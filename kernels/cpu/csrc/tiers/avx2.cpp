@@ -39,6 +39,7 @@ constexpr Tier avx2 = [] {
   t.recurrent_int16 = recurrent<IntegerProduct<Madd, 2, 3, double>>();
   t.recurrent_weight = recurrent<FloatProduct<Avx2Machine, 2, 3>>();
   t.conv = conv<IntegerConv<Madd>>();
+  t.conv_int16 = conv<Int16Conv<Madd>>();
   t.conv_weight = conv<FloatConv<Avx2Machine>>();
   return t;
 }();

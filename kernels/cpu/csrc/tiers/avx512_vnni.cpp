@@ -23,6 +23,7 @@ constexpr Tier avx512_vnni = [] {
   t.recurrent_int16 = recurrent<IntegerProduct<VnniWords, 6, 8, double>>();
   t.recurrent_weight = recurrent<FloatProduct<Avx512Machine, 6, 8>>();
   t.conv = conv<IntegerConv<Vnni>>();
+  t.conv_int16 = conv<Int16Conv<VnniWords>>();
   t.conv_weight = conv<FloatConv<Avx512Machine>>();
   return t;
 }();

@@ -92,6 +92,7 @@ constexpr Tier portable = [] {
   t.recurrent_int16 = recurrent<IntegerProduct<Plain, 2, 3, double>>();
   t.recurrent_weight = recurrent<FloatProduct<PlainMachine, 2, 3>>();
   t.conv = conv<IntegerConv<Plain>>();
+  t.conv_int16 = conv<Int16Conv<Plain>>();
   t.conv_weight = conv<FloatConv<PlainMachine>>();
   return t;
 }();

@@ -23,6 +23,7 @@ struct Tier {
   RecurrentKernel recurrent_int16;   // of int16 and int16_static
   RecurrentKernel recurrent_weight;  // of int8_weight
   ConvKernel conv;                   // of int8, int8_static and codes
+  ConvKernel conv_int16;             // of int16 and int16_static
   ConvKernel conv_weight;            // of int8_weight
   const Tier* base;                  // whose are the fields that are null here; or null
 };
@@ -76,6 +77,7 @@ inline Tier whole(const Tier& tier) {
     if (all.recurrent_int16.run == nullptr) all.recurrent_int16 = base->recurrent_int16;
     if (all.recurrent_weight.run == nullptr) all.recurrent_weight = base->recurrent_weight;
     if (all.conv.run == nullptr) all.conv = base->conv;
+    if (all.conv_int16.run == nullptr) all.conv_int16 = base->conv_int16;
     if (all.conv_weight.run == nullptr) all.conv_weight = base->conv_weight;
   }
   return all;
