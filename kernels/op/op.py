@@ -145,8 +145,11 @@ class Op(Declaration):
         # the answer, which takes 1 µs. Its number says the same, and nothing the default.
         last = self.inputs[-1]
         if last.kind == "ScalarType":
-            allowed = self.dtypes[last.name]
-            numbers = {dtype: (dtype_number(dtype),) for dtype in allowed}
+            numbers: dict[Any, tuple[int, ...]] = {
+                dtype: (dtype_number(dtype),)
+                for dtype in self.dtypes[last.name]
+                if isinstance(dtype, torch.dtype)
+            }
             self._ends = numbers | ({self.default(last): ()} if last.optional else {})
 
     def _native_first(self, kernel: Callable[..., Any]) -> Callable[..., Any]:

@@ -47,7 +47,7 @@ class OwnForward(QEmbedding):
 
 def _empty(kind: type[nn.Embedding]) -> OwnForward:
     """For pickle, which finds no class that was made at run time."""
-    made = quantized_class(kind)
+    made = quantized_class(cast(Any, kind))
     return made.__new__(made)
 
 
@@ -141,7 +141,7 @@ def _keep_tensors(source: nn.Module, target: nn.Module, own: Own) -> None:
 def around(table: nn.Embedding, scheme: str, own: Own) -> QEmbedding:
     """The quantised twin of a table with a forward of its own."""
     layer = QEmbedding.around(table, scheme)
-    layer.__class__ = quantized_class(type(table))
+    layer.__class__ = quantized_class(cast(Any, type(table)))
     _keep_tensors(table, layer, own)
     return layer
 
