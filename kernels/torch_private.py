@@ -51,7 +51,9 @@ __all__ = [
     "any_requires_grad",
     "append_post_grad_pass",
     "below_autograd",
+    "below_overload",
     "count_operations",
+    "dtype_number",
     "get_proxy_mode",
     "in_forward_mode",
     "in_functorch_transform",
@@ -82,6 +84,18 @@ def unregister(library: torch.library.Library) -> None:
     library._destroy()
 
 
+def below_overload(overload: Any) -> Callable[..., Any]:
+    """What an overload calls: itself without its frame of Python."""
+    call: Callable[..., Any] = overload._op
+    return call
+
+
+def dtype_number(dtype: torch.dtype) -> int:
+    """What stands for a dtype in C++ and in a call of an op."""
+    number: int = torch.ops.prim.dtype(torch.empty(0, dtype=dtype, device="cpu"))
+    return number
+
+
 def active_ddp() -> Any:
     """The `DistributedDataParallel` in whose forward this is called, or None."""
     return DistributedDataParallel._active_ddp_module
@@ -102,6 +116,8 @@ def in_forward_mode() -> bool:
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _modes = torch._C._len_torch_dispatch_stack
+_records = torch.is_grad_enabled
+_tracer = torch._C._get_tracing_state
 
 
 def in_mode() -> bool:
@@ -116,7 +132,7 @@ def is_exporting() -> bool:
 
 def is_jit_tracing() -> bool:
     """Whether `torch.jit.trace` records."""
-    return torch._C._get_tracing_state() is not None
+    return _tracer() is not None
 
 
 def is_observed(args: Sequence[Any]) -> bool:
@@ -124,11 +140,11 @@ def is_observed(args: Sequence[Any]) -> bool:
     mode, a tracer, or a subclass of Tensor.
     """
     return (
-        (torch.is_grad_enabled() and any_requires_grad(*args))
+        (_records() and any_requires_grad(*args))
         or in_functorch_transform()
         or forward_ad._current_level >= 0
         or _modes() > 0
-        or is_jit_tracing()
+        or _tracer() is not None
         or type(args[0]) not in _PLAIN
     )
 

@@ -109,6 +109,10 @@ class Kind:
         """The parameters that a plain layer has, None included; one with more is refused."""
         return ("weight", "bias")
 
+    def keeps(self, module: nn.Module) -> Iterable[str]:
+        """The buffers of a layer that the one in its place has too."""
+        return ()
+
     def weights(self, module: nn.Module) -> dict[str, Any]:
         """The parameters of a float layer that are to be quantised."""
         return {n: p for n, p in module._parameters.items() if n.startswith("weight")}

@@ -105,7 +105,7 @@ def _foreign(module: nn.Module) -> str | None:
     """What to call a layer that the package does not know."""
     kind = kind_of(module)
     standard = kind is not None and kind.standard and type(module) in kind.quantized
-    return None if standard else f"qnn.{type(module).__name__}"
+    return None if standard else getattr(module, "_who", "a layer").partition("(")[0]
 
 
 def _elsewhere(

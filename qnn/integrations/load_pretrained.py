@@ -88,10 +88,18 @@ def _register() -> None:
     def before_loading(self: Any, model: Any, **_: Any) -> None:
         found = {"quantization_config": self.quantization_config.described}
         convert(model, schemes_of(found, model), inplace=True)
-        for layer in _layers(model).values():
+        layers = _layers(model)
+        for layer in layers.values():
             layer._empty_weights("meta", on_disk=True)
         self.tied = dict(model.all_tied_weights_keys)
-        model.all_tied_weights_keys = _tied_parts(self.tied, _layers(model))
+        model.all_tied_weights_keys = _tied_parts(self.tied, layers)
+        for target in model.all_tied_weights_keys:
+            name, _, part = target.rpartition(".")
+            if name in layers:
+                # As transformers marks what a tie will fill: it sets this on `layer.weight`, which
+                # is another object each time, and would draw the layer anew.
+                held: Any = layers[name]._parameters[part]
+                held._is_hf_initialized = True
 
     def is_read_by_its_layer(self: Any, model: nn.Module, param_name: str, **_: Any) -> bool:
         return param_name.rpartition(".")[0] in _layers(model)

@@ -88,11 +88,14 @@ class Quantized(Stored):
     def _held(self, weight: str) -> tuple[torch.Tensor, ...]:
         """The tensors that a weight is stored in, as an op takes them."""
         parameters: Any = self._parameters
-        held = tuple([parameters[name] for name in self._part_names[weight]])
+        held = [parameters[name] for name in self._part_names[weight]]
         for part in held:
-            if part.requires_grad or held[0].dtype is not self._storage:
-                return tuple(self._part(name, part) for name, part in self._parts_of(weight))
-        return held
+            if part.requires_grad:
+                break
+        else:
+            if held[0].dtype is self._storage:
+                return tuple(held)
+        return tuple(self._part(name, part) for name, part in self._parts_of(weight))
 
     def _stored_of(self, weight: str) -> tuple[nn.Parameter, ...]:
         """The parameters that a weight is stored in, the values first."""

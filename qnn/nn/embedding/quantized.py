@@ -356,7 +356,7 @@ def _of_other_kind(layer: QEmbedding, input: Any) -> Any:
     if isinstance(input, torch.Tensor) and input.layout == torch.jagged:
         nested: Any = input
         return torch.nested.nested_tensor_from_jagged(
-            layer.forward(nested.values()),
+            QEmbedding.forward(layer, nested.values()),  # not what a subclass has around it
             nested.offsets(),
             nested.lengths(),
             jagged_dim=nested._ragged_idx,

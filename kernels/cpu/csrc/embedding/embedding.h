@@ -12,18 +12,19 @@ namespace {
 constexpr int64_t kPiece = 512;
 static_assert(kPiece % AllDecoders::kStep == 0);
 
-// The floats of columns k … k + count of a row, in `to`, which has room for whole steps; without
-// the scale of the whole row. Not for inlining, as what follows: a switch over decoders or formats,
-// each time, is much of a file.
+// The values of columns k … k + count of a row times `scale`, in `to`, which has room for whole
+// steps. Not for inlining, as what follows: a switch over decoders or formats, each time, is much
+// of a file.
 __attribute__((noinline)) void decode_piece(const WeightRow& row, int64_t k, int64_t count,
-                                            float* to) {
+                                            float scale, float* to) {
+  const vfloat by = splat(scale);
   AllDecoders::with(row.decoder, [&](auto decoder) {
     using D = decltype(decoder);
-    D::panel(to, row, k, count);
+    D::panel(to, row, k, count, [&](vfloat v) { return v * by; });
     // A product may have the NaN of a row in its first place; here each value has its own.
     if constexpr (D::kDecoder == Decoder::e4m3) {
       if (to[0] != to[0]) {
-        for (int64_t i = 0; i < count; ++i) to[i] = kE4m3Values.values[row.codes[k + i]];
+        for (int64_t i = 0; i < count; ++i) to[i] = kE4m3Values.values[row.codes[k + i]] * scale;
       }
     }
   });
@@ -60,13 +61,12 @@ struct Lookups {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t id = p.id(i), at = i * k;
       const WeightRow row = T::row(p.table, id);
-      const vfloat by = splat(scale(id));
+      const float by = scale(id);
       for (int64_t c = 0; c < k; c += kPiece) {
         const int64_t count = smaller(kPiece, k - c);
         const bool in_place = p.table.y_dtype == DType::float32 && count % AllDecoders::kStep == 0;
         float* to = in_place ? static_cast<float*>(p.table.y) + at + c : values;
-        decode_piece(row, c, count, to);
-        in_vectors(count, [&](int64_t j) { write(to + j, read<vfloat>(to + j) * by); });
+        decode_piece(row, c, count, by, to);
         if (!in_place) store_piece(p.table.y_dtype, p.table.y, at + c, values, count);
       }
     }
@@ -83,13 +83,12 @@ struct Lookups {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t id = p.id(i);
         if (id == p.padding) continue;
-        decode_piece(T::row(p.table, id), c, count, values);
-        const vfloat by = splat(scale(id));
+        decode_piece(T::row(p.table, id), c, count, scale(id), values);
         alignas(64) float one[kLanes] = {1.0f};
         if (p.weights != nullptr) to_floats(p.table.y_dtype, p.weights, i, 1, kLanes, one);
         const vfloat weight = splat(one[0]);
         in_vectors(count, [&](int64_t j) {
-          const vfloat v = read<vfloat>(values + j) * by * weight, sum = read<vfloat>(sums + j);
+          const vfloat v = read<vfloat>(values + j) * weight, sum = read<vfloat>(sums + j);
           if (largest) {
             write(sums + j, (v > sum) | (v != v) ? v : sum);  // NaN stays NaN
           } else {

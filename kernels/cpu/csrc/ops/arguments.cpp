@@ -465,7 +465,8 @@ const void* Arguments::copy(const Tensor& t, MemoryFormat format) {
 
 Tensor Arguments::empty(const std::vector<int64_t>& sizes, ScalarType dtype,
                         bool second_last) const {
-  std::vector<int64_t> strides(sizes.size(), 1);
+  thread_local std::vector<int64_t> strides;
+  strides.assign(sizes.size(), 1);
   int64_t stride = second_last ? std::max<int64_t>(sizes[1], 1) : 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     if (second_last && i == 1) continue;

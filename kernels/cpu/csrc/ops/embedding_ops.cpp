@@ -105,8 +105,10 @@ class Call {
 
 Tensor embedding(const Op& op, const Tier& tier, const Table& t) {
   Arguments args(op.signature, t.ids, t.codes, t.scales, t.extra, &t.dtype);
-  std::vector<int64_t> sizes(t.ids.dim());
-  for (int64_t i = 0; i < t.ids.dim(); ++i) sizes[i] = t.ids.size(i);
+  const auto lead = t.ids.sizes();
+  std::vector<int64_t> sizes;
+  sizes.reserve(lead.size() + 1);
+  sizes.assign(lead.begin(), lead.end());
   return Call(args, op, t).run(std::move(sizes), tier);
 }
 
@@ -144,25 +146,27 @@ const Op& bag_op() {
 }
 
 template <size_t kIndex>
-Tensor embedding_of(Tensor ids, Tensor wq, Tensor sw, ScalarType dtype) {
+Tensor embedding_of(const Tensor& ids, const Tensor& wq, const Tensor& sw, ScalarType dtype) {
   return embedding(embedding_op<kIndex>(), best_tier(), {ids, wq, sw, nullptr, dtype});
 }
 
 template <size_t kIndex>
-Tensor embedding_of_extra(Tensor ids, Tensor wq, Tensor sw, Tensor extra, ScalarType dtype) {
+Tensor embedding_of_extra(const Tensor& ids, const Tensor& wq, const Tensor& sw,
+                          const Tensor& extra, ScalarType dtype) {
   return embedding(embedding_op<kIndex>(), best_tier(), {ids, wq, sw, &extra, dtype});
 }
 
 template <size_t kIndex>
-Tensor bag_of(Tensor ids, Tensor offsets, Tensor wq, Tensor sw, Maybe weights, std::string mode,
-              int64_t padding, ScalarType dtype) {
+Tensor bag_of(const Tensor& ids, const Tensor& offsets, const Tensor& wq, const Tensor& sw,
+              const Maybe& weights, const std::string& mode, int64_t padding, ScalarType dtype) {
   return embedding_bag(bag_op<kIndex>(), best_tier(), {ids, wq, sw, nullptr, dtype},
                        {offsets, weights, mode, padding});
 }
 
 template <size_t kIndex>
-Tensor bag_of_extra(Tensor ids, Tensor offsets, Tensor wq, Tensor sw, Tensor extra, Maybe weights,
-                    std::string mode, int64_t padding, ScalarType dtype) {
+Tensor bag_of_extra(const Tensor& ids, const Tensor& offsets, const Tensor& wq, const Tensor& sw,
+                    const Tensor& extra, const Maybe& weights, const std::string& mode,
+                    int64_t padding, ScalarType dtype) {
   return embedding_bag(bag_op<kIndex>(), best_tier(), {ids, wq, sw, &extra, dtype},
                        {offsets, weights, mode, padding});
 }

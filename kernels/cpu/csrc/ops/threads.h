@@ -52,8 +52,9 @@ inline char* scratch_of_this_thread(size_t bytes) {
 
 // All of torch's threads at most, and no more than the work is worth.
 inline int parts_of(int64_t worth) {
+  if (worth <= 1) return 1;
   const int64_t threads = torch::stable::get_num_threads();
-  return static_cast<int>(std::clamp<int64_t>(worth, 1, std::max<int64_t>(threads, 1)));
+  return static_cast<int>(std::clamp<int64_t>(threads, 1, worth));
 }
 
 // `work(part, parts)` on torch's threads.

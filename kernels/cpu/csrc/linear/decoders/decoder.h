@@ -11,8 +11,8 @@
 //                       the codes of w from i on, of which `left` are there, times R rows of x: onto
 //                       the sums, as add(row, a, b) of vectors whose product is added
 //   unit(state)         what a row's sums are to be multiplied by
-//   panel(to, w, i, count)
-//                       the values of the codes from i on, in order
+//   panel(to, w, i, count, each)
+//                       the values of the codes from i on, in order, as each(value) if it is given
 // clang-format on
 //
 // One whose codes become floats first is a ByFloats<D>, and has instead of the last four
@@ -42,6 +42,10 @@ struct WeightRow {
   int shift;                   // a group is 2^shift codes
 };
 
+struct AsTheyAre {
+  vfloat operator()(vfloat v) const { return v; }
+};
+
 template <class D>
 struct ByFloats {
   static constexpr bool kInTurn = false;
@@ -59,7 +63,9 @@ struct ByFloats {
     return D::spoilt(state) ? __builtin_nanf("") : D::kUnit;
   }
   // A NaN that the floats do not show goes first.
-  static void panel(float* to, const WeightRow& w, int64_t k, int64_t depth) {
+  template <class Each = AsTheyAre>
+  static void panel(float* to, const WeightRow& w, int64_t k, int64_t depth,
+                    const Each& each = {}) {
     typename D::State state = {};
     for (int64_t i = 0; i < depth; i += D::kStep) {
       vfloat v[D::kStep / kLanes];
@@ -67,7 +73,7 @@ struct ByFloats {
       D::natural(v);
       for (int j = 0; j < D::kStep / kLanes; ++j) {
         if constexpr (D::kUnit != 1) v[j] *= D::kUnit;
-        write(to + i + j * kLanes, v[j]);
+        write(to + i + j * kLanes, each(v[j]));
       }
     }
     if (D::spoilt(state)) to[0] = __builtin_nanf("");

@@ -127,7 +127,9 @@ struct Int4Codes {
     }
   }
 
-  static void panel(float* to, const WeightRow& w, int64_t k, int64_t depth) {
+  template <class Each = AsTheyAre>
+  static void panel(float* to, const WeightRow& w, int64_t k, int64_t depth,
+                    const Each& each = {}) {
     vint lanes;
     for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
     const vuint shifts = (vuint)(lanes & 7) << 2;
@@ -140,7 +142,7 @@ struct Int4Codes {
       if constexpr (kLanes == 4) words = words >> (i % 8 * 4);
       const vint zero = splat(w.zero_points == nullptr ? 8 : int32_t{w.zero_points[group]});
       const vfloat v = floats((vint)(words >> shifts & 15) - zero);
-      write(to + i - k, v * static_cast<const float*>(w.scales)[group]);
+      write(to + i - k, each(v * static_cast<const float*>(w.scales)[group]));
     }
   }
 };
