@@ -1,0 +1,188 @@
+"""What is known of a graph without running it: which values are constant, and which are written
+to."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from qnn.pt2e.observers import is_observer
+
+# Between the codes of a weight and what reads it: these stay in the graph.
+_KEPT = (
+    "quantized_decomposed::dequantize",
+    "quantized_decomposed::convert_element_type",
+    "torchao::dequantize",
+)
+
+
+def attribute(module: nn.Module, target: str) -> Any:
+    """`module.a.b` for the target `a.b`; None where there is no such thing."""
+    at: Any = module
+    for name in target.split("."):
+        at = getattr(at, name, None)
+    return at
+
+
+def free_name(module: nn.Module, wanted: str) -> str:
+    """`wanted`, or with a number where a module, parameter or buffer has that name."""
+    name, at = wanted, 0
+    while attribute(module, name) is not None:
+        at += 1
+        name = f"{wanted}_{at}"
+    return name
+
+
+def register(module: nn.Module, target: str, tensor: torch.Tensor) -> None:
+    """Hold a tensor as the buffer `target`, in the place of what has that name."""
+    path, _, name = target.rpartition(".")
+    owner = holder(module, path)
+    owner._parameters.pop(name, None)
+    owner._buffers.pop(name, None)
+    owner.register_buffer(name, tensor)
+
+
+def holder(module: nn.Module, path: str) -> nn.Module:
+    """The submodule at `path`, made where it is missing."""
+    at = module
+    for name in path.split(".") if path else ():
+        if name not in at._modules:
+            at.add_module(name, nn.Module())
+        at = at._modules[name]  # type: ignore[assignment]
+    return at
+
+
+def forget(module: nn.Module, target: str) -> None:
+    """Take away a parameter, buffer or module."""
+    path, _, name = target.rpartition(".")
+    owner = attribute(module, path) if path else module
+    for held in (owner._parameters, owner._buffers, owner._modules):
+        held.pop(name, None)
+    owner.__dict__.pop(name, None)
+
+
+def names_of(gm: GraphModule, tensor: torch.Tensor) -> list[str]:
+    """All names of a parameter or buffer."""
+    named = [
+        *gm.named_parameters(remove_duplicate=False),
+        *gm.named_buffers(remove_duplicate=False),
+    ]
+    return [name for name, each in named if each is tensor]
+
+
+def erase_with_inputs(gm: GraphModule, node: Node) -> None:
+    """Erase a node that nothing reads, and what was computed for it alone."""
+    pending, erased = [node], set()
+    while pending:
+        node = pending.pop()
+        if node.users or node in erased or node.op in ("placeholder", "output"):
+            continue
+        if node.op == "call_module" and not is_observer(attribute(gm, str(node.target))):
+            continue
+        if (schema := schema_of(node)) is not None and schema.is_mutable:
+            continue
+        pending += node.all_input_nodes
+        gm.graph.erase_node(node)
+        erased.add(node)
+
+
+def schema_of(node: Node) -> Any:
+    """The schema of the op that a node calls, or None."""
+    return getattr(node.target, "_schema", None) if node.op == "call_function" else None
+
+
+def root_of(node: Node) -> Node:
+    """The node whose memory `node` is a view of, or which it has written to; itself for most."""
+    while (schema := schema_of(node)) is not None and schema.arguments and node.args:
+        source = node.args[0]
+        if schema.arguments[0].alias_info is None or not isinstance(source, Node):
+            break
+        node = source
+    return node
+
+
+def writes(graph: torch.fx.Graph) -> dict[Node, list[Node]]:
+    """The nodes that write to the memory of each root, in the order of the graph."""
+    found: dict[Node, list[Node]] = {}
+    for node in graph.nodes:
+        if (schema := schema_of(node)) is None or not schema.is_mutable:
+            continue
+        given = dict(zip((a.name for a in schema.arguments), node.args, strict=False))
+        given |= node.kwargs
+        for argument in schema.arguments:
+            value = given.get(argument.name)
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            for each in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(each, Node):
+                    found.setdefault(root_of(each), []).append(node)
+    return found
+
+
+def is_written_buffer(gm: GraphModule, node: Node, source: Node) -> bool:
+    """Whether `node` writes to `source`, which is a buffer or a view of one: the place that it
+    writes to is not a value to be quantised.
+    """
+    schema = schema_of(node)
+    if schema is None or not node.args or node.args[0] is not source or not schema.arguments:
+        return False
+    info = schema.arguments[0].alias_info
+    root = root_of(source)
+    return info is not None and info.is_write and root.op == "get_attr"
+
+
+class Constants:
+    """The values of nodes that depend on parameters and buffers alone, computed once each.
+
+    What the graph writes to is not constant, and neither is what is drawn at random, dequantised,
+    or made of no tensor.
+    """
+
+    def __init__(self, gm: GraphModule) -> None:
+        self._gm = gm
+        self._values: dict[Node, torch.Tensor | None] = {}
+        roots = (attribute(gm, str(n.target)) for n in writes(gm.graph) if n.op == "get_attr")
+        self._written = {_memory(each) for each in roots if isinstance(each, torch.Tensor)}
+
+    def value(self, node: Node) -> torch.Tensor | None:
+        """The value of a node, or None where it is not constant."""
+        if node not in self._values:
+            self._values[node] = self._compute(node)
+        return self._values[node]
+
+    def _compute(self, node: Node) -> torch.Tensor | None:
+        if node.op == "get_attr":
+            held = attribute(self._gm, str(node.target))
+            known = isinstance(held, torch.Tensor) and _memory(held) not in self._written
+            return held.detach() if known else None
+        if node.op == "call_module" and is_observer(attribute(self._gm, str(node.target))):
+            source = node.args[0]
+            return self.value(source) if isinstance(source, Node) else None
+        if not self._is_pure(node) or not node.all_input_nodes:
+            return None
+        values = {source: self.value(source) for source in node.all_input_nodes}
+        if any(value is None for value in values.values()):
+            return None
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        target: Any = node.target
+        with torch.no_grad():
+            result: torch.Tensor = target(*args, **kwargs)
+        return result
+
+    def _is_pure(self, node: Node) -> bool:
+        if node.op == "call_function" and node.target is operator.getitem:
+            return True
+        if (schema := schema_of(node)) is None or schema.is_mutable:
+            return False
+        tags = getattr(node.target, "tags", ())
+        return torch.Tag.nondeterministic_seeded not in tags and not schema.name.startswith(_KEPT)
+
+
+def _memory(tensor: torch.Tensor) -> tuple[str, int]:
+    if tensor.is_meta:
+        return "meta", id(tensor)
+    return str(tensor.device), tensor.untyped_storage().data_ptr()
