@@ -95,12 +95,19 @@ def schema_of(node: Node) -> Any:
     return getattr(node.target, "_schema", None) if node.op == "call_function" else None
 
 
+def base_of(node: Node) -> Node | None:
+    """The node whose memory `node` is a view of, or has written to; None for most."""
+    schema = schema_of(node)
+    if schema is None or not schema.arguments or not node.args:
+        return None
+    source = node.args[0]
+    aliased = schema.arguments[0].alias_info is not None
+    return source if aliased and isinstance(source, Node) else None
+
+
 def root_of(node: Node) -> Node:
-    """The node whose memory `node` is a view of, or which it has written to; itself for most."""
-    while (schema := schema_of(node)) is not None and schema.arguments and node.args:
-        source = node.args[0]
-        if schema.arguments[0].alias_info is None or not isinstance(source, Node):
-            break
+    """The base of the base of … `node`; itself for most."""
+    while (source := base_of(node)) is not None:
         node = source
     return node
 
@@ -123,16 +130,22 @@ def writes(graph: torch.fx.Graph) -> dict[Node, list[Node]]:
     return found
 
 
-def is_written_buffer(gm: GraphModule, node: Node, source: Node) -> bool:
-    """Whether `node` writes to `source`, which is a buffer or a view of one: the place that it
-    writes to is not a value to be quantised.
+def destinations(graph: torch.fx.Graph) -> tuple[set[tuple[Node, Node]], set[Node]]:
+    """The edges and the outputs that must not become other tensors, since something is written
+    through them: to a buffer, or to a view of which others read the base.
     """
-    schema = schema_of(node)
-    if schema is None or not node.args or node.args[0] is not source or not schema.arguments:
-        return False
-    info = schema.arguments[0].alias_info
-    root = root_of(source)
-    return info is not None and info.is_write and root.op == "get_attr"
+    edges: set[tuple[Node, Node]] = set()
+    outputs: set[Node] = set()
+    for writers in writes(graph).values():
+        for writer in writers:
+            chain = [writer]
+            while isinstance(source := base_of(chain[-1]), Node):
+                chain.append(source)
+            views = any(not schema_of(node).is_mutable for node in chain[1:-1])
+            if views or chain[-1].op == "get_attr":
+                edges |= set(zip(chain[1:], chain, strict=False))
+                outputs |= set(chain[1:] if chain[-1].op == "get_attr" else chain[1:-1])
+    return edges, outputs
 
 
 class Constants:

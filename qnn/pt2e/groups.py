@@ -105,7 +105,7 @@ def groups_of(specs: dict[EdgeOrNode, Any]) -> dict[EdgeOrNode, Group]:
             first.setdefault(root(place), place)
 
     for place in specs:
-        if not isinstance(place, tuple) or not specs_on(place[1]).allow_implicit_sharing:
+        if not isinstance(place, tuple) or not _shares(place[1]):
             continue
         for other in _of_the_same_tensor(*place):
             mine, its = root(place), root(other) if other in specs else None
@@ -147,6 +147,10 @@ def shared_with(spec: Any, place: Any) -> EdgeOrNode | None:
             f"consumer), or a node; got {other!r}."
         )
     return other
+
+
+def _shares(consumer: Node) -> bool:
+    return bool(getattr(specs_on(consumer), "allow_implicit_sharing", True))
 
 
 def _of_the_same_tensor(producer: Node, consumer: Node) -> Iterable[EdgeOrNode]:

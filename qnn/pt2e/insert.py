@@ -13,9 +13,9 @@ from torch.fx import GraphModule, Node
 from qnn.pt2e.constants import (
     Constants,
     attribute,
+    destinations,
     free_name,
     holder,
-    is_written_buffer,
     root_of,
     writes,
 )
@@ -32,8 +32,11 @@ from qnn.pt2e.specs import (
 NOTES = "qnn_notes"
 """The key of `gm.meta` with what is to be said of a whole graph: a list of sentences."""
 
+INSERTED = "qnn_observers"
+"""The key of `gm.meta` with the names of the observers that were inserted."""
+
 _DONE = "qnn_annotation_done"
-_HUGE = 3.4e38  # what is as large makes the range of a product infinite
+_HUGE = 3e38  # what is as large makes the range of a product infinite
 
 Callback = Callable[[GraphModule, dict[EdgeOrNode, nn.Module]], Any]
 
@@ -46,8 +49,8 @@ def insert_observers(
 
     An observer on an output is read by all that read the output; one on an edge by its consumer
     alone. One observer has one name, after the layer that it first observes (`c1.input_observer`),
-    however many places share it. These stay without one: what is not a float tensor, where a node
-    writes to a buffer, and all of a node that has an integer operand, or a constant near the end of
+    however many places share it. These stay without one: what is not a float tensor, what a buffer
+    is written through, and all of a node that has an integer operand, or a constant near the end of
     float32: such a node has the reason in `node.meta`, under `WHY_LEFT`.
 
     Args:
@@ -143,6 +146,7 @@ class _Inserter:
         self._nodes = list(gm.graph.nodes)
         self._at = {node: at for at, node in enumerate(self._nodes)}
         self._written = writes(gm.graph)
+        self._kept_edges, self._kept_outputs = destinations(gm.graph)
         self._names: dict[nn.Module, str] = {}
         self._observed: dict[Node, Node] = {}  # by the call of an observer: what it observes
         self._calls: dict[tuple[Node, nn.Module, int], Node] = {}
@@ -211,7 +215,7 @@ class _Inserter:
         observer = self._observers.get((producer, node))
         if observer is None or not self._is_float(producer):
             return source
-        if is_written_buffer(self._gm, node, producer):
+        if (producer, node) in self._kept_edges:
             return source
         if source is not producer and self._observers.get(producer) is observer:
             return source  # observed as an output, by the same
@@ -229,7 +233,7 @@ class _Inserter:
 
     def _output(self, node: Node) -> None:
         observer = self._observers.get(node)
-        if observer is None or not self._is_float(node):
+        if observer is None or not self._is_float(node) or node in self._kept_outputs:
             return
         name = self._name(observer, node, None)
         call = self._call(name, node, node)
@@ -268,6 +272,7 @@ class _Inserter:
         if isinstance(value := self._value(producer or node), torch.Tensor) and not value.is_meta:
             observer = observer.to(value.device)
         holder(self._gm, path).add_module(last, observer)
+        self._gm.meta.setdefault(INSERTED, []).append(name)
         self._names[observer] = name
         return name
 

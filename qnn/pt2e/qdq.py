@@ -23,7 +23,9 @@ from qnn.pt2e.constants import (
     free_name,
     names_of,
     register,
+    writes,
 )
+from qnn.pt2e.insert import INSERTED
 from qnn.pt2e.observers import (
     FLOAT8,
     INTEGERS,
@@ -76,8 +78,12 @@ def write_qdq(
         strict: an observer that saw nothing is an error; else it is as its library says.
 
     Raises:
-        ValueError: observers that saw nothing, by name; a dtype that no node can hold.
+        ValueError: observers that saw nothing, by name; a dtype that no node can hold; a flag that
+            is not a bool.
     """
+    for name, flag in (("fold_quantize", fold_quantize), ("cancel", cancel), ("strict", strict)):
+        if not isinstance(flag, bool):
+            raise ValueError(f"qnn.pt2e: {name} must be True or False, got {flag!r}.")
     ops = quantized_decomposed()
     run_on_constants(gm)
     if strict:
@@ -87,7 +93,7 @@ def write_qdq(
     for node in list(gm.graph.nodes):
         if node.op == "call_module" and node.target in observers:
             writer.replace(node)
-    drop_observers(gm, observers)
+    drop_observers(gm, [*observers, *gm.meta.pop(INSERTED, ())])
     _erase_unread(gm)
     if cancel:
         cancel_pairs(gm)
@@ -286,6 +292,8 @@ def _calls(node: Any, names: tuple[str, ...]) -> bool:
 def drop_observers(gm: GraphModule, names: Iterable[str]) -> None:
     """Take the observers out of the module, and submodules that were made to hold them."""
     for name in names:
+        if not is_observer(attribute(gm, name)):
+            continue
         forget(gm, name)
         path = name.rpartition(".")[0]
         while path and type(at := attribute(gm, path)) is nn.Module and _is_empty(at):
@@ -336,9 +344,10 @@ def _readers(node: Node) -> list[Node]:
 
 
 def _one_for_each_reader(gm: GraphModule) -> None:
-    """A dequantise node for each annotated reader."""
+    """A dequantise node for each annotated reader, unless one of them writes to it."""
+    written = writes(gm.graph)
     for node in list(gm.graph.nodes):
-        if not _calls(node, _DEQUANTIZE[:1]) or _is_dynamic(node):
+        if not _calls(node, _DEQUANTIZE[:1]) or _is_dynamic(node) or node in written:
             continue
         if len(readers := _readers(node)) < 2:
             continue
