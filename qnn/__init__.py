@@ -17,10 +17,12 @@ from qnn import (
     kernels,
     moved,  # noqa: F401  # finds modules under their former names
     passes,
+    pt2e,
 )
 from qnn.calibration import parts
 from qnn.calibration.doubts import CalibrationWarning
 from qnn.calibration.fake_quantize import FakeQuantize, freeze_observers, unfreeze_observers
+from qnn.calibration.frozen_norms import freeze_bn, unfreeze_bn
 from qnn.calibration.spec import QuantSpec
 from qnn.integrations import compressed_tensors, load_pretrained
 from qnn.kernels import SCHEMES, Format, Scheme
@@ -110,6 +112,7 @@ __all__ = [
     "compare",
     "compressed_tensors",
     "convert",
+    "freeze_bn",
     "freeze_observers",
     "functional",
     "fuse",
@@ -118,9 +121,11 @@ __all__ = [
     "parts",
     "passes",
     "prepare",
+    "pt2e",
     "register_adapter",
     "register_kind",
     "sqnr",
     "summary",
+    "unfreeze_bn",
     "unfreeze_observers",
 ]

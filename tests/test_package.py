@@ -93,7 +93,7 @@ FLOORS = (
     "qnn.kernels.torch_private", "qnn.kernels.epilogue", "qnn.kernels.op", "qnn.kernels.formats",
     "qnn.kernels.reference", "qnn.kernels", "qnn.passes", "qnn.functional", "qnn.calibration",
     "qnn.kinds", "qnn.nn",
-    "qnn.verbs", "qnn.integrations", "qnn",
+    "qnn.verbs", "qnn.pt2e", "qnn.integrations", "qnn",
 )  # fmt: skip
 
 

@@ -23,6 +23,8 @@ Make = Callable[[nn.Module, Own], nn.Module]
 REASON = "_qnn_reason"
 # Where a layer keeps the names of what was folded into it; `summary` reads it too.
 FOLDED = "_qnn_folded"
+# In the `meta` of a graph: why nodes that are no modules stay float, by the node in words.
+LEFT = "qnn_left"
 
 
 @dataclass

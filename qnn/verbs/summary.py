@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 from torch.nn.parameter import is_lazy
 
 from qnn import kinds
@@ -18,7 +19,7 @@ from qnn.kinds import kind_of, own_tensors, waits
 from qnn.verbs.checks import WAITS, left_alone, require_module, why_not_plain
 from qnn.verbs.inventory import nbytes
 from qnn.verbs.inventory import size as _size
-from qnn.verbs.plan import FOLDED, REASON
+from qnn.verbs.plan import FOLDED, LEFT, REASON
 
 # Layers that people expect to be quantised too, and why they are not.
 _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
@@ -185,6 +186,9 @@ def _rows(model: nn.Module) -> Iterator[Row]:
         else:
             reason = _reason(module) + remark
             yield Row(name, title, None, _shape(module), after, after, None, reason)
+    left = getattr(model, "meta", {}).get(LEFT, {}) if isinstance(model, GraphModule) else {}
+    for name, reason in left.items():
+        yield Row(name, "operator", None, (), 0, 0, None, reason)
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:

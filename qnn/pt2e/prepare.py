@@ -1,0 +1,184 @@
+"""`prepare_pt2e` and `prepare_qat_pt2e`: an exported graph with observers in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from qnn.kernels import get_scheme
+from qnn.kinds import kind_of
+from qnn.pt2e import graph as graphs
+from qnn.pt2e.batch_norm import fold_nodes
+from qnn.pt2e.graph import ANNOTATION
+from qnn.pt2e.layers import BY_MODE
+from qnn.pt2e.lift import Lifted, lift
+from qnn.pt2e.quantizer import call_if_there
+from qnn.verbs.checks import left_alone, why_not
+from qnn.verbs.plan import FOLDED, LEFT, REASON
+from qnn.verbs.prepare import prepare
+
+# What a prepared graph knows, in its `meta`: the schemes of the layers that have no observers.
+SCHEMES = "qnn_schemes"
+# There too: why layers stay float, by their names.
+REASONS = "qnn_reasons"
+
+
+def prepare_pt2e(
+    model: Any, quantizer: Any, *, inplace: bool = False, progress: bool | str = True
+) -> GraphModule:
+    """Make an exported model ready for calibration.
+
+    Each BatchNorm is folded into the layer before it, where that is exact. The quantizer annotates
+    the graph. The nodes that it gives a scheme become calls of layers, under the names that their
+    parameters have; those of a scheme with fixed grids observe their inputs. The outputs are those
+    of the float model. Then run the model on data, or `qnn.calibrate` it, and `convert_pt2e`.
+
+    Args:
+        model: what `torch.export.export(model, args)` returns, or its `module()`. A batch of any
+            size needs dynamic shapes there.
+        quantizer: an `Int8Quantizer`, or any object with its methods.
+        inplace: change the module itself; otherwise it is copied, and untouched.
+        progress: as in `qnn.convert`.
+
+    Returns:
+        The prepared graph, in evaluation mode. `train()` and `eval()` work.
+
+    Raises:
+        TypeError: a model that is not exported, or a quantizer without `annotate`.
+        ValueError: nothing was annotated, with the reason of each node that might be.
+    """
+    return _prepare("qnn.pt2e.prepare_pt2e", model, quantizer, inplace, progress, qat=False)
+
+
+def prepare_qat_pt2e(
+    model: Any, quantizer: Any, *, inplace: bool = False, progress: bool | str = True
+) -> GraphModule:
+    """Make an exported model ready for quantisation-aware training.
+
+    As `prepare_pt2e`, but BatchNorms stay and are trained, as real modules with their own eps and
+    momentum, and inputs and weights are fake-quantised. `convert_pt2e` folds them. Observers move
+    in training mode alone; `qnn.freeze_observers` stops them.
+
+    Returns:
+        The prepared graph, in training mode; its parameters are copies unless `inplace`, so that an
+        optimizer is made after it.
+    """
+    return _prepare("qnn.pt2e.prepare_qat_pt2e", model, quantizer, inplace, progress, qat=True)
+
+
+def _prepare(
+    who: str, model: Any, quantizer: Any, inplace: bool, progress: bool | str, *, qat: bool
+) -> GraphModule:
+    if not callable(getattr(quantizer, "annotate", None)):
+        raise TypeError(
+            f"{who}: quantizer must have a method annotate(model), as qnn.pt2e.Int8Quantizer has; "
+            f"got {type(quantizer).__name__}."
+        )
+    root = graphs.own(model, inplace=inplace, who=who)
+    folded = {} if qat else fold_nodes(root)
+    root = call_if_there(quantizer, "transform_for_annotation", root) or root
+    quantizer.annotate(root)
+    call_if_there(quantizer, "validate", root)
+    annotated = [n for n in root.graph.nodes if graphs.is_annotated(n)]
+    by_scheme = [n for n in annotated if _scheme_of(n) is not None]
+    told: dict[Any, str] = {n.name: graphs.told(n) for n in root.graph.nodes}
+    reasons: dict[str, str] = dict(getattr(quantizer, "reasons", {}))
+    _check_something(who, annotated, {told.get(n) or n: reason for n, reason in reasons.items()})
+    others = set(annotated) - set(by_scheme)
+    lifted = lift(root, lambda n: n not in others and (bool(by_scheme) or n.target in BY_MODE))
+    schemes, left = _choose(root, lifted, reasons)
+    for name, norm in folded.items():
+        _note_fold(root, name, norm)
+    _observe(root, schemes, qat, progress)
+    reasons |= {node.name: reason for node, reason in lifted.reasons.items()}
+    gone = {node.meta["qnn_node"] for calls in lifted.layers.values() for node in calls}
+    root.meta[LEFT] = {told[n]: why for n, why in reasons.items() if n in told and n not in gone}
+    root.meta[REASONS] = left
+    set_reasons(root)
+    return root.train(qat)
+
+
+def set_reasons(root: GraphModule) -> None:
+    """Put on each layer that stays float why it does; a verb has a word of its own on those that it
+    was not to take.
+    """
+    for name, reason in root.meta.get(REASONS, {}).items():
+        setattr(root.get_submodule(name), REASON, reason)
+
+
+def _scheme_of(node: Node) -> Any:
+    return getattr(node.meta.get(ANNOTATION), "scheme", None)
+
+
+def _check_something(who: str, annotated: list[Node], reasons: dict[str, str]) -> None:
+    """Raise if there is nothing to do; `reasons` by the node in words."""
+    if annotated:
+        return
+    listed = "\n".join(f"  {node}: {reason}" for node, reason in reasons.items())
+    raise ValueError(
+        f"{who}: the quantizer annotated nothing"
+        + (f"; what it might have taken:\n{listed}" if listed else "; the graph calls no layer.")
+    )
+
+
+def _choose(
+    root: GraphModule, lifted: Lifted, reasons: dict[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The scheme of each layer, by its name, and why the others stay float; `reasons` are those of
+    the nodes that the quantizer left alone.
+    """
+    schemes, left = dict[str, str](), dict[str, str]()
+    for name, calls in lifted.layers.items():
+        layer = root.get_submodule(name)
+        kind = kind_of(layer)
+        if kind is None:
+            if "qnn_reason" in calls[0].meta:
+                left[name] = calls[0].meta["qnn_reason"]
+            continue
+        found = {_scheme_of(node) for node in calls}
+        alone = [node for node in calls if _scheme_of(node) is None]
+        reason: str | None
+        if (reader := lifted.read_elsewhere.get(name)) is not None:
+            reason = f"its weight is read as a float tensor by {reader}"
+        elif alone:
+            reason = reasons.get(alone[0].meta["qnn_node"], "the quantizer did not annotate it")
+            if len(found) > 1:
+                reason = f"one of its calls needs the float weight: {reason}"
+        elif len(found) > 1:
+            reason = f"its calls would get the schemes {' and '.join(sorted(map(str, found)))}"
+        else:
+            scheme = _for_kind(kind.name, str(_scheme_of(calls[0])))
+            reason = left_alone(layer, scheme, named=True) or why_not(layer, scheme)
+        if reason is None:
+            schemes[name] = scheme
+        else:
+            left[name] = reason
+    return schemes, left
+
+
+def _for_kind(kind: str, scheme: str) -> str:
+    """The scheme for a kind of layers: a table has no activations, and so no grid."""
+    return "int8_weight" if kind == "embedding" and get_scheme(scheme).static else scheme
+
+
+def _note_fold(root: GraphModule, name: str, norm: str) -> None:
+    layer = root.get_submodule(name)
+    layer.__dict__[FOLDED] = f"{getattr(layer, FOLDED, '')}; BatchNorm {norm} folded in"
+
+
+def _observe(root: GraphModule, schemes: dict[str, str], qat: bool, progress: bool | str) -> None:
+    """Observe the layers of schemes with grids, and keep the schemes of the others."""
+    observed: dict[str, list[str]] = {}
+    for name, scheme in schemes.items():
+        if get_scheme(scheme).static:
+            observed.setdefault(scheme, []).append(name)
+    for scheme, names in observed.items():
+        wanted = {id(root.get_submodule(name)) for name in names}
+
+        def picks(_: str, module: nn.Module, wanted: set[int] = wanted) -> bool:
+            return id(module) in wanted
+
+        prepare(root, scheme, include=picks, qat=qat, inplace=True, progress=progress)
+    root.meta[SCHEMES] = {n: s for n, s in schemes.items() if not get_scheme(s).static}
