@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from qnn.pt2e.graph import is_annotated
 from qnn.pt2e.insert import insert_observers
 from qnn.pt2e.observers import is_observer
 from qnn.pt2e.specs import (
@@ -54,7 +55,7 @@ def of_layers(
 
     def annotate(gm: GraphModule) -> None:
         for node in gm.graph.nodes:
-            if node.target not in LAYERS:
+            if node.target not in LAYERS or is_annotated(node):
                 continue
             annotate_input_qspec_map(node, node.args[0], act)
             annotate_input_qspec_map(node, node.args[1], weight)

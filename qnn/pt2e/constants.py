@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from qnn.pt2e.graph import put
 from qnn.pt2e.observers import is_observer
 
 # Between the codes of a weight and what reads it: these stay in the graph.
@@ -28,32 +29,15 @@ def attribute(module: nn.Module, target: str) -> Any:
     return at
 
 
-def free_name(module: nn.Module, wanted: str) -> str:
-    """`wanted`, or with a number where a module, parameter or buffer has that name."""
-    name, at = wanted, 0
-    while attribute(module, name) is not None:
-        at += 1
-        name = f"{wanted}_{at}"
-    return name
-
-
 def register(module: nn.Module, target: str, tensor: torch.Tensor) -> None:
     """Hold a tensor as the buffer `target`, in the place of what has that name."""
     path, _, name = target.rpartition(".")
-    owner = holder(module, path)
+    if path and attribute(module, path) is None:
+        put(module, path, nn.Module())
+    owner = attribute(module, path) if path else module
     owner._parameters.pop(name, None)
     owner._buffers.pop(name, None)
     owner.register_buffer(name, tensor)
-
-
-def holder(module: nn.Module, path: str) -> nn.Module:
-    """The submodule at `path`, made where it is missing."""
-    at = module
-    for name in path.split(".") if path else ():
-        if name not in at._modules:
-            at.add_module(name, nn.Module())
-        at = at._modules[name]  # type: ignore[assignment]
-    return at
 
 
 def forget(module: nn.Module, target: str) -> None:
@@ -88,6 +72,13 @@ def erase_with_inputs(gm: GraphModule, node: Node) -> None:
         pending += node.all_input_nodes
         gm.graph.erase_node(node)
         erased.add(node)
+
+
+def erase_unread(gm: GraphModule) -> None:
+    """Erase the reads of parameters that nothing uses, such as of the second name of a tied one."""
+    for node in gm.graph.find_nodes(op="get_attr"):
+        if not node.users:
+            gm.graph.erase_node(node)
 
 
 def schema_of(node: Node) -> Any:

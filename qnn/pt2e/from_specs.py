@@ -17,19 +17,19 @@ from qnn.nn.conv import quantized as convs
 from qnn.nn.conv.geometry import why_not_conv
 from qnn.nn.linear.quantized import QLinear
 from qnn.nn.values import frozen
+from qnn.pt2e import graph as graphs
 from qnn.pt2e.constants import (
     attribute,
+    erase_unread,
     erase_with_inputs,
     forget,
-    free_name,
-    holder,
     names_of,
     root_of,
     writes,
 )
 from qnn.pt2e.observers import PER_CHANNEL, SYMMETRIC, is_observer, range_of, underlying
 from qnn.pt2e.qdq import drop_observers, observers_in, require_observed, run_on_constants
-from qnn.pt2e.specs import WHY_LEFT, module_path, specs_on
+from qnn.pt2e.specs import WHY_LEFT, specs_on
 
 _aten = torch.ops.aten
 _LAYERS: dict[Any, type[nn.Module]] = {_aten.linear.default: QLinear}
@@ -84,6 +84,7 @@ def layers_of_specs(gm: GraphModule, *, strict: bool = True) -> GraphModule:
     Raises:
         ValueError: with `strict`, observers that saw nothing, by name.
     """
+    erase_unread(gm)
     run_on_constants(gm)
     if strict:
         require_observed(gm)
@@ -99,8 +100,9 @@ def layers_of_specs(gm: GraphModule, *, strict: bool = True) -> GraphModule:
             node.meta[WHY_LEFT] = str(reason)
     _leave_float_weights(gm, plans)
     builder = _Builder(gm)
-    for plan in plans.values():
-        builder.put(plan)
+    places = {plan: builder.place(plan) for plan in plans.values()}
+    for plan, place in places.items():
+        builder.put(plan, place)
     builder.tidy(plans.values(), observers)
     gm.graph.lint()
     gm.recompile()
@@ -251,10 +253,9 @@ class _Builder:
         self._layers: dict[Any, str] = {}
         self._stored: dict[Any, nn.Module] = {}
 
-    def put(self, plan: _Plan) -> None:
-        """A layer in the place of a node."""
+    def put(self, plan: _Plan, place: str) -> None:
+        """A layer in the place of a node, under a name."""
         alike = (id(plan.parameter), plan.observer, plan.bias, plan.grid, str(plan.arguments))
-        place = self._place(plan)
         if (alike, place) not in self._layers:
             self._layers[alike, place] = self._register(self._layer(plan), place)
         name = self._layers[alike, place]
@@ -264,17 +265,14 @@ class _Builder:
         plan.node.replace_all_uses_with(call)
         erase_with_inputs(self._gm, plan.node)
 
-    def _place(self, plan: _Plan) -> str:
+    def place(self, plan: _Plan) -> str:
         """The path of the module that has the weight; of a function's weight the node's name."""
-        stack: dict[str, Any] = plan.node.meta.get("nn_module_stack", {})
-        path, _ = [("", None), *stack.values()][-1]
+        inside, _ = [("", ""), *graphs.path(plan.node)][-1]
         names = names_of(self._gm, plan.parameter)
         paths = [name.rpartition(".")[0] for name in names if name.endswith(".weight")]
-        path = module_path(path) if module_path(path) in paths else (paths or [""])[0]
+        path = inside if inside in paths else (paths or [""])[0]
         if not path:
             return plan.node.name
-        if path in self._layers.values():
-            return path
         owner = attribute(self._gm, path)
         own = {name for name, each in owner.named_children() if not is_observer(each)}
         if own or not {*owner._parameters, *owner._buffers} <= {"weight", "bias"}:
@@ -284,14 +282,11 @@ class _Builder:
     def _register(self, layer: nn.Module, place: str) -> str:
         there = attribute(self._gm, place)
         if place in self._layers.values() or (there is not None and type(there) is not nn.Module):
-            place = free_name(self._gm, place)
+            place = graphs.free_name(self._gm, place)
             there = None
-        path, _, last = place.rpartition(".")
-        owner = holder(self._gm, path)
         for name, each in there.named_children() if there is not None else ():
             layer.add_module(name, each)  # observers that other places share
-        owner.__dict__.pop(last, None)
-        owner.add_module(last, layer)
+        graphs.put(self._gm, place, layer)
         return place
 
     def _layer(self, plan: _Plan) -> nn.Module:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from qnn.pt2e.graph import told
 from qnn.pt2e.specs import EdgeOrNode, specs_on
 
 # Specs are equal by these, whatever finds their ranges.
@@ -54,24 +55,17 @@ def specs_of(graph: torch.fx.Graph) -> dict[EdgeOrNode, Any]:
             continue
         for producer, spec in (annotation.input_qspec_map or {}).items():
             if not isinstance(producer, Node):
+                inputs = ", ".join(map(str, node.all_input_nodes))
                 raise ValueError(
-                    f"qnn.pt2e: the annotation of {node} ({node.target}) has the key "
-                    f"{producer!r} in input_qspec_map; keys are the nodes that produce its "
-                    f"inputs: {', '.join(map(str, node.all_input_nodes)) or 'it has none'}."
-                    f"{source_of(node)}"
+                    f"qnn.pt2e: the annotation of {told(node)} has the key {producer!r} in "
+                    "input_qspec_map; keys are the nodes that produce its inputs: "
+                    f"{inputs or 'it has none'}."
                 )
             if spec is not None:
                 found[producer, node] = spec
         if annotation.output_qspec is not None:
             found[node] = annotation.output_qspec
     return found
-
-
-def source_of(node: Node) -> str:
-    """Where a node stands in the user's code, to follow an error."""
-    trace = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-    trace = [line for line in trace if line]
-    return f"\n{chr(10).join(trace[-2:])}" if trace else ""
 
 
 def groups_of(specs: dict[EdgeOrNode, Any]) -> dict[EdgeOrNode, Group]:

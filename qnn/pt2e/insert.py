@@ -14,17 +14,15 @@ from qnn.pt2e.constants import (
     Constants,
     attribute,
     destinations,
-    free_name,
-    holder,
     root_of,
     writes,
 )
-from qnn.pt2e.groups import Group, groups_of, source_of, specs_of, words
+from qnn.pt2e.graph import free_name, path, put, told
+from qnn.pt2e.groups import Group, groups_of, specs_of, words
 from qnn.pt2e.observers import make_observer
 from qnn.pt2e.specs import (
     WHY_LEFT,
     EdgeOrNode,
-    module_path,
     retarget_annotations,
     specs_on,
 )
@@ -201,8 +199,8 @@ class _Inserter:
         out = node.kwargs.get("out")
         if isinstance(out, Node) and (out, node) in self._observers:
             raise ValueError(
-                f"qnn.pt2e: {node} ({node.target}) writes to {out}, its argument out=, which "
-                f"cannot be quantised; call the form without out=.{source_of(node)}"
+                f"qnn.pt2e: {told(node)} writes to {out}, its argument out=, which cannot be "
+                "quantised; call the form without out=."
             )
         observed = {source: self._input(node, source) for source in node.all_input_nodes}
         node.args, node.kwargs = torch.fx.map_arg(
@@ -268,10 +266,9 @@ class _Inserter:
         else:
             wanted = self._layer(node) + "input_observer"
         name = free_name(self._gm, wanted)
-        path, _, last = name.rpartition(".")
         if isinstance(value := self._value(producer or node), torch.Tensor) and not value.is_meta:
             observer = observer.to(value.device)
-        holder(self._gm, path).add_module(last, observer)
+        put(self._gm, name, observer)
         self._gm.meta.setdefault(INSERTED, []).append(name)
         self._names[observer] = name
         return name
@@ -284,13 +281,10 @@ class _Inserter:
             source = self._observed.get(source, source)
             if source.op == "get_attr" and "." in str(source.target):
                 return str(source.target).rpartition(".")[0] + "."
-        stack: dict[str, Any] = node.meta.get("nn_module_stack", {})
-        path, kind = [("", ""), *stack.values()][-1]
-        path = module_path(path)
-        kind = f"{kind.__module__}.{kind.__qualname__}" if isinstance(kind, type) else str(kind)
-        if path and kind.startswith("torch.nn.modules."):
-            return f"{path}."
-        return f"{path}.{node.name}_" if path else f"{node.name}_"
+        name, kind = [("", ""), *path(node)][-1]
+        if name and kind.startswith("torch.nn.modules."):
+            return f"{name}."
+        return f"{name}.{node.name}_" if name else f"{node.name}_"
 
 
 def _parameter(node: Node) -> str | None:

@@ -18,13 +18,14 @@ from qnn.kernels.torch_private import quantized_decomposed
 from qnn.pt2e.constants import (
     Constants,
     attribute,
+    erase_unread,
     erase_with_inputs,
     forget,
-    free_name,
     names_of,
     register,
     writes,
 )
+from qnn.pt2e.graph import free_name
 from qnn.pt2e.insert import INSERTED
 from qnn.pt2e.observers import (
     FLOAT8,
@@ -85,10 +86,11 @@ def write_qdq(
         if not isinstance(flag, bool):
             raise ValueError(f"qnn.pt2e: {name} must be True or False, got {flag!r}.")
     ops = quantized_decomposed()
+    erase_unread(gm)
     run_on_constants(gm)
     if strict:
         require_observed(gm)
-    writer = _Writer(gm, ops)
+    writer = Writer(gm, ops)
     observers = observers_in(gm)
     for node in list(gm.graph.nodes):
         if node.op == "call_module" and node.target in observers:
@@ -147,11 +149,11 @@ def require_observed(gm: GraphModule) -> None:
         )
 
 
-class _Writer:
+class Writer:
     """Writes nodes with their metadata."""
 
     def __init__(self, gm: GraphModule, ops: Any) -> None:
-        self._gm, self._ops = gm, ops
+        self._gm, self.ops = gm, ops
         values = (node.meta.get("val") for node in gm.graph.nodes)
         modes = (getattr(value, "fake_mode", None) for value in values)
         self._mode = next((mode for mode in modes if mode is not None), None)
@@ -176,7 +178,11 @@ class _Writer:
             target = free_name(self._gm, f"{_place(point)}_{name}")
             register(self._gm, target, value.detach().clone())
             self._buffers[point, name] = target
-        made = self._gm.graph.get_attr(self._buffers[point, name])
+        return self.attribute(self._buffers[point, name], value)
+
+    def attribute(self, target: str, value: torch.Tensor) -> Node:
+        """A tensor that the module has, or will have, under this name."""
+        made = self._gm.graph.create_node("get_attr", target)
         if self._mode is not None:
             made.meta["val"] = self._mode.from_tensor(value.detach(), static_shapes=True)
         return made
@@ -199,7 +205,7 @@ class _Writer:
             elif dtype in (*INTEGERS, *FLOAT8):
                 read = self._static(node, observer, source, dtype)
             elif dtype == torch.float16:
-                cast_to = self._ops.convert_element_type.no_fuse
+                cast_to = self.ops.convert_element_type.no_fuse
                 half = self.call(cast_to, source, torch.float16, of=node)
                 read = self.call(cast_to, half, _dtype(source), of=node)
             elif dtype == torch.float32:
@@ -215,18 +221,13 @@ class _Writer:
 
     def _static(self, node: Node, observer: Any, source: Node, dtype: torch.dtype) -> Node:
         scale, zero = observer.calculate_qparams()
-        grid: tuple[Any, ...]
-        rest: tuple[Any, ...] = (*range_of(observer), dtype)
+        rest = (*range_of(observer), dtype)
         if observer.qscheme in PER_CHANNEL:
             grid = (self.buffer(node, "scale", scale), self.buffer(node, "zero_point", zero))
-            quantize = self._ops.quantize_per_channel.default
-            dequantize = self._ops.dequantize_per_channel.default
-            rest = (int(observer.ch_axis), *rest)
-        else:
-            grid = float(scale), int(zero)
-            quantize = self._ops.quantize_per_tensor.default
-            dequantize = self._ops.dequantize_per_tensor.default
-        return self._pair(node, source, quantize, dequantize, (*grid, *rest))
+            return self.pair(
+                node, source, "per_channel", "default", (*grid, int(observer.ch_axis), *rest)
+            )
+        return self.pair(node, source, "per_tensor", "default", (float(scale), int(zero), *rest))
 
     def _dynamic(self, node: Node, observer: Any, source: Node, dtype: torch.dtype) -> Node:
         qscheme = getattr(observer, "qscheme", None) or torch.per_tensor_affine
@@ -236,21 +237,32 @@ class _Writer:
                 f"{qscheme}; a scale is chosen in the graph for int8 and uint8, per-tensor."
             )
         symmetric = qscheme in SYMMETRIC
-        choose = self._ops.choose_qparams_symmetric if symmetric else self._ops.choose_qparams
+        choose = self.ops.choose_qparams_symmetric if symmetric else self.ops.choose_qparams
         eps = float(getattr(observer, "eps", torch.finfo(torch.float32).eps))
         qmin, qmax = range_of(observer)
         both = self.call(choose.tensor, source, qmin, qmax, eps, dtype, of=node)
         grid = [self.call(operator.getitem, both, at, of=node) for at in range(2)]
-        quantize = self._ops.quantize_per_tensor.tensor
-        dequantize = self._ops.dequantize_per_tensor.tensor
-        return self._pair(node, source, quantize, dequantize, (*grid, qmin, qmax, dtype))
+        return self.pair(node, source, "per_tensor", "tensor", (*grid, qmin, qmax, dtype))
 
-    def _pair(self, node: Node, x: Node, quantize: Any, dequantize: Any, grid: Any) -> Node:
+    def pair(self, node: Node, x: Node, kind: str, overload: str, grid: tuple[Any, ...]) -> Node:
+        """Quantise and dequantise `x`, as it was, with the ops of a kind."""
+        quantize, dequantize = (
+            getattr(getattr(self.ops, f"{name}_{kind}"), overload)
+            for name in ("quantize", "dequantize")
+        )
         q = self.call(quantize, x, *grid, of=node)
         q.meta[_POINT] = str(node.target)
         was = _dtype(x)
         as_it_was = {} if was == torch.float32 else {"out_dtype": was}
         return self.call(dequantize, q, *grid, of=node, **as_it_was)
+
+    def per_token(self, node: Node, x: Node) -> Node:
+        """Quantise and dequantise `x` with a scale for each of its rows, found in the graph."""
+        both = self.call(self.ops.choose_qparams_per_token.default, x, torch.int8, of=node)
+        grid = [self.call(operator.getitem, both, at, of=node) for at in range(2)]
+        rest = (*grid, -127, 127, torch.int8)
+        q = self.call(self.ops.quantize_per_token.default, x, *rest, of=node)
+        return self.call(self.ops.dequantize_per_token.default, q, *rest, _dtype(x), of=node)
 
     def _complete(self, made: Node, node: Node) -> None:
         """Metadata of a node that an observer has written."""

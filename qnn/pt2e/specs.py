@@ -8,7 +8,6 @@ are read by their attributes, and neither library is imported.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -16,7 +15,9 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch.fx import Node
 
-Q_ANNOTATION_KEY = "quantization_annotation"
+from qnn.pt2e.graph import ANNOTATION, path, spelt, told
+
+Q_ANNOTATION_KEY = ANNOTATION
 WHY_LEFT = "why_left_in_float"
 """The key of `node.meta` under which a node that was annotated, and is left as it is, has the
 reason."""
@@ -191,6 +192,11 @@ def annotate_output_qspec(node: Node, qspec: Any) -> None:
 
 def _annotation_on(node: Node) -> Any:
     annotation = node.meta.setdefault(Q_ANNOTATION_KEY, QuantizationAnnotation())
+    if (scheme := getattr(annotation, "scheme", None)) is not None:
+        raise RuntimeError(
+            f"qnn.pt2e: {told(node)} has the scheme {scheme!r} by another quantizer, and takes no "
+            "specs; leave annotated nodes alone."
+        )
     if annotation.input_qspec_map is None:
         annotation.input_qspec_map = {}
     return annotation
@@ -211,20 +217,12 @@ def specs_on(node: Node) -> Any:
     return annotation
 
 
-def module_path(name: str) -> str:
-    """The path of a module as `named_modules` has it: `L['self'].sub` and the second call `sub@1`
-    are `sub`.
-    """
-    return re.sub(r"@\d+", "", name.removeprefix("L['self']").removeprefix("."))
-
-
 def get_module_name_filter(module_name: str) -> Callable[[Node], bool]:
     """Whether a node comes from the module of this path, or from one below it."""
-    wanted = module_path(module_name)
+    wanted = spelt(module_name)
 
     def is_inside(node: Node) -> bool:
-        stack = node.meta.get("nn_module_stack", {})
-        return any(module_path(path) == wanted for path, _ in stack.values())
+        return any(name == wanted for name, _ in path(node))
 
     return is_inside
 
