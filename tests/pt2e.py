@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from qnn.pt2e.constants import schema_of
 from qnn.pt2e.graph import is_annotated
 from qnn.pt2e.insert import insert_observers
 from qnn.pt2e.observers import is_observer
@@ -96,7 +97,7 @@ def ops(gm: GraphModule) -> Counter[str]:
     names: Counter[str] = Counter()
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target is not operator.getitem:
-            names[node.target._schema.name.partition("::")[2]] += 1
+            names[schema_of(node).name.partition("::")[2]] += 1
         elif node.op == "call_module" and node.name != "_guards_fn":
             names[type(gm.get_submodule(str(node.target))).__name__] += 1
     return names

@@ -250,7 +250,8 @@ class TestLayers:
 
     def test_state_and_every_way_to_run(self, tmp_path: Any) -> None:
         x = images(3)
-        program = torch.export.export(ConvNet().eval(), (images(),), dynamic_shapes=({0: torch.export.Dim.AUTO},))  # fmt: skip
+        sizes = ({0: torch.export.Dim.AUTO},)
+        program = torch.export.export(ConvNet().eval(), (images(),), dynamic_shapes=sizes)
         prepared = prepare_pt2e(program, Specs(ACT, out=ACT))
         for _ in range(3):
             prepared(images())
@@ -282,7 +283,7 @@ class TestLeft:
             (QuantizationSpec(torch.uint8, None, 0, 127, torch.per_tensor_affine), WEIGHT,
              r"the range of its input is (0, 127), not 0 … 255"),
             (ACT, None, "its weight is not annotated"),
-            (ACT, dataclasses.replace(WEIGHT, ch_axis=1), "the scales of its weight lie along axis 1"),
+            (ACT, dataclasses.replace(WEIGHT, ch_axis=1), "the scales of its weight lie along"),
             (ACT, QuantizationSpec(torch.int8, qscheme=torch.per_channel_affine, ch_axis=0),
              "its weight is torch.per_channel_affine, and the schemes have no zero points"),
             (ACT, QuantizationSpec(torch.int16, qscheme=torch.per_tensor_symmetric),
@@ -312,7 +313,10 @@ class TestLeft:
                 model.graph.erase_node(node)
 
         x = torch.randn(5, 8)
-        make = lambda **_: Mine(qnn.QuantSpec(torch.uint8))  # noqa: E731
+
+        def make(**_: Any) -> Mine:
+            return Mine(qnn.QuantSpec(torch.uint8))
+
         act = dataclasses.replace(ACT, observer_or_fake_quant_ctr=make)
         layers, _ = both(shown(nn.Sequential(nn.Linear(8, 4)), x, act))
         assert [*left(layers).values()] == ["the observer of its input writes nodes of its own"]
@@ -505,19 +509,46 @@ class TestInside:
             y = torch.cond(x.sum() > 0, lambda x: self.a(x), lambda x: self.b(x) * 2, (x,))
             return self.a(y)
 
-    def test_b166_b168_branches_are_annotated_and_converted(self) -> None:
+    @pytest.mark.parametrize("weight", [WEIGHT, PER_TENSOR], ids=["channel", "tensor"])
+    def test_b166_b168_b169_branches_are_annotated_and_converted(self, weight: Any) -> None:
         net, x = self.Branches().eval(), torch.randn(3, 8)
-        program = torch.export.export(net, (x,))
-        gm = prepare_pt2e(program, Specs(ACT, out=ACT))
+        gm = prepare_pt2e(torch.export.export(net, (x,)), Specs(ACT, weight, out=ACT))
         # Without gradients: with them torch traces the branches, and nothing in them runs.
         batches = [torch.randn(3, 8) for _ in range(4)]
         qnn.calibrate(gm, [*batches, *(-x for x in batches)], progress=False)
         model = convert_pt2e(gm)
         inner = [each for each in model.children() if isinstance(each, torch.fx.GraphModule)]
-        assert [ops(each)["quantize_per_tensor"] for each in inner] == [2, 2]
-        again = torch.export.export(model, (x,)).module()
-        for each in batches:
-            for x in (each, -each):
-                with torch.no_grad():
-                    assert qnn.sqnr(net(x), model(x)) > 25
-                    assert torch.equal(again(x), model(x))
+        assert [ops(each)["quantize_per_tensor"] for each in inner] == [
+            2 + (weight is PER_TENSOR)
+        ] * 2
+        with torch.no_grad():
+            for x in [*batches, *(-x for x in batches)]:
+                assert qnn.sqnr(net(x), model(x)) > 25
+        if weight is PER_TENSOR:  # torch.export loses tensors that a branch itself holds
+            again = torch.export.export(model, (x,)).module()
+            assert torch.equal(again(x), model(x))
+
+    def test_b166_scan(self) -> None:
+        class Scan(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                torch.manual_seed(0)
+                self.l = nn.Linear(8, 8)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                from torch._higher_order_ops.scan import scan
+
+                def step(carry: torch.Tensor, x: torch.Tensor) -> Any:
+                    y = torch.tanh(self.l(carry) + x)
+                    return y + 0, y + 0
+
+                return scan(step, torch.zeros(3, 8), x, dim=0)[1]
+
+        net, x = Scan().eval(), torch.randn(5, 3, 8)
+        with torch.no_grad():
+            gm = prepare_pt2e(torch.export.export(net, (x,)), Specs(ACT))
+            gm(x)
+            model = convert_pt2e(gm)
+            inner = [m for m in model.children() if isinstance(m, torch.fx.GraphModule)]
+            assert ops(inner[0])["dequantize_per_channel"] == 1
+            assert qnn.sqnr(net(x), model(x)) > 35

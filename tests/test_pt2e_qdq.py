@@ -77,7 +77,8 @@ class TestNodes:
             assert dq.target is DQ
             assert dq.args[1:] == q.args[1:]
         (weight,) = calls(gm, qd.dequantize_per_channel.default)
-        assert [n.target for n in weight.args[:3]] == ["0.weight", "0.weight_scale", "0.weight_zero_point"]  # fmt: skip
+        parts = ["0.weight", "0.weight_scale", "0.weight_zero_point"]
+        assert [n.target for n in weight.args[:3]] == parts
         assert weight.args[3:] == (0, -128, 127, torch.int8)
         assert {*gm.state_dict()} == {"0.weight", "0.weight_scale", "0.weight_zero_point", "0.bias"}
 
@@ -149,7 +150,8 @@ class TestNodes:
             scale = scales[0] * scales[1]
             return scale, torch.zeros_like(scale, dtype=torch.int32)
 
-        weight = WEIGHT if per_channel else QuantizationSpec(torch.int8, qscheme=torch.per_tensor_symmetric)  # fmt: skip
+        weight = QuantizationSpec(torch.int8, qscheme=torch.per_tensor_symmetric)
+        weight = WEIGHT if per_channel else weight
         gm = export(nn.Sequential(nn.Linear(4, 3)), torch.randn(5, 4))
         node = node_of(gm, aten.linear.default)
         x, w, b = node.args
@@ -336,7 +338,8 @@ class TestFolding:
         write_qdq(gm)
         codes, scale = gm.get_buffer("0.weight"), gm.get_buffer("0.weight_scale")
         assert not codes.requires_grad
-        assert torch.equal(codes, qd.quantize_per_channel(weight, scale, torch.zeros(3, dtype=torch.int32), 0, -128, 127, torch.int8))  # fmt: skip
+        grid = scale, torch.zeros(3, dtype=torch.int32), 0, -128, 127, torch.int8
+        assert torch.equal(codes, qd.quantize_per_channel(weight, *grid))
         assert [name for name, _ in gm.named_parameters()] == ["0.bias"]
 
     def test_b84_without_folding(self) -> None:
@@ -514,7 +517,7 @@ class TestMetadata:
         gm(images())
         gm = write_qdq(copy.deepcopy(gm) if copied else gm)
         names = ["conv2d", "conv2d_1", "linear", "linear_1"]
-        # Of the pairs around a layer, the first dequantises its input, the last quantises its output.
+        # A layer's are the dequantise node before it and the quantise node after it.
         assert self.tags(gm, Q) == [
             None,
             "conv2d",
@@ -551,8 +554,8 @@ class TestMetadata:
         prepare(gm, nothing)
         gm(images())
         write_qdq(gm)
-        for target in (qd.choose_qparams.tensor, qd.quantize_per_tensor.tensor, qd.dequantize_per_tensor.tensor):  # fmt: skip
-            assert self.tags(gm, target) == ["linear_1"]
+        for op in (qd.choose_qparams, qd.quantize_per_tensor, qd.dequantize_per_tensor):
+            assert self.tags(gm, op.tensor) == ["linear_1"]
 
     def test_b105_no_tags_no_tags(self) -> None:
         gm = export(ConvNet(), images())

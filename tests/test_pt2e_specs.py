@@ -44,7 +44,8 @@ class TestSpecs:
         assert dataclasses.astuple(spec) == (torch.int8, None, None, None, None, None, False)
         empty = S.QuantizationAnnotation()
         assert (empty.input_qspec_map, empty.output_qspec) == ({}, None)
-        assert empty.allow_implicit_sharing and not empty._annotated
+        assert empty.allow_implicit_sharing
+        assert not empty._annotated
         assert S.Q_ANNOTATION_KEY == "quantization_annotation"
 
     def test_b18_ranges_and_axes_are_checked(self) -> None:
@@ -354,7 +355,7 @@ class TestSharing:
          ("qscheme", torch.per_tensor_symmetric), ("is_dynamic", True)],
     )  # fmt: skip
     def test_b27_what_makes_specs_differ(self, field: str, value: Any) -> None:
-        gm, (add, mul, cat, _, _) = cat_net()
+        gm, (add, _, cat, _, _) = cat_net()
         annotate(add, {}, SIGNED)
         annotate(cat, {add: dataclasses.replace(SIGNED, **{field: value})})
         assert len(set(groups(gm).values())) == 2
@@ -399,7 +400,7 @@ class TestSharing:
         assert set(groups(gm).values()) == {0}
 
     def test_b30_without_implicit_sharing(self) -> None:
-        gm, (add, mul, cat, sub, cat_1) = cat_net()
+        gm, (add, mul, cat, _, cat_1) = cat_net()
         annotate(add, {}, ACT, implicit=False)
         annotate(cat, {add: ACT, mul: ACT}, ACT, implicit=False)
         annotate(cat_1, {cat: ACT}, None, implicit=False)
@@ -438,7 +439,7 @@ class TestSharing:
         assert len(observed(gm)) == 1
 
     def test_b34_no_spec_of_its_own_is_an_error_with_the_chain(self) -> None:
-        gm, (add, mul, cat, sub, cat_1) = cat_net()
+        gm, (add, _, cat, _, cat_1) = cat_net()
         annotate(cat, {add: Shared(cat)}, Shared((add, cat)))
         with pytest.raises(
             ValueError, match=r"\(add -> cat\), then \(cat\) and back to \(add -> c"
@@ -451,7 +452,7 @@ class TestSharing:
         with pytest.raises(ValueError, match=r"\(cat\) and back to \(cat\)"):
             groups(gm)
         annotate(cat, {add: Shared("cat")})  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="must name an edge, as .* or a node; got 'cat'"):
+        with pytest.raises(ValueError, match=r"must name an edge, as .* or a node; got 'cat'"):
             groups(gm)
 
     def test_b34_a_chain_of_thousands(self) -> None:
@@ -471,7 +472,10 @@ class TestSharing:
 
     def test_b14_equal_fixed_specs_on_one_tensor(self) -> None:
         gm, (add, mul, cat, _, _) = cat_net()
-        fixed = lambda scale: S.FixedQParamsQuantizationSpec(torch.uint8, scale, 3)  # noqa: E731
+
+        def fixed(scale: float) -> Any:
+            return S.FixedQParamsQuantizationSpec(torch.uint8, scale, 3)
+
         annotate(add, {}, fixed(0.5))
         annotate(cat, {add: fixed(0.5), mul: fixed(0.25)})
         assert list(groups(gm).values()) == [0, 0, 1]
@@ -489,7 +493,10 @@ class TestSharing:
 
         gm = export(Twice(), torch.randn(1, 4))
         one, two = (n for n in gm.graph.nodes if n.target is aten.linear.default)
-        derive = lambda of: (of[0].calculate_qparams()[0], torch.zeros(1))  # noqa: E731
+
+        def derive(of: list[Any]) -> Any:
+            return of[0].calculate_qparams()[0], torch.zeros(1)
+
         for node in (one, two):
             x, w, b = node.args
             spec = S.DerivedQuantizationSpec([(x, node)], derive, torch.int32)

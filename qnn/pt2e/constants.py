@@ -82,8 +82,16 @@ def erase_unread(gm: GraphModule) -> None:
 
 
 def schema_of(node: Node) -> Any:
-    """The schema of the op that a node calls, or None."""
-    return getattr(node.target, "_schema", None) if node.op == "call_function" else None
+    """The schema of the op that a node calls, also where it names an op without an overload; or
+    None.
+    """
+    if node.op != "call_function":
+        return None
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        overloads = target.overloads()
+        target = getattr(target, overloads[0]) if len(overloads) == 1 else None
+    return getattr(target, "_schema", None)
 
 
 def base_of(node: Node) -> Node | None:

@@ -23,6 +23,7 @@ from qnn.pt2e.constants import (
     forget,
     names_of,
     register,
+    schema_of,
     writes,
 )
 from qnn.pt2e.graph import free_name
@@ -295,9 +296,7 @@ def _place(observer: str) -> str:
 
 def _calls(node: Any, names: tuple[str, ...]) -> bool:
     """Whether a node calls an op whose name begins so."""
-    if not isinstance(node, Node) or node.op != "call_function":
-        return False
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node) if isinstance(node, Node) else None
     return schema is not None and schema.name.startswith(names)
 
 
@@ -418,7 +417,7 @@ def _port_input(dequantize: Node, node: Node) -> None:
 
 
 def _is_view(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
+    schema = schema_of(node)
     return schema is not None and schema.name.removeprefix("aten::").removesuffix("_copy") in _VIEWS
 
 
