@@ -76,10 +76,12 @@ def moved(images: torch.Tensor) -> torch.Tensor:
     return wide[..., down : down + 8, right : right + 8]
 
 
-def train(model: nn.Module, images: torch.Tensor, wanted: torch.Tensor, epochs: int) -> None:
+def train(
+    model: nn.Module, images: torch.Tensor, wanted: torch.Tensor, epochs: int, rate: float = 4e-3
+) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.02)
     steps = epochs * (len(images) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     model.train()
     for _ in tqdm(range(epochs), desc="training, epochs"):
         for rows in torch.randperm(len(images)).split(BATCH)[: len(images) // BATCH]:
@@ -111,9 +113,8 @@ def measure(
 def plot(path: Path, comparisons: dict[str, qnn.Comparison]) -> None:
     """What each layer's rounding does, alone and in the model."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    for axes, (name, comparison) in zip(
-        figure.subplots(1, 2, sharey=True), comparisons.items(), strict=True
-    ):
+    columns = figure.subplots(1, len(comparisons), sharey=True, squeeze=False)[0]
+    for axes, (name, comparison) in zip(columns, comparisons.items(), strict=True):
         rows = sorted(comparison.rows, key=lambda row: row.name)
         rows = [row for row in rows if row.name != "(output)"]
         names = [row.name for row in rows][::-1]

@@ -5,6 +5,8 @@ model = qnn.convert(model, "int8")
 """
 
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 # In a checkout's root Python finds this folder before the installed package, and without its two
 # lower floors, which stand beside it there.
@@ -17,7 +19,6 @@ from qnn import (
     kernels,
     moved,  # noqa: F401  # finds modules under their former names
     passes,
-    pt2e,
 )
 from qnn.calibration import parts
 from qnn.calibration.doubts import CalibrationWarning
@@ -129,3 +130,15 @@ __all__ = [
     "unfreeze_bn",
     "unfreeze_observers",
 ]
+
+if _TYPE_CHECKING:
+    from qnn import pt2e
+
+
+def __getattr__(name: str) -> _Any:
+    """`qnn.pt2e`, imported when it is first named: who converts modules does not need it."""
+    if name == "pt2e":
+        from importlib import import_module
+
+        return import_module("qnn.pt2e")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -753,6 +753,42 @@ def trained_together(rank: int, observer: str, learnable: bool) -> None:
     qnn.convert(model)
 
 
+class Convolved(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(4, 6, 3, bias=False), nn.BatchNorm1d(6, eps=1e-3)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.head(self.norm(self.conv(x)).relu().mean(-1))
+        return result
+
+
+def graph_trained_together(rank: int) -> None:
+    """A graph that is prepared for training; its BatchNorm normalises by each process's batch."""
+    batches = [batch.transpose(1, 2)[:, :4] for batch in shown(rank, 3)]
+    program = torch.export.export(
+        Convolved(), (batches[0],), dynamic_shapes=({0: torch.export.Dim.AUTO},)
+    )
+    model: Any = qnn.pt2e.prepare_qat_pt2e(program, qnn.pt2e.Int8Quantizer("int8_static"))
+    parallel = nn.parallel.DistributedDataParallel(model)
+    optimiser = torch.optim.SGD(parallel.parameters(), 1e-2)
+    for batch in batches:
+        parallel(batch).square().mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    parallel.eval()(batches[0])  # the buffers of rank 0 are sent at the start of a forward
+    weights = [p.detach().flatten().tolist() for p in model.parameters()]
+    every: list[Any] = [None, None]
+    dist.all_gather_object(every, weights)
+    assert every[0] == every[1]
+    _, high = model.conv.input_quantize.observer.seen()
+    assert high > 2.5  # rank 0 has seen 1 at most
+    x = shown(0, 1)[0].transpose(1, 2)[:, :4]
+    want = model(x)
+    assert qnn.sqnr(want, qnn.pt2e.convert_pt2e(model)(x)) > 50
+
+
 def observed_by_calls(rank: int) -> None:
     """Without `calibrate`, in the forward of DDP alone."""
     model = reader()
@@ -834,6 +870,9 @@ class TestCalibration:
     @parameterized.expand([("moving_average", True), ("mse", False), ("histogram", True)])
     def test_grids_in_training_are_alike(self, observer: str, learnable: bool) -> None:
         both_ranks(trained_together, observer, learnable)
+
+    def test_a_graph(self) -> None:
+        both_ranks(graph_trained_together)
 
     def test_compiled_steps(self) -> None:
         both_ranks(compiled_together)

@@ -217,6 +217,24 @@ def test_a_language_model_continues_its_prompt(tmp_path: Path) -> None:
         assert rows[name][2] > least
 
 
+def test_graph_mode(tmp_path: Path) -> None:
+    _need("sklearn", "matplotlib", "tqdm")
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("AOTInductor needs a C++ compiler")
+    text = _example("pt2e_cnn.py", "--tiny", "--out", "files", cwd=tmp_path)
+    accuracy = dict(
+        re.findall(r"^(float32|static|trained|compiled) +([\d.]+)%", text, re.MULTILINE)
+    )
+    assert float(accuracy["float32"]) > 93
+    assert abs(float(accuracy["static"]) - float(accuracy["float32"])) <= 0.5
+    assert float(accuracy["trained"]) > float(accuracy["float32"]) - 1.5
+    assert "10 quantised regions" in text
+    same = _numbers(r"fresh process, .*: ([\d.]+)% of the digits", text)
+    assert len(same) == 2
+    assert min(same) >= 99.5
+    assert (tmp_path / "files" / "pt2e_cnn.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_resnet_keeps_its_accuracy_in_int8(tmp_path: Path) -> None:
     _need("matplotlib", "tqdm", "sklearn")
     text = _example("convnet_int8.py", "--tiny", cwd=tmp_path)

@@ -197,10 +197,13 @@ class TestRules:
         ]
     )
     def test_mistakes(self, change: Any, message: str) -> None:
-        with pytest.raises(ValueError, match=message):
+        def prepare() -> None:
             quantizer = Int8Quantizer()
             change(quantizer)
             pt2e.prepare_pt2e(exported(settled(Net()), images()), quantizer)
+
+        with pytest.raises(ValueError, match=message):
+            prepare()
 
 
 class TestErrors:
@@ -214,7 +217,7 @@ class TestErrors:
 
     def test_nothing_seen(self) -> None:
         graph = pt2e.prepare_pt2e(exported(settled(Net()), images()), Int8Quantizer("int8_static"))
-        with pytest.raises(ValueError, match="5 of 5 observed layers.*\n  c1: "):
+        with pytest.raises(ValueError, match=r"5 of 5 observed layers.*\n  c1: "):
             pt2e.convert_pt2e(graph)
         left = pt2e.convert_pt2e(graph, strict=False)
         assert "it has seen no data" in str(qnn.summary(left))

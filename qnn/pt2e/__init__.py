@@ -7,6 +7,14 @@ quantised = convert_pt2e(prepared)
 """
 
 from qnn.pt2e.convert import convert_pt2e
+from qnn.pt2e.modes import (
+    allow_exported_model_train_eval,
+    disable_observer,
+    enable_observer,
+    model_is_exported,
+    move_exported_model_to_eval,
+    move_exported_model_to_train,
+)
 from qnn.pt2e.prepare import prepare_pt2e, prepare_qat_pt2e
 from qnn.pt2e.quantizer import ComposableQuantizer, Int8Quantizer, Quantizer, SchemeAnnotation
 from qnn.pt2e.specs import (
@@ -47,15 +55,21 @@ __all__ = [
     "Quantizer",
     "SchemeAnnotation",
     "SharedQuantizationSpec",
+    "allow_exported_model_train_eval",
     "annotate_input_qspec_map",
     "annotate_output_qspec",
     "convert_pt2e",
+    "disable_observer",
+    "enable_observer",
     "get_bias_qspec",
     "get_input_act_qspec",
     "get_module_name_filter",
     "get_output_act_qspec",
     "get_weight_qspec",
     "is_valid_annotation",
+    "model_is_exported",
+    "move_exported_model_to_eval",
+    "move_exported_model_to_train",
     "prepare_pt2e",
     "prepare_qat_pt2e",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,7 +30,7 @@ def own(model: Any, *, inplace: bool, who: str) -> GraphModule:
     """
     export: Any = sys.modules.get("torch.export")  # slow to import; who exported has done so
     if export is not None and isinstance(model, export.ExportedProgram):
-        graph: Any = copy.deepcopy(model.module()) if not inplace else model.module()
+        graph: Any = model.module() if inplace else _copied(model.module())
     elif not isinstance(model, GraphModule):
         kind = qualified(type(model))
         raise TypeError(
@@ -42,10 +43,16 @@ def own(model: Any, *, inplace: bool, who: str) -> GraphModule:
             "of torch.export.export(model, args) do; those of torch.fx.symbolic_trace do not."
         )
     else:
-        graph = model if inplace else copy.deepcopy(model)
+        graph = model if inplace else _copied(model)
     for name in ("train", "eval"):
         graph.__dict__.pop(name, None)  # torch.export's own, which raise
     return graph
+
+
+def _copied(graph: GraphModule) -> GraphModule:
+    with warnings.catch_warnings():  # torch 2.13 copies the tree of its inputs so that it warns
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+        return copy.deepcopy(graph)
 
 
 def _is_exported(graph: GraphModule) -> bool:
