@@ -496,6 +496,69 @@ class TestMixed:
         assert called == ["transform", "validate", "callback"]
 
 
+class Normed(nn.Module):
+    """Convolutions and a linear layer, with BatchNorms after them; a gain is zero, one negative."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.c, self.bc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, eps=eps)
+        self.d, self.bd = nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8, eps=eps)
+        self.l, self.bl = nn.Linear(8, 5), nn.BatchNorm1d(5, eps=eps)
+        with torch.no_grad():
+            self.bc.weight[:3] = torch.tensor([0.0, -1.0, 2.0])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.bd(self.d(torch.relu(self.bc(self.c(x))))))
+        return self.bl(self.l(y.mean((2, 3))))
+
+
+class TestTraining:
+    # -128 has no negative
+    WEIGHT = dataclasses.replace(WEIGHT, quant_min=-127)
+
+    @pytest.mark.parametrize("form", ["layers", "qdq"])
+    @pytest.mark.parametrize("eps", [1e-5, 1e-3, 0.1])
+    def test_b123_b128_b129_trained_is_what_is_converted(self, eps: float, form: Any) -> None:
+        program = torch.export.export(Normed(eps).eval(), (images(8),))
+        gm = prepare_qat_pt2e(program, Specs(ACT, self.WEIGHT))
+        optimizer = torch.optim.SGD(gm.parameters(), 1e-2)
+        for _ in range(4):
+            optimizer.zero_grad()
+            gm(images(8)).square().mean().backward()
+            optimizer.step()
+        assert gm.get_submodule("bc").eps == eps
+        x = images(8)
+        wanted = gm.eval()(x)
+        model = convert_pt2e(gm, form=form)
+        assert not any("batch_norm" in op or "BatchNorm" in op for op in ops(model))
+        assert qnn.sqnr(wanted, model(x)) > 60
+        again = torch.export.export(model, (x,)).module()
+        assert torch.equal(again(x), model(x))
+        assert {k.partition(".")[0] for k in model.state_dict()} == {"c", "d", "l"}
+        if form == "layers":
+            assert ops(model)["QConv2d"] == 2
+            assert "BatchNorm bc folded in" in str(qnn.summary(model))
+
+    def test_what_is_not_folded_stays_right(self) -> None:
+        """A weight with one scale, and a result that is read twice."""
+
+        class Twice(Normed):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                y = self.c(x)
+                return self.bc(y) + y
+
+        for kind, weight in ((Normed, PER_TENSOR), (Twice, self.WEIGHT)):
+            for form in ("layers", "qdq"):
+                program = torch.export.export(kind(1e-3).eval(), (images(8),))
+                gm = prepare_qat_pt2e(program, Specs(ACT, weight))
+                for _ in range(3):
+                    gm(images(8))
+                x = images(8)
+                wanted = gm.eval()(x)
+                assert qnn.sqnr(wanted, convert_pt2e(gm, form=form)(x)) > 60  # type: ignore[arg-type]
+
+
 class TestInside:
     """Graphs that a graph calls."""
 

@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from qnn.kinds import is_prepared, kind_of
 from qnn.pt2e import graph as graphs
 from qnn.pt2e.batch_norm import fold_modules
+from qnn.pt2e.fold_codes import fold_codes
 from qnn.pt2e.from_specs import layers_of_specs
 from qnn.pt2e.prepare import REASONS, SCHEMES, set_reasons
 from qnn.pt2e.qdq import write_qdq
@@ -90,6 +91,9 @@ def convert_pt2e(
             graphs.told(n): n.meta[WHY_LEFT] for n in graph.graph.nodes if WHY_LEFT in n.meta
         }
         write_qdq(graph, fold_quantize=fold_quantize, cancel=form == "layers", strict=strict)
+        for norm, name in fold_codes(graph).items():
+            layer = graph.get_submodule(name)
+            layer.__dict__[FOLDED] = f"{getattr(layer, FOLDED, '')}; BatchNorm {norm} folded in"
     set_reasons(root)
     return root.eval()
 

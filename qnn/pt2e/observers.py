@@ -20,6 +20,7 @@ from qnn.calibration.fake_quantize import FakeQuantize
 from qnn.calibration.spec import QuantSpec
 from qnn.calibration.statistics import Observer
 from qnn.functional.fake_quantize import fake_quantize
+from qnn.functional.ranges import min_max
 from qnn.kernels.torch_private import quantized_decomposed
 from qnn.pt2e.groups import innermost
 
@@ -169,6 +170,22 @@ class ObservedPoint(FakeQuantize):
         return self.qparams()
 
 
+class WeightPoint(ObservedPoint):
+    """The point of a weight: its range is that of the weight as it is, at each call, so that what
+    is trained is what is converted.
+    """
+
+    def quantize(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.qat:
+            return x
+        axis = self.spec.channel_axis
+        with torch.no_grad():
+            rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
+            scale, zero = self.spec.qparams(*min_max(rows))
+        qmin, qmax = self.spec.qmin, self.spec.qmax
+        return fake_quantize(x, scale, zero, qmin, qmax, channel_axis=axis)
+
+
 def make_observer(
     spec: Any, *, qat: bool, constant: bool, name: str, sources: Sequence[nn.Module] = ()
 ) -> nn.Module:
@@ -224,10 +241,11 @@ def _own(spec: Any, observer: Any, qat: bool, constant: bool, name: str) -> nn.M
         )
     if qscheme in PER_CHANNEL and spec.ch_axis is None:
         raise ValueError(f"the qscheme {qscheme} needs a ch_axis")
+    kind = WeightPoint if constant and observer is None else ObservedPoint
     if observer is None:
         observer = "minmax" if constant else "moving_average" if qat else "histogram"
     qmin, qmax = range_of(spec)
-    return ObservedPoint(
+    return kind(
         QuantSpec(
             dtype,
             symmetric=qscheme in SYMMETRIC,

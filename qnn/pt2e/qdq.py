@@ -33,6 +33,7 @@ from qnn.pt2e.observers import (
     INTEGERS,
     PER_CHANNEL,
     SYMMETRIC,
+    WeightPoint,
     is_observer,
     range_of,
     saw_nothing,
@@ -128,13 +129,15 @@ def run_on_constants(gm: GraphModule) -> None:
         observer = attribute(gm, str(node.target))
         if not is_observer(observer) or (value := constants.value(node)) is None:
             continue
-        own = isinstance(observer, FakeQuantize) and observer.observing
+        own = isinstance(observer, WeightPoint)
+        own = own or (isinstance(observer, FakeQuantize) and observer.observing)
         if own and all(
             call.op != "call_module" or call.target != node.target or constants.value(call) is value
             for call in gm.graph.nodes
         ):
-            observer.reset()
-            observer.observe(value)
+            observer.observer.reset()
+            observer.observer.observe(value)
+            observer.refresh(anew=True)
         elif saw_nothing(observer):
             observer(value)
 
