@@ -68,6 +68,7 @@ __all__ = [
     "mistakes_dtypes",
     "plain_dispatch",
     "post_grad_form",
+    "quantized_decomposed",
     "replace_node",
     "single_level_functions",
     "statically_equal",
@@ -283,6 +284,13 @@ def statically_equal(first: Sequence[Any], second: Sequence[Any]) -> bool:
     return len(first) == len(second) and all(
         statically_known_true(a == b) for a, b in zip(first, second, strict=True)
     )
+
+
+def quantized_decomposed() -> Any:
+    """The ops that quantise and dequantise in an exported graph, which this import registers."""
+    import torch.ao.quantization.fx._decomposed  # on request: it imports torch.ao
+
+    return torch.ops.quantized_decomposed
 
 
 for _operator in (invoke_quant, invoke_quant_packed):

@@ -10,9 +10,14 @@ from torch.fx import GraphModule
 from qnn.kinds import is_prepared, kind_of
 from qnn.pt2e import graph as graphs
 from qnn.pt2e.batch_norm import fold_modules
+from qnn.pt2e.fold_codes import fold_codes
+from qnn.pt2e.from_specs import layers_of_specs
 from qnn.pt2e.prepare import REASONS, SCHEMES, set_reasons
+from qnn.pt2e.qdq import write_qdq
+from qnn.pt2e.specs import WHY_LEFT
+from qnn.pt2e.unlift import nodes_of_layers
 from qnn.verbs.convert import convert
-from qnn.verbs.plan import FOLDED
+from qnn.verbs.plan import FOLDED, LEFT
 
 
 def convert_pt2e(
@@ -20,7 +25,7 @@ def convert_pt2e(
     use_reference_representation: bool = False,
     fold_quantize: bool = True,
     *,
-    form: Literal["layers"] = "layers",
+    form: Literal["layers", "qdq"] = "layers",
     strict: bool = True,
     inplace: bool = False,
     progress: bool | str = True,
@@ -36,9 +41,13 @@ def convert_pt2e(
     Args:
         model: the prepared graph.
         use_reference_representation: not offered; the ops are integer arithmetic as it is.
-        fold_quantize: weights are always stored as integers in this form.
-        form: `"layers"`.
-        strict: whether a layer that has seen no data is an error; otherwise it stays float.
+        fold_quantize: of the nodes: hold the integers of weights in the place of the floats. The
+            weights of layers always are integers.
+        form: `"layers"`; or `"qdq"`, which writes float operators between quantise and dequantise
+            nodes, `torch.ops.quantized_decomposed`, as torchao does, for tools that lower from
+            them. In the form of layers that is done for what is annotated and makes no layer.
+        strict: whether a layer or an observer that has seen no data is an error; otherwise a layer
+            stays float, and an observer is what its library makes of that.
         inplace: change the module itself; otherwise it is copied.
         progress: as in `qnn.convert`.
 
@@ -56,8 +65,10 @@ def convert_pt2e(
             f"{who}: use_reference_representation is not offered: the arithmetic of a qnn op is "
             "that of integers already."
         )
-    if form != "layers":
-        raise ValueError(f"{who}: form must be 'layers', got {form!r}.")
+    if form not in ("layers", "qdq"):
+        raise ValueError(f"{who}: form must be 'layers' or 'qdq', got {form!r}.")
+    if not isinstance(fold_quantize, bool):
+        raise ValueError(f"{who}: fold_quantize must be True or False, got {fold_quantize!r}.")
     if not isinstance(model, GraphModule) or SCHEMES not in model.meta:
         raise (ValueError if isinstance(model, nn.Module) else TypeError)(
             f"{who} takes a graph from qnn.pt2e.prepare_pt2e that is not converted yet, got "
@@ -71,6 +82,18 @@ def convert_pt2e(
     schemes: dict[Any, str | None] = dict(root.meta.pop(SCHEMES))
     if schemes:
         convert(root, schemes, inplace=True, on_unsupported="skip", progress=progress)
+    for graph in graphs.graphs(root):
+        if form == "layers":
+            layers_of_specs(graph, strict=strict)
+        else:
+            root.meta[LEFT] |= nodes_of_layers(graph)
+        root.meta[LEFT] |= {
+            graphs.told(n): n.meta[WHY_LEFT] for n in graph.graph.nodes if WHY_LEFT in n.meta
+        }
+        write_qdq(graph, fold_quantize=fold_quantize, cancel=form == "layers", strict=strict)
+        for norm, name in fold_codes(graph).items():
+            layer = graph.get_submodule(name)
+            layer.__dict__[FOLDED] = f"{getattr(layer, FOLDED, '')}; BatchNorm {norm} folded in"
     set_reasons(root)
     return root.eval()
 

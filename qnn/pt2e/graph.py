@@ -102,8 +102,13 @@ def path(node: Node) -> list[tuple[str, str]]:
     for name, kind in stack.values():
         if not str(name).startswith("_empty_nn_module_stack"):
             title = kind if isinstance(kind, str) else qualified(kind)
-            result.append((_SPELLINGS.sub("", str(name)), title))
+            result.append((spelt(str(name)), title))
     return result
+
+
+def spelt(name: str) -> str:
+    """The name of a module as `named_modules` has it, of a path such as `L['self'].fc@1`."""
+    return _SPELLINGS.sub("", name)
 
 
 def source(node: Node) -> str:

@@ -157,6 +157,7 @@ def _call(root: GraphModule, node: Node, name: str, call: Call) -> Node:
             for index in call.unpack[user.args[1]]:  # type: ignore[index]
                 value = graph.call_function(operator.getitem, (value, index))
         value.meta |= user.meta
+        value.meta["qnn_node"] = user.name
         user.replace_all_uses_with(value)
         graph.erase_node(user)
     graph.erase_node(node)

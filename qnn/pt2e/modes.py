@@ -33,12 +33,23 @@ def model_is_exported(model: nn.Module) -> bool:
 
 
 def enable_observer(module: nn.Module) -> None:
-    """For `model.apply`: record ranges again; as `qnn.unfreeze_observers`."""
-    if isinstance(module, FakeQuantize):
-        module.freeze(False)
+    """For `model.apply`: record ranges again; as `qnn.unfreeze_observers`, and for the observers of
+    other libraries that have this as a method.
+    """
+    _switch(module, True)
 
 
 def disable_observer(module: nn.Module) -> None:
-    """For `model.apply`: record no ranges; as `qnn.freeze_observers`."""
+    """For `model.apply`: record no ranges; as `qnn.freeze_observers`, and for the observers of
+    other libraries that have this as a method.
+    """
+    _switch(module, False)
+
+
+def _switch(module: nn.Module, on: bool) -> None:
     if isinstance(module, FakeQuantize):
-        module.freeze(True)
+        module.freeze(not on)
+        return
+    own = getattr(module, "enable_observer" if on else "disable_observer", None)
+    if callable(own):
+        own()

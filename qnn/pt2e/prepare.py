@@ -12,9 +12,11 @@ from qnn.kinds import kind_of
 from qnn.pt2e import graph as graphs
 from qnn.pt2e.batch_norm import fold_nodes
 from qnn.pt2e.graph import ANNOTATION
+from qnn.pt2e.insert import insert_observers
 from qnn.pt2e.layers import BY_MODE
 from qnn.pt2e.lift import Lifted, lift
 from qnn.pt2e.quantizer import call_if_there
+from qnn.pt2e.specs import WHY_LEFT, retarget_annotations, specs_on
 from qnn.verbs.checks import left_alone, why_not
 from qnn.verbs.plan import FOLDED, LEFT, REASON
 from qnn.verbs.prepare import prepare
@@ -77,27 +79,51 @@ def _prepare(
             f"got {type(quantizer).__name__}."
         )
     root = graphs.own(model, inplace=inplace, who=who)
+    retarget_annotations(root.graph)
     folded = {} if qat else fold_nodes(root)
     root = call_if_there(quantizer, "transform_for_annotation", root) or root
     quantizer.annotate(root)
     call_if_there(quantizer, "validate", root)
+    _annotate_inside(quantizer, root)
+    every = [node for graph in graphs.graphs(root) for node in graph.graph.nodes]
     annotated = [n for n in root.graph.nodes if graphs.is_annotated(n)]
+    annotated += [n for n in every if n.graph is not root.graph and specs_on(n) is not None]
     by_scheme = [n for n in annotated if _scheme_of(n) is not None]
-    told: dict[Any, str] = {n.name: graphs.told(n) for n in root.graph.nodes}
+    told: dict[Any, str] = {n.name: graphs.told(n) for n in every}
     reasons: dict[str, str] = dict(getattr(quantizer, "reasons", {}))
     _check_something(who, annotated, {told.get(n) or n: reason for n, reason in reasons.items()})
     others = set(annotated) - set(by_scheme)
+    nodes = {node.name: node for node in root.graph.nodes}
     lifted = lift(root, lambda n: n not in others and (bool(by_scheme) or n.target in BY_MODE))
+    gone = nodes.keys() - {node.name for node in root.graph.nodes if node in nodes.values()}
+    calls = {node.meta.get("qnn_node"): node for node in root.graph.nodes}
+    retarget_annotations(root.graph, {nodes[n]: calls[n] for n in gone & calls.keys()})
     schemes, left = _choose(root, lifted, reasons)
     for name, norm in folded.items():
         _note_fold(root, name, norm)
     _observe(root, schemes, qat, progress)
+    callback = getattr(quantizer, "prepare_obs_or_fq_callback", None)
+    for graph in graphs.graphs(root):
+        insert_observers(graph, qat=qat, callback=callback)
+        reasons |= {n.name: n.meta[WHY_LEFT] for n in graph.graph.nodes if WHY_LEFT in n.meta}
     reasons |= {node.name: reason for node, reason in lifted.reasons.items()}
-    gone = {node.meta["qnn_node"] for calls in lifted.layers.values() for node in calls}
     root.meta[LEFT] = {told[n]: why for n, why in reasons.items() if n in told and n not in gone}
     root.meta[REASONS] = left
     set_reasons(root)
     return root.train(qat)
+
+
+def _annotate_inside(quantizer: Any, root: GraphModule) -> None:
+    """Have quantizers annotate the graphs that `root` calls too, one at a time, unless they do so
+    by themselves.
+    """
+    for each in getattr(quantizer, "quantizers", [quantizer]):
+        if getattr(each, "annotates_inner_graphs", False):
+            continue
+        for graph in graphs.graphs(root):
+            if graph is not root:
+                each.annotate(graph)
+                call_if_there(each, "validate", graph)
 
 
 def set_reasons(root: GraphModule) -> None:

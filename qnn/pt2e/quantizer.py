@@ -84,6 +84,7 @@ class Int8Quantizer(Quantizer):
         self._names: dict[str, str | None] = {}
         self._filter: Callable[[Node], bool] | None = None
         self.reasons: dict[str, str] = {}
+        self.annotates_inner_graphs = True
         if scheme is not None:
             self.set_global(scheme)
 

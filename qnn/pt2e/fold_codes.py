@@ -1,0 +1,134 @@
+"""BatchNorms after layers that are quantised already, folded into scales and bias: the codes stay,
+but for their sign.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from qnn.functional.batch_norm import scale_and_shift
+from qnn.kernels.torch_private import quantized_decomposed
+from qnn.kinds import is_quantized
+from qnn.nn.conv.quantized import QConv
+from qnn.nn.linear.quantized import QLinear
+from qnn.pt2e import graph as graphs
+from qnn.pt2e.constants import attribute, erase_unread, register, schema_of
+
+_AT = {"linear": 0, **{f"conv{n}d": n for n in (1, 2, 3)}}  # the axes that follow the channels
+
+
+def fold_codes(gm: GraphModule) -> dict[str, str]:
+    """Fold the BatchNorms of `gm` that were trained after annotated layers; by the name of each
+    BatchNorm that went, that of its layer.
+
+    With `s = gamma / √(var + eps)`: the scales per channel become `scale · |s|`, the codes of a
+    negative `s` change sign, and `bias = beta + (bias − mean) · s`. What was trained is
+    `bn(conv(x, fq(w)))`, which this is. A BatchNorm stays where its layer's result is read
+    elsewhere, the layer is called twice, or its weight has one scale or a code of −128.
+    """
+    folded = {}
+    for norm in list(gm.graph.nodes):
+        module = graphs.held(gm, norm) if norm.op == "call_module" else None
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or module.running_mean is None:
+            continue
+        call = norm.args[0]
+        if not isinstance(call, Node) or len(call.users) > 1 or _calls(gm, norm.target) > 1:
+            continue
+        name = _into_layer(gm, call, norm, module) or _into_nodes(gm, call, norm, module)
+        if name is None:
+            continue
+        folded[str(norm.target)] = name
+        norm.replace_all_uses_with(call)
+        gm.graph.erase_node(norm)
+        gm.delete_submodule(str(norm.target))
+    if folded:
+        erase_unread(gm)
+        gm.graph.lint()
+        gm.recompile()
+    return folded
+
+
+def _calls(gm: GraphModule, target: Any) -> int:
+    return sum(node.op == "call_module" and node.target == target for node in gm.graph.nodes)
+
+
+def _fits(norm: Node, axes: int) -> bool:
+    """Whether a BatchNorm normalises the channels of the layer before it."""
+    value = graphs.value(norm)
+    return isinstance(value, torch.Tensor) and value.dim() == axes + 2
+
+
+@torch.no_grad()
+def _gains(module: Any, axis: int, codes: torch.Tensor) -> Any:
+    """What multiplies the scales, the folded codes, and `s` and `beta − mean · s`."""
+    if bool((codes == -128).any()):
+        return None  # has no negative
+    held = module.running_mean, module.running_var, module.weight, module.bias, module.eps
+    scale, shift = scale_and_shift(*held)
+    shape = [1] * codes.dim()
+    shape[axis] = -1
+    sign = torch.sign(scale).to(codes.dtype).reshape(shape)
+    gain = torch.where(scale == 0, 1.0, scale.abs().float())  # of a channel that is all zeros
+    return gain, codes * sign, scale, shift
+
+
+def _into_layer(gm: GraphModule, call: Node, norm: Node, module: Any) -> str | None:
+    layer: Any = graphs.held(gm, call) if call.op == "call_module" else None
+    if not isinstance(layer, QConv | QLinear) or not is_quantized(layer):
+        return None
+    if layer.stored[0].dtype != torch.int8 or _calls(gm, call.target) > 1:
+        return None
+    if isinstance(layer, QConv) and layer.transposed:
+        return None
+    if not _fits(norm, len(layer.kernel_size) if isinstance(layer, QConv) else 0):
+        return None
+    codes, weight_scale = (part.detach() for part in layer.stored)
+    if (gains := _gains(module, 0, codes)) is None:
+        return None
+    gain, codes, scale, shift = gains
+    bias = shift if layer.bias is None else layer.bias.detach() * scale + shift
+    layer._set_parts("weight", (codes, weight_scale * gain.reshape(weight_scale.shape)))
+    layer.bias = nn.Parameter(bias.to(layer.dtype))
+    return str(call.target)
+
+
+def _into_nodes(gm: GraphModule, call: Node, norm: Node, module: Any) -> str | None:
+    schema = schema_of(call)
+    axes = _AT.get(schema.name.removeprefix("aten::")) if schema is not None else None
+    if axes is None or not _fits(norm, axes):
+        return None
+    weight: Any = call.args[1]
+    dequantize = quantized_decomposed().dequantize_per_channel.default
+    if weight.target is not dequantize or len(weight.users) > 1 or weight.args[3] != 0:
+        return None
+    parts = weight.args[:3]
+    if any(part.op != "get_attr" or len(part.users) > 1 for part in parts):
+        return None
+    codes, weight_scale, zero = (attribute(gm, str(part.target)) for part in parts)
+    given = call.args[2] if len(call.args) > 2 else None
+    held = attribute(gm, str(given.target)) if isinstance(given, Node) else None
+    if bool(zero.any()) or (given is not None and not isinstance(held, nn.Parameter)):
+        return None
+    if codes.dtype != torch.int8 or (gains := _gains(module, 0, codes)) is None:
+        return None
+    gain, codes, scale, shift = gains
+    register(gm, str(parts[0].target), codes)
+    register(gm, str(parts[1].target), weight_scale * gain)
+    bias = shift if held is None else held.detach() * scale + shift
+    owner = str(parts[0].target).rpartition(".")[0]
+    name = str(given.target) if isinstance(given, Node) else f"{owner}.bias" if owner else "bias"
+    if given is None:
+        name = graphs.free_name(gm, name)
+    place, _, last = name.rpartition(".")
+    like = graphs.value(call)
+    held = nn.Parameter(bias.to(like.dtype))
+    gm.get_submodule(place)._parameters[last] = held
+    with gm.graph.inserting_before(call):
+        made = gm.graph.get_attr(name)
+    made.meta["val"] = like.fake_mode.from_tensor(held, static_shapes=True)
+    call.args = (*call.args[:2], made, *call.args[3:])
+    return owner
