@@ -60,7 +60,19 @@ from qnn.nn import (
     Quantized,
     register_adapter,
 )
-from qnn.verbs import Comparison, Summary, calibrate, compare, convert, fuse, prepare, sqnr, summary
+from qnn.verbs import (
+    Comparison,
+    Summary,
+    calibrate,
+    compare,
+    convert,
+    correct_bias,
+    fuse,
+    prepare,
+    smooth,
+    sqnr,
+    summary,
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -110,6 +122,7 @@ __all__ = [
     "compare",
     "compressed_tensors",
     "convert",
+    "correct_bias",
     "freeze_observers",
     "functional",
     "fuse",
@@ -120,6 +133,7 @@ __all__ = [
     "prepare",
     "register_adapter",
     "register_kind",
+    "smooth",
     "sqnr",
     "summary",
     "unfreeze_observers",
