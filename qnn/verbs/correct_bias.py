@@ -18,6 +18,8 @@ from qnn.verbs.plan import FOLDED
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
+_SHARE = 1 / 20
+
 
 def correct_bias(model: ModelT, reference: nn.Module, batches: Iterable[Any]) -> ModelT:
     """Add to the bias of each quantised linear layer and convolution the mean of what its result
@@ -25,7 +27,9 @@ def correct_bias(model: ModelT, reference: nn.Module, batches: Iterable[Any]) ->
 
         bias += mean(float_layer(x) − quantised_layer(x)),   x the float model's input of the layer
 
-    Rounding errs to one side where many values of an input, or of a weight's row, share a value,
+    Only channels whose mean is a twentieth or more of the error's mean square are corrected: a mean
+    that comes from a few values which the grid cuts off is not one of the others. Rounding errs to
+    one side where many values of an input, or of a weight's row, share a value,
     as after a GELU. The float model runs once; each layer is measured alone, so their order does
     not matter. Rows that an `attention_mask` `[B, T]` of a batch shows to be padding do not count.
     A layer without a bias gets none, and one that the float model does not call, as the `out_proj`
@@ -90,12 +94,12 @@ def correct_bias(model: ModelT, reference: nn.Module, batches: Iterable[Any]) ->
             f"{who}: there are no batches, or the reference calls none of the layers on them."
         )
     for name, mean in called.items():
-        if not bool(mean.total.isfinite().all()):
+        if not bool(mean.squares.isfinite().all()):
             raise ValueError(f"{who}: the results of {name!r} hold NaN or inf.")
     with torch.no_grad():
         for name, mean in called.items():
             layer: Any = layers[name]
-            layer.bias.copy_(layer.bias.double() + mean.total / mean.count)
+            layer.bias.copy_(layer.bias.double() + mean.value())
             told = getattr(layer, FOLDED, "")
             if "bias corrected" not in told:
                 layer.__dict__[FOLDED] = f"{told}; bias corrected"
@@ -118,14 +122,22 @@ def _axis(layer: nn.Module) -> int | None:
 
 class _Mean:
     def __init__(self) -> None:
-        self.count, self.total = 0, torch.zeros((), dtype=torch.float64)
+        self.count = 0
+        self.total = self.squares = torch.zeros((), dtype=torch.float64)
 
     def add(self, error: torch.Tensor, axis: int, kept: torch.Tensor | None) -> None:
         rows = error.movedim(axis, -1)
         if kept is not None and kept.device == rows.device and rows.shape[:-1] == kept.shape:
             rows = rows[kept]
-        self.total = self.total.to(rows.device) + rows.flatten(0, -2).sum(0, dtype=torch.float64)
-        self.count += rows.numel() // rows.shape[-1]
+        rows = rows.reshape(-1, rows.shape[-1]).double()
+        self.total = self.total.to(rows.device) + rows.sum(0)
+        self.squares = self.squares.to(rows.device) + rows.square().sum(0)
+        self.count += rows.shape[0]
+
+    def value(self) -> torch.Tensor:
+        """The mean of each channel, 0 where it is little beside the mean square."""
+        mean = self.total / self.count
+        return mean.where(mean.square() > _SHARE * self.squares / self.count, 0)
 
 
 __all__ = ["correct_bias"]
