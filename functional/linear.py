@@ -203,6 +203,11 @@ def linear_of(
     return apply_op(x, parts, bias, op, scheme)
 
 
+def scale_columns(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`x` `[..., K]` times `scale` `[K]`, powers of two, in the dtype of `x`."""
+    return x * scale.to(x.dtype)
+
+
 def grid(
     who: str, scheme: str, given: Mapping[str, torch.Tensor | None]
 ) -> tuple[torch.Tensor, ...]:

@@ -65,7 +65,19 @@ from qnn.nn import (
     Quantized,
     register_adapter,
 )
-from qnn.verbs import Comparison, Summary, calibrate, compare, convert, fuse, prepare, sqnr, summary
+from qnn.verbs import (
+    Comparison,
+    Summary,
+    calibrate,
+    compare,
+    convert,
+    correct_bias,
+    fuse,
+    prepare,
+    smooth,
+    sqnr,
+    summary,
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -117,6 +129,7 @@ __all__ = [
     "compare",
     "compressed_tensors",
     "convert",
+    "correct_bias",
     "freeze_bn",
     "freeze_observers",
     "functional",
@@ -129,6 +142,7 @@ __all__ = [
     "pt2e",
     "register_adapter",
     "register_kind",
+    "smooth",
     "sqnr",
     "summary",
     "unfreeze_bn",

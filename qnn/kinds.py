@@ -34,6 +34,7 @@ class Observation:
     split_gates: bool = False
     qat: bool = False
     scheme: str = STATIC
+    smooth: bool = False
 
 
 class Kind:
@@ -72,7 +73,7 @@ class Kind:
     skips_computed: bool = False
     holds: frozenset[str] = frozenset()
     calls: tuple[str, ...] = ()
-    leaves: frozenset[str] = frozenset({"points", "qat", "scheme"})
+    leaves: frozenset[str] = frozenset({"points", "qat", "scheme", "smooth"})
     layout: Layout = MATRIX
 
     # -- which layers, in which form --------------------------------------------------------------

@@ -351,3 +351,24 @@ class TestWhatOthersRun:
         assert config["config_groups"]["group_0"]["input_activations"] is None
         described = {"quantization_config": config}
         assert schemes_of(described, nn.Sequential(nn.Linear(32, 16))) == {"0": "nvfp4"}
+
+
+def test_smoothed_layers_come_back(tmp_path: Path) -> None:
+    model = masked()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.weight[::16] *= 40
+    prepared = qnn.calibrate(qnn.prepare(model), [{"input_ids": IDS}], progress=False)
+    converted = qnn.convert(prepared)
+    smoothed = [key for key in converted.state_dict() if key.endswith("pre_quant_scale")]
+    assert 0 < len(smoothed) < len(qnn.summary(converted).rows)
+    converted.save_pretrained(tmp_path)
+    config = converted.config.quantization_config
+    groups = [g for g in config["config_groups"].values() if g["format"].startswith("smoothed")]
+    assert groups  # which plain transformers refuses
+    loaded = qnn.load_pretrained(type(model), tmp_path)
+    assert same_state(loaded, converted)
+    assert same_bits(loaded(IDS).logits, converted(IDS).logits)
+    with pytest.raises(Exception, match="load_pretrained"):
+        type(model).from_pretrained(tmp_path)

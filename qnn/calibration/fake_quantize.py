@@ -183,6 +183,11 @@ class FakeQuantize(Statistics):
             raise ValueError(f"{self.who}: {scale.numel()} scales; a table has room for one.")
         return torch.cat([scale, zero.float(), scale.new_tensor([self.spec.qmin, self.spec.qmax])])
 
+    @property
+    def columns(self) -> torch.Tensor | None:
+        """What the observer has of the input's columns, where it watches them: `Columns`."""
+        return None if self.observer is None else self.observer.columns
+
     def merge(self, other: FakeQuantize) -> None:
         """Add what `other` has observed, such as the same point in another process."""
         if (self.observer is None) != (other.observer is None):

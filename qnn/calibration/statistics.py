@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from qnn.calibration.columns import Columns
 from qnn.calibration.ranks import of_all
 from qnn.calibration.spec import QuantSpec
 
@@ -84,7 +85,7 @@ class Observer(Statistics):
     are not the ends of what was seen.
 
     For a tensor of 8 bits or fewer it also counts how many values have which exponent, for
-    `share_below`.
+    `share_below`; and after `watch_columns` what each column of its last axis holds.
 
     Args:
         spec: the integers and the axis of the channels.
@@ -95,8 +96,10 @@ class Observer(Statistics):
     count: torch.Tensor
     magnitudes: torch.Tensor | None
     """Of float32's exponents, the sign left out: how often each was seen, int64 `[256]`."""
+    columns: torch.Tensor | None
+    """`Columns`, where they are watched: float64 `[4, K]`."""
 
-    _later: ClassVar[tuple[str, ...]] = ("magnitudes",)
+    _later: ClassVar[tuple[str, ...]] = ("magnitudes", "columns")
 
     def __init__(self, spec: QuantSpec, *, name: str = "", channels: int | None = None) -> None:
         super().__init__()
@@ -105,6 +108,14 @@ class Observer(Statistics):
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         counted = spec.channel_axis is None and spec.qmax - spec.qmin <= 255
         self.register_buffer("magnitudes", torch.zeros(256, dtype=torch.int64) if counted else None)
+        self.register_buffer("columns", None)
+        self.kept: torch.Tensor | None = None  # [B, T], of a batch [B, T, K]: not padding
+
+    def watch_columns(self, columns: int) -> None:
+        """From now on keep, beside the range, what `Columns` says of each of the last axis'
+        `columns`.
+        """
+        self.columns = Columns.none(columns).to(self.count.device)
 
     # What subclasses define.
 
@@ -155,6 +166,8 @@ class Observer(Statistics):
         if any(isinstance(size, int) and size == 0 for size in x.shape):
             return
         x = x.detach()
+        if self.columns is not None:
+            self.columns.copy_(Columns.joined(self.columns, Columns.of(self._without_padding(x))))
         axis = self.spec.channel_axis
         if axis is None:
             x = x.reshape(1, -1)
@@ -173,6 +186,11 @@ class Observer(Statistics):
             one = torch.ones((), dtype=torch.int64, device=x.device).expand_as(exponent)
             new = torch.zeros_like(self.magnitudes).scatter_add_(0, exponent.long(), one)
             self.magnitudes.copy_(self.magnitudes + new)
+
+    def _without_padding(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kept is None or self.kept.device != x.device or x.shape[:-1] != self.kept.shape:
+            return x
+        return x[self.kept]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`observe`, and `x` itself."""
@@ -230,6 +248,8 @@ class Observer(Statistics):
         rows = next(iter(self._rows), None)
         channels = getattr(self, rows).shape[0] if rows else None
         made = type(self)(self.spec, name=self.name, channels=channels or None)
+        if self.columns is not None:
+            made.watch_columns(self.columns.shape[1])
         return made.to(self.count.device)
 
     def merge(self: Any, other: Any) -> None:
@@ -253,12 +273,16 @@ class Observer(Statistics):
         self.count.copy_(self.count + other.count)
         if self.magnitudes is not None:
             self.magnitudes.copy_(self.magnitudes + other.magnitudes)
+        if self.columns is not None and other.columns is not None:
+            self.columns.copy_(Columns.joined(self.columns, other.columns))
 
     def reset(self) -> None:
         """Forget everything."""
         self.count.zero_()
         if self.magnitudes is not None:
             self.magnitudes.zero_()
+        if self.columns is not None:
+            self.columns.copy_(Columns.none(self.columns.shape[1]))
         for name, value in self._rows.items():
             getattr(self, name).fill_(value)
 

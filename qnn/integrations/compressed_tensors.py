@@ -25,6 +25,7 @@ from qnn.verbs.plan import after_swap
 
 # Shown by transformers and diffusers as what they do not know; pydantic cuts at 50 characters.
 _READER = "use qnn.load_pretrained"
+SMOOTHED = "smoothed"
 
 
 def _group(scheme: Scheme, targets: list[str], kind: str | None) -> dict[str, Any]:
@@ -103,6 +104,8 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _foreign(module: nn.Module) -> str | None:
     """What to call a layer that the package does not know."""
+    if getattr(module, "_smoothed", False):
+        return f"{SMOOTHED} {type(module).__name__}"
     kind = kind_of(module)
     standard = kind is not None and kind.standard and type(module) in kind.quantized
     return None if standard else getattr(module, "_who", "a layer").partition("(")[0]
@@ -186,6 +189,13 @@ def schemes_of(config: Any, model: nn.Module) -> dict[Pattern, str | None]:
             f"{some!r}; build the class that was saved."
         )
     return result
+
+
+def smoothed_of(config: Any, model: nn.Module) -> list[str]:
+    """The layers of `model` that a saved config says have a `pre_quant_scale`."""
+    groups = _read(config, "quantization_config")["config_groups"].values()
+    targets = [t for g in groups if g["format"].startswith(SMOOTHED) for t in g["targets"]]
+    return [name for name, _ in model.named_modules() if any(_matches(name, t) for t in targets)]
 
 
 def _matches(name: str, target: str) -> bool:

@@ -6,12 +6,13 @@ import copy
 import functools
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from qnn.integrations.compressed_tensors import describe, schemes_of
+from qnn.integrations.compressed_tensors import describe, schemes_of, smoothed_of
+from qnn.nn import QLinear
 from qnn.nn.base import Quantized
 from qnn.verbs.convert import convert
 
@@ -88,6 +89,8 @@ def _register() -> None:
     def before_loading(self: Any, model: Any, **_: Any) -> None:
         found = {"quantization_config": self.quantization_config.described}
         convert(model, schemes_of(found, model), inplace=True)
+        for name in smoothed_of(found, model):
+            cast(QLinear, model.get_submodule(name))._smooth(True)
         layers = _layers(model)
         for layer in layers.values():
             layer._empty_weights("meta", on_disk=True)

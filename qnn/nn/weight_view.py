@@ -82,6 +82,7 @@ class FloatWeight(torch.Tensor):
         mine, theirs = self._layer, layer
         alike = (
             self._values is None
+            and not any(getattr(layer, "_smoothed", False) for layer in (mine, theirs))
             and mine._scheme.weight == theirs._scheme.weight
             and mine._weight_shapes()[self._name] == theirs._weight_shapes()[name]
         )

@@ -3,8 +3,10 @@
 from qnn.verbs.calibrate import calibrate
 from qnn.verbs.compare import Comparison, compare, sqnr
 from qnn.verbs.convert import convert
+from qnn.verbs.correct_bias import correct_bias
 from qnn.verbs.fuse import fuse
 from qnn.verbs.prepare import prepare
+from qnn.verbs.smooth import smooth
 from qnn.verbs.summary import Summary, summary
 
 __all__ = [
@@ -13,8 +15,10 @@ __all__ = [
     "calibrate",
     "compare",
     "convert",
+    "correct_bias",
     "fuse",
     "prepare",
+    "smooth",
     "sqnr",
     "summary",
 ]

@@ -29,6 +29,8 @@ def calibrate(
 
     It runs in evaluation mode and without gradients; every module's mode is as before at the end.
     Nothing is moved between devices. A few hundred samples that are like those of use are enough.
+    What smoothing needs of each column leaves out the padding that an `attention_mask`
+    `[B, T]` shows, where a batch is a mapping with one.
 
     Where `torch.distributed` is initialised, each process shows its own batches, as many as it has,
     and at the end all of them have the ranges of all: every process has to make the call.
@@ -132,14 +134,31 @@ def _run(
     try:
         with torch.no_grad():
             for batch in meter.each(batches):
+                _set_kept(points, batch)
                 call(called, batch)
     finally:
         for module, training in modes:
             module.training = training
         for point in points:
             point.alone = False
+        _set_kept(points, None)
         return_threads()
     return meter.done
+
+
+def _set_kept(points: list[FakeQuantize], batch: Any) -> None:
+    """Tell the observers which rows of a batch are not padding, by its `attention_mask`."""
+    for point in points:
+        if point.observer is not None:
+            point.observer.kept = kept_of(batch)
+
+
+def kept_of(batch: Any) -> torch.Tensor | None:
+    """Which rows of a batch are not padding, by its `attention_mask` `[B, T]`; None if unknown."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or not bool(mask.any()):
+        return None
+    return mask.bool()
 
 
 def call(model: Any, batch: Any) -> Any:

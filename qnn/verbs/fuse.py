@@ -87,9 +87,9 @@ def fuse(model: ModelT, inputs: Any = None, *, inplace: bool = False) -> ModelT:
     if inputs is None:
         edges, before = _traced(model, layers | norms), None
     else:
-        edges, before = _run(model, inputs, layers | norms)
+        edges, before = watched_run(model, inputs, layers | norms)
     plan, folds = Plan(), dict[int, tuple[nn.Module, Affine]]()
-    shared = _shared(model)
+    shared = shared_parameters(model)
     for key, norm in norms.items():
         reason = _why_not_norm(norm) or _why_not_edge(norm, edges, layers, names, inputs is None)
         if reason is None:
@@ -117,7 +117,7 @@ def fuse(model: ModelT, inputs: Any = None, *, inplace: bool = False) -> ModelT:
     if before is not None or not inplace:
         result = swapped(model, plan, make, inplace=False, who="qnn.fuse")
     if before is not None:
-        _require_same(result, inputs, before)
+        require_same("qnn.fuse", result, inputs, before)
     if inplace:
         result = swapped(model, plan, make, inplace=True, who="qnn.fuse")
     run_hooks("qnn.fuse", result)
@@ -140,7 +140,8 @@ def _traced(model: nn.Module, watched: dict[int, nn.Module]) -> Edges:
         ) from error
 
 
-def _run(model: nn.Module, inputs: Any, watched: dict[int, nn.Module]) -> tuple[Edges, Any]:
+def watched_run(model: nn.Module, inputs: Any, watched: dict[int, nn.Module]) -> tuple[Edges, Any]:
+    """Where results go in a run on `inputs`, and what the model returns."""
     with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices=[]):
         return by_run(watched, lambda: call(model, _copied(inputs)))
 
@@ -150,8 +151,8 @@ def _copied(inputs: Any) -> Any:
     return copy.deepcopy(inputs)
 
 
-def _require_same(fused: nn.Module, inputs: Any, before: Any) -> None:
-    """Raise unless the fused model's outputs are `before`, up to rounding."""
+def require_same(who: str, fused: nn.Module, inputs: Any, before: Any) -> None:
+    """Raise unless the outputs of what the verb `who` made are `before`, up to rounding."""
     power = _Power()
     with torch.no_grad(), evaluating(fused), torch.random.fork_rng(devices=[]):
         after = call(fused, _copied(inputs))
@@ -160,7 +161,7 @@ def _require_same(fused: nn.Module, inputs: Any, before: Any) -> None:
     least = _AGREEMENT.get(dtype, _AGREEMENT_OF_HALVES)
     if not power.db >= least:
         raise ValueError(
-            f"qnn.fuse: the fused model's outputs agree to {power.db:.1f} dB alone, where {dtype} "
+            f"{who}: the changed model's outputs agree to {power.db:.1f} dB alone, where {dtype} "
             f"should give {least:.0f}: the outputs are not a function of the inputs, or the model "
             "calls its layers in a way that one run does not show. Nothing has been changed."
         )
@@ -244,10 +245,10 @@ def _why_not_norm(norm: nn.Module) -> str | None:
     extra = [*(held.keys() - known), *(norm._modules.keys() - more)]
     if extra or hasattr(norm, "parametrizations"):
         return f"it holds more than its statistics, weight and bias ({', '.join(extra)})"
-    return _why_not_itself(norm)
+    return why_not_itself(norm)
 
 
-def _why_not_itself(module: nn.Module) -> str | None:
+def why_not_itself(module: nn.Module) -> str | None:
     if "forward" in vars(module):
         return "a forward of its own was set on it"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
@@ -257,7 +258,7 @@ def _why_not_itself(module: nn.Module) -> str | None:
 
 def _why_not_layer(layer: nn.Module, name: str, shared: set[int]) -> str | None:
     reason = why_not_plain(layer) if kind_of(layer) else None
-    if (reason := reason or _why_not_itself(layer)) is not None:
+    if (reason := reason or why_not_itself(layer)) is not None:
         return f"of {name!r}: {reason}"
     held = [tensor for tensor in layer._parameters.values() if tensor is not None]
     if any(id(tensor) in shared for tensor in held):
@@ -267,7 +268,7 @@ def _why_not_layer(layer: nn.Module, name: str, shared: set[int]) -> str | None:
     return None
 
 
-def _shared(model: nn.Module) -> set[int]:
+def shared_parameters(model: nn.Module) -> set[int]:
     """The parameters that several modules hold, by id."""
     seen, shared = set[int](), set[int]()
     for module in model.modules():
@@ -336,4 +337,4 @@ def _rest(norm: nn.Module, own: Own) -> nn.Module:
     return made.train(norm.training)
 
 
-__all__ = ["fuse"]
+__all__ = ["fuse", "require_same", "shared_parameters", "watched_run", "why_not_itself"]

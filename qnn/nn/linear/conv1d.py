@@ -64,6 +64,7 @@ class QConv1D(QLinear):
             as_linear(observed, transposed=True), observed.input_quantize.spec
         )
         flat.input_quantize = observed.input_quantize
+        flat.smooth = observed.smooth
         made = super().from_observed(flat)
         assert isinstance(made, QConv1D)  # noqa: S101
         return made
@@ -74,9 +75,9 @@ class ObservedConv1D(ObservedLinear):
 
     @classmethod
     def from_float(
-        cls, conv: nn.Module, spec: QuantSpec | None = None, qat: bool = False, *, name: str = ""
+        cls, conv: nn.Module, spec: QuantSpec | None = None, qat: bool = False, **how: Any
     ) -> ObservedConv1D:
-        layer = super().from_float(as_linear(conv, transposed=True), spec, qat, name=name)
+        layer = super().from_float(as_linear(conv, transposed=True), spec, qat, **how)
         assert isinstance(layer, ObservedConv1D)  # noqa: S101
         layer.weight = conv.weight  # type: ignore[assignment]
         return layer
@@ -89,6 +90,9 @@ class ObservedConv1D(ObservedLinear):
             return nn.functional.linear(x, fake_quantize_weight(self.weight.t()), self.bias)
         y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _rows(self) -> torch.Tensor:
+        return self.weight.detach().t()
 
 
 def tell_adapters(model: nn.Module) -> None:

@@ -92,7 +92,7 @@ class LinearKind(Kind):
         return as_linear(layer)
 
     def _observed(self, layer: nn.Module, spec: Any, how: Observation) -> ObservedLinear:
-        return ObservedLinear.from_float(self._flat(layer), spec, how.qat, name=how.name)
+        return ObservedLinear.from_float(self._flat(layer), spec, how.qat, **_options(how))
 
     def points(self, layer: nn.Module, how: Observation) -> list[str]:
         return ["input"]
@@ -156,7 +156,7 @@ class Conv1DKind(LinearKind):
         return with_parameters_of(layer, made, own)
 
     def _observed(self, layer: nn.Module, spec: Any, how: Observation) -> ObservedLinear:
-        return ObservedConv1D.from_float(layer, spec, how.qat, name=how.name)
+        return ObservedConv1D.from_float(layer, spec, how.qat, **_options(how))
 
     def after(self, who: str, model: nn.Module) -> None:
         tell_adapters(model)
@@ -172,6 +172,10 @@ def with_parameters_of(old: nn.Module, new: nn.Module, own: Own) -> nn.Module:
         if parameter is not None:
             setattr(new, name, own(parameter))
     return new
+
+
+def _options(how: Observation) -> dict[str, Any]:
+    return {"name": how.name, "smooth": how.smooth}
 
 
 def spec_of(layer: nn.Module, how: Observation) -> Any:

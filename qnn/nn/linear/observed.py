@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from qnn.calibration import smoothing
 from qnn.calibration.fake_quantize import FakeQuantize
 from qnn.calibration.parts import Specs
 from qnn.calibration.spec import QuantSpec
@@ -28,6 +29,10 @@ _DEFAULTS = {
         QuantSpec(torch.int16, symmetric=True, observer="moving_average"),
     ),
 }
+
+
+# Observers whose range is that of all values, or what serves these best.
+_WHOLE = ("minmax", "histogram")
 
 
 def default_spec(scheme: str, qat: bool) -> QuantSpec:
@@ -53,6 +58,8 @@ class ObservedLinear(nn.Linear):
             `QuantSpec(torch.int8, observer="histogram")` if None, `"moving_average"` with `qat`.
         qat: whether to fake-quantise.
         name: of the layer, for errors.
+        smooth: let `QLinear.from_observed` smooth the layer where that helps, as `qnn.prepare`
+            says; of calibration alone, for an input of 8 bits.
 
     Raises:
         ValueError: a spec that the quantised layer has no form for.
@@ -73,10 +80,16 @@ class ObservedLinear(nn.Linear):
         spec: QuantSpec | None = None,
         qat: bool = False,
         name: str = "",
+        smooth: bool = False,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self.qat = qat
         self.input_quantize = input_point(spec, qat, name).to(self.weight.device)
+        observer = self.input_quantize.observer
+        able = observer is not None and not qat and self.input_quantize.spec.dtype != torch.int16
+        self.smooth = smooth and able
+        if observer is not None and self.smooth:
+            observer.watch_columns(in_features)
 
     @classmethod
     def from_float(
@@ -86,6 +99,7 @@ class ObservedLinear(nn.Linear):
         qat: bool = False,
         *,
         name: str = "",
+        smooth: bool = False,
     ) -> ObservedLinear:
         """An observed layer around the parameters of `linear` themselves, in its mode.
 
@@ -106,10 +120,14 @@ class ObservedLinear(nn.Linear):
             spec=spec,
             qat=qat,
             name=name,
+            smooth=smooth,
         )
+        columns = layer.input_quantize.columns is not None
         layer.input_quantize = FakeQuantize(
             layer.input_quantize.spec, name=layer.input_quantize.name, qat=qat
         ).to(linear.weight.device)
+        if columns and layer.input_quantize.observer is not None:
+            layer.input_quantize.observer.watch_columns(linear.in_features)
         layer.weight = linear.weight
         if linear.bias is not None:
             layer.bias = linear.bias
@@ -120,6 +138,18 @@ class ObservedLinear(nn.Linear):
             return cast(torch.Tensor, y)
         weight = fake_quantize_weight(self.weight) if self.qat else self.weight
         return nn.functional.linear(self.input_quantize(input), weight, self.bias)
+
+    def factors(self) -> torch.Tensor | None:
+        """What the columns of the input are to be multiplied with before they are quantised,
+        float32 `[in_features]`; None where it would not help.
+        """
+        columns, spec = self.input_quantize.columns, self.input_quantize.spec
+        if not self.smooth or columns is None or spec.observer not in _WHOLE or spec.limit:
+            return None
+        return smoothing.factors(self._rows(), columns, spec)
+
+    def _rows(self) -> torch.Tensor:
+        return self.weight.detach()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, qat={self.qat}"
@@ -191,9 +221,14 @@ def _accepted(spec: QuantSpec) -> QuantSpec:
     return spec if spec.qmin == info.min else replace(spec, qmin=info.min)
 
 
-def grid(point: FakeQuantize) -> tuple[torch.Tensor, ...]:
-    """Scale and zero point of a layer's input, float32 and int8 `[1]`; of 16 bits the scale."""
+def grid(point: FakeQuantize, factors: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    """Scale and zero point of a layer's input, float32 and int8 `[1]`; of 16 bits the scale. With
+    `factors` those of the input's columns times these.
+    """
     scale, zero_point = point.qparams()
+    if factors is not None and point.columns is not None:
+        low, high = (end.float() for end in smoothing.ends(point.columns, factors))
+        scale, zero_point = point.spec.qparams(low[None], high[None])
     if point.spec.dtype == torch.int16:
         return (scale.detach().clone(),)
     if point.spec.dtype == torch.uint8:

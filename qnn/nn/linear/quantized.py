@@ -8,13 +8,22 @@ import torch
 from torch import nn
 
 from qnn.calibration.doubts import note_on
-from qnn.functional.linear import linear_of
+from qnn.functional.linear import linear_of, scale_columns
 from qnn.kernels import get_scheme
 from qnn.kernels.backends import linear_backend
 from qnn.kernels.schemes import static_scheme
 from qnn.nn.base import Quantized
 from qnn.nn.linear.observed import ObservedLinear, grid
-from qnn.nn.values import Found, check_input, input_grid, of_other_kind, require_floats
+from qnn.nn.values import (
+    Found,
+    check_input,
+    frozen,
+    input_grid,
+    of_other_kind,
+    require_floats,
+)
+
+_SMOOTH = "pre_quant_scale"
 
 
 class QLinear(Quantized, nn.Linear):
@@ -33,6 +42,9 @@ class QLinear(Quantized, nn.Linear):
     - `input_scale`, float32 `[1]`, and `input_zero_point`, int8 `[1]`: of int8_static, for the
       input, per-tensor; of int16_static the scale alone. A scale of 0 says that there is none yet,
       and a call is an error;
+    - `pre_quant_scale`, float32 `[in_features]`, powers of two: of int8_static, in a layer that
+      calibration has smoothed alone. The input is multiplied by it before it is quantised, and
+      what is stored is the float weight divided by it;
     - `bias`: `[out_features]`, in `dtype`.
 
     `layer.weight` reads as the float weight, in `dtype`, decoded where it is used; what is written
@@ -66,6 +78,7 @@ class QLinear(Quantized, nn.Linear):
     """
 
     weight_scale: nn.Parameter
+    _smoothed = False
 
     def __init__(
         self,
@@ -95,14 +108,61 @@ class QLinear(Quantized, nn.Linear):
         return {"weight": (self.out_features, self.in_features)}
 
     def _calibration(self) -> dict[str, Found]:
-        return input_grid(self._scheme)
+        found = input_grid(self._scheme)
+        if self._smoothed:
+            found[_SMOOTH] = Found(torch.float32, (self.in_features,), positive=True)
+        return found
+
+    def _smooth(self, smoothed: bool) -> None:
+        """Have a `pre_quant_scale`, of ones, or none."""
+        if smoothed and not self._smoothed:
+            device = self._device
+            self._parameters[_SMOOTH] = frozen(torch.ones(self.in_features, device=device).float())
+        elif not smoothed:
+            self._parameters.pop(_SMOOTH, None)
+        self._smoothed = smoothed
+
+    def _quantized(self, weight: str, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if self._smoothed and tuple(value.shape) == self._weight_shapes()[weight]:
+            scale = cast(torch.Tensor, self._parameters[_SMOOTH])
+            value = value.detach().to(torch.promote_types(value.dtype, torch.float32)) / scale
+        return super()._quantized(weight, value)
+
+    def _dequantized(self, weight: str) -> torch.Tensor:
+        if not self._smoothed:
+            return super()._dequantized(weight)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        stored = self._layout.dequantize(self._held(weight), wide, self.scheme)
+        return (stored * cast(torch.Tensor, self._parameters[_SMOOTH])).to(self.dtype)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """A state says whether the layer that it is of was smoothed."""
+        before, errors = self._parameters.get(_SMOOTH), len(args[-1])
+        if input_grid(self._scheme) and prefix + "input_scale" in state_dict:
+            self._smooth(prefix + _SMOOTH in state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if len(args[-1]) > errors:  # nothing was read
+            self._smooth(before is not None)
+            if before is not None:
+                self._parameters[_SMOOTH] = before
+
+    def _read_state(self, given: dict[str, Any]) -> dict[str, Any]:
+        weight = given.get("weight")
+        if _SMOOTH in given and weight is not None and weight.is_floating_point():
+            raise ValueError(
+                f"the state has a {_SMOOTH} and a float weight, which is not divided by it; take "
+                "the state of the converted layer."
+            )
+        return super()._read_state(given)
 
     def _backend(self) -> str:
         if self._uncalibrated:
             return (
                 "none: not calibrated; load a calibrated state, or prepare, calibrate and convert"
             )
-        return linear_backend(self._scheme, self.stored[0])
+        return linear_backend(self._scheme, self.stored[0]) + "; input smoothed" * self._smoothed
 
     @property
     def stored(self) -> tuple[nn.Parameter, ...]:
@@ -143,9 +203,17 @@ class QLinear(Quantized, nn.Linear):
                 f"{type(observed).__name__}."
             )
         layer = cls._around(observed, static_scheme(observed.input_quantize.spec.dtype))
-        found = (part.to(observed.weight.device) for part in grid(observed.input_quantize))
+        point, device = observed.input_quantize, observed.weight.device
+        scale = observed.factors()
+        found = [part.to(device) for part in grid(point, scale)]
+        if scale is None:
+            note_on(layer, [point])
+        else:
+            layer._smooth(True)
+            found.append(scale)
         layer._set_calibration(dict(zip(layer._calibration(), found, strict=True)))
-        note_on(layer, [observed.input_quantize])
+        if scale is not None:
+            layer._write("weight", observed.weight)
         return layer
 
     @classmethod
@@ -175,6 +243,9 @@ class QLinear(Quantized, nn.Linear):
         if self._uncalibrated:
             self._refuse_uncalibrated()
         held: Any = self._parameters
+        if self._smoothed:
+            check_input(self, input, self._stored[0])  # which would be broadcast
+            input = scale_columns(input, held[_SMOOTH])  # noqa: A001
         operands = [held[name] for name in self._operands]
         values = operands[0]
         if values.dtype is not self._storage or values.requires_grad:
@@ -196,4 +267,5 @@ class QLinear(Quantized, nn.Linear):
             "input_scale",
             "input_zero_point",
             "input_global_scale",
+            _SMOOTH,
         )
