@@ -124,9 +124,10 @@ class TestGraphs:
         shapes = {name: tuple({0: batch} for _ in each) for name, each in given.items()}
         with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
             program = torch.export.export(model, (given,), dynamic_shapes=(shapes,))
-            package = torch._inductor.aoti_compile_and_package(
-                program, package_path=f"{folder}/model.pt2"
-            )
+            with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):
+                package = torch._inductor.aoti_compile_and_package(
+                    program, package_path=f"{folder}/model.pt2"
+                )
             torch.save(more, f"{folder}/x.pt")
             forked(
                 f"""
@@ -154,8 +155,9 @@ class TestGraphs:
         layers = {n for n, m in model.named_modules() if isinstance(m, qnn.Quantized)}
         assert {n for n in layers if not n.endswith("out_proj")} <= called
 
-    @parameterized.expand(FIRST)
+    @parameterized.expand([each for each in FIRST if each[0] in ("words", "attention", "mixture")])
     def test_any_batch_after_the_second(self, name: str, scheme: str) -> None:
+        """Of convolutions see test_conv_functions.py, of recurrent layers test_qlstm.py."""
         model = quantised(name, scheme)
         counter = CompileCounterWithBackend("aot_eager")
         call = torch.compile(model, fullgraph=True, backend=counter)
