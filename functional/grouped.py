@@ -111,7 +111,7 @@ def sort_by_group(groups: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, 
 def unsort(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Sorted rows in the order that they had before: `unsort(x[order], order)` is `x`."""
     places = torch.empty_like(order).scatter_(
-        0, order, torch.arange(len(order), device=order.device)
+        0, order, torch.arange(order.shape[0], device=order.device)
     )
     return rows[places]
 

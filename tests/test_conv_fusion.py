@@ -15,7 +15,8 @@ from qnn.kernels.epilogue import ACTIVATIONS
 from qnn.kernels.schemes import get_scheme
 
 from .common import DTYPES
-from .test_conv_ops import SCHEMES, Layer
+from .test_conv_functions import Layer
+from .test_conv_ops import SCHEMES
 from .test_fusion import compiled
 
 

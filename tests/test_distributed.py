@@ -31,6 +31,7 @@ from torch import nn
 import qnn
 from qnn import functional as F
 
+from . import zoo
 from .common import need_sharded_integers
 
 TRAINING = [scheme.name for scheme in qnn.SCHEMES.values() if scheme.trainable]
@@ -633,7 +634,29 @@ def sharded_inference(rank: int, scheme: str) -> None:
         assert rows or mine.numel() == 0, name
 
 
+def sharded_kind(rank: int, name: str, scheme: str) -> None:
+    """A model of the zoo, each layer by itself and as a whole; FSDP2 refuses convolutions."""
+    from torch.distributed.fsdp import fully_shard
+
+    layers, x = zoo.quantised(name, scheme), zoo.ZOO[name].inputs(3)
+    want = layers(*x)
+    inside_first = [m for m in reversed(list(layers.modules())) if isinstance(m, qnn.Quantized)]
+    if any(isinstance(each, nn.Conv2d) for each in inside_first):  # whose weights are channels-last
+        with pytest.raises(NotImplementedError, match="does not support non-contiguous parameters"):
+            fully_shard(layers, mesh=mesh(2))
+        return
+    for layer in (*inside_first, layers):
+        fully_shard(layer, mesh=mesh(2))
+    assert all(hasattr(p, "to_local") for p in layers.parameters())
+    assert torch.equal(layers(*x), want)
+
+
 class TestInference:
+    @parameterized.expand(zoo.FIRST)
+    def test_every_kind(self, name: str, scheme: str) -> None:
+        need_sharded_integers()
+        both_ranks(sharded_kind, name, scheme)
+
     @parameterized.expand(qnn.SCHEMES)
     def test_fsdp2(self, scheme: str) -> None:
         layer = qnn.QLinear(128, 32, scheme=scheme)

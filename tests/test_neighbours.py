@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from parameterized import parameterized
 
 import qnn
 
+from . import zoo
 from .common import forked, mlp, need_sharded_integers
 
 
@@ -145,6 +147,29 @@ class TestPeft:
             model.save_pretrained(folder)
             again = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
             assert torch.equal(again(ids).last_hidden_state, model(ids).last_hidden_state)
+
+    @parameterized.expand([("convolutions", "head"), ("attention", "out_proj")])
+    def test_other_kinds(self, name: str, target: str) -> None:
+        """Beside convolutions, and inside an attention, whose gradients go to adapters before."""
+        peft = pytest.importorskip("peft", reason="needs the extra 'examples'")
+        base = zoo.quantised(name, "int8")
+        given = zoo.ZOO[name].inputs(3)
+        want = base(*given)
+        model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=[target]))
+        assert torch.equal(model.eval()(*given), want)  # an adapter begins as nothing
+        model.train()(*given).square().mean().backward()
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        assert any("lora_B" in each for each in trained)
+        for each, parameter in trained.items():
+            assert parameter.grad is not None, each
+            assert "lora_A" in each or bool(parameter.grad.any()), each
+
+    def test_a_convolution_is_no_target(self) -> None:
+        """peft makes adapters of its class, and so of integers, which it then cannot train."""
+        peft = pytest.importorskip("peft", reason="needs the extra 'examples'")
+        config = peft.LoraConfig(r=4, target_modules=["stem.0"])
+        with pytest.raises(RuntimeError, match="only Tensors of floating point"):
+            peft.get_peft_model(zoo.quantised("convolutions", "int8"), config)
 
     def test_gradients_reach_lora_below_quantised_layers_when_compiled(self) -> None:
         peft = pytest.importorskip("peft", reason="needs the extra 'examples'")

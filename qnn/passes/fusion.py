@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from qnn.kernels import OPS, torch_private
+from qnn.kernels import OPS, Op, torch_private
 from qnn.kernels.epilogue import ACTIVATIONS
 from qnn.kernels.formats import FLOATS
 from qnn.kernels.op import on_trace
@@ -39,7 +39,7 @@ from qnn.kernels.torch_private import (
 )
 from qnn.passes import cast_fusion, chains, user_region
 from qnn.passes.chains import RESHAPES
-from qnn.passes.region import Region, before_writes, match, unwrap_gradients
+from qnn.passes.region import Region, before_writes, match, read, unwrap_gradients
 
 # The op that quantises the rows of a layer's input, and the layer's op for rows quantised already.
 SHARED = {"int8_linear": ("int8_quantize", "int8_rows_linear")}
@@ -322,17 +322,52 @@ def _unsqueezed(graph: Graph, node: Node, axis: int) -> Node:
     return result
 
 
+def _copy_views(graph: Graph) -> None:
+    """Have results that are views of a convolution's, with sizes that are not known, end in a copy.
+
+    Inductor asks of a view that leaves the graph whether its strides are in order, and fails where
+    channels are the last and the sizes are those after a stride: `ValueRangeError` of the
+    remainder of 8 W and 8 H W, for H and W such as (s − 1) // 2 + 1. It does not ask of a copy.
+    """
+    output = graph.output_node()
+    for node in output.all_input_nodes:
+        source, strides = node, _tensor(node).stride() if node.target in RESHAPES else ()
+        while source.target in (*RESHAPES, operator.getitem):
+            source = source.all_input_nodes[0]
+        last = len(strides) > 2 and isinstance(strides[1], int) and strides[1] == 1
+        if last and any(isinstance(each, torch.SymInt) for each in strides) and read(source):
+            with graph.inserting_before(output), _tensor(node).fake_mode:
+                copied = graph.call_function(_aten.clone.default, (node,))
+                copied.meta["val"] = _tensor(node).clone()
+            output.replace_input_with(node, copied)
+
+
+def _spell_dtypes(graph: Graph) -> None:
+    """Write the dtype into calls that leave it at its default: packages of AOTInductor keep that
+    as a number, which no process can load.
+    """
+    for node, op in _calls_with_dtypes(graph):
+        left = () if node.kwargs else op.tails[len(node.args)]
+        node.args = (*node.args, *left)
+        if left and "eager_input_vals" in node.meta:  # Inductor goes through both side by side
+            values, _ = node.meta["eager_input_vals"]
+            node.meta["eager_input_vals"] = ((*values, *left), {})
+
+
 def _refuse_dtypes(graph: Graph) -> None:
-    takes_dtype = {
-        op.overload for op in OPS.values() if any(arg.kind == "ScalarType" for arg in op.inputs)
+    for node, _ in _calls_with_dtypes(graph):
+        raise NotImplementedError(
+            f"{node.target} has a dtype for an argument, and a package of AOTInductor would "
+            f"call it with another one, in torch {torch.__version__}; package with torch 2.12 "
+            "or newer."
+        )
+
+
+def _calls_with_dtypes(graph: Graph) -> list[tuple[Node, Op]]:
+    takes = {
+        op.overload: op for op in OPS.values() if any(arg.kind == "ScalarType" for arg in op.inputs)
     }
-    for node in graph.nodes:
-        if node.target in takes_dtype:
-            raise NotImplementedError(
-                f"{node.target} has a dtype for an argument, and a package of AOTInductor would "
-                f"call it with another one, in torch {torch.__version__}; package with torch 2.12 "
-                "or newer."
-            )
+    return [(node, takes[node.target]) for node in graph.nodes if node.target in takes]
 
 
 def _run(graph: Graph) -> None:
@@ -343,6 +378,8 @@ def _run(graph: Graph) -> None:
     fold(graph)
     chains.join(graph)
     cast_fusion.unfold(graph)
+    _copy_views(graph)
+    _spell_dtypes(graph)
 
 
 def _uuid() -> bytes:

@@ -188,7 +188,8 @@ class QMultiheadAttention(Attention, Quantized):
         made = cls._around(layer, static_scheme(*dtypes))
         device = made._device
         found = zip(made._calibration(), grids, strict=True)
-        made._set_calibration({name: part.to(device) for name, part in found})
+        # Copies: roles that share a grid are parameters of their own, as a file has them.
+        made._set_calibration({name: part.to(device, copy=True) for name, part in found})
         note_on(made, layer.seen())
         return made
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from qnn.functional.grouped import sort_by_group, unsort
 from qnn.nn.grouped.adapters import ExpertsAdapter, adapter_of
-from qnn.nn.values import require_input
+from qnn.nn.values import of_other_kind, require_input
 
 
 class Routed(nn.Module):
@@ -69,6 +69,9 @@ class Routed(nn.Module):
         top_k_index: torch.Tensor | None = None,
         top_k_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if isinstance(hidden_states, torch.fx.Proxy):
+            leaf = of_other_kind(self, hidden_states, top_k_index, top_k_weights)
+            return cast(torch.Tensor, leaf)
         self._check(hidden_states, top_k_index, top_k_weights)
         if top_k_index is None or top_k_weights is None:
             return self._all(hidden_states)
@@ -120,10 +123,10 @@ class Routed(nn.Module):
                 )
         elif index is None or weights is None:
             raise TypeError(f"{self._who} takes hidden_states, top_k_index and top_k_weights.")
-        elif index.dim() != 2 or index.shape != weights.shape or len(index) != len(hidden):
+        elif index.dim() != 2 or index.shape != weights.shape or index.shape[0] != hidden.shape[0]:
             raise ValueError(
                 f"{self._who}: top_k_index and top_k_weights must be [tokens, k] for the "
-                f"{len(hidden)} tokens, got {tuple(index.shape)} and {tuple(weights.shape)}."
+                f"{hidden.shape[0]} tokens, got {tuple(index.shape)} and {tuple(weights.shape)}."
             )
 
 
