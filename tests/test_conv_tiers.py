@@ -179,6 +179,36 @@ def test_of_codes(cases: int, first: int) -> None:
         assert off <= (0 if exact else 1), (seed, off)
 
 
+LARGE = {
+    "one pair at the end": lambda w: w[-1, -2:].fill_(127),
+    "one pair of -128 at the start": lambda w: w[0, :2].fill_(-128),
+    "pairs that fit alone": lambda w: w[:, ::2].fill_(127),
+    "every other row": lambda w: w[::2].fill_(127),
+    "all 127": lambda w: w.fill_(127),
+    "all -128": lambda w: w.fill_(-128),
+    "in turn": lambda w: w.fill_(127)[:, ::2].neg_(),
+}
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("large", LARGE)
+def test_weights_whose_products_do_not_fit_in_16_bits(tier: str, large: str) -> None:
+    """Among small ones, which AVX2 multiplies as bytes; codes 0 and 255; every size of tails."""
+    need(tier)
+    torch.manual_seed(0)
+    grid = torch.tensor([1.0]), torch.tensor([-128]).to(torch.int8)
+    for channels, outputs in ((16, 8), (17, 1), (18, 9), (19, 31), (67, 16)):
+        w = torch.randint(-25, 26, (outputs, 3 * channels))
+        LARGE[large](w)
+        w = w.to(torch.int8).reshape(outputs, 1, 1, 3, channels).permute(0, 4, 1, 2, 3)
+        x = torch.randint(0, 2, (1, channels, 1, 3, 20)) * 255.0
+        x[..., :7] = 255
+        rest = [1, 1, 1], [0, 0, 0, 0, 1, 1], [1, 1, 1], 1, None, None, "none", "none"
+        operands = x, w, torch.ones(outputs, 1, 1, 1, 1), *grid, *rest
+        got = torch.ops.qnn.cpu_conv(*operands, "int8", tier, 1)
+        agrees(got, reference.static_conv_reference(*operands), 0)
+
+
 def test_the_result_does_not_depend_on_the_threads() -> None:
     for seed in range(6):
         draw = Draw(seed)

@@ -2,6 +2,7 @@
 
 It is built here in several ways: as the package builds the kernels, with operands at guard pages;
 with AMX emulated and AVX-VNNI in AVX-512's encoding, so that their code runs on CPUs without them;
+with AVX2's products of bytes for weights that would not have them;
 under sanitizers; and for CPUs that QEMU plays.
 """
 
@@ -43,6 +44,8 @@ EMULATED = {
     "avx_vnni.cpp": (*_AVX2, "-mavx512vl", "-mavx512vnni", "-DQNN_EVEX")
     if _HAS_VNNI
     else (*_AVX2, "-DQNN_EMULATE_VNNI"),
+    # Bytes, whatever the weights are.
+    "avx2.cpp": (*_AVX2, "-DQNN_ALWAYS_BYTES"),
 }
 _SLOW = tuple(flag for flag in COMMON if flag != "-O3")
 _SANITIZED = (*_SLOW, "-O1", "-g1", "-DQNN_HEAP")

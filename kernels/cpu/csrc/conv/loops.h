@@ -5,6 +5,7 @@
 // makes its own image of what it reads of x, so that no part waits for another.
 #pragma once
 
+#include "conv/couples.h"
 #include "conv/image.h"
 #include "conv/int16.h"
 #include "conv/output.h"
@@ -89,6 +90,7 @@ class Convolution {
   int64_t* at_;
   float *scale_, *sw_, *bias_;
   char* panel_;
+  ConvCouples couples_;  // where P::kCouples: of the panels, of which then one is held at a time
   int32_t* start_;
   char* acc_;
   double* wide_;
@@ -131,7 +133,12 @@ class Convolution {
     sw_ = scratch.take<float>(held * width_);
     bias_ = scratch.take<float>(held * width_);
     start_ = scratch.take<int32_t>(held * width_);
-    panel_ = scratch.take<char>(held * panel_bytes_);
+    if constexpr (P::kCouples) {
+      panel_ = scratch.take<char>(panel_bytes_);
+      couples_ = ConvCouples::take(scratch, held * vectors_, most_words);
+    } else {
+      panel_ = scratch.take<char>(held * panel_bytes_);
+    }
     // Squares of pixels and channels are turned whole, also the last of a strip.
     acc_ = scratch.take<char>((kStrip + kLanes) * width_ * 4);
     wide_ = scratch.take<double>(kWide ? kStrip * width_ : 0);
@@ -222,7 +229,8 @@ class Convolution {
       const int64_t within = row % height, left = end - row;
       int64_t rows = smaller(plane_rows_, smaller(height - within, left)), planes = 1;
       if (rows == height) planes = smaller(planes_, left / height);
-      const bool begins = rows_of_runs == 0;
+      // Couples know where in the image their words are.
+      const bool turns = rows_of_runs == 0 || (P::kCouples && rows != rows_of_runs);
       if (rows != rows_of_runs) set_runs(rows_of_runs = rows);
       const ConvBand band{row, rows * planes, group.channel, group.channels};
       if (!direct_) image_.fill(band, rows);
@@ -230,7 +238,7 @@ class Convolution {
       const int64_t pixels = band.rows * p_.out[2], strips = div_up(pixels, kStrip);
       const auto turn_one = [&](int64_t i, int64_t slot) {
         const int64_t output = i * width_;
-        turn(group.output + output, smaller(width_, group.outputs - output), slot);
+        turn(group.output + output, smaller(width_, group.outputs - output), slot, pixels);
       };
       const auto strip = [&](int64_t i, int64_t slot, int64_t s) {
         const int64_t from = pixels * s / strips, output = i * width_;
@@ -238,7 +246,7 @@ class Convolution {
                  smaller(width_, group.outputs - output), slot);
       };
       if (kept_) {
-        for (int64_t i = panel; begins && i < last; ++i) turn_one(i, i - panel);
+        for (int64_t i = panel; turns && i < last; ++i) turn_one(i, i - panel);
         for (int64_t s = 0; s < strips; ++s) {
           for (int64_t i = panel; i < last; ++i) strip(i, i - panel, s);
         }
@@ -275,14 +283,16 @@ class Convolution {
     }
   }
 
-  void turn(int64_t output, int64_t count, int64_t slot) {
+  void turn(int64_t output, int64_t count, int64_t slot, [[maybe_unused]] int64_t pixels) {
     const int64_t vectors = div_up(count, kLanes), at = slot * width_;
     const int32_t low = P::kShifts ? -128 - p_.zero_point : 0;
-    char* panel = panel_ + slot * panel_bytes_;
+    char* panel = P::kCouples ? panel_ : panel_ + slot * panel_bytes_;
     if (image_.depthwise) {
       turn_depthwise<P>(p_, output, count, vectors, runs_, run_count_, low, panel, start_ + at);
     } else {
       turn_panel<P>(p_, output, count, vectors, runs_, run_count_, low, panel, start_ + at);
+      if constexpr (P::kCouples)
+        find_couples<P>(runs_, run_count_, vectors, pixels, panel, couples_.from(slot * vectors_));
     }
     for (int64_t i = 0; i < vectors * kLanes; i += kLanes) {
       const int64_t left = count - i;
@@ -311,7 +321,11 @@ class Convolution {
                          acc_,
                          vectors * kLanes,
                          false};
-    multiply(vectors, pixels, strip);
+    if constexpr (P::kCouples) {
+      couple_tiles<P>(vectors, pixels, strip, couples_.from(slot * vectors_));
+    } else {
+      multiply(vectors, pixels, strip);
+    }
     const ConvPiece piece{band.first * p_.out[2] + first, pixels, output, count, vectors,
                           reinterpret_cast<float*>(acc_)};
     finish_strip<Finished>(p_, piece, sw_ + at, p_.bias == nullptr ? nullptr : bias_ + at,

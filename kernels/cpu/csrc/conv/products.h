@@ -7,6 +7,7 @@
 //   kQuantizes          x is codes; else float32
 //   kShifts             codes are unsigned bytes, code - zero point + 128 + zero point
 //   kGroup              codes in a 32-bit word
+//   kCouples            words are multiplied two by two: see couples.h
 //   kMostVectors        of channels in a tile
 //   kDepth              words between two additions of float sums, 0: all of them
 //   multiply_add        sum + codes · weights, lane by lane
@@ -31,13 +32,13 @@ constexpr int conv_pixels(int vectors) {
   return kLanes == 16 ? (vectors == 4 ? 6 : 12) : kLanes == 8 ? 12 / vectors : 8 / vectors;
 }
 
-// By a machine's integer multiply_add(sum, x, w).
-template <class M>
+// By a machine's integer multiply_add(sum, x, w); or its add_couple.
+template <class M, bool Couples = false>
 struct IntegerConv : M {
   using Code = std::conditional_t<M::kGroup == 4, uint8_t, int16_t>;
   using Acc = int32_t;
   using Sum = vint;
-  static constexpr bool kQuantizes = true, kShifts = M::kGroup == 4;
+  static constexpr bool kQuantizes = true, kShifts = M::kGroup == 4, kCouples = Couples;
   static constexpr int64_t kGroup = M::kGroup, kDepth = 0;
   static constexpr int kMostVectors = kConvVectors;
 
@@ -57,7 +58,7 @@ struct FloatConv : M {
   using Code = float;
   using Acc = float;
   using Sum = vfloat;
-  static constexpr bool kQuantizes = false, kShifts = false;
+  static constexpr bool kQuantizes = false, kShifts = false, kCouples = false;
   static constexpr int64_t kGroup = 1, kDepth = 256;
   static constexpr int kMostVectors = 2;
 

@@ -1,5 +1,6 @@
 // AVX2 without VNNI. Its byte product adds pairs in saturating 16 bits, and so gives wrong sums;
-// here both operands are widened to 16 bits, and vpmaddwd adds pairs of exact products.
+// here both operands are widened to 16 bits, and vpmaddwd adds pairs of exact products. Dense
+// convolutions multiply bytes where few weights are large enough for that to matter: see Avx2Bytes.
 #define QNN_LANES 8
 #include "tiers/avx2.h"
 
@@ -21,6 +22,30 @@ struct Madd : Avx2Words, Inner<Madd> {
   }
 };
 
+// A convolution in bytes where that pays, else in words of 16 bits. Short windows are mostly
+// epilogue, which is slower after eight channels at a time.
+using ByteConv = Convolution<IntegerConv<Avx2Bytes, true>>;
+using WordConv = Convolution<IntegerConv<Madd>>;
+
+bool in_bytes(const Conv& p) {
+  constexpr int64_t kLeast = 48;
+  const int64_t window = p.depth() * p.taps();
+#if !defined(QNN_ALWAYS_BYTES)
+  if (window < kLeast) return false;
+#endif
+  return !p.depthwise() && Avx2Bytes::pays(p.w, p.outputs * window);
+}
+
+// Enough for either: w may be written to meanwhile.
+size_t conv_bytes(const Conv& p, int parts) {
+  const size_t bytes = ByteConv::scratch_bytes(p, parts), words = WordConv::scratch_bytes(p, parts);
+  return bytes < words ? words : bytes;
+}
+
+void conv_run(const Conv& p, int part, int parts, char* scratch) {
+  in_bytes(p) ? ByteConv::run(p, part, parts, scratch) : WordConv::run(p, part, parts, scratch);
+}
+
 bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 }  // namespace
@@ -38,7 +63,7 @@ constexpr Tier avx2 = [] {
   t.recurrent = recurrent<IntegerProduct<Madd, 2, 3>>();
   t.recurrent_int16 = recurrent<IntegerProduct<Madd, 2, 3, double>>();
   t.recurrent_weight = recurrent<FloatProduct<Avx2Machine, 2, 3>>();
-  t.conv = conv<IntegerConv<Madd>>();
+  t.conv = {WordConv::magnitudes, WordConv::scale, WordConv::quantize, conv_bytes, conv_run};
   t.conv_int16 = conv<Int16Conv<Madd>>();
   t.conv_weight = conv<FloatConv<Avx2Machine>>();
   return t;
