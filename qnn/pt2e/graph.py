@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ def own(model: Any, *, inplace: bool, who: str) -> GraphModule:
         TypeError: anything else, with what to do.
     """
     if isinstance(model, ExportedProgram):
-        graph: Any = copy.deepcopy(model.module()) if not inplace else model.module()
+        graph: Any = _copy(model.module()) if not inplace else model.module()
     elif not isinstance(model, GraphModule):
         kind = qualified(type(model))
         raise TypeError(
@@ -41,10 +41,16 @@ def own(model: Any, *, inplace: bool, who: str) -> GraphModule:
             "of torch.export.export(model, args) do; those of torch.fx.symbolic_trace do not."
         )
     else:
-        graph = model if inplace else copy.deepcopy(model)
+        graph = model if inplace else _copy(model)
     for name in ("train", "eval"):
         graph.__dict__.pop(name, None)  # torch.export's own, which raise
     return graph
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy. Buffers that a forward with gradients has written to are copied by their values."""
+    tensors = (each for each in model.buffers() if not each.is_leaf)
+    return copy.deepcopy(model, {id(each): each.detach().clone() for each in tensors})
 
 
 def _is_exported(graph: GraphModule) -> bool:
@@ -78,11 +84,26 @@ def is_region(node: Node) -> bool:
 
 
 def held(root: nn.Module, node: Node) -> Any:
-    """What a get_attr or call_module node names; None if nothing."""
+    """What a get_attr or call_module node names, and the model's tensor that a placeholder of a body
+    is; None if nothing.
+    """
+    if node.op == "placeholder":
+        return node.meta.get("qnn_held", (None, None))[1]
     value: Any = root
     for name in str(node.target).split("."):
         value = getattr(value, name, None)
     return value
+
+
+def name(node: Node) -> str:
+    """The name of what a node holds, in the model."""
+    return str(node.meta["qnn_held"][0] if "qnn_held" in node.meta else node.target)
+
+
+def title(node: Node) -> str:
+    """The name of a node, with that of the body that it is in."""
+    body = node.meta.get("qnn_body")
+    return f"{body}.{node.name}" if body else node.name
 
 
 def path(node: Node) -> list[tuple[str, str]]:
@@ -104,10 +125,10 @@ def source(node: Node) -> str:
     found = ""
     for at, line in enumerate(trace):
         place = re.match(r'\s*File "(.*)", line (\d+)', line)
-        if place and f"{_TORCH}" not in place[1].replace("\\", "/"):
+        if place and place[1][0] != "<" and _TORCH not in place[1].replace("\\", "/"):
             code = trace[at + 1].strip() if at + 1 < len(trace) else ""
             found = f"{place[1].replace(chr(92), '/').rpartition('/')[2]}:{place[2]}: {code}"
-    return found
+    return found or str(node.meta.get("qnn_caller", ""))
 
 
 _TORCH = torch.__path__[0].replace("\\", "/")
@@ -116,7 +137,7 @@ _TORCH = torch.__path__[0].replace("\\", "/")
 def told(node: Node) -> str:
     """A node in words, for errors and reports: its operator, its module, the user's line."""
     where = [name for name, _ in path(node) if name]
-    words = f"{node.name} ({node.target})"
+    words = f"{title(node)} ({node.target})"
     if where:
         words += f" in {where[-1]!r}"
     return words + (f", {line}" if (line := source(node)) else "")
@@ -165,3 +186,44 @@ def put(root: nn.Module, name: str, module: nn.Module) -> None:
         at = at._modules[part]  # type: ignore[assignment]
     at._modules.pop(parts[-1], None)
     at.add_module(parts[-1], module)
+
+
+def owner_of(root: nn.Module, name: str) -> nn.Module:
+    """The module of a name; what is missing on the way is made."""
+    if name and (root.get_submodule(name) if _taken(root, name) else None) is None:
+        put(root, name, nn.Module())
+    return root.get_submodule(name)
+
+
+def delete_unread(root: GraphModule, targets: Iterable[str]) -> None:
+    """Delete those of these tensors that the graph does not read, and the bare modules that are
+    empty then.
+    """
+    still = {str(node.target) for node in root.graph.find_nodes(op="get_attr")}
+    for target in set(targets) - still:
+        owner, _, name = target.rpartition(".")
+        module = root.get_submodule(owner)
+        module._parameters.pop(name, None)
+        module._buffers.pop(name, None)
+        while owner and not (module._parameters or module._buffers or module._modules):
+            if type(module) is not nn.Module:
+                break
+            owner, _, name = owner.rpartition(".")
+            module = root.get_submodule(owner)
+            del module._modules[name]
+
+
+def written(root: GraphModule) -> Iterator[int]:
+    """The ids of the model's tensors that operators of the graph write to, also through views."""
+    for node in root.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None or not schema.is_mutable:
+            continue
+        for at, argument in enumerate(schema.arguments[: len(node.args)]):
+            source = node.args[at]
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            while isinstance(source, Node) and source.op == "call_function" and source.args:
+                source = source.args[0]
+            if isinstance(source, Node) and source.op == "get_attr":
+                yield id(held(root, source))

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.fx import GraphModule, Node
 
 from qnn.kernels import get_scheme
-from qnn.kinds import kind_of
+from qnn.kinds import Kind, Observation, Own, kind_of
+from qnn.pt2e import bodies
 from qnn.pt2e import graph as graphs
 from qnn.pt2e.batch_norm import fold_nodes
 from qnn.pt2e.graph import ANNOTATION
 from qnn.pt2e.layers import BY_MODE
 from qnn.pt2e.lift import Lifted, lift
+from qnn.pt2e.normal import normalise
 from qnn.pt2e.quantizer import call_if_there
-from qnn.verbs import prepare
-from qnn.verbs.checks import left_alone, why_not
-from qnn.verbs.plan import FOLDED, LEFT, REASON
+from qnn.verbs.checks import keep_ties_to_float, left_alone, why_not
+from qnn.verbs.plan import FOLDED, LEFT, REASON, Plan, run_hooks, swapped
 
 # What a prepared graph knows, in its `meta`: the schemes of the layers that have no observers.
 SCHEMES = "qnn_schemes"
@@ -77,22 +78,30 @@ def _prepare(
             f"got {type(quantizer).__name__}."
         )
     root = graphs.own(model, inplace=inplace, who=who)
+    normalise(root)
     folded = {} if qat else fold_nodes(root)
     root = call_if_there(quantizer, "transform_for_annotation", root) or root
+    bodies.mark(root)
     quantizer.annotate(root)
     call_if_there(quantizer, "validate", root)
-    annotated = [n for n in root.graph.nodes if graphs.is_annotated(n)]
+    nodes = [n for graph in graphs.graphs(root) for n in graph.graph.nodes]
+    annotated = [n for n in nodes if graphs.is_annotated(n)]
     by_scheme = [n for n in annotated if _scheme_of(n) is not None]
-    told = {n.name: graphs.told(n) for n in root.graph.nodes}
+    told = {graphs.title(n): graphs.told(n) for n in nodes}
     reasons = dict(getattr(quantizer, "reasons", {}))
     _check_something(who, annotated, {told.get(n, n): reason for n, reason in reasons.items()})
     others = set(annotated) - set(by_scheme)
     lifted = lift(root, lambda n: n not in others and (bool(by_scheme) or n.target in BY_MODE))
+    bodies.unmark(root)
     schemes, left = _choose(root, lifted, reasons)
+    _untie(root, schemes, left, who)
+    if by_scheme and not (schemes or others):
+        raise ValueError(_nothing(who, "no layer can be quantised", left))
     for name, norm in folded.items():
         _note_fold(root, name, norm)
     _observe(root, schemes, qat, progress)
-    reasons |= {node.name: reason for node, reason in lifted.reasons.items()}
+    bodies.watch(root, observed=True)
+    reasons |= {graphs.title(node): reason for node, reason in lifted.reasons.items()}
     gone = {node.meta["qnn_node"] for calls in lifted.layers.values() for node in calls}
     root.meta[LEFT] = {told[n]: why for n, why in reasons.items() if n in told and n not in gone}
     root.meta[REASONS] = left
@@ -116,11 +125,13 @@ def _check_something(who: str, annotated: list[Node], reasons: dict[str, str]) -
     """Raise if there is nothing to do; `reasons` by the node in words."""
     if annotated:
         return
-    listed = "\n".join(f"  {node}: {reason}" for node, reason in reasons.items())
-    raise ValueError(
-        f"{who}: the quantizer annotated nothing"
-        + (f"; what it might have taken:\n{listed}" if listed else "; the graph calls no layer.")
-    )
+    raise ValueError(_nothing(who, "the quantizer annotated nothing", reasons))
+
+
+def _nothing(who: str, what: str, reasons: dict[str, str]) -> str:
+    listed = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
+    rest = f"what it might have taken:\n{listed}" if listed else "the graph calls no layer."
+    return f"{who}: {what}; {rest}"
 
 
 def _choose(
@@ -158,6 +169,16 @@ def _choose(
     return schemes, left
 
 
+def _untie(root: GraphModule, schemes: dict[str, str], left: dict[str, str], who: str) -> None:
+    """Leave alone layers whose weight is that of a layer that stays float."""
+    names = {id(root.get_submodule(name)): name for name in schemes}
+    plan = Plan({key: schemes[name] for key, name in names.items()})
+    keep_ties_to_float(dict(root.named_modules(remove_duplicate=False)), plan, who)
+    for key, reason in plan.reasons.items():
+        left[names[key]] = reason
+        del schemes[names[key]]
+
+
 def _for_kind(kind: str, scheme: str) -> str:
     """The scheme for a kind of layers: a table has no activations, and so no grid."""
     return "int8_weight" if kind == "embedding" and get_scheme(scheme).static else scheme
@@ -170,15 +191,15 @@ def _note_fold(root: GraphModule, name: str, norm: str) -> None:
 
 def _observe(root: GraphModule, schemes: dict[str, str], qat: bool, progress: bool | str) -> None:
     """Observe the layers of schemes with grids, and keep the schemes of the others."""
-    observed: dict[str, list[str]] = {}
-    for name, scheme in schemes.items():
-        if get_scheme(scheme).static:
-            observed.setdefault(scheme, []).append(name)
-    for scheme, names in observed.items():
-        wanted = {id(root.get_submodule(name)) for name in names}
+    observed = {name: scheme for name, scheme in schemes.items() if get_scheme(scheme).static}
+    names = {id(root.get_submodule(name)): name for name in observed}
 
-        def picks(_: str, module: nn.Module, wanted: set[int] = wanted) -> bool:
-            return id(module) in wanted
+    def make(old: nn.Module, own: Own) -> nn.Module:
+        name = names[id(old)]
+        how = Observation(name, None, False, qat, observed[name])
+        return cast(Kind, kind_of(old)).observe(old, how, own)
 
-        prepare(root, scheme, include=picks, qat=qat, inplace=True, progress=progress)
-    root.meta[SCHEMES] = {n: s for n, s in schemes.items() if not get_scheme(s).static}
+    plan = Plan({key: observed[name] for key, name in names.items()})
+    swapped(root, plan, make, inplace=True, who="qnn.pt2e.prepare_pt2e", progress=progress)
+    run_hooks("qnn.prepare", root)
+    root.meta[SCHEMES] = {name: s for name, s in schemes.items() if name not in observed}
