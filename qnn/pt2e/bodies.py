@@ -37,6 +37,17 @@ class Body(GraphModule):
         _lend(result, [name for name, each in result._modules.items() if name in vars(self)])
         return result
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        names = [name for name, each in vars(self).items() if isinstance(each, nn.Module)]
+        return _load, (*super().__reduce__()[:2], names)
+
+
+def _load(make: Any, args: tuple[Any, ...], names: list[str]) -> Body:
+    graph = make(*args)
+    body = Body(graph, graph.graph)
+    _lend(body, names)
+    return body
+
 
 def _lend(body: GraphModule, names: list[str]) -> None:
     for name in names:

@@ -155,6 +155,8 @@ def _call(root: GraphModule, node: Node, name: str, call: Call) -> Node:
         node.replace_all_uses_with(new)
         graph.erase_node(node)
         return new
+    new.meta["val"] = _packed(node.meta["val"], call.unpack)
+    new.meta.pop("tensor_meta", None)
     for user in list(node.users):
         if user.target is not operator.getitem:
             raise AssertionError(f"{user} reads a tuple")
@@ -164,12 +166,24 @@ def _call(root: GraphModule, node: Node, name: str, call: Call) -> Node:
         value = new
         with graph.inserting_before(user):
             for index in call.unpack[user.args[1]]:  # type: ignore[index]
+                meta = value.meta | {"val": value.meta["val"][index]}
+                meta.pop(graphs.ANNOTATION, None)
                 value = graph.call_function(operator.getitem, (value, index))
+                value.meta = meta
         value.meta |= user.meta
         user.replace_all_uses_with(value)
         graph.erase_node(user)
     graph.erase_node(node)
     return new
+
+
+def _packed(values: Any, paths: tuple[tuple[int, ...], ...]) -> Any:
+    """An operator's results as a layer returns them: `((0,), (1, 0), (1, 1))` is `(a, (b, c))`."""
+    if paths[0] == ():
+        return values[0]
+    firsts = dict.fromkeys(path[0] for path in paths)
+    groups = [[(v, p[1:]) for v, p in zip(values, paths, strict=False) if p[0] == f] for f in firsts]
+    return tuple(_packed([v for v, _ in g], tuple(p for _, p in g)) for g in groups)
 
 
 def _erase_unused(root: GraphModule) -> None:

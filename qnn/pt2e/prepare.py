@@ -103,6 +103,8 @@ def _prepare(
     bodies.watch(root, observed=True)
     reasons |= {graphs.title(node): reason for node, reason in lifted.reasons.items()}
     gone = {node.meta["qnn_node"] for calls in lifted.layers.values() for node in calls}
+    for node in (each for calls in lifted.layers.values() for each in calls):
+        node.meta.pop(ANNOTATION, None)
     root.meta[LEFT] = {told[n]: why for n, why in reasons.items() if n in told and n not in gone}
     root.meta[REASONS] = left
     set_reasons(root)
