@@ -7,7 +7,10 @@ from typing import Any, Literal, cast
 from torch import nn
 from torch.fx import GraphModule
 
+from qnn.calibration.doubts import warn_of
+from qnn.kernels.schemes import STATIC
 from qnn.kinds import is_prepared, kind_of
+from qnn.pt2e import bodies
 from qnn.pt2e import graph as graphs
 from qnn.pt2e.batch_norm import fold_modules
 from qnn.pt2e.fold_codes import fold_codes
@@ -16,8 +19,9 @@ from qnn.pt2e.prepare import REASONS, SCHEMES, set_reasons
 from qnn.pt2e.qdq import write_qdq
 from qnn.pt2e.specs import WHY_LEFT
 from qnn.pt2e.unlift import nodes_of_layers
-from qnn.verbs.convert import convert
-from qnn.verbs.plan import FOLDED, LEFT
+from qnn.verbs.checks import keep_ties_to_float
+from qnn.verbs.convert import maker
+from qnn.verbs.plan import FOLDED, LEFT, Plan, run_hooks, swapped
 
 
 def convert_pt2e(
@@ -78,10 +82,17 @@ def convert_pt2e(
     for name, norm in fold_modules(root).items():
         layer = root.get_submodule(name)
         layer.__dict__[FOLDED] = f"{getattr(layer, FOLDED, '')}; BatchNorm {norm} folded in"
-    _convert_observed(who, root, strict, progress)
-    schemes: dict[Any, str | None] = dict(root.meta.pop(SCHEMES))
-    if schemes:
-        convert(root, schemes, inplace=True, on_unsupported="skip", progress=progress)
+    schemes = {name: STATIC for name in _seen(who, root, strict)} | root.meta.pop(SCHEMES)
+    # One swap for all: a weight that several layers share is quantised once.
+    plan = Plan({id(root.get_submodule(name)): scheme for name, scheme in schemes.items()})
+    keep_ties_to_float(dict(root.named_modules(remove_duplicate=False)), plan, who)
+    make = maker(plan, training=False)
+    swapped(root, plan, make, inplace=True, who=who, progress=progress)
+    warn_of(root)
+    run_hooks("qnn.convert", root)
+    for name in schemes:
+        if (reason := plan.reasons.get(id(root.get_submodule(name)))) is not None:
+            root.meta[REASONS][name] = reason
     for graph in graphs.graphs(root):
         if form == "layers":
             layers_of_specs(graph, strict=strict)
@@ -95,10 +106,12 @@ def convert_pt2e(
             layer = graph.get_submodule(name)
             layer.__dict__[FOLDED] = f"{getattr(layer, FOLDED, '')}; BatchNorm {norm} folded in"
     set_reasons(root)
+    bodies.watch(root, observed=False)
     return root.eval()
 
 
-def _convert_observed(who: str, root: GraphModule, strict: bool, progress: bool | str) -> None:
+def _seen(who: str, root: GraphModule, strict: bool) -> list[str]:
+    """The observed layers that have seen data."""
     observed = {n: m for n, m in root.named_modules() if is_prepared(m)}
     blind: dict[str, str] = {}
     for name, layer in observed.items():
@@ -112,7 +125,5 @@ def _convert_observed(who: str, root: GraphModule, strict: bool, progress: bool 
             f"{who}: {len(blind)} of {len(observed)} observed layers have no range:\n{listed}\n"
             "Run the prepared model on data, or qnn.calibrate it; strict=False leaves these float."
         )
-    seen = {id(layer) for name, layer in observed.items() if name not in blind}
-    if seen:
-        convert(root, include=lambda _, m: id(m) in seen, inplace=True, progress=progress)
     root.meta[REASONS] |= dict.fromkeys(blind, "it has seen no data")
+    return [name for name in observed if name not in blind]

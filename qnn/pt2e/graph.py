@@ -6,14 +6,15 @@ import copy
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Node, Tracer
 
 from qnn.kinds import qualified
+from qnn.pt2e.guards import own_guards
 
 # The key of what a quantizer says of a node.
 ANNOTATION = "quantization_annotation"
@@ -30,7 +31,7 @@ def own(model: Any, *, inplace: bool, who: str) -> GraphModule:
     """
     export: Any = sys.modules.get("torch.export")  # slow to import; who exported has done so
     if export is not None and isinstance(model, export.ExportedProgram):
-        graph: Any = model.module() if inplace else _copied(model.module())
+        graph: Any = model.module() if inplace else _copy(model.module())
     elif not isinstance(model, GraphModule):
         kind = qualified(type(model))
         raise TypeError(
@@ -43,16 +44,21 @@ def own(model: Any, *, inplace: bool, who: str) -> GraphModule:
             "of torch.export.export(model, args) do; those of torch.fx.symbolic_trace do not."
         )
     else:
-        graph = model if inplace else _copied(model)
+        graph = model if inplace else _copy(model)
     for name in ("train", "eval"):
         graph.__dict__.pop(name, None)  # torch.export's own, which raise
+    own_guards(graph)
+    for each in graphs(graph):  # export's tracer cannot be made anew when a graph is unpickled
+        each._tracer_cls = each.graph._tracer_cls = Tracer
     return graph
 
 
-def _copied(graph: GraphModule) -> GraphModule:
+def _copy(model: nn.Module) -> Any:
+    """A copy. Buffers that a forward with gradients has written to are copied by their values."""
+    tensors = (each for each in model.buffers() if not each.is_leaf)
     with warnings.catch_warnings():  # torch 2.13 copies the tree of its inputs so that it warns
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-        return copy.deepcopy(graph)
+        return copy.deepcopy(model, {id(each): each.detach().clone() for each in tensors})
 
 
 def _is_exported(graph: GraphModule) -> bool:
@@ -86,11 +92,26 @@ def is_region(node: Node) -> bool:
 
 
 def held(root: nn.Module, node: Node) -> Any:
-    """What a get_attr or call_module node names; None if nothing."""
+    """What a get_attr or call_module node names, or the tensor of the model that a placeholder of a
+    body is; None if nothing.
+    """
+    if node.op == "placeholder":
+        return node.meta.get("qnn_held", (None, None))[1]
     value: Any = root
     for name in str(node.target).split("."):
         value = getattr(value, name, None)
     return value
+
+
+def name(node: Node) -> str:
+    """The name of what a node holds, in the model."""
+    return str(node.meta["qnn_held"][0] if "qnn_held" in node.meta else node.target)
+
+
+def title(node: Node) -> str:
+    """The name of a node, with that of the body that it is in."""
+    body = node.meta.get("qnn_body")
+    return f"{body}.{node.name}" if body else node.name
 
 
 def path(node: Node) -> list[tuple[str, str]]:
@@ -117,10 +138,10 @@ def source(node: Node) -> str:
     found = ""
     for at, line in enumerate(trace):
         place = re.match(r'\s*File "(.*)", line (\d+)', line)
-        if place and f"{_TORCH}" not in place[1].replace("\\", "/"):
+        if place and place[1][0] != "<" and _TORCH not in place[1].replace("\\", "/"):
             code = trace[at + 1].strip() if at + 1 < len(trace) else ""
             found = f"{place[1].replace(chr(92), '/').rpartition('/')[2]}:{place[2]}: {code}"
-    return found
+    return found or str(node.meta.get("qnn_caller", ""))
 
 
 _TORCH = torch.__path__[0].replace("\\", "/")
@@ -129,7 +150,7 @@ _TORCH = torch.__path__[0].replace("\\", "/")
 def told(node: Node) -> str:
     """A node in words, for errors and reports: its operator, its module, the user's line."""
     where = [name for name, _ in path(node) if name]
-    words = f"{node.name} ({node.target})"
+    words = f"{title(node)} ({node.target})"
     if where:
         words += f" in {where[-1]!r}"
     return words + (f", {line}" if (line := source(node)) else "")
@@ -178,3 +199,44 @@ def put(root: nn.Module, name: str, module: nn.Module) -> None:
         at = at._modules[part]  # type: ignore[assignment]
     at._modules.pop(parts[-1], None)
     at.add_module(parts[-1], module)
+
+
+def owner_of(root: nn.Module, name: str) -> nn.Module:
+    """The module of a name; what is missing on the way is made."""
+    if name and (root.get_submodule(name) if _taken(root, name) else None) is None:
+        put(root, name, nn.Module())
+    return root.get_submodule(name)
+
+
+def delete_unread(root: GraphModule, targets: Iterable[str]) -> None:
+    """Delete those of these tensors that the graph does not read, and the bare modules that are
+    empty then.
+    """
+    still = {str(node.target) for node in root.graph.find_nodes(op="get_attr")}
+    for target in set(targets) - still:
+        owner, _, name = target.rpartition(".")
+        module = root.get_submodule(owner)
+        module._parameters.pop(name, None)
+        module._buffers.pop(name, None)
+        while owner and not (module._parameters or module._buffers or module._modules):
+            if type(module) is not nn.Module:
+                break
+            owner, _, name = owner.rpartition(".")
+            module = root.get_submodule(owner)
+            del module._modules[name]
+
+
+def written(root: GraphModule) -> Iterator[int]:
+    """The ids of the model's tensors that operators of the graph write to, also through views."""
+    for node in root.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None or not schema.is_mutable:
+            continue
+        for at, argument in enumerate(schema.arguments[: len(node.args)]):
+            source = node.args[at]
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            while isinstance(source, Node) and source.op == "call_function" and source.args:
+                source = source.args[0]
+            if isinstance(source, Node) and source.op == "get_attr":
+                yield id(held(root, source))

@@ -44,10 +44,13 @@ class Refused(Exception):  # noqa: N818, it is an answer and no error
 Reader = Callable[[nn.Module, Node, dict[str, Any]], Call]
 _READERS: dict[Any, Reader] = {}
 
+ACTIVATIONS = "no int8 op multiplies two activations"
+
 # Products of which neither operand is a weight, and layers that no kind takes.
 NO_OP = {
-    aten.bmm.default: "no int8 op multiplies two activations",
-    aten.baddbmm.default: "no int8 op multiplies two activations",
+    aten.bmm.default: ACTIVATIONS,
+    aten.baddbmm.default: ACTIVATIONS,
+    aten.einsum.default: "it is not a product of an activation and a weight `[out, in]`",
     aten.scaled_dot_product_attention.default: "attention stays float between its projections",
     aten.rnn_tanh.input: "there is no quantised nn.RNN, only LSTM and GRU",
     aten.rnn_relu.input: "there is no quantised nn.RNN, only LSTM and GRU",
@@ -104,10 +107,10 @@ def _tensor(root: nn.Module, node: Any, what: str = "weight") -> torch.Tensor:
     """The tensor of the model that a node names."""
     if not isinstance(node, Node):
         raise Refused(f"its {what} is not a tensor of the model")
-    found = held(root, node) if node.op == "get_attr" else None
+    found = held(root, node) if node.op in ("get_attr", "placeholder") else None
     if not isinstance(found, torch.Tensor):
         by = "an input of the graph" if node.op == "placeholder" else f"computed by {node.target}"
-        raise Refused(f"its {what} is {by}, and not a parameter")
+        raise Refused(f"its {what} is {node.meta.get('qnn_computed', by)}, and not a parameter")
     if not found.is_floating_point():
         raise Refused(f"its {what} is {found.dtype}")
     return found
@@ -152,16 +155,16 @@ def _addmm(root: nn.Module, node: Node, args: dict[str, Any]) -> Call:
 def _mm(root: nn.Module, node: Node, args: dict[str, Any]) -> Call:
     x, other = list(args.values())[:2]
     if _rank(other) != 2:
-        raise Refused("no int8 op multiplies two activations")
+        raise Refused(ACTIVATIONS)
     return _transposed(root, node, x, other, None)
 
 
 def _transposed(root: nn.Module, node: Node, x: Any, other: Any, bias: Any) -> Call:
     """`x · other + bias`, with `other` the transpose of a weight `[out, in]`."""
-    if isinstance(other, Node) and _turns(other):
+    if is_turned(other):
         return _linear_of(root, node, x, other.args[0], bias)
-    if isinstance(other, Node) and other.op != "get_attr":
-        raise Refused("no int8 op multiplies two activations")
+    if not isinstance(held(root, other), torch.Tensor) and "qnn_computed" not in other.meta:
+        raise Refused(ACTIVATIONS)
     weight = _tensor(root, other)
     title = path(node)[-1][1] if path(node) else ""
     if title == "transformers.pytorch_utils.Conv1D" and bias is not None:
@@ -170,11 +173,15 @@ def _transposed(root: nn.Module, node: Node, x: Any, other: Any, bias: Any) -> C
         with torch.device("meta"):
             conv = Conv1D(weight.shape[1], weight.shape[0])
         return Call(conv, (x,), _fill(root, conv, {"weight": other, "bias": bias}))
-    raise Refused("its weight is [in, out], and no transpose stands before it: use nn.Linear")
+    why = other.meta.get("qnn_computed")
+    raise Refused(f"its weight is [in, out]{f', {why},' if why else ''} and is not turned")
 
 
-def _turns(node: Node) -> bool:
-    """Whether a node swaps the two axes of a matrix."""
+def is_turned(node: Any) -> bool:
+    """Whether a node swaps the two axes of a matrix of the model."""
+    source = node.args[0] if isinstance(node, Node) and node.op == "call_function" else None
+    if not isinstance(source, Node) or source.op not in ("get_attr", "placeholder"):
+        return False
     rest = tuple(node.args[1:])
     return _rank(node.args[0]) == 2 and (
         node.target in (aten.t.default, aten.numpy_T.default)
@@ -248,7 +255,7 @@ def _embedding(root: nn.Module, node: Node, args: dict[str, Any]) -> Call:
 @_reads(aten.embedding_bag.padding_idx, aten.embedding_bag.default)
 def _embedding_bag(root: nn.Module, node: Node, args: dict[str, Any]) -> Call:
     weight = _tensor(root, args["weight"])
-    if any(user.args[1] != 0 for user in node.users):
+    if any(user.args[1] != 0 and user.users for user in node.users):
         raise Refused("more than the bags are read of it")
     layer = nn.EmbeddingBag(
         *weight.shape,
@@ -355,11 +362,13 @@ _FEATURES = {3: nn.Dropout1d, 4: nn.Dropout2d, 5: nn.Dropout3d}
 @_reads(*_DROPOUTS)
 def _dropout(root: nn.Module, node: Node, args: dict[str, Any]) -> Call:
     kind: Any = _DROPOUTS[node.target]
+    in_place = "self" in args
+    x = args["self" if in_place else "input"]
     if kind is nn.Dropout2d:
-        if (rank := _rank(args["input"])) not in _FEATURES:
+        if (rank := _rank(x)) not in _FEATURES:
             raise Refused(f"there is no feature dropout over {rank} axes")
         kind = _FEATURES[rank]
-    return Call(kind(args["p"]).train(args["train"]), (args["input"],), {})
+    return Call(kind(args["p"], in_place).train(args["train"]), (x,), {})
 
 
 # Whose mode the graph has as a constant.

@@ -18,6 +18,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from qnn.pt2e import bodies
 from qnn.pt2e import graph as graphs
 from qnn.pt2e.layers import Call, read
 
@@ -40,18 +41,24 @@ class Lifted:
 def lift(root: GraphModule, wanted: Callable[[Node], bool]) -> Lifted:
     """Put calls of float layers in the place of the nodes that are `wanted` and are such calls."""
     done, made = Lifted(), dict[tuple[Any, ...], str]()
-    for node in list(root.graph.nodes):
-        found = read(root, node) if wanted(node) else None
-        if isinstance(found, str):
-            done.reasons[node] = found
-        if not isinstance(found, Call):
-            continue
-        key = _same(root, node, found)
-        if key not in made:
-            made[key] = _place(root, node, found)
-        new = _call(root, node, made[key], found)
-        done.layers.setdefault(made[key], []).append(new)
-    _drop_unused(root)
+    every = list(graphs.graphs(root))
+    for graph in every:
+        for node in list(graph.graph.nodes):
+            found = read(graph, node) if wanted(node) else None
+            if isinstance(found, str):
+                done.reasons[node] = found
+            if not isinstance(found, Call):
+                continue
+            key = _same(graph, node, found)
+            if key not in made:
+                made[key] = _place(root, node, found)
+            new = _call(graph, node, bodies.borrow(root, graph, made[key]), found)
+            done.layers.setdefault(made[key], []).append(new)
+    for graph in every:
+        _erase_unused(graph)
+    bodies.settle(root)
+    _erase_unused(root)
+    _delete_unread(root)
     for name in done.layers:
         other = _other_reader(root, root.get_submodule(name))
         if other is not None:
@@ -61,14 +68,13 @@ def lift(root: GraphModule, wanted: Callable[[Node], bool]) -> Lifted:
     return done
 
 
-def _same(root: nn.Module, node: Node, call: Call) -> tuple[Any, ...]:
+def _same(graph: nn.Module, node: Node, call: Call) -> tuple[Any, ...]:
     """Equal for calls of one layer."""
-    held = (*call.layer._parameters.values(), *call.layer._buffers.values())
-    tensors = [id(tensor) for tensor in held if tensor is not None and not tensor.is_meta]
-    return (_name(root, node, call), repr(call.layer), call.layer.training, *tensors)
+    tensors = [id(graphs.held(graph, each)) for each in call.tensors.values()]
+    return (_name(node, call), repr(call.layer), call.layer.training, *tensors)
 
 
-def _name(root: nn.Module, node: Node, call: Call) -> str:
+def _name(node: Node, call: Call) -> str:
     """Where a layer belongs: at the module that the node comes from, if that is of its class, or at
     the owner of its parameters.
     """
@@ -79,7 +85,7 @@ def _name(root: nn.Module, node: Node, call: Call) -> str:
     if not call.tensors:
         inside = stack[-1][0] if stack else ""
         return f"{inside}.dropout" if inside else "dropout"
-    owner, _, last = str(next(iter(call.tensors.values())).target).rpartition(".")
+    owner, _, last = graphs.name(next(iter(call.tensors.values()))).rpartition(".")
     if last in call.tensors or last.startswith("weight_"):
         return owner or type(call.layer).__name__.lower()
     # `in_proj_weight` or `table` of another module: a layer of its own, inside of that.
@@ -99,7 +105,7 @@ def _alike(title: str, layer: nn.Module) -> bool:
 
 def _place(root: GraphModule, node: Node, call: Call) -> str:
     """Register the layer; its name."""
-    name = _name(root, node, call)
+    name = _name(node, call)
     there = _module(root, name)
     if there is not None and _is_owned(there, call):
         for key, buffer in there._buffers.items():
@@ -144,18 +150,26 @@ def _call(root: GraphModule, node: Node, name: str, call: Call) -> Node:
             inputs.pop()
         new = graph.call_module(name, tuple(inputs))
         new.meta = dict(node.meta)
-        new.meta["qnn_node"] = node.name
+        new.meta["qnn_node"] = graphs.title(node)
     if not call.unpack:
         node.replace_all_uses_with(new)
         graph.erase_node(node)
         return new
+    new.meta["val"] = _packed(node.meta["val"], call.unpack)
+    new.meta.pop("tensor_meta", None)
     for user in list(node.users):
         if user.target is not operator.getitem:
             raise AssertionError(f"{user} reads a tuple")
+        if not user.users:
+            graph.erase_node(user)
+            continue
         value = new
         with graph.inserting_before(user):
             for index in call.unpack[user.args[1]]:  # type: ignore[index]
+                meta = value.meta | {"val": value.meta["val"][index]}
+                meta.pop(graphs.ANNOTATION, None)
                 value = graph.call_function(operator.getitem, (value, index))
+                value.meta = meta
         value.meta |= user.meta
         value.meta["qnn_node"] = user.name
         user.replace_all_uses_with(value)
@@ -164,9 +178,20 @@ def _call(root: GraphModule, node: Node, name: str, call: Call) -> Node:
     return new
 
 
-def _drop_unused(root: GraphModule) -> None:
+def _packed(values: Any, paths: tuple[tuple[int, ...], ...]) -> Any:
+    """An operator's results as a layer returns them: `((0,), (1, 0), (1, 1))` is `(a, (b, c))`."""
+    if paths[0] == ():
+        return values[0]
+    firsts = dict.fromkeys(path[0] for path in paths)
+    groups = [
+        [(v, p[1:]) for v, p in zip(values, paths, strict=False) if p[0] == f] for f in firsts
+    ]
+    return tuple(_packed([v for v, _ in g], tuple(p for _, p in g)) for g in groups)
+
+
+def _erase_unused(root: GraphModule) -> None:
     """Erase reads of tensors that nothing uses any more, and the counts of BatchNorms, which count
-    by themselves; and delete parameters where they were, if a layer holds them now.
+    by themselves.
     """
     graph = root.graph
     norms = {
@@ -182,7 +207,11 @@ def _drop_unused(root: GraphModule) -> None:
             node.op == "get_attr" or (node.op == "call_function" and _is_turn(node))
         ):
             graph.erase_node(node)
-    named = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+
+
+def _delete_unread(root: GraphModule) -> None:
+    """Delete parameters where they were, if a layer holds them now."""
+    named = {str(node.target) for node in root.graph.nodes if node.op == "get_attr"}
     layers = [m for m in root.modules() if type(m) is not nn.Module and m is not root]
     held = {id(t) for module in layers for t in module._parameters.values()}
     for name, module in list(root.named_modules()):
@@ -207,9 +236,12 @@ def _reads(root: nn.Module, node: Any, tensors: Iterable[int]) -> bool:
 def _other_reader(root: GraphModule, layer: nn.Module) -> str | None:
     """What else in the graph reads a layer's parameters."""
     mine = {id(tensor) for tensor in layer._parameters.values() if tensor is not None}
-    for node in root.graph.find_nodes(op="get_attr"):
-        if id(graphs.held(root, node)) in mine and node.users:
-            return graphs.told(next(iter(node.users)))
+    for graph in graphs.graphs(root):
+        for node in graph.graph.nodes:
+            read = node.op in ("get_attr", "placeholder") and id(graphs.held(graph, node)) in mine
+            for user in node.users if read else ():
+                if not isinstance(user.target, torch._ops.HigherOrderOperator):
+                    return graphs.told(user)
     return None
 
 

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.fx import GraphModule, Node
 
 from qnn.kernels import get_scheme
-from qnn.kinds import kind_of
+from qnn.kinds import Kind, Observation, Own, kind_of
+from qnn.pt2e import bodies
 from qnn.pt2e import graph as graphs
 from qnn.pt2e.batch_norm import fold_nodes
 from qnn.pt2e.graph import ANNOTATION
 from qnn.pt2e.insert import insert_observers
 from qnn.pt2e.layers import BY_MODE
 from qnn.pt2e.lift import Lifted, lift
+from qnn.pt2e.normal import normalise
 from qnn.pt2e.quantizer import call_if_there
-from qnn.pt2e.specs import WHY_LEFT, retarget_annotations, specs_on
-from qnn.verbs.checks import left_alone, why_not
-from qnn.verbs.plan import FOLDED, LEFT, REASON
-from qnn.verbs.prepare import prepare
+from qnn.pt2e.specs import WHY_LEFT, retarget_annotations
+from qnn.verbs.checks import keep_ties_to_float, left_alone, why_not
+from qnn.verbs.plan import FOLDED, LEFT, REASON, Plan, run_hooks, swapped
+from qnn.verbs.prepare import tied
 
 # What a prepared graph knows, in its `meta`: the schemes of the layers that have no observers.
 SCHEMES = "qnn_schemes"
@@ -28,7 +30,12 @@ REASONS = "qnn_reasons"
 
 
 def prepare_pt2e(
-    model: Any, quantizer: Any, *, inplace: bool = False, progress: bool | str = True
+    model: Any,
+    quantizer: Any,
+    *,
+    inplace: bool = False,
+    smooth: bool = True,
+    progress: bool | str = True,
 ) -> GraphModule:
     """Make an exported model ready for calibration.
 
@@ -42,6 +49,7 @@ def prepare_pt2e(
             size needs dynamic shapes there.
         quantizer: an `Int8Quantizer`, or any object with its methods.
         inplace: change the module itself; otherwise it is copied, and untouched.
+        smooth: as in `qnn.prepare`.
         progress: as in `qnn.convert`.
 
     Returns:
@@ -51,7 +59,8 @@ def prepare_pt2e(
         TypeError: a model that is not exported, or a quantizer without `annotate`.
         ValueError: nothing was annotated, with the reason of each node that might be.
     """
-    return _prepare("qnn.pt2e.prepare_pt2e", model, quantizer, inplace, progress, qat=False)
+    who = "qnn.pt2e.prepare_pt2e"
+    return _prepare(who, model, quantizer, inplace, progress, qat=False, smooth=smooth)
 
 
 def prepare_qat_pt2e(
@@ -67,11 +76,19 @@ def prepare_qat_pt2e(
         The prepared graph, in training mode; its parameters are copies unless `inplace`, so that an
         optimizer is made after it.
     """
-    return _prepare("qnn.pt2e.prepare_qat_pt2e", model, quantizer, inplace, progress, qat=True)
+    who = "qnn.pt2e.prepare_qat_pt2e"
+    return _prepare(who, model, quantizer, inplace, progress, qat=True, smooth=False)
 
 
 def _prepare(
-    who: str, model: Any, quantizer: Any, inplace: bool, progress: bool | str, *, qat: bool
+    who: str,
+    model: Any,
+    quantizer: Any,
+    inplace: bool,
+    progress: bool | str,
+    *,
+    qat: bool,
+    smooth: bool,
 ) -> GraphModule:
     if not callable(getattr(quantizer, "annotate", None)):
         raise TypeError(
@@ -80,16 +97,17 @@ def _prepare(
         )
     root = graphs.own(model, inplace=inplace, who=who)
     retarget_annotations(root.graph)
+    normalise(root)
     folded = {} if qat else fold_nodes(root)
     root = call_if_there(quantizer, "transform_for_annotation", root) or root
+    bodies.mark(root)
     quantizer.annotate(root)
     call_if_there(quantizer, "validate", root)
     _annotate_inside(quantizer, root)
     every = [node for graph in graphs.graphs(root) for node in graph.graph.nodes]
-    annotated = [n for n in root.graph.nodes if graphs.is_annotated(n)]
-    annotated += [n for n in every if n.graph is not root.graph and specs_on(n) is not None]
+    annotated = [n for n in every if graphs.is_annotated(n)]
     by_scheme = [n for n in annotated if _scheme_of(n) is not None]
-    told: dict[Any, str] = {n.name: graphs.told(n) for n in every}
+    told: dict[Any, str] = {graphs.title(n): graphs.told(n) for n in every}
     reasons: dict[str, str] = dict(getattr(quantizer, "reasons", {}))
     _check_something(who, annotated, {told.get(n) or n: reason for n, reason in reasons.items()})
     others = set(annotated) - set(by_scheme)
@@ -98,15 +116,25 @@ def _prepare(
     gone = nodes.keys() - {node.name for node in root.graph.nodes if node in nodes.values()}
     calls = {node.meta.get("qnn_node"): node for node in root.graph.nodes}
     retarget_annotations(root.graph, {nodes[n]: calls[n] for n in gone & calls.keys()})
+    bodies.unmark(root)
     schemes, left = _choose(root, lifted, reasons)
+    _untie(root, schemes, left, who)
+    if by_scheme and not (schemes or others):
+        raise ValueError(_nothing(who, "no layer can be quantised", left))
     for name, norm in folded.items():
         _note_fold(root, name, norm)
-    _observe(root, schemes, qat, progress)
+    _observe(root, schemes, qat, smooth, progress)
     callback = getattr(quantizer, "prepare_obs_or_fq_callback", None)
     for graph in graphs.graphs(root):
         insert_observers(graph, qat=qat, callback=callback)
-        reasons |= {n.name: n.meta[WHY_LEFT] for n in graph.graph.nodes if WHY_LEFT in n.meta}
-    reasons |= {node.name: reason for node, reason in lifted.reasons.items()}
+        reasons |= {
+            graphs.title(n): n.meta[WHY_LEFT] for n in graph.graph.nodes if WHY_LEFT in n.meta
+        }
+    bodies.watch(root, observed=True)
+    reasons |= {graphs.title(node): reason for node, reason in lifted.reasons.items()}
+    gone |= {node.meta["qnn_node"] for calls in lifted.layers.values() for node in calls}
+    for node in (each for calls in lifted.layers.values() for each in calls):
+        node.meta.pop(ANNOTATION, None)
     root.meta[LEFT] = {told[n]: why for n, why in reasons.items() if n in told and n not in gone}
     root.meta[REASONS] = left
     set_reasons(root)
@@ -142,11 +170,13 @@ def _check_something(who: str, annotated: list[Node], reasons: dict[str, str]) -
     """Raise if there is nothing to do; `reasons` by the node in words."""
     if annotated:
         return
-    listed = "\n".join(f"  {node}: {reason}" for node, reason in reasons.items())
-    raise ValueError(
-        f"{who}: the quantizer annotated nothing"
-        + (f"; what it might have taken:\n{listed}" if listed else "; the graph calls no layer.")
-    )
+    raise ValueError(_nothing(who, "the quantizer annotated nothing", reasons))
+
+
+def _nothing(who: str, what: str, reasons: dict[str, str]) -> str:
+    listed = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
+    rest = f"what it might have taken:\n{listed}" if listed else "the graph calls no layer."
+    return f"{who}: {what}; {rest}"
 
 
 def _choose(
@@ -184,6 +214,16 @@ def _choose(
     return schemes, left
 
 
+def _untie(root: GraphModule, schemes: dict[str, str], left: dict[str, str], who: str) -> None:
+    """Leave alone layers whose weight is that of a layer that stays float."""
+    names = {id(root.get_submodule(name)): name for name in schemes}
+    plan = Plan({key: schemes[name] for key, name in names.items()})
+    keep_ties_to_float(dict(root.named_modules(remove_duplicate=False)), plan, who)
+    for key, reason in plan.reasons.items():
+        left[names[key]] = reason
+        del schemes[names[key]]
+
+
 def _for_kind(kind: str, scheme: str) -> str:
     """The scheme for a kind of layers: a table has no activations, and so no grid."""
     return "int8_weight" if kind == "embedding" and get_scheme(scheme).static else scheme
@@ -194,17 +234,20 @@ def _note_fold(root: GraphModule, name: str, norm: str) -> None:
     layer.__dict__[FOLDED] = f"{getattr(layer, FOLDED, '')}; BatchNorm {norm} folded in"
 
 
-def _observe(root: GraphModule, schemes: dict[str, str], qat: bool, progress: bool | str) -> None:
+def _observe(
+    root: GraphModule, schemes: dict[str, str], qat: bool, smooth: bool, progress: bool | str
+) -> None:
     """Observe the layers of schemes with grids, and keep the schemes of the others."""
-    observed: dict[str, list[str]] = {}
-    for name, scheme in schemes.items():
-        if get_scheme(scheme).static:
-            observed.setdefault(scheme, []).append(name)
-    for scheme, names in observed.items():
-        wanted = {id(root.get_submodule(name)) for name in names}
+    observed = {name: scheme for name, scheme in schemes.items() if get_scheme(scheme).static}
+    names = {id(root.get_submodule(name)): name for name in observed}
+    shared = tied(dict(root.named_modules()))
 
-        def picks(_: str, module: nn.Module, wanted: set[int] = wanted) -> bool:
-            return id(module) in wanted
+    def make(old: nn.Module, own: Own) -> nn.Module:
+        name, alone = names[id(old)], smooth and id(old) not in shared
+        how = Observation(name, None, False, qat, observed[name], smooth=alone)
+        return cast(Kind, kind_of(old)).observe(old, how, own)
 
-        prepare(root, scheme, include=picks, qat=qat, inplace=True, progress=progress)
-    root.meta[SCHEMES] = {n: s for n, s in schemes.items() if not get_scheme(s).static}
+    plan = Plan({key: observed[name] for key, name in names.items()})
+    swapped(root, plan, make, inplace=True, who="qnn.pt2e.prepare_pt2e", progress=progress)
+    run_hooks("qnn.prepare", root)
+    root.meta[SCHEMES] = {name: s for name, s in schemes.items() if name not in observed}

@@ -186,7 +186,7 @@ class Int8Quantizer(Quantizer):
             elif kind.when_named and rule == "everything":
                 reason = kind.when_named
         if reason is not None:
-            self.reasons[node.name] = reason
+            self.reasons[graphs.title(node)] = reason
         elif scheme is not None:
             node.meta[ANNOTATION] = SchemeAnnotation(scheme)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from qnn.calibration.fake_quantize import FakeQuantize, observation_points
 from qnn.calibration.ranks import several
 from qnn.calibration.shares import Shares
+from qnn.calibration.statistics import Statistics
 from qnn.kernels.cpu.forking import return_threads
 from qnn.verbs.checks import require_module
 from qnn.verbs.progress import Meter, check_progress
@@ -27,7 +28,8 @@ def calibrate(
 ) -> ModelT:
     """Run `model` on `batches`, so that its observers record the ranges.
 
-    It runs in evaluation mode and without gradients; every module's mode is as before at the end.
+    It runs in evaluation mode and without gradients; every module's mode is as before at the end,
+    and so are the model's own buffers, such as a key-value cache that the forward writes to.
     Nothing is moved between devices. A few hundred samples that are like those of use are enough.
     What smoothing needs of each column leaves out the padding that an `attention_mask`
     `[B, T]` shows, where a batch is a mapping with one.
@@ -121,6 +123,7 @@ def _run(
 ) -> int:
     """How many batches there were."""
     check_progress("qnn.calibrate", progress)
+    put_back = _remember_buffers(model)
     # Its forward talks to the other processes, which may have fewer batches.
     parallel = isinstance(model, nn.parallel.DistributedDataParallel)
     called = model.module if parallel else model
@@ -142,6 +145,7 @@ def _run(
         for point in points:
             point.alone = False
         _set_kept(points, None)
+        put_back()
         return_threads()
     return meter.done
 
@@ -159,6 +163,34 @@ def kept_of(batch: Any) -> torch.Tensor | None:
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or not bool(mask.any()):
         return None
     return mask.bool()
+
+
+def _remember_buffers(model: nn.Module) -> Callable[[], None]:
+    """What puts the buffers back that running the model changes, such as a key-value cache; what
+    observers have recorded stays.
+    """
+    ours = {
+        id(module)
+        for point in model.modules()
+        if isinstance(point, Statistics)
+        for module in point.modules()
+    }
+    held = [
+        (module, name, tensor, tensor._version, tensor.detach().clone())
+        for module in model.modules()
+        if id(module) not in ours
+        for name, tensor in module._buffers.items()
+        if tensor is not None and not tensor.is_inference()
+    ]
+
+    def put_back() -> None:
+        for module, name, tensor, version, value in held:
+            if tensor._version != version:
+                with torch.no_grad():
+                    tensor.copy_(value)
+            module._buffers[name] = tensor
+
+    return put_back
 
 
 def call(model: Any, batch: Any) -> Any:

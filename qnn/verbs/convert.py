@@ -139,7 +139,7 @@ def convert(
     result = swapped(
         model,
         plan,
-        _maker(plan, training),
+        maker(plan, training),
         inplace=inplace,
         who="qnn.convert",
         share=training,
@@ -271,7 +271,7 @@ def _warn_of_little(modules: dict[str, nn.Module], plan: Plan) -> None:
 _LITTLE = 0.1
 
 
-def _maker(plan: Plan, training: bool) -> Make:
+def maker(plan: Plan, training: bool) -> Make:
     """What makes the layer that stands for another one; a tied weight is quantised once."""
     tied = dict[int, tuple[nn.Parameter, ...]]()
 

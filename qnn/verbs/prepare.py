@@ -100,10 +100,10 @@ def prepare(
         raise ValueError(nothing_to_do("qnn.prepare", "prepare", modules, plan))
     names = {id(module): name for name, module in reversed(modules.items())}
     parts = _checked_parts(modules, plan, parts, split_gates)
-    tied = _tied(modules) if smooth else set()
+    shared = tied(modules) if smooth else set()
 
     def make(old: nn.Module, own: Own) -> nn.Module:
-        alone = smooth and id(old) not in tied
+        alone = smooth and id(old) not in shared
         how = Observation(names[id(old)], parts, split_gates, qat, scheme, smooth=alone)
         return cast(kinds.Kind, kind_of(old)).observe(old, how, own)
 
@@ -148,7 +148,7 @@ def _make_plan(
     return plan
 
 
-def _tied(modules: dict[str, nn.Module]) -> set[int]:
+def tied(modules: dict[str, nn.Module]) -> set[int]:
     """The modules, by id, with a parameter that another one holds too."""
     users: dict[int, set[int]] = {}
     for module in modules.values():
