@@ -635,7 +635,8 @@ def sharded_inference(rank: int, scheme: str) -> None:
 
 
 def sharded_kind(rank: int, name: str, scheme: str) -> None:
-    """A model of the zoo, each layer by itself and as a whole; FSDP2 refuses convolutions."""
+    """A model of the zoo, each layer by itself and as a whole; FSDP2 refuses convolutions,
+    unless they are kept whole."""
     from torch.distributed.fsdp import fully_shard
 
     layers, x = zoo.quantised(name, scheme), zoo.ZOO[name].inputs(3)
@@ -644,6 +645,9 @@ def sharded_kind(rank: int, name: str, scheme: str) -> None:
     if any(isinstance(each, nn.Conv2d) for each in inside_first):  # whose weights are channels-last
         with pytest.raises(NotImplementedError, match="does not support non-contiguous parameters"):
             fully_shard(layers, mesh=mesh(2))
+        layers = zoo.quantised(name, scheme)
+        frozen = {each for each in layers.parameters() if not each.requires_grad}
+        assert torch.equal(fully_shard(layers, mesh=mesh(2), ignored_params=frozen)(*x), want)
         return
     for layer in (*inside_first, layers):
         fully_shard(layer, mesh=mesh(2))
