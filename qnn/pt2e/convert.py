@@ -71,7 +71,7 @@ def convert_pt2e(
     for name, norm in fold_modules(root).items():
         layer = root.get_submodule(name)
         layer.__dict__[FOLDED] = f"{getattr(layer, FOLDED, '')}; BatchNorm {norm} folded in"
-    schemes = {name: STATIC for name in _seen(who, root, strict)} | root.meta.pop(SCHEMES)
+    schemes = dict.fromkeys(_seen(who, root, strict), STATIC) | root.meta.pop(SCHEMES)
     # One swap for all: a weight that several layers share is quantised once.
     plan = Plan({id(root.get_submodule(name)): scheme for name, scheme in schemes.items()})
     keep_ties_to_float(dict(root.named_modules(remove_duplicate=False)), plan, who)
@@ -79,7 +79,7 @@ def convert_pt2e(
     swapped(root, plan, make, inplace=True, who=who, progress=progress)
     warn_of(root)
     run_hooks("qnn.convert", root)
-    for name, scheme in schemes.items():
+    for name in schemes:
         if (reason := plan.reasons.get(id(root.get_submodule(name)))) is not None:
             root.meta[REASONS][name] = reason
     set_reasons(root)

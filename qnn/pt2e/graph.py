@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node, Tracer
+from torch.fx import GraphModule, Node
 
 from qnn.kinds import qualified
-from qnn.pt2e.guards import own_guards
+from qnn.pt2e.guards import Unpicklable, own_guards
 
 # The key of what a quantizer says of a node.
 ANNOTATION = "quantization_annotation"
@@ -46,12 +46,12 @@ def own(model: Any, *, inplace: bool, who: str) -> GraphModule:
     for name in ("train", "eval"):
         graph.__dict__.pop(name, None)  # torch.export's own, which raise
     own_guards(graph)
-    for each in graphs(graph):  # export's tracer cannot be made anew when a graph is unpickled
-        each._tracer_cls = each.graph._tracer_cls = Tracer
-    return graph
+    graph.meta["qnn_pickle"] = Unpicklable()
+    result: GraphModule = graph
+    return result
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def _copy(model: nn.Module) -> Any:
     """A copy. Buffers that a forward with gradients has written to are copied by their values."""
     tensors = (each for each in model.buffers() if not each.is_leaf)
     return copy.deepcopy(model, {id(each): each.detach().clone() for each in tensors})
@@ -88,8 +88,8 @@ def is_region(node: Node) -> bool:
 
 
 def held(root: nn.Module, node: Node) -> Any:
-    """What a get_attr or call_module node names, and the model's tensor that a placeholder of a body
-    is; None if nothing.
+    """What a get_attr or call_module node names, or the tensor of the model that a placeholder of a
+    body is; None if nothing.
     """
     if node.op == "placeholder":
         return node.meta.get("qnn_held", (None, None))[1]

@@ -182,7 +182,9 @@ def _packed(values: Any, paths: tuple[tuple[int, ...], ...]) -> Any:
     if paths[0] == ():
         return values[0]
     firsts = dict.fromkeys(path[0] for path in paths)
-    groups = [[(v, p[1:]) for v, p in zip(values, paths, strict=False) if p[0] == f] for f in firsts]
+    groups = [
+        [(v, p[1:]) for v, p in zip(values, paths, strict=False) if p[0] == f] for f in firsts
+    ]
     return tuple(_packed([v for v, _ in g], tuple(p for _, p in g)) for g in groups)
 
 

@@ -78,6 +78,7 @@ def _prepare(
             f"got {type(quantizer).__name__}."
         )
     root = graphs.own(model, inplace=inplace, who=who)
+    bodies.mark(root)
     normalise(root)
     folded = {} if qat else fold_nodes(root)
     root = call_if_there(quantizer, "transform_for_annotation", root) or root
