@@ -9,8 +9,8 @@ more go.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -37,17 +37,6 @@ class Body(GraphModule):
         _lend(result, [name for name, each in result._modules.items() if name in vars(self)])
         return result
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        names = [name for name, each in vars(self).items() if isinstance(each, nn.Module)]
-        return _load, (*super().__reduce__()[:2], names)
-
-
-def _load(make: Any, args: tuple[Any, ...], names: list[str]) -> Body:
-    graph = make(*args)
-    body = Body(graph, graph.graph)
-    _lend(body, names)
-    return body
-
 
 def _lend(body: GraphModule, names: list[str]) -> None:
     for name in names:
@@ -68,7 +57,8 @@ def _calls(root: GraphModule) -> Iterator[tuple[GraphModule, Node, list[tuple[No
 def _places(node: Node, body: GraphModule) -> list[tuple[int, Any, Node]]:
     """The fixed operands of a call: each with its place and the body's placeholder."""
     varying, fixed = _OPERANDS[_title(node)]
-    start = sum(len(node.args[at]) for at in varying)  # type: ignore[arg-type]
+    lists = cast(tuple[Any, ...], node.args)
+    start = sum(len(lists[at]) for at in varying)
     placeholders = list(body.graph.find_nodes(op="placeholder"))[start:]
     operands: Any = node.args[fixed] if len(node.args) > fixed else ()
     return [(at, *pair) for at, pair in enumerate(zip(operands, placeholders, strict=True))]
@@ -97,46 +87,77 @@ def unmark(root: GraphModule) -> None:
 
 
 # -- calls of bodies with layers ------------------------------------------------------------------
+# In eager mode they are plain Python: the operators would run observers on tensors without values,
+# and give the parameters of layers no gradients.
 
 
 def cond(pred: Any, yes: Any, no: Any, operands: Any = ()) -> Any:
     """`torch.ops.higher_order.cond` of bodies that borrow layers."""
-    return _call(_OPS["cond"], [pred, yes, no, operands], 3)
+    if _is_traced():
+        return _call(_OPS["cond"], [pred, yes, no, operands], 3)
+    return (yes if pred else no)(*operands)
 
 
 def while_loop(test: Any, body: Any, carried: Any, more: Any = ()) -> Any:
     """`torch.ops.higher_order.while_loop`, as `cond`."""
-    return _call(_OPS["while_loop"], [test, body, carried, more], 3)
+    if _is_traced():
+        return _call(_OPS["while_loop"], [test, body, carried, more], 3)
+    while test(*carried, *more):
+        carried = tuple(body(*carried, *more))
+    return carried
 
 
 def scan(combine: Any, init: Any, xs: Any, more: Any = ()) -> Any:
     """`torch.ops.higher_order.scan`, as `cond`."""
-    return _call(_OPS["scan"], [combine, init, xs, more], 3)
+    if _is_traced():
+        return _call(_OPS["scan"], [combine, init, xs, more], 3)
+    return scan_unrolled(combine, init, xs, more)
+
+
+def scan_unrolled(combine: Any, init: Any, xs: Any, more: Any = ()) -> Any:
+    """`scan` as a loop in any mode, for bodies with observers: operators may not write to these."""
+    carry, taken = list(init), []
+    for turn in range(xs[0].shape[0]):
+        result = combine(*carry, *(x[turn] for x in xs), *more)
+        carry = list(result[: len(carry)])
+        taken.append(result[len(carry) :])
+    return (*carry, *(torch.stack(each) for each in zip(*taken, strict=True)))
 
 
 def map_impl(body: Any, xs: Any, more: Any = ()) -> Any:
     """`torch.ops.higher_order.map_impl`, as `cond`."""
-    return _call(_OPS["map_impl"], [body, xs, more], 2)
+    if _is_traced():
+        return _call(_OPS["map_impl"], [body, xs, more], 2)
+    return scan_unrolled(body, (), xs, more)
+
+
+def _with_layers(bodies: Iterable[Any]) -> list[Body]:
+    """Those of the bodies, and of the bodies in them, that borrow layers."""
+    graphs_ = [body for body in bodies if isinstance(body, GraphModule)]
+    return [each for body in graphs_ for each in body.modules() if isinstance(each, Body)]
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
 
 
 def _call(operator: Any, args: list[Any], fixed: int) -> Any:
     """torch.compile makes operands of the layers' tensors; export that is not strict takes them for
     constants, and so they become operands here.
     """
-    if torch.compiler.is_dynamo_compiling() or not torch.compiler.is_exporting():
+    if torch.compiler.is_dynamo_compiling():
         return operator(*args)
     layers = {
         id(layer): layer
-        for body in args
-        if isinstance(body, Body)
+        for body in _with_layers(args)
         for part in vars(body).values()
         if isinstance(part, nn.Module)
         for layer in part.modules()
     }
-    places = [
+    places: list[tuple[dict[str, Any], str]] = [
         (held, name)
         for layer in layers.values()
-        for held in (layer._parameters, layer._buffers)
+        for held in cast(Any, (layer._parameters, layer._buffers))
         for name, tensor in held.items()
         if tensor is not None
     ]
@@ -159,33 +180,27 @@ def _call(operator: Any, args: list[Any], fixed: int) -> Any:
     return operator(*(lifted(each) if isinstance(each, GraphModule) else each for each in args))
 
 
-def scan_observed(combine: Any, init: Any, xs: Any, more: Any = ()) -> tuple[torch.Tensor, ...]:
-    """`scan` as a loop. The operator first runs its body on tensors without values, which observers
-    would record.
-    """
-    carry, taken = list(init), []
-    for turn in range(xs[0].shape[0]):
-        result = combine(*carry, *(x[turn] for x in xs), *more)
-        carry = list(result[: len(carry)])
-        taken.append(result[len(carry) :])
-    return (*carry, *(torch.stack(each) for each in zip(*taken, strict=True)))
-
-
 _OPS = {name: getattr(torch.ops.higher_order, name) for name in _OPERANDS}
-_CALLS = {"cond": cond, "while_loop": while_loop, "scan": scan, "map_impl": map_impl}
+_CALLS: dict[str, Any] = {
+    "cond": cond,
+    "while_loop": while_loop,
+    "scan": scan,
+    "map_impl": map_impl,
+}
 
 
 def _title(node: Node) -> str:
     name = str(getattr(node.target, "__name__", ""))
-    return "scan" if node.target is scan_observed else name
+    return "scan" if node.target is scan_unrolled else name
 
 
 def watch(root: GraphModule, *, observed: bool) -> None:
     """Have bodies with layers run so that observers in them see values, or as they are."""
     for graph, node, bodies in _calls(root):
-        if any(isinstance(body, Body) for _, body in bodies):
+        if _with_layers(body for _, body in bodies):
             title = _title(node)
-            node.target = scan_observed if title == "scan" and observed else _CALLS[title]
+            target: Any = scan_unrolled if title == "scan" and observed else _CALLS[title]
+            node.target = target
             graph.recompile()
 
 

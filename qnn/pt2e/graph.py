@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node, Tracer
+from torch.fx import GraphModule, Node
 
 from qnn.kinds import qualified
-from qnn.pt2e.guards import own_guards
+from qnn.pt2e.guards import Unpicklable, own_guards
 
 # The key of what a quantizer says of a node.
 ANNOTATION = "quantization_annotation"
@@ -48,9 +48,9 @@ def own(model: Any, *, inplace: bool, who: str) -> GraphModule:
     for name in ("train", "eval"):
         graph.__dict__.pop(name, None)  # torch.export's own, which raise
     own_guards(graph)
-    for each in graphs(graph):  # export's tracer cannot be made anew when a graph is unpickled
-        each._tracer_cls = each.graph._tracer_cls = Tracer
-    return graph
+    graph.meta["qnn_pickle"] = Unpicklable()
+    result: GraphModule = graph
+    return result
 
 
 def _copy(model: nn.Module) -> Any:

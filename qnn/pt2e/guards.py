@@ -1,16 +1,13 @@
-"""The check of input sizes that torch.export puts into a graph, so that it can be pickled, and says
-what to do.
+"""The check of input sizes that torch.export puts into a graph, which here says what to do, and why
+a graph is not pickled.
 """
 
 from __future__ import annotations
 
 import builtins
-import marshal
 import math
-import sys
-from collections.abc import Callable
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -38,20 +35,28 @@ class Guards(nn.Module):
         check: Any = torch._dynamo.dont_skip_tracing(FunctionType(code, names))
         self._code, self.forward = code, check
 
-    def __reduce__(self) -> tuple[Callable[..., Guards], tuple[bytes, tuple[int, int]]]:
-        return _load, (marshal.dumps(self._code), sys.version_info[:2])
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Guards:
-        return memo.setdefault(id(self), Guards(self._code))
+        memo[id(self)] = copied = Guards(self._code)
+        return copied
+
+    def __reduce__(self) -> NoReturn:
+        Unpicklable().__reduce__()
 
 
-def _load(code: bytes, version: tuple[int, int]) -> Guards:
-    if version != sys.version_info[:2]:
-        raise RuntimeError(
-            f"qnn.pt2e: the graph was pickled by Python {version[0]}.{version[1]}, whose checks of "
-            "input sizes this version cannot read; take torch.export.save, or the state dict."
+class Unpicklable:
+    """In the `meta` of a graph. Pickle would trace the graph's code anew, without the types of its
+    nodes, and fails at many operators.
+    """
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "qnn.pt2e: a graph module is not pickled. Save torch.export.export(graph, args) by "
+            "torch.export.save, or graph.state_dict(), and load it into a graph that was prepared "
+            "and converted in the same way."
         )
-    return Guards(marshal.loads(code))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Unpicklable:
+        return self
 
 
 def own_guards(graph: GraphModule) -> None:

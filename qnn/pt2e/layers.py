@@ -108,7 +108,7 @@ def _tensor(root: nn.Module, node: Any, what: str = "weight") -> torch.Tensor:
     if not isinstance(node, Node):
         raise Refused(f"its {what} is not a tensor of the model")
     found = held(root, node) if node.op in ("get_attr", "placeholder") else None
-    if not isinstance(found, torch.Tensor):
+    if not isinstance(found, torch.Tensor) or "qnn_computed" in node.meta:
         by = "an input of the graph" if node.op == "placeholder" else f"computed by {node.target}"
         raise Refused(f"its {what} is {node.meta.get('qnn_computed', by)}, and not a parameter")
     if not found.is_floating_point():
@@ -183,10 +183,10 @@ def is_turned(node: Any) -> bool:
     if not isinstance(source, Node) or source.op not in ("get_attr", "placeholder"):
         return False
     rest = tuple(node.args[1:])
-    return _rank(node.args[0]) == 2 and (
+    return _rank(source) == 2 and (
         node.target in (aten.t.default, aten.numpy_T.default)
-        or (node.target is aten.transpose.int and sorted(a % 2 for a in rest) == [0, 1])  # type: ignore[operator]
-        or (node.target is aten.permute.default and [a % 2 for a in rest[0]] == [1, 0])  # type: ignore[operator,union-attr]
+        or (node.target is aten.transpose.int and sorted(a % 2 for a in rest) == [0, 1])
+        or (node.target is aten.permute.default and [a % 2 for a in rest[0]] == [1, 0])
     )
 
 
@@ -247,8 +247,9 @@ def _conv(root: nn.Module, node: Node, args: dict[str, Any]) -> Call:
 def _embedding(root: nn.Module, node: Node, args: dict[str, Any]) -> Call:
     weight = _tensor(root, args["weight"])
     padding = None if args["padding_idx"] == -1 else args["padding_idx"]
-    options = {"scale_grad_by_freq": args["scale_grad_by_freq"], "sparse": args["sparse"]}
-    layer = nn.Embedding(*weight.shape, padding, **options, **_meta(weight))
+    options = {name: args[name] for name in ("scale_grad_by_freq", "sparse")}
+    rows, columns = weight.shape
+    layer = nn.Embedding(rows, columns, padding, **options, **_meta(weight))
     return Call(layer, (args["indices"],), _fill(root, layer, {"weight": args["weight"]}))
 
 
@@ -257,8 +258,10 @@ def _embedding_bag(root: nn.Module, node: Node, args: dict[str, Any]) -> Call:
     weight = _tensor(root, args["weight"])
     if any(user.args[1] != 0 and user.users for user in node.users):
         raise Refused("more than the bags are read of it")
+    rows, columns = weight.shape
     layer = nn.EmbeddingBag(
-        *weight.shape,
+        rows,
+        columns,
         scale_grad_by_freq=args["scale_grad_by_freq"],
         mode=("sum", "mean", "max")[args["mode"]],
         sparse=args["sparse"],
@@ -296,7 +299,7 @@ def _recurrent(root: nn.Module, node: Node, args: dict[str, Any]) -> Call:
         **more,
         **_meta(first),
     )
-    names = [name for group in layer._all_weights for name in group]  # type: ignore[union-attr]
+    names = [name for group in layer._all_weights for name in group]
     tensors = _fill(root, layer, dict(zip(names, params, strict=True)))
     layer._init_flat_weights()  # the list of those that it was made with
     layer.train(args["train"])
@@ -361,7 +364,8 @@ _FEATURES = {3: nn.Dropout1d, 4: nn.Dropout2d, 5: nn.Dropout3d}
 
 @_reads(*_DROPOUTS)
 def _dropout(root: nn.Module, node: Node, args: dict[str, Any]) -> Call:
-    kind: Any = _DROPOUTS[node.target]
+    target: Any = node.target
+    kind: Any = _DROPOUTS[target]
     in_place = "self" in args
     x = args["self" if in_place else "input"]
     if kind is nn.Dropout2d:

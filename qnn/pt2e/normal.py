@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -31,6 +31,11 @@ def normalise(root: GraphModule) -> None:
             rewrite = _REWRITES.get(node.target) if node.op == "call_function" else None
             if rewrite is not None:
                 rewrite(graph, node)
+        for node, at in _operands(graph) if graph is not root else ():
+            operand: Any = node.args[at]
+            computed = isinstance(operand, Node) and operand.op == "call_function"
+            if computed and _is_constant(graph, operand, {}) and not is_turned(operand):
+                operand.meta["qnn_computed"] = f"computed by {operand.target} in the body"
         graph.recompile()
     _fold_constants(root)
     root.recompile()
@@ -69,7 +74,7 @@ def _bmm(graph: GraphModule, node: Node) -> None:
         same = list(graphs.value(matrix).shape) == list(graphs.value(node.args[1]).shape)[1:]
         if same:
             _replace(graph, node, aten.matmul.default, (x, matrix))
-            _erase(graph, matrix)
+            _erase(graph, cast(Node, matrix))
 
 
 def _erase(graph: GraphModule, node: Node) -> None:
@@ -121,6 +126,9 @@ def _fold_constants(root: GraphModule) -> None:
     """
     memo, chains = dict[Node, bool](), set[Node]()
     written = set(graphs.written(root))
+    for node in root.graph.find_nodes(op="get_attr"):
+        if id(graphs.held(root, node)) in written:
+            node.meta["qnn_computed"] = "a tensor that the graph writes to"
     for node, at in list(_operands(root)):
         operand: Any = node.args[at]
         turn = node.target in _PRODUCTS and at == _PRODUCTS[node.target]
@@ -134,7 +142,9 @@ def _fold_constants(root: GraphModule) -> None:
         sources = {id(graphs.held(root, each)) for each in chain if each.op == "get_attr"}
         reader = _reader_of(root, sources, memo)
         if sources & written or reader is not None:
-            why = f"{reader.name} ({reader.target}) reads too" if reader else "the graph writes to"
+            why = "the graph writes to"
+            if reader is not None and not sources & written:
+                why = f"{reader.name} ({reader.target}) reads too"
             operand.meta["qnn_computed"] = f"from a tensor that {why}"
             continue
         chains |= chain
@@ -170,7 +180,7 @@ def _is_constant(root: GraphModule, node: Any, memo: dict[Node, bool]) -> bool:
         )
         memo[node] = (
             isinstance(graphs.held(root, node), torch.Tensor)
-            if node.op == "get_attr"
+            if node.op in ("get_attr", "placeholder")
             else node.op == "call_function"
             and pure
             and bool(node.all_input_nodes)
@@ -203,7 +213,8 @@ def _reader_of(root: GraphModule, sources: set[int], memo: dict[Node, bool]) -> 
             product = user.target in _PRODUCTS and at == [_PRODUCTS[user.target]]
             weight = node.op != "get_attr" and all((user, each) in places for each in at) and at
             if not (weight or product):
-                return user
+                reader: Node = user
+                return reader
     return None
 
 
@@ -257,6 +268,7 @@ def _name(root: GraphModule, node: Node, operand: Node, at: int) -> str:
     if name and graphs.free_name(root, name) == name and "_proj_" not in last:
         return name
     stem = last.removesuffix("_weight").removesuffix("_bias")
+    stem = "computed" if stem.startswith(("weight", "bias")) else stem
     count = 0
     while True:
         name = ".".join(filter(None, (owner, f"{stem}_{count}_{kind}")))

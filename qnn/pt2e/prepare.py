@@ -97,6 +97,7 @@ def _prepare(
         )
     root = graphs.own(model, inplace=inplace, who=who)
     retarget_annotations(root.graph)
+    bodies.mark(root)
     normalise(root)
     folded = {} if qat else fold_nodes(root)
     root = call_if_there(quantizer, "transform_for_annotation", root) or root
