@@ -195,7 +195,7 @@ class Int8Quantizer(Quantizer):
         path = graphs.path(node)
         names = [name for name, _ in path if name]
         for pattern, scheme in reversed(self._names.items()):
-            if any(map(lambda name, p=pattern: _matches(name, p), names)):
+            if any(_matches(name, pattern) for name in names):
                 return repr(pattern), scheme
         for _, kind in reversed(path):
             for name, scheme in reversed(self._modules.items()):
