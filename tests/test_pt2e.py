@@ -237,7 +237,7 @@ class TestErrors:
 
             def forward(self, x: torch.Tensor) -> torch.Tensor:
                 y = self.q(x)
-                return F.linear(y @ y.transpose(-1, -2) @ y, self.w * 2)
+                return F.linear(y @ y.transpose(-1, -2) @ y, self.w * 2) + self.w.sum()
 
         x = (torch.randn(2, 3, 8),)
         graph = pt2e.prepare_pt2e(exported(Attention(), x), Int8Quantizer("int8"))
@@ -246,4 +246,4 @@ class TestErrors:
         assert "test_pt2e.py:" in products
         assert rows[products] == "no int8 op multiplies two activations"
         (computed,) = [reason for name, reason in rows.items() if name.startswith("linear")]
-        assert "computed by aten.mul.Tensor" in computed
+        assert "from a tensor that add (aten.add.Tensor) reads too" in computed
