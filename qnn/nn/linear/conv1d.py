@@ -75,9 +75,16 @@ class ObservedConv1D(ObservedLinear):
 
     @classmethod
     def from_float(
-        cls, conv: nn.Module, spec: QuantSpec | None = None, qat: bool = False, **how: Any
+        cls,
+        conv: nn.Module,
+        spec: QuantSpec | None = None,
+        qat: bool = False,
+        *,
+        name: str = "",
+        smooth: bool = False,
     ) -> ObservedConv1D:
-        layer = super().from_float(as_linear(conv, transposed=True), spec, qat, **how)
+        flat = as_linear(conv, transposed=True)
+        layer = super().from_float(flat, spec, qat, name=name, smooth=smooth)
         assert isinstance(layer, ObservedConv1D)  # noqa: S101
         layer.weight = conv.weight  # type: ignore[assignment]
         return layer
