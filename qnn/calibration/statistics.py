@@ -117,6 +117,13 @@ class Observer(Statistics):
         """
         self.columns = Columns.none(columns).to(self.count.device)
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if self.columns is None:  # a model for training has no use for those of calibration
+            state_dict = {k: v for k, v in state_dict.items() if k != f"{prefix}columns"}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     # What subclasses define.
 
     def _update(self, x: torch.Tensor) -> None:
