@@ -112,11 +112,8 @@ class Op(Declaration):
         LIBRARY.impl(self.name, self._checked(self.reference), "CompositeExplicitAutograd")
         for key, kernel in self.kernels.items():
             if key == "CPU" and self.native:
-                # The twin that `call` may go to; it has the kernel and nothing else, also not what
-                # torch puts in the place of a gradient that is missing, which takes 0.3 µs.
-                twin = f"{self.name}_no_grad"
-                LIBRARY.define(self.schema.replace(self.name, twin, 1))
-                LIBRARY.impl(twin, torch.library.fallthrough_kernel, "Autograd")
+                # The twin that `call` may go to; it has the kernel and nothing else.
+                LIBRARY.define(self.schema.replace(self.name, f"{self.name}_no_grad", 1))
                 self._replaceable = torch.library.Library("qnn", "IMPL", key)
                 kernel = self._native_first(kernel) if self.products else kernel
                 self._replaceable.impl(self.name, self._checked(kernel))
@@ -146,7 +143,13 @@ class Op(Declaration):
         """
         unregister(self._replaceable)
         declare(self.name, self.checks)
-        self._direct = below_overload(getattr(torch.ops.qnn, f"{self.name}_no_grad").default)
+        self._direct = self._first_direct
+
+    def _first_direct(self, *args: Any) -> Any:
+        """What `call` goes to, made at its first use, as it would be much of an import."""
+        twin = f"{self.name}_no_grad"
+        # Past what torch puts in the place of a gradient that is missing, which takes 0.3 µs.
+        LIBRARY.impl(twin, torch.library.fallthrough_kernel, "Autograd")
         # Of a dtype, the last argument, torch asks for `__torch_function__` and makes an error of
         # the answer, which takes 1 µs. Its number says the same, and nothing the default.
         last = self.inputs[-1]
@@ -157,6 +160,8 @@ class Op(Declaration):
                 if isinstance(dtype, torch.dtype)
             }
             self._ends = numbers | ({self.default(last): ()} if last.optional else {})
+        self._direct = below_overload(getattr(torch.ops.qnn, twin).default)
+        return self.call(*args)
 
     def _native_first(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
         """`kernel`, but for a call that finds the library loaded."""
