@@ -80,6 +80,7 @@ examples: $(VENV)/.examples ## every example, with a small setting
 	$(BIN)/python examples/llm_int4.py --tiny
 	$(BIN)/python examples/convnet_int8.py --tiny
 	$(BIN)/python examples/pt2e_cnn.py --tiny
+	$(BIN)/python examples/custom_quantizer.py --tiny
 	$(BIN)/python examples/custom_scheme.py --tiny
 
 bench: $(VENV)/.bench ## the benchmarks, with every peer; takes about 40 minutes, on a quiet machine

@@ -217,6 +217,20 @@ def test_a_language_model_continues_its_prompt(tmp_path: Path) -> None:
         assert rows[name][2] > least
 
 
+def test_annotations_of_ones_own(tmp_path: Path) -> None:
+    _need("sklearn", "matplotlib", "tqdm")
+    text = _example("custom_quantizer.py", "--tiny", cwd=tmp_path)
+    (accuracy,) = _numbers(r"\nfloat32 +([\d.]+)%", text)
+    for observer in ("minmax", "mse", "histogram"):
+        got, db, layers, nodes = _numbers(rf"\n{observer} +([\d.]+)% +([\d.]+) +(\d+) +(\d+)", text)
+        assert got > accuracy - 1.5
+        assert db > 25
+        assert layers == 8  # ten products but the first and the last
+        assert nodes > 2 * layers
+    (agreement,) = _numbers(r"agree to ([\d.]+|inf) dB", text)
+    assert agreement > 60
+
+
 def test_graph_mode(tmp_path: Path) -> None:
     _need("sklearn", "matplotlib", "tqdm")
     if shutil.which(os.environ.get("CXX", "g++")) is None:

@@ -211,6 +211,8 @@ def _reason(module: nn.Module) -> str:
     for kind, reason in _KINDS:
         if isinstance(module, kind):
             return reason
+    if type(module) is nn.Module:  # where torch.export keeps the tensors of a layer
+        return "the graph reads these tensors by operators that stay float"
     if kind_of(module) is not None:
         # A model that no verb has seen: as convert would say it.
         return left_alone(module, "int8") or why_not_plain(module) or "not converted"
