@@ -331,7 +331,8 @@ def _copy_views(graph: Graph) -> None:
     """
     output = graph.output_node()
     for node in output.all_input_nodes:
-        source, strides = node, _tensor(node).stride() if node.target in RESHAPES else ()
+        source = node
+        strides: tuple[Any, ...] = _tensor(node).stride() if node.target in RESHAPES else ()
         while source.target in (*RESHAPES, operator.getitem):
             source = source.all_input_nodes[0]
         last = len(strides) > 2 and isinstance(strides[1], int) and strides[1] == 1
