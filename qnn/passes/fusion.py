@@ -331,12 +331,7 @@ def _copy_views(graph: Graph) -> None:
     """
     output = graph.output_node()
     for node in output.all_input_nodes:
-<<<<<<< HEAD
         source, strides = node, list(_tensor(node).stride()) if node.target in RESHAPES else []
-=======
-        source = node
-        strides: tuple[Any, ...] = _tensor(node).stride() if node.target in RESHAPES else ()
->>>>>>> 69d29e5b24d017cf7af1cfff61766f8cca7dc0d5
         while source.target in (*RESHAPES, operator.getitem):
             source = source.all_input_nodes[0]
         last = len(strides) > 2 and isinstance(strides[1], int) and strides[1] == 1
