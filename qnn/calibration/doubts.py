@@ -66,13 +66,20 @@ def _doubts(point: FakeQuantize) -> Iterable[str]:
             f"the range {low:.4g} … {high:.4g} of {part!r} is cut to {ends[0]:.4g} … "
             f"{ends[1]:.4g} ({by}); if the large values matter, give it {fix}"
         )
-    share = observer.share_below(scale / 2)
-    if share is not None and share > MANY_LOST:
+    if share := many_lost(point):
         fix = OTHERWISE if operand else f"give it {WIDE}"
         yield (
             f"{100 * share:.0f}% of the nonzero values of {part!r} fall to zero on its grid of "
             f"steps of {scale:.4g}; {fix}"
         )
+
+
+def many_lost(point: FakeQuantize) -> float | None:
+    """The share of the nonzero values that fall to zero on a point's grid, where it is most."""
+    if point.observer is None:
+        return None
+    share = point.observer.share_below(point.qparams()[0].item() / 2)
+    return share if share is not None and share > MANY_LOST else None
 
 
 def _cut(end: float, kept: float, ends: tuple[float, float]) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qnn.calibration import smoothing
+from qnn.calibration.doubts import many_lost
 from qnn.calibration.fake_quantize import FakeQuantize
 from qnn.calibration.parts import Specs
 from qnn.calibration.spec import QuantSpec
@@ -143,8 +144,12 @@ class ObservedLinear(nn.Linear):
         """What the columns of the input are to be multiplied with before they are quantised,
         float32 `[in_features]`; None where it would not help.
         """
-        columns, spec = self.input_quantize.columns, self.input_quantize.spec
+        point = self.input_quantize
+        columns, spec = point.columns, point.spec
         if not self.smooth or columns is None or spec.observer not in _WHOLE or spec.limit:
+            return None
+        # What is small in every column stays so, and the doubts say it of the plain grid.
+        if many_lost(point):
             return None
         return smoothing.factors(self._rows(), columns, spec)
 
