@@ -111,7 +111,7 @@ class TestVerbs:
             (lambda: nn.utils.parametrizations.spectral_norm(nn.Conv1d(3, 4, 3)), "parametrized"),
             (
                 lambda: nn.utils.weight_norm(nn.Conv1d(3, 4, 3)),
-                "weight_v, weight_g.*remove_weight_norm",
+                "weight_g, weight_v.*remove_weight_norm",
             ),
             (lambda: nn.LazyConv1d(4, 3), "not initialised.*run one batch first"),
         ]

@@ -79,7 +79,7 @@ def _points(model: nn.Module, batches: Any) -> list[FakeQuantize]:
             f"qnn.calibrate: batches is a {type(batches).__name__}, one batch; pass [batch]."
         )
     points = list(observation_points(model))
-    others = (callable(getattr(m, "calculate_qparams", None)) for m in model.modules())
+    others = map(_observes, model.modules())
     if not points and any(others):  # another library's, in a graph: they see what runs
         return []
     if not points:
@@ -165,6 +165,11 @@ def kept_of(batch: Any) -> torch.Tensor | None:
     return mask.bool()
 
 
+def _observes(module: nn.Module) -> bool:
+    """Whether a module is an observer of another library."""
+    return callable(getattr(module, "calculate_qparams", None))
+
+
 def _remember_buffers(model: nn.Module) -> Callable[[], None]:
     """What puts the buffers back that running the model changes, such as a key-value cache; what
     observers have recorded stays.
@@ -172,7 +177,7 @@ def _remember_buffers(model: nn.Module) -> Callable[[], None]:
     ours = {
         id(module)
         for point in model.modules()
-        if isinstance(point, Statistics)
+        if isinstance(point, Statistics) or _observes(point)
         for module in point.modules()
     }
     held = [

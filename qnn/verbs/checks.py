@@ -68,8 +68,9 @@ def why_not_plain(module: nn.Module) -> str | None:
         return "it is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
     kind = cast(Kind, kind_of(module))
     names = list(kind.names(module))
-    extra = [*(module._parameters.keys() - set(names))]
-    extra += sorted(module._buffers.keys() - set(kind.keeps(module)))
+    kept = set(kind.keeps(module))
+    extra = [name for name in module._parameters if name not in names]
+    extra += [name for name in module._buffers if name not in kept]
     extra += [name for name in module._modules if name not in kind.holds]
     missing = [name for name in names if name not in module._parameters]
     if extra or missing:
