@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 
 from qnn.pt2e import bodies
 from qnn.pt2e import graph as graphs
@@ -243,9 +242,3 @@ def _other_reader(root: GraphModule, layer: nn.Module) -> str | None:
                 if not isinstance(user.target, torch._ops.HigherOrderOperator):
                     return graphs.told(user)
     return None
-
-
-def replace_input(node: Node, old: Node, new: Node) -> None:
-    """Let one reader of a value read another."""
-    node.args = map_arg(node.args, lambda each: new if each is old else each)
-    node.kwargs = map_arg(node.kwargs, lambda each: new if each is old else each)
