@@ -6,7 +6,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from parameterized import parameterized
@@ -20,9 +20,10 @@ from qnn import passes
 from .common import forked, same_bits
 from .test_fusion import appended
 
+aten = torch.ops.aten
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KEPT, QUANTIZE = "int8_static_conv", "int8_static_quantize"
-CHAIN, CODES = "int8_chain_conv", "int8_codes_conv"
+CHAIN, FORK, CODES = "int8_chain_conv", "int8_fork_conv", "int8_codes_conv"
 
 
 def block(channels: int, out: int, kernel: int, *more: nn.Module, **options: Any) -> nn.Sequential:
@@ -63,15 +64,15 @@ class Inverted(nn.Module):
         return x + self.layers(x) if self.added else self.layers(x)
 
 
-# Two convolutions with a chain between them, and those of the shortcut.
+# What two blocks give is read as codes, and added; on the grid of one layer where two read it.
 RESNET = (
     lambda: nn.Sequential(Basic(6, 6), Basic(6, 6), Basic(6, 8, 2)),
-    {QUANTIZE: 3, CHAIN: 3, CODES: 3, KEPT: 1},
+    {QUANTIZE: 2, CHAIN: 3, FORK: 2, CODES: 2},
 )
 # What the first block gives is added, too; what the second gives is read by the third alone.
 MOBILENET = (
     lambda: nn.Sequential(Inverted(4, 6), Inverted(6, 6), Inverted(6, 8, 2)),
-    {QUANTIZE: 2, CHAIN: 7, CODES: 2},
+    {QUANTIZE: 1, CHAIN: 7, FORK: 1, CODES: 1},
 )
 NETWORKS = {"ResNet": RESNET, "MobileNetV2": MOBILENET}
 
@@ -105,7 +106,7 @@ def compiled(fn: Any, *args: Any, **options: Any) -> tuple[Any, Counter[str]]:
     def count(graph: torch.fx.Graph) -> None:  # the graphs inside of regions come first
         calls.clear()
         calls.update(found.op.name for found in passes.match(graph.nodes))
-        left = (torch.ops.aten.relu.default, torch.ops.aten.add.Tensor)
+        left = (aten.relu.default, aten.add.Tensor, aten.constant_pad_nd.default)
         calls.update(str(node.target) for node in graph.nodes if node.target in left)
 
     torch._dynamo.reset()
@@ -240,31 +241,203 @@ class TestJoined:
         check(fn, x, calls={QUANTIZE: 1, CHAIN: 2, CODES: 1})
 
 
+class TestBoth:
+    """What a layer reads as codes, and another node in float."""
+
+    def check(self, read: Callable[..., Any], **more: int) -> None:
+        x = image(2, 4, 8, 8)
+        layers = static(nn.Sequential(*(nn.Conv2d(4, 4, 3) for _ in range(3))), x)
+
+        def fn(x: torch.Tensor) -> Any:
+            return read(layers[0](x), *layers[1:])
+
+        check(fn, x, calls={QUANTIZE: 1, FORK: 1, CODES: 1, **more})
+
+    def test_returned(self) -> None:
+        self.check(lambda y, b, c: (y, b(y)))
+
+    def test_read_on_two_grids(self) -> None:
+        self.check(lambda y, b, c: (b(y), c(y)), **{KEPT: 1})
+
+    def test_read_by_another_operation(self) -> None:
+        self.check(lambda y, b, c: (b(y), y.mean()))
+
+    def test_residual_of_its_own_reader(self) -> None:
+        self.check(lambda y, b, c: b(F.pad(y, (1, 1, 1, 1))) + y)
+
+    @parameterized.expand([("nan", float("nan")), ("inf", float("inf"))])
+    def test_a_sample_that_is_not_finite_stays_so(self, _: str, odd: float) -> None:
+        x = image(3, 4, 8, 8)
+        a, b = static(nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)), x)
+        x[1, 2, 3, 4] = odd
+
+        def fn(x: torch.Tensor) -> Any:
+            y = a(x)
+            return y, b(y)
+
+        with torch.no_grad():
+            got, want = compiled(fn, x)[0], fn(x)
+        for one, other in zip(got, want, strict=True):
+            assert same_bits(one.nan_to_num(7), other.nan_to_num(7))
+            assert other.isnan().flatten(1).all(1).tolist() == [False, True, False]
+
+
+class Fire(nn.Module):
+    """A block of SqueezeNet."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Conv2d(channels, 3, 1)
+        self.one, self.three = nn.Conv2d(3, out, 1), nn.Conv2d(3, out, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.squeeze(x).relu()
+        return torch.cat([self.one(x).relu(), self.three(x).relu()], 1)
+
+
+class TestConcatenated:
+    def blocks(self) -> tuple[Any, torch.Tensor]:
+        torch.manual_seed(6)
+        x = image(2, 4, 7, 6)
+        return static(nn.Sequential(Fire(4, 4), Fire(8, 5)), x), x
+
+    # In each block one layer reads codes, and the other its own grid: floats.
+    BLOCKS: ClassVar = {QUANTIZE: 2, FORK: 2, CHAIN: 2, CODES: 1, KEPT: 1}
+
+    def test_along_the_channels(self) -> None:
+        network, x = self.blocks()
+        check(network, x, calls=self.BLOCKS)
+        check(network, x.to(memory_format=torch.channels_last), calls=self.BLOCKS)
+
+    def test_a_sample_with_nan_in_one_part(self) -> None:
+        x = image(2, 4, 7, 6)
+        a, b = static(nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)), x)
+        last = static(nn.Sequential(nn.Conv2d(8, 4, 3)), image(2, 8, 7, 6))
+        other = x.clone()
+        other[1, 0, 0, 0] = float("nan")
+
+        def fn(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+            return last(torch.cat([a(x), b(other)], 1))
+
+        with torch.no_grad():
+            got, calls = compiled(fn, x, other)
+            want = fn(x, other)
+        assert calls == Counter({QUANTIZE: 2, CHAIN: 2, CODES: 1})
+        assert same_bits(got.nan_to_num(7), want.nan_to_num(7))
+        assert got.isnan().flatten(1).all(1).tolist() == [False, True]
+
+    def test_what_is_read_elsewhere_too(self) -> None:
+        x = image(2, 4, 7, 6)
+        a, b, c = static(nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(3))), x)
+        last = static(nn.Sequential(nn.Conv2d(8, 4, 3)), image(2, 8, 7, 6))
+
+        def whole(x: torch.Tensor) -> Any:
+            y = torch.cat([a(x), b(x)], 1)
+            return last(y), y
+
+        def part(x: torch.Tensor) -> Any:
+            y = a(x)
+            return last(torch.cat([y, b(x)], 1)), y
+
+        def another_grid(x: torch.Tensor) -> Any:
+            y = a(x)
+            return c(y), last(torch.cat([y, b(x)], 1))
+
+        def one_is_float(x: torch.Tensor) -> Any:
+            return last(torch.cat([a(x), x], 1))
+
+        def rows(x: torch.Tensor) -> Any:
+            return c(torch.cat([a(x), b(x)], 2))
+
+        check(whole, x, calls={QUANTIZE: 2, FORK: 2, CODES: 1})
+        check(part, x, calls={QUANTIZE: 2, FORK: 1, CHAIN: 1, CODES: 1})
+        check(another_grid, x, calls={QUANTIZE: 1, FORK: 1, CODES: 1, KEPT: 2})
+        check(one_is_float, x, calls={KEPT: 2})
+        check(rows, x, calls={KEPT: 3})
+
+
+class TestPadding:
+    """Zeros that a model puts around an image become the convolution's own."""
+
+    @torch.no_grad()
+    def check(self, fn: Callable[..., Any], x: torch.Tensor, folds: bool = True) -> None:
+        got, calls = compiled(fn, x)
+        assert same_bits(got, fn(x))
+        pads = [name for name in calls if "pad" in name]
+        assert (not pads) == folds, calls
+
+    @parameterized.expand([("int8",), ("int8_static",), ("int16",), ("int8_weight",)])
+    def test_of_any_scheme(self, scheme: str) -> None:
+        x = image(2, 4, 7, 8)
+        layer = nn.Sequential(nn.ZeroPad2d((0, 1, 2, 1)), nn.Conv2d(4, 6, 3, padding=1, stride=2))
+        layer = static(layer, x) if scheme == "int8_static" else qnn.convert(layer.eval(), scheme)
+        self.check(layer, x)
+        self.check(layer, x.to(memory_format=torch.channels_last))
+
+    @parameterized.expand([(1, (2, 1)), (2, (0, 1, 0, 1)), (3, (1, 1, 0, 2, 2, 0)), (2, (3, 0))])
+    def test_of_any_number_of_axes(self, axes: int, zeros: tuple[int, ...]) -> None:
+        kind: Any = getattr(nn, f"Conv{axes}d")
+        layer = qnn.convert(nn.Sequential(kind(4, 6, 3), nn.ReLU()).eval(), "int8")
+        x = image(2, 4, *[6] * axes)
+        self.check(lambda x: layer(F.pad(x, zeros)), x)
+        self.check(lambda x: layer(F.pad(x, zeros)), x[0])
+
+    def test_chains_of_codes_pass_it(self) -> None:
+        x = image(2, 4, 8, 8)
+        layers = nn.Conv2d(4, 6, 1), nn.ReLU6(), nn.ZeroPad2d((0, 1, 0, 1))
+        depthwise = nn.Conv2d(6, 6, 3, stride=2, groups=6)
+        network = static(nn.Sequential(*layers, depthwise, nn.Conv2d(6, 4, 1)), x)
+        check(network, x, calls={QUANTIZE: 1, CHAIN: 2, CODES: 1})
+
+    def test_left_alone(self) -> None:
+        x = image(2, 4, 8, 8)
+        layer = qnn.convert(nn.Sequential(nn.Conv2d(4, 4, 3)).eval(), "int8")
+        for fn in (
+            lambda x: layer(F.pad(x, (1, 1), value=1.0)),
+            lambda x: layer(F.pad(x, (1, -1))),
+            lambda x: layer(F.pad(x[:, :3], (0, 0, 0, 0, 0, 1))),  # a channel
+            lambda x: layer(F.pad(x, (1, 1)).mT),
+        ):
+            self.check(fn, x, folds=False)
+        up = qnn.convert(nn.Sequential(nn.ConvTranspose2d(4, 4, 3)).eval(), "int8")
+        self.check(lambda x: up(F.pad(x, (1, 1))), x, folds=False)
+
+    def test_read_by_others_too(self) -> None:
+        layer = qnn.convert(nn.Sequential(nn.Conv2d(4, 4, 3)).eval(), "int8")
+
+        def fn(x: torch.Tensor) -> torch.Tensor:
+            padded = F.pad(x, (1, 1, 1, 1))
+            return layer(padded) * padded.amax()
+
+        self.check(fn, image(2, 4, 8, 8), folds=False)
+
+    def test_any_size_without_recompiling(self) -> None:
+        layer = qnn.convert(nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(4, 4, 3)).eval())
+        run = torch.compile(layer, fullgraph=True, dynamic=True)
+        with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+            for sizes in ((3, 9, 10), (5, 12, 11), (7, 5, 6)):
+                x = image(sizes[0], 4, *sizes[1:])
+                assert same_bits(run(x), layer(x))
+
+    def test_gradients_are_those_of_eager(self) -> None:
+        layer = qnn.convert(nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(4, 4, 3)).eval())
+        grads = []
+        for run in (layer, torch.compile(layer, fullgraph=True)):
+            x = image(2, 4, 6, 6).requires_grad_()
+            run(x).square().sum().backward()
+            grads.append(x.grad)
+        torch.testing.assert_close(*grads)
+
+
 class TestLeftAlone:
     @parameterized.expand([("int8",), ("int8_weight",)])
     def test_other_schemes(self, scheme: str) -> None:
         layers, x = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 4, 2)), image(2, 4, 6, 6)
         check(qnn.convert(layers.eval(), scheme), x, calls={f"{scheme}_conv": 2})
 
-    def test_other_readers(self) -> None:
+    def test_readers_of_something_else(self) -> None:
         x = image(2, 4, 8, 8)
-        a, b, c = static(nn.Sequential(*(nn.Conv2d(4, 4, 3) for _ in range(3))), x)
-
-        def returned(x: torch.Tensor) -> Any:
-            y = a(x)
-            return y, b(y)
-
-        def two_grids(x: torch.Tensor) -> Any:
-            y = a(x)
-            return b(y), c(y)
-
-        def another_operation(x: torch.Tensor) -> Any:
-            y = a(x)
-            return b(y), y.mean()
-
-        def its_own_residual(x: torch.Tensor) -> Any:
-            y = a(x)
-            return b(F.pad(y, (1, 1, 1, 1))) + y
+        a, b = static(nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)), x)
 
         def pooled(x: torch.Tensor) -> Any:
             return b(F.max_pool2d(a(x), 2))
@@ -278,12 +451,8 @@ class TestLeftAlone:
         def one_sample(x: torch.Tensor) -> Any:
             return b(a(x)[:1])
 
-        fns: tuple[Callable[..., Any], ...] = (
-            returned, two_grids, another_operation, its_own_residual, pooled, other_order,
-            other_shape, one_sample,
-        )  # fmt: skip
-        for fn in fns:
-            check(fn, x, calls={KEPT: 3 if fn is two_grids else 2})
+        for fn in (pooled, other_order, other_shape, one_sample):
+            check(fn, x, calls={KEPT: 2})
 
     def test_transposed(self) -> None:
         layers, x = (

@@ -253,12 +253,11 @@ class TestEpilogue:
         assert same_bits(got.nan_to_num(7), want.nan_to_num(7))
         assert got[1].isnan().all()
         so, zo = torch.tensor([0.05]), torch.tensor([-128]).to(torch.int8)
-        chain = torch.ops.qnn.int8_chain_conv(
-            q, scale, zx, w, sw, so, zo, *geometry, bias, activation="relu"
-        )
-        for mine, other in zip(
-            chain, torch.ops.qnn.int8_static_quantize(want.relu(), so, zo), strict=True
-        ):
+        of = (q, scale, zx, w, sw, so, zo, *geometry, bias)
+        chain = torch.ops.qnn.int8_chain_conv(*of, activation="relu")
+        both = torch.ops.qnn.int8_fork_conv(*of, activation="relu")
+        quantised = torch.ops.qnn.int8_static_quantize(want.relu(), so, zo)
+        for mine, other in zip((*chain, *both), (*quantised, want.relu(), *quantised), strict=True):
             assert torch.equal(mine.nan_to_num(7), other.nan_to_num(7))
         assert chain[1].flatten().isnan().tolist() == [False, True]
         codes, scales = torch.ops.qnn.int8_static_quantize(want.nan_to_num(), so, zo)

@@ -177,6 +177,10 @@ def test_of_codes(cases: int, first: int) -> None:
         agrees(scales, want_scales, 0)
         off = (codes.int() - want.int()).abs().max()
         assert off <= (0 if exact else 1), (seed, off)
+        both = torch.ops.qnn.int8_fork_conv(*operands, *onto, *after)
+        for one, other in zip(both, (got, codes, scales), strict=True):
+            agrees(one, other, 0)
+            assert one.stride() == other.stride()
 
 
 LARGE = {

@@ -107,8 +107,9 @@ class TestEveryOp:
             assert want._base is None
 
     def real_equals_reference(self, op: Op, args: Args, real: tuple[torch.Tensor, ...]) -> None:
-        for got, want in zip(real, as_tuple(op.reference(*args)), strict=True):
-            if any(out in CODES for out in op.out):
+        wanted = as_tuple(op.reference(*args))
+        for got, want, rule in zip(real, wanted, op.out, strict=True):
+            if any(out in CODES for out in op.out) and rule != "dtype":  # that of floats beside
                 assert same_bits(got, want)
             else:
                 error = (got.double() - want.double()).norm()

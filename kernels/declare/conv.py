@@ -287,3 +287,15 @@ int8_chain_conv = _conv(
     out=(torch.uint8, torch.float32),
     inference=True,
 )
+
+int8_fork_conv = _conv(
+    "int8_fork_conv",
+    f"{CODES_OF_X}, {WEIGHT}, {GRID_OUT}, {GEOMETRY}, {OTHERS}, dtype?: dtype",
+    f"y: {OUT}, codes: {OUT}, oscale: {SAMPLES}",
+    reference.fork_conv_reference,
+    "y = int8_codes_conv(…), and int8_static_quantize(y, so, zo)",
+    limit=INT8_STATIC_MAX_K,
+    native=True,
+    out=("dtype", torch.uint8, torch.float32),
+    inference=True,
+)

@@ -200,6 +200,21 @@ def codes_conv_reference(
     return finish(y, residual, activation, last)
 
 
+def fork_conv_reference(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    zx: torch.Tensor,
+    w: torch.Tensor,
+    sw: torch.Tensor,
+    so: torch.Tensor,
+    zo: torch.Tensor,
+    *rest: Any,
+    integer_sums: Callable[..., torch.Tensor] = exact_sums,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    y = codes_conv_reference(q, scale, zx, w, sw, *rest, integer_sums=integer_sums)
+    return y, *static_quantize_reference(y, so, zo)
+
+
 def chain_conv_reference(
     q: torch.Tensor,
     scale: torch.Tensor,
@@ -211,8 +226,7 @@ def chain_conv_reference(
     *rest: Any,
     integer_sums: Callable[..., torch.Tensor] = exact_sums,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    y = codes_conv_reference(q, scale, zx, w, sw, *rest, integer_sums=integer_sums)
-    return static_quantize_reference(y, so, zo)
+    return fork_conv_reference(q, scale, zx, w, sw, so, zo, *rest, integer_sums=integer_sums)[1:]
 
 
 def conv_dgrad_reference(

@@ -7,14 +7,18 @@ such layers on one grid and by nothing else, it leaves as uint8 codes on that gr
     z = int8_static_conv(y, …, sy, zy)    p, sp = int8_chain_conv(q, sq, zx, …, sy, zy)
                                           z = int8_codes_conv(p, sp, zy, …)
 
-The value is rounded to its dtype before it is quantised, as before, so no bit of z changes. What
-another node reads, such as the sum of a residual block, stays in float.
+What another node reads too, such as the sum of a residual block, leaves as both, from
+`int8_fork_conv`: y, p and sp. Results that are concatenated along the channels leave as codes on
+the grid of what reads them together, and the codes are concatenated.
+
+The value is rounded to its dtype before it is quantised, as before, so no bit of y and z changes.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,10 +26,10 @@ from torch.fx import Graph, Node
 
 from qnn.kernels import OPS, Op
 from qnn.kernels.torch_private import inductor_matches_patterns, mistakes_dtypes, statically_equal
-from qnn.passes.region import Region, before_writes, match
+from qnn.passes.region import Region, before_writes, call_op, match
 
-_QUANTIZE, _CHAIN, _CODES = (
-    OPS[f"int8_{name}"] for name in ("static_quantize", "chain_conv", "codes_conv")
+_QUANTIZE, _CHAIN, _FORK, _CODES = (
+    OPS[f"int8_{name}"] for name in ("static_quantize", "chain_conv", "fork_conv", "codes_conv")
 )
 _aten = torch.ops.aten
 # They keep the order of the elements, so that one of them, or several, of an equal shape as a
@@ -37,7 +41,18 @@ RESHAPES = frozenset(
     ]
 )  # fmt: skip
 _Grid = tuple[Node, Node]  # scale and zero point
-_Codes = tuple[Node, Node]  # and the scales of the samples
+
+
+@dataclass(frozen=True)
+class _Link:
+    """A result that leaves as codes."""
+
+    grid: _Grid
+    op: Op  # that gives the codes, and y where it is read as well
+
+
+_Links = dict[Node, _Link]
+_Parts = dict[Node, list[Node]]  # of a concatenation
 
 
 def join(graph: Graph) -> None:
@@ -46,37 +61,40 @@ def join(graph: Graph) -> None:
         return
     place = {node: i for i, node in enumerate(before_writes(graph))}
     found = match(place, op="int8_static_conv", where=_has_kernels)
-    convs = [(region, y) for region in found if (y := region.result) is not None]
-    readers = {region.node: region for region, _ in convs}
-    links: dict[Node, _Grid] = {}  # results, and the grid that they are read on
-    for region, y in convs:
-        grid = _only_grid(y, readers)
-        if grid is not None and all(place[each] < place[region.node] for each in grid):
-            links[y] = grid
-    codes: dict[Any, _Codes] = {}
+    convs = {y: region for region in found if (y := region.result) is not None}
+    parts = {node: of for node in place if (of := _parts_of(node, convs))}
+    links = _links(convs, parts, place)
+    codes: dict[Any, list[Node]] = {}  # and the scales of the samples
     doomed: set[Node] = set()
-    for region, y in convs:
+    for y, region in convs.items():
         given = region.arguments
+        grid = given["sx"], given["zx"]
         source, between = _source(given["x"])
-        if source not in links and y not in links:
+        linked = source in links and links[source].grid == grid
+        if not linked and y not in links:
             continue
         doomed |= {region.node, y, *between, *region.node.all_input_nodes[:1]}  # with its body
         with graph.inserting_before(region.node):
-            key = source if source in links else (given["x"], given["sx"], given["zx"])
-            if key not in codes:
-                codes[key] = _two(_call(graph, _QUANTIZE, given))
-            given |= {
-                "q": codes[key][0],
-                "scale": codes[key][1],
-                "dtype": given["x"].meta["val"].dtype,
-            }
-            if y in links:
-                given["so"], given["zo"] = links[y]
-                codes[y] = _two(_call(graph, _CHAIN, given))
+            key = source if linked else (given["x"], *grid)
+            if key not in codes and linked:  # a concatenation
+                codes[key] = _concatenated([codes[part] for part in parts[source]])
+                doomed |= {source, *(n for part in source.args[0] for n in _source(part)[1])}
+            elif key not in codes:
+                codes[key] = _items(call_op(graph, _QUANTIZE, given))
+            q, scale = codes[key]
+            given |= {"q": q, "scale": scale, "dtype": given["x"].meta["val"].dtype}
+            if y not in links:
+                floats = call_op(graph, _CODES, given)
             else:
-                call = _call(graph, _CODES, given)
-                call.meta.update(y.meta)
-                y.replace_all_uses_with(call)
+                given["so"], given["zo"] = links[y].grid
+                *kept, q, scale = _items(call_op(graph, links[y].op, given))
+                codes[y] = [q, scale]
+                if not kept:
+                    continue
+                (floats,) = kept
+                links[floats], codes[floats] = links[y], codes[y]
+        floats.meta.update(y.meta)
+        y.replace_all_uses_with(floats)
     for node in reversed(list(graph.nodes)):
         if node in doomed and not node.users:
             graph.erase_node(node)
@@ -87,28 +105,89 @@ def _has_kernels(region: Region) -> bool:
     return isinstance(x, torch.Tensor) and x.device.type.upper() in _CHAIN.kernels
 
 
-def _only_grid(y: Node, readers: Mapping[Node, Region]) -> _Grid | None:
-    """The grid on which all that reads `y` quantises it."""
-    grids: set[_Grid] = set()
+def _parts_of(node: Node, convs: Mapping[Node, Region]) -> list[Node]:
+    """The results of `convs` that a node concatenates along the channels; none if one is not."""
+    if node.target is not _aten.cat.default or node.args[1:] != (1,):
+        return []
+    given: Any = node.args[0]
+    parts = [_source(part)[0] for part in given]
+    whole = all(y in convs and _is_image(y, part) for y, part in zip(parts, given, strict=True))
+    return parts if whole else []
+
+
+def _links(convs: Mapping[Node, Region], parts: _Parts, place: Mapping[Node, int]) -> _Links:
+    readers = {region.node: region for region in convs.values()}
+    parts = dict(parts)
+    while True:
+        links = {node: link for node in parts if (link := _link_of(node, readers, {}))}
+        for y, region in convs.items():
+            link = _link_of(y, readers, links)
+            if link is not None and all(place[each] < place[region.node] for each in link.grid):
+                links[y] = link
+        apart = [
+            node
+            for node, of in parts.items()
+            if node in links
+            and any(y not in links or links[y].grid != links[node].grid for y in of)
+        ]
+        if not apart:
+            return links
+        for node in apart:
+            del parts[node]
+
+
+def _link_of(y: Node, readers: Mapping[Node, Region], links: _Links) -> _Link | None:
+    """The first grid on which a layer quantises `y`, alone or in a concatenation with a link, and
+    whether anything else reads it.
+    """
+    grids: dict[_Grid | None, None] = {}
     open_nodes = [y]
     while open_nodes:
         node = open_nodes.pop()
         for user in node.users:
             if user.target in RESHAPES:
                 open_nodes.append(user)
-                continue
-            if user not in readers:
-                return None
-            given = readers[user].arguments
-            others = (value for name, value in given.items() if name != "x")
-            if given["x"] is not node or node in others or not _same_shape(node, y):
-                return None
-            grids.add((given["sx"], given["zx"]))
-    return grids.pop() if len(grids) == 1 else None
+            elif user in links:
+                grids[links[user].grid] = None
+                if links[user].op is _FORK:
+                    grids[None] = None
+            else:
+                given = readers[user].arguments if user in readers else {}
+                as_input = given.pop("x", None) is node and _is_image(node, y)
+                if as_input:
+                    grids[given["sx"], given["zx"]] = None
+                if not as_input or node in given.values():
+                    grids[None] = None
+    first = next(filter(None, grids), None)
+    return first and _Link(first, _CHAIN if len(grids) == 1 else _FORK)
 
 
-def _same_shape(one: Node, other: Node) -> bool:
-    return statically_equal(one.meta["val"].shape, other.meta["val"].shape)
+def _is_image(one: Node, other: Node) -> bool:
+    """Whether two forms of one tensor have the same batch, channels and last axes."""
+    long, short = sorted((one.meta["val"].shape, other.meta["val"].shape), key=len, reverse=True)
+    axes = len(short) - 2
+    return (
+        axes > 0
+        and statically_equal(long[:2], short[:2])
+        and statically_equal(long[len(long) - axes :], short[2:])
+    )
+
+
+def _concatenated(codes: list[list[Node]]) -> list[Node]:
+    """Codes and scales of a concatenation. A sample is lost where a part of it is."""
+    (q, scale), *more = codes
+    whole = _operation(_aten.cat.default, [q, *(each for each, _ in more)], 1)
+    for _, other in more:
+        scale = _operation(_aten.maximum.default, scale, other)
+    return [whole, scale]
+
+
+def _operation(target: Any, *args: Any) -> Node:
+    first = args[0][0] if isinstance(args[0], list) else args[0]
+    node: Node = first.graph.call_function(target, args)
+    with first.meta["val"].fake_mode:
+        node.meta["val"] = target(*torch.fx.map_arg(args, lambda each: each.meta["val"]))
+    return node
 
 
 def _source(x: Node) -> tuple[Node, list[Node]]:
@@ -120,18 +199,10 @@ def _source(x: Node) -> tuple[Node, list[Node]]:
     return x, between
 
 
-def _call(graph: Graph, op: Op, given: Mapping[str, Any]) -> Node:
-    """A call of `op` with what it takes of `given`."""
-    args = tuple(given.get(arg.name, op.default(arg)) for arg in op.inputs)
-    node = graph.call_function(op.overload, args)
-    fakes = torch.fx.map_arg(args, lambda each: each.meta["val"])
-    with fakes[0].fake_mode:
-        node.meta["val"] = op.overload(*fakes)
-    return node
-
-
-def _two(node: Node) -> _Codes:
-    """The results of a node that has two."""
-    first, second = (node.graph.call_function(operator.getitem, (node, i)) for i in range(2))
-    first.meta["val"], second.meta["val"] = node.meta["val"]
-    return first, second
+def _items(node: Node) -> list[Node]:
+    """The results of a node that has several."""
+    items = []
+    for i, value in enumerate(node.meta["val"]):
+        items.append(node.graph.call_function(operator.getitem, (node, i)))
+        items[-1].meta["val"] = value
+    return items

@@ -37,7 +37,7 @@ from qnn.kernels.torch_private import (
     post_grad_form,
     statically_equal,
 )
-from qnn.passes import cast_fusion, chains, user_region
+from qnn.passes import cast_fusion, chains, padding, user_region
 from qnn.passes.chains import RESHAPES
 from qnn.passes.region import Region, before_writes, match, read, unwrap_gradients
 
@@ -376,6 +376,7 @@ def _run(graph: Graph) -> None:
     user_region.settle(graph)
     unwrap_gradients(graph)
     fold(graph)
+    padding.fold(graph)
     chains.join(graph)
     cast_fusion.unfold(graph)
     _copy_views(graph)
@@ -389,8 +390,8 @@ def _uuid() -> bytes:
 @functools.cache
 def _digest() -> bytes:
     """Of the pass and of the ops that it calls: part of the key of Inductor's caches."""
-    names = ("fusion.py", "chains.py", "cast_fusion.py", "region.py", "user_region.py")
-    passes = map(Path(__file__).with_name, names)
+    names = ("fusion", "padding", "chains", "cast_fusion", "region", "user_region")
+    passes = (Path(__file__).with_name(f"{name}.py") for name in names)
     sources = [file.read_bytes() for file in (*passes, Path(str(torch_private.__file__)))]
     declared = "\n".join(f"{op.schema} {op.choices}" for op in OPS.values())
     return hashlib.sha256(b"\n".join([*sources, declared.encode()])).digest()

@@ -197,6 +197,18 @@ def build(graph: Graph, op: str | Op, arguments: Mapping[str, Any], *, scheme: s
     return item
 
 
+def call_op(graph: Graph, op: Op, given: Mapping[str, Any]) -> Node:
+    """Insert a call of the bare op with what it takes of `given`; it has a fake tensor, as those
+    that it is given have.
+    """
+    args = tuple(given.get(arg.name, op.default(arg)) for arg in op.inputs)
+    node = graph.call_function(op.overload, args)
+    fakes = map_arg(args, lambda each: each.meta["val"])
+    with fakes[0].fake_mode:
+        node.meta["val"] = op.overload(*fakes)
+    return node
+
+
 def _checked(graph: Graph, op: Op, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call in the op's order, up to the last that is not at its default."""
     declared = ", ".join(arg.name + "?" * arg.optional for arg in op.inputs)

@@ -13,6 +13,7 @@ struct ConvCase {
   Conv p{};                           // sizes, formats and grids; the operands are below
   bool at_end = false, wide = false;  // codes of 16 bits
   int parts = 1;
+  bool gives_y = true, gives_codes = false;
   std::vector<double> x, bias, residual;
   std::vector<uint8_t> codes, residual_codes;
   std::vector<int8_t> w;
@@ -31,8 +32,8 @@ struct ConvCase {
            " from " + std::to_string(p.zero_point) + (p.x_last ? " x last" : " x first") +
            (p.y_last ? " y last" : " y first") + " x=" + format_of(p.x_dtype).name +
            " bias=" + (bias.empty() ? "none" : format_of(p.bias_dtype).name) +
-           " y=" + (p.y_codes ? "codes of " : "") + format_of(p.y_dtype).name +
-           (residual.empty() ? "" : " residual") +
+           " y=" + (gives_codes ? gives_y ? "codes and " : "codes of " : "") +
+           format_of(p.y_dtype).name + (residual.empty() ? "" : " residual") +
            (residual_codes.empty() ? "" : " residual codes") + " activation " +
            qnn::kActivations[static_cast<int>(p.activation)] + (p.last_relu ? ", relu" : "") +
            " parts=" + std::to_string(parts) +
@@ -78,7 +79,7 @@ class ConvDraw {
         for (int64_t i = 0; i < p.batch; ++i)
           c.residual_scales.push_back(one_in(20) ? NAN : 0.05f * static_cast<float>(unit()));
       }
-      p.y_codes = one_in(2);
+      c.gives_codes = one_in(2), c.gives_y = !c.gives_codes || one_in(2);
       p.y_inverse = 1 / (0.02f + static_cast<float>(unit()));
       p.y_zero_point = between(-128, 127);
     }
@@ -315,7 +316,7 @@ double conv_code(const Conv& p, double value) {
 // -- running --------------------------------------------------------------------------------------
 
 // The flags of the samples.
-std::vector<int32_t> run_conv(const Tier& tier, const ConvCase& c, char* y) {
+std::vector<int32_t> run_conv(const Tier& tier, const ConvCase& c, char* y, char* codes) {
   std::vector<std::unique_ptr<Memory>> operands;
   const auto place = [&](const void* data, size_t bytes) -> const void* {
     operands.push_back(std::make_unique<Memory>(bytes, c.at_end, 0xff));
@@ -344,7 +345,8 @@ std::vector<int32_t> run_conv(const Tier& tier, const ConvCase& c, char* y) {
   p.w = raw(c.w), p.sw = raw(c.sw), p.bias = floats(c.bias, p.bias_dtype);
   p.residual = floats(c.residual, p.y_dtype), p.residual_codes = raw(c.residual_codes);
   p.residual_scale = raw(c.residual_scales);
-  p.y = y;
+  p.y = c.gives_y ? y : nullptr;
+  p.codes = c.gives_codes ? reinterpret_cast<uint8_t*>(codes) : nullptr;
   if (const char* why = qnn::why_not(p)) {
     std::printf("%s\n  not a call: %s\n", running, why);
     std::exit(1);
@@ -385,9 +387,9 @@ bool passes(const Tier& tier, const ConvCase& c) {
 #endif
   PlainConv plain(c);
   const std::vector<Bounds> want = plain.run();
-  const size_t size = p.y_codes ? 1 : f.bytes;
-  const Memory y(want.size() * size, c.at_end, 0xff);
-  const std::vector<int32_t> odd = run_conv(tier, c, y.data());
+  const Memory y(c.gives_y ? want.size() * f.bytes : 0, c.at_end, 0xff),
+      codes(c.gives_codes ? want.size() : 0, c.at_end, 0xff);
+  const std::vector<int32_t> odd = run_conv(tier, c, y.data(), codes.data());
   const size_t of_sample = want.size() / p.batch;
   size_t wrong = 0;
   const auto is_wrong = [&](size_t i, double got, double low, double high) {
@@ -396,13 +398,12 @@ bool passes(const Tier& tier, const ConvCase& c) {
   };
   for (size_t i = 0; i < want.size(); ++i) {
     const int64_t sample = i / of_sample;
-    if (p.y_codes) {
-      if (plain.odd(sample)) continue;
-      const double got = static_cast<uint8_t>(y.data()[i]), low = conv_code(p, want[i].low),
+    if (c.gives_codes && !plain.odd(sample)) {
+      const double got = static_cast<uint8_t>(codes.data()[i]), low = conv_code(p, want[i].low),
                    high = conv_code(p, want[i].high);
       if (!want[i].any && !(low <= got && got <= high)) is_wrong(i, got, low, high);
-      continue;
     }
+    if (!c.gives_y) continue;
     // Where NaN or inf is found on the way, the caller runs again with NaN for a scale.
     if (p.input == ConvInput::fixed && odd[sample] != 0 && plain.input_odd(sample)) continue;
     const double got = decode(y.data() + i * f.bytes, f);
@@ -410,7 +411,7 @@ bool passes(const Tier& tier, const ConvCase& c) {
       continue;
     if (!holds(want[i], got)) is_wrong(i, got, want[i].low, want[i].high);
   }
-  for (int64_t i = 0; p.y_codes && i < p.batch; ++i) {
+  for (int64_t i = 0; c.gives_codes && i < p.batch; ++i) {
     if ((odd[i] != 0) != plain.odd(i)) is_wrong(i, odd[i], plain.odd(i), plain.odd(i));
   }
   if (wrong > 0) std::printf("  %zu of %zu values are wrong\n", wrong, want.size());

@@ -81,6 +81,18 @@ inline void write_codes(Code* p, vint q) {
 #endif
 }
 
+// The bytes of twice kLanes words, which are 0 to 255.
+inline void write_two(uint8_t* p, vint first, vint second) {
+#if defined(__AVX2__) && QNN_LANES == 8
+  const __m256i halves = _mm256_packs_epi32((__m256i)first, (__m256i)second);
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 0, 0, 0, 0);  // of the fours of bytes
+  const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(halves, halves), order);
+  write(p, _mm256_castsi256_si128(bytes));
+#else
+  write_codes(p, first), write_codes(p + kLanes, second);
+#endif
+}
+
 // 32-bit sums to sums in double, or onto them: of whole vectors.
 inline __attribute__((noinline)) void add_sums(const int32_t* from, int64_t count, bool onto,
                                                double* to) {

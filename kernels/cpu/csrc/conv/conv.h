@@ -34,10 +34,10 @@ struct Conv {
   const float* residual_scale;    // [batch]
   int32_t residual_zero_point;
   bool last_relu;
-  void* y;  // [batch, *out, outputs] where `y_last`, else [batch, outputs, *out]
+  void* y;  // [batch, *out, outputs] where `y_last`, else [batch, outputs, *out]; or null
   bool y_last;
   DType y_dtype;
-  bool y_codes;  // of values in y_dtype, on a grid
+  uint8_t* codes;  // of y, on a grid, lying as y; or null
   float y_inverse;
   int32_t y_zero_point;
 
@@ -69,8 +69,8 @@ inline const char* why_not(const Conv& p) {
 // thread, in `scratch_bytes` of memory of its own, aligned to 64. Before it, where the input is
 // `dynamic`, every `magnitudes` is done: share `part` of the largest magnitudes of the samples, as
 // the bits of a float, to most[batch]; `sample_scale` is then `scale` of the largest of all shares.
-// `quantize` makes codes of share `part` of x on the fixed grid, dense, to y: uint8, which one of
-// int16 has none of. A kernel over floats has none of the three.
+// `quantize` makes codes of share `part` of x on the fixed grid, dense, to `codes`; one of int16
+// has none. A kernel over floats has none of the three.
 struct ConvKernel {
   void (*magnitudes)(const Conv&, int part, int parts, int32_t* most);
   float (*scale)(int32_t most);

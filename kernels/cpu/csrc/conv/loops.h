@@ -47,8 +47,8 @@ class Convolution {
       with_format(p.x_dtype, [&](auto format) {
         using Format = decltype(format);
         const auto* x = static_cast<const typename Format::Value*>(p.x);
-        const int32_t most = convert_floats<Format>(x + at, {1, until - at, 0, 0}, how,
-                                                    static_cast<uint8_t*>(p.y) + at);
+        const int32_t most =
+            convert_floats<Format>(x + at, {1, until - at, 0, 0}, how, p.codes + at);
         if (most >= 0x7f800000) __atomic_store_n(p.odd + sample, 1, __ATOMIC_RELAXED);
       });
       at = until;
@@ -297,6 +297,7 @@ class Convolution {
     for (int64_t i = 0; i < vectors * kLanes; i += kLanes) {
       const int64_t left = count - i;
       write(sw_ + at + i, load_some<Float32>(p_.sw + output + i, left));
+      write(bias_ + at + i, splat(-0.0f));  // which changes no value, nor a sign
       if (p_.bias == nullptr) continue;
       with_format(p_.bias_dtype, [&](auto format) {
         using Format = decltype(format);
@@ -328,8 +329,7 @@ class Convolution {
     }
     const ConvPiece piece{band.first * p_.out[2] + first, pixels, output, count, vectors,
                           reinterpret_cast<float*>(acc_)};
-    finish_strip<Finished>(p_, piece, sw_ + at, p_.bias == nullptr ? nullptr : bias_ + at,
-                           scale_ + first);
+    finish_strip<Finished>(p_, piece, sw_ + at, bias_ + at, scale_ + first);
   }
 
   // Whether the sums of a window are those of pieces of it. The taps of a depthwise one are few.

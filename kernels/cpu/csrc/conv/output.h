@@ -29,8 +29,7 @@ QNN_KERNEL void scale_conv_sums(const ConvPiece& piece, const float* sw, const f
     for (int64_t c = 0; c < width; c += kLanes) {
       vfloat v = sum_as_float(read<Sum>(values + c)) * read<vfloat>(sw + c);
       if constexpr (P::kQuantizes) v = v * scale[i];
-      if (bias != nullptr) v = v + read<vfloat>(bias + c);
-      write(values + c, v);
+      write(values + c, v + read<vfloat>(bias + c));
     }
   }
 }
@@ -45,27 +44,28 @@ struct ConvOutput {
   static constexpr bool kDouble = std::is_same_v<Format, Float64>;
 
   Activation activation;  // of float64
-  bool relu, codes;
+  bool relu;
   const Value* residual;
   const uint8_t* residual_codes;
-  void* y;
+  Value* y;  // one of the two, or both
+  uint8_t* codes;
   float residual_scale = 0;
   int32_t residual_zero;
   vfloat inverse, low, high;  // of codes
-  vint zero;
+  vint zero;                  // its code, less what is added to round
 
   explicit ConvOutput(const Conv& p)
       : activation(p.activation),
         relu(p.last_relu),
-        codes(p.y_codes),
         residual(static_cast<const Value*>(p.residual)),
         residual_codes(p.residual_codes),
-        y(p.y),
+        y(static_cast<Value*>(p.y)),
+        codes(p.codes),
         residual_zero(p.residual_zero_point + 128),
         inverse(splat(p.y_inverse)),
         low(splat(static_cast<float>(-128 - p.y_zero_point))),
         high(splat(static_cast<float>(127 - p.y_zero_point))),
-        zero(splat(p.y_zero_point + 128)) {}
+        zero(splat(p.y_zero_point + 128) - bits(splat(0x1.8p23f))) {}
 
   vfloat other(int64_t at, int64_t left) const {
     const auto q = bytes_of<vubyte>(residual_codes + at, left);
@@ -85,10 +85,10 @@ struct ConvOutput {
         }
         value = Format::round(value) + sum;
       }
-      if (relu || codes) value = Format::round(value);
+      if (relu || codes != nullptr) value = Format::round(value);
       if (relu) value = activate(Activation::relu, value);
-      if (codes) return put_codes(at, value, left, most);
-      store_some<Format>(static_cast<Value*>(y) + at, value, left);
+      if (y != nullptr) store_some<Format>(y + at, value, left);
+      if (codes != nullptr) put_codes(at, value, left, most);
     }
   }
 
@@ -108,19 +108,21 @@ struct ConvOutput {
       }
       if (relu && v < 0) v = 0;
       rounded[lane] = static_cast<float>(v);
-      if (!codes) static_cast<double*>(y)[at + lane] = v;
+      if (y != nullptr) y[at + lane] = v;
     }
-    if (codes) put_codes(at, rounded, left, most);
+    if (codes != nullptr) put_codes(at, rounded, left, most);
+  }
+
+  QNN_INLINE vint code(vfloat v) const {
+    const vfloat round = splat(0x1.8p23f);
+    v = at_most(high, at_least(low, v * inverse));
+    return bits(v + round) + zero;
   }
 
   QNN_INLINE void put_codes(int64_t at, vfloat v, int64_t left, vint& most) const {
-    vint magnitude = bits(v) & 0x7fffffff;
-    const vfloat round = splat(0x1.8p23f);
-    v = v * inverse;
-    v = v < low ? low : v;
-    v = v > high ? high : v;
-    const vint q = bits(v + round) - bits(round) + zero;
-    auto* to = static_cast<uint8_t*>(y) + at;
+    vint magnitude = magnitude_bits(v);
+    const vint q = code(v);
+    uint8_t* to = codes + at;
     if (left >= kLanes) {
       write_codes(to, q);
     } else {
@@ -133,6 +135,8 @@ struct ConvOutput {
     }
     most = magnitude > most ? magnitude : most;
   }
+
+  static vint magnitude_bits(vfloat v) { return bits(v) & 0x7fffffff; }
 
   // Whether one is of NaN or inf.
   static bool odd(vint most) {
@@ -184,53 +188,84 @@ QNN_KERNEL void finish_conv(const Conv& p, const ConvPiece& piece, Transpose* tr
       if (p.residual_codes != nullptr) output.residual_scale = p.residual_scale[sample];
       vint most = {};
       put_pixels(p, piece, output, i, count, sample, transpose, most);
-      if (p.y_codes && output.odd(most)) __atomic_store_n(p.odd + sample, 1, __ATOMIC_RELAXED);
+      if (p.codes != nullptr && output.odd(most))
+        __atomic_store_n(p.odd + sample, 1, __ATOMIC_RELAXED);
       i += count;
     }
   });
 }
 
-// What most layers are: channels-last, an activation that is a clamp, and no residual.
+// What most layers are: channels-last, an activation that is a clamp, a residual of floats at most.
 inline bool is_simple(const Conv& p) {
   const bool clamps = p.activation == Activation::none || p.activation == Activation::relu ||
                       p.activation == Activation::relu6;
-  return clamps && p.y_last && p.residual == nullptr && p.residual_codes == nullptr &&
-         p.y_dtype != DType::float64 && (!p.y_codes || p.y_dtype == DType::float32);
+  return clamps && p.y_last && p.residual_codes == nullptr && p.y_dtype != DType::float64 &&
+         (p.codes == nullptr || p.y_dtype == DType::float32);
 }
 
-// From sums to y at once.
-template <class P, class Format, bool kCodes>
-QNN_KERNEL void finish_simply(const Conv& p, const ConvPiece& piece, const float* sw,
-                              const float* bias, const float* scale) {
+// From sums to y at once: some pixels of one sample, of B vectors of channels. The last channels of
+// a vector may be padding where B is 1.
+template <class P, class Format, bool kCodes, int B>
+QNN_KERNEL void finish_pixels(const Conv& p, const ConvOutput<Format>& output, int64_t pixels,
+                              const float* values, int64_t width, const float* sw,
+                              const float* bias, const float* scale, int64_t at, int64_t channels,
+                              vint* all) {
   using Sum = typename P::Sum;
-  using Value = typename Format::Value;
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  const bool none = p.activation == Activation::none;
-  const vfloat low = splat(none && !p.last_relu ? -kInfinity : 0.0f),
-               high = splat(p.activation == Activation::relu6 ? 6.0f : kInfinity);
-  const int64_t width = piece.vectors * kLanes, plane = p.out[0] * p.out[1] * p.out[2];
-  const int64_t outputs = p.outputs, channels = piece.channels;
-  const float* values = piece.values;
-  int64_t at = piece.pixel * outputs + piece.channel;
-  for (int64_t i = 0; i < piece.pixels;) {
-    const int64_t sample = (piece.pixel + i) / plane;
-    const int64_t end = smaller(piece.pixels, (sample + 1) * plane - piece.pixel);
-    const ConvOutput<Format> output(p);
-    vint most = {};
-    for (; i < end; ++i, values += width, at += outputs) {
-      for (int64_t c = 0; c < channels; c += kLanes) {
-        vfloat v = sum_as_float(read<Sum>(values + c)) * read<vfloat>(sw + c);
-        if constexpr (P::kQuantizes) v = v * scale[i];
-        if (bias != nullptr) v = v + read<vfloat>(bias + c);
-        v = at_most(high, at_least(low, Format::round(v)));
-        if constexpr (kCodes) {
-          output.put_codes(at + c, v, channels - c, most);
-        } else {
-          store_some<Format>(static_cast<Value*>(p.y) + at + c, v, channels - c);
-        }
+  const bool adds = p.residual != nullptr, keeps = !kCodes || output.y != nullptr;
+  const bool clamps = p.activation != Activation::none || (p.last_relu && !adds);
+  const vfloat low = splat(clamps ? 0.0f : -kInfinity),
+               high = splat(p.activation == Activation::relu6 ? 6.0f : kInfinity),
+               last = splat(p.last_relu ? 0.0f : -kInfinity);
+  const int64_t outputs = p.outputs;
+  vint most = *all;
+  for (int64_t i = 0; i < pixels; ++i, values += width, at += outputs) {
+    vint q[B];
+#pragma GCC unroll 2
+    for (int b = 0; b < B; ++b) {
+      const int64_t here = at + b * kLanes, left = B == 1 ? channels : kLanes;
+      vfloat v = sum_as_float(read<Sum>(values + b * kLanes)) * read<vfloat>(sw + b * kLanes);
+      if constexpr (P::kQuantizes) v = v * scale[i];
+      v = at_most(high, at_least(low, Format::round(v + read<vfloat>(bias + b * kLanes))));
+      if (adds) {
+        const vfloat other = load_some<Format>(output.residual + here, left);
+        v = at_least(last, Format::round(v + other));
+      }
+      if (keeps) store_some<Format>(output.y + here, v, left);
+      if constexpr (kCodes && B == 1) {
+        output.put_codes(here, v, left, most);
+      } else if constexpr (kCodes) {
+        const vint magnitude = output.magnitude_bits(v);
+        most = magnitude > most ? magnitude : most;
+        q[b] = output.code(v);
       }
     }
+    if constexpr (kCodes && B == 2) write_two(output.codes + at, q[0], q[1]);
+  }
+  *all = most;
+}
+
+template <class P, class Format, bool kCodes>
+QNN_ONCE void finish_simply(const Conv& p, const ConvPiece& piece, const float* sw,
+                            const float* bias, const float* scale) {
+  const int64_t width = piece.vectors * kLanes, plane = p.out[0] * p.out[1] * p.out[2];
+  const ConvOutput<Format> output(p);
+  for (int64_t i = 0; i < piece.pixels;) {
+    const int64_t sample = (piece.pixel + i) / plane;
+    const int64_t count = smaller(piece.pixels, (sample + 1) * plane - piece.pixel) - i;
+    vint most = {};
+    for (int64_t c = 0; c < piece.channels;) {
+      const int64_t left = piece.channels - c,
+                    at = (piece.pixel + i) * p.outputs + piece.channel + c;
+      const bool two = left >= 2 * kLanes;
+      const auto finish =
+          two ? finish_pixels<P, Format, kCodes, 2> : finish_pixels<P, Format, kCodes, 1>;
+      finish(p, output, count, piece.values + i * width + c, width, sw + c, bias + c, scale + i, at,
+             left, &most);
+      c += two ? 2 * kLanes : kLanes;
+    }
     if (kCodes && output.odd(most)) __atomic_store_n(p.odd + sample, 1, __ATOMIC_RELAXED);
+    i += count;
   }
 }
 
@@ -242,7 +277,7 @@ void finish_strip(const Conv& p, const ConvPiece& piece, const float* sw, const 
     scale_conv_sums<P>(piece, sw, bias, scale);
     return finish_conv(p, piece, P::transpose);
   }
-  if (p.y_codes) return finish_simply<P, Float32, true>(p, piece, sw, bias, scale);
+  if (p.codes != nullptr) return finish_simply<P, Float32, true>(p, piece, sw, bias, scale);
   with_format(p.y_dtype, [&](auto format) {
     using Format = decltype(format);
     if constexpr (!std::is_same_v<Format, Float64>)

@@ -30,6 +30,7 @@ struct ConvArguments {
   const Maybe *rq, *rscale, *rz;
   const std::string &activation, &last;
   const ScalarType* dtype;
+  bool keeps_y = false;  // beside its codes
 };
 
 bool usable(float scale) {
@@ -137,10 +138,25 @@ void run_in_parts(const Arguments& args, const ConvKernel& kernel, const Conv& p
 
 constexpr int32_t kInfinite = 0x7f800000;
 
-// y, or the codes of y and their scales.
-std::tuple<Tensor, Tensor> conv(const Signature& op, const ConvKernel& kernel, ConvInput input,
-                                int64_t limit, const ConvArguments& a, int64_t parts = 0) {
-  const bool chain = a.so != nullptr;
+// Of codes on a grid: the scale of each sample. One with NaN or inf has NaN, and the code of zero.
+void mark_odd(const std::vector<int32_t>& odd, float scale, int32_t zero_point, int64_t size,
+              uint8_t* codes, const Tensor& scales) {
+  auto* to = static_cast<float*>(scales.data_ptr());
+  for (const int32_t is_odd : odd) {
+    const bool good = is_odd == 0 && usable(scale);
+    *to++ = good ? scale : kNan;
+    if (!good) std::memset(codes, zero_point + 128, static_cast<size_t>(size));
+    codes += size;
+  }
+}
+
+// What a call gives: y, or its codes and their scales, or all three.
+struct Convolved {
+  Maybe y, codes, scale;
+};
+
+Convolved conv(const Signature& op, const ConvKernel& kernel, ConvInput input, int64_t limit,
+               const ConvArguments& a, int64_t parts = 0) {
   Arguments args(op, a.x, a.scale, a.scale == nullptr ? nullptr : a.zx, a.w, a.sw, a.sx,
                  a.scale == nullptr ? a.zx : nullptr, a.so, a.zo, a.stride, a.padding, a.dilation,
                  a.groups, a.bias, a.residual, a.rq, a.rscale, a.rz, a.activation, a.last, a.dtype);
@@ -156,10 +172,15 @@ std::tuple<Tensor, Tensor> conv(const Signature& op, const ConvKernel& kernel, C
   const auto image_of = [&](const Maybe* t) {
     return t != nullptr && t->has_value() ? image(**t) : nullptr;
   };
-  Tensor y = args.empty(y_sizes, chain ? ScalarType::Byte : dtype, p.y_last);
-  Tensor y_scale = chain ? args.empty({p.batch, 1, 1, 1, 1}, ScalarType::Float) : y;
-  if (p.batch == 0) return {y, y_scale};
-  p.y = y.data_ptr(), p.y_dtype = float_format(dtype);
+  Convolved result;
+  if (a.so == nullptr || a.keeps_y) result.y = args.empty(y_sizes, dtype, p.y_last);
+  if (a.so != nullptr) {
+    result.codes = args.empty(y_sizes, ScalarType::Byte, p.y_last);
+    result.scale = args.empty({p.batch, 1, 1, 1, 1}, ScalarType::Float);
+  }
+  if (p.batch == 0) return result;
+  if (result.y.has_value()) p.y = result.y->data_ptr();
+  p.y_dtype = float_format(dtype);
   p.x = image(a.x);
   if (input != ConvInput::codes) p.x_dtype = float_format(a.x);
   p.w = static_cast<const int8_t*>(args.channels_last(a.w)), p.sw = args.data<float>(a.sw);
@@ -192,9 +213,10 @@ std::tuple<Tensor, Tensor> conv(const Signature& op, const ConvKernel& kernel, C
     p.sample_scale = scales.data();
   }
   float so = kNan;
-  if (chain) {
+  if (result.codes.has_value()) {
+    p.codes = static_cast<uint8_t*>(result.codes->data_ptr());
     so = usable(*args.data<float>(a.so)) ? *args.data<float>(a.so) : kNan;
-    p.y_codes = true, p.y_inverse = 1.0f / so, p.y_zero_point = *args.data<int8_t>(a.zo);
+    p.y_inverse = 1.0f / so, p.y_zero_point = *args.data<int8_t>(a.zo);
   }
 
   run_in_parts(args, kernel, p, parts);
@@ -205,17 +227,9 @@ std::tuple<Tensor, Tensor> conv(const Signature& op, const ConvKernel& kernel, C
     p.sample_scale = scales.data();
     run_in_parts(args, kernel, p, parts);
   }
-  if (chain) {
-    const int64_t size = p.pixels() / p.batch * p.outputs;
-    for (int64_t i = 0; i < p.batch; ++i) {
-      const bool good = odd[i] == 0 && so == so;
-      static_cast<float*>(y_scale.data_ptr())[i] = good ? so : kNan;
-      if (!good)
-        std::memset(static_cast<char*>(p.y) + i * size, p.y_zero_point + 128,
-                    static_cast<size_t>(size));
-    }
-  }
-  return {y, y_scale};
+  if (result.codes.has_value())
+    mark_odd(odd, so, p.y_zero_point, p.pixels() / p.batch * p.outputs, p.codes, *result.scale);
+  return result;
 }
 
 // -- ops
@@ -228,50 +242,55 @@ Tensor int8_conv(Tensor x, Tensor w, Tensor sw, Ints stride, Ints padding, Ints 
                  int64_t groups, Maybe bias, Maybe residual, std::string activation,
                  std::string last) {
   static const Signature& op = signature_of("int8_conv");
-  return std::get<0>(conv(op, best_tier().conv, ConvInput::dynamic, kLimit,
-                          {x,       nullptr, nullptr, nullptr,    w,      sw,     nullptr,
-                           nullptr, stride,  padding, dilation,   groups, bias,   residual,
-                           nullptr, nullptr, nullptr, activation, last,   nullptr}));
+  return *conv(op, best_tier().conv, ConvInput::dynamic, kLimit,
+               {x,       nullptr, nullptr, nullptr,    w,      sw,     nullptr,
+                nullptr, stride,  padding, dilation,   groups, bias,   residual,
+                nullptr, nullptr, nullptr, activation, last,   nullptr})
+              .y;
 }
 
 Tensor int8_weight_conv(Tensor x, Tensor w, Tensor sw, Ints stride, Ints padding, Ints dilation,
                         int64_t groups, Maybe bias, Maybe residual, std::string activation,
                         std::string last) {
   static const Signature& op = signature_of("int8_weight_conv");
-  return std::get<0>(conv(op, best_tier().conv_weight, ConvInput::floats, kAny,
-                          {x,       nullptr, nullptr, nullptr,    w,      sw,     nullptr,
-                           nullptr, stride,  padding, dilation,   groups, bias,   residual,
-                           nullptr, nullptr, nullptr, activation, last,   nullptr}));
+  return *conv(op, best_tier().conv_weight, ConvInput::floats, kAny,
+               {x,       nullptr, nullptr, nullptr,    w,      sw,     nullptr,
+                nullptr, stride,  padding, dilation,   groups, bias,   residual,
+                nullptr, nullptr, nullptr, activation, last,   nullptr})
+              .y;
 }
 
 Tensor int8_static_conv(Tensor x, Tensor w, Tensor sw, Tensor sx, Tensor zx, Ints stride,
                         Ints padding, Ints dilation, int64_t groups, Maybe bias, Maybe residual,
                         std::string activation, std::string last) {
   static const Signature& op = signature_of("int8_static_conv");
-  return std::get<0>(conv(
-      op, best_tier().conv, ConvInput::fixed, kFixedLimit,
-      {x,        nullptr, &sx,  &zx,      w,       sw,      nullptr, nullptr,    stride, padding,
-       dilation, groups,  bias, residual, nullptr, nullptr, nullptr, activation, last,   nullptr}));
+  return *conv(op, best_tier().conv, ConvInput::fixed, kFixedLimit,
+               {x,       nullptr, &sx,     &zx,        w,      sw,     nullptr,
+                nullptr, stride,  padding, dilation,   groups, bias,   residual,
+                nullptr, nullptr, nullptr, activation, last,   nullptr})
+              .y;
 }
 
 Tensor int16_conv(Tensor x, Tensor w, Tensor sw, Ints stride, Ints padding, Ints dilation,
                   int64_t groups, Maybe bias, Maybe residual, std::string activation,
                   std::string last) {
   static const Signature& op = signature_of("int16_conv");
-  return std::get<0>(conv(op, best_tier().conv_int16, ConvInput::dynamic, kAny,
-                          {x,       nullptr, nullptr, nullptr,    w,      sw,     nullptr,
-                           nullptr, stride,  padding, dilation,   groups, bias,   residual,
-                           nullptr, nullptr, nullptr, activation, last,   nullptr}));
+  return *conv(op, best_tier().conv_int16, ConvInput::dynamic, kAny,
+               {x,       nullptr, nullptr, nullptr,    w,      sw,     nullptr,
+                nullptr, stride,  padding, dilation,   groups, bias,   residual,
+                nullptr, nullptr, nullptr, activation, last,   nullptr})
+              .y;
 }
 
 Tensor int16_static_conv(Tensor x, Tensor w, Tensor sw, Tensor sx, Ints stride, Ints padding,
                          Ints dilation, int64_t groups, Maybe bias, Maybe residual,
                          std::string activation, std::string last) {
   static const Signature& op = signature_of("int16_static_conv");
-  return std::get<0>(conv(
-      op, best_tier().conv_int16, ConvInput::fixed, kAny,
-      {x,        nullptr, &sx,  nullptr,  w,       sw,      nullptr, nullptr,    stride, padding,
-       dilation, groups,  bias, residual, nullptr, nullptr, nullptr, activation, last,   nullptr}));
+  return *conv(op, best_tier().conv_int16, ConvInput::fixed, kAny,
+               {x,       nullptr, &sx,     nullptr,    w,      sw,     nullptr,
+                nullptr, stride,  padding, dilation,   groups, bias,   residual,
+                nullptr, nullptr, nullptr, activation, last,   nullptr})
+              .y;
 }
 
 Tensor int8_codes_conv(Tensor q, Tensor scale, Tensor zx, Tensor w, Tensor sw, Ints stride,
@@ -279,10 +298,24 @@ Tensor int8_codes_conv(Tensor q, Tensor scale, Tensor zx, Tensor w, Tensor sw, I
                        Maybe rq, Maybe rscale, Maybe rz, std::string activation, std::string last,
                        ScalarType dtype) {
   static const Signature& op = signature_of("int8_codes_conv");
-  return std::get<0>(conv(
+  return *conv(op, best_tier().conv, ConvInput::codes, kFixedLimit,
+               {q,       &scale,  nullptr, &zx,        w,      sw,    nullptr,
+                nullptr, stride,  padding, dilation,   groups, bias,  residual,
+                &rq,     &rscale, &rz,     activation, last,   &dtype})
+              .y;
+}
+
+// Of int8_chain_conv and, where y is kept, of int8_fork_conv.
+Convolved to_codes(const Signature& op, bool keeps_y, const Tensor& q, const Tensor& scale,
+                   const Tensor& zx, const Tensor& w, const Tensor& sw, const Tensor& so,
+                   const Tensor& zo, const Ints& stride, const Ints& padding, const Ints& dilation,
+                   const int64_t& groups, const Maybe& bias, const Maybe& residual, const Maybe& rq,
+                   const Maybe& rscale, const Maybe& rz, const std::string& activation,
+                   const std::string& last, const ScalarType& dtype) {
+  return conv(
       op, best_tier().conv, ConvInput::codes, kFixedLimit,
-      {q,        &scale, nullptr, &zx,      w,   sw,      nullptr, nullptr,    stride, padding,
-       dilation, groups, bias,    residual, &rq, &rscale, &rz,     activation, last,   &dtype}));
+      {q,      &scale, nullptr,  &zx, w,       sw,  &so,        &zo,  stride, padding, dilation,
+       groups, bias,   residual, &rq, &rscale, &rz, activation, last, &dtype, keeps_y});
 }
 
 std::tuple<Tensor, Tensor> int8_chain_conv(Tensor q, Tensor scale, Tensor zx, Tensor w, Tensor sw,
@@ -292,9 +325,21 @@ std::tuple<Tensor, Tensor> int8_chain_conv(Tensor q, Tensor scale, Tensor zx, Te
                                            std::string activation, std::string last,
                                            ScalarType dtype) {
   static const Signature& op = signature_of("int8_chain_conv");
-  return conv(op, best_tier().conv, ConvInput::codes, kFixedLimit,
-              {q,        &scale, nullptr, &zx,      w,   sw,      &so, &zo,        stride, padding,
-               dilation, groups, bias,    residual, &rq, &rscale, &rz, activation, last,   &dtype});
+  const Convolved y = to_codes(op, false, q, scale, zx, w, sw, so, zo, stride, padding, dilation,
+                               groups, bias, residual, rq, rscale, rz, activation, last, dtype);
+  return {*y.codes, *y.scale};
+}
+
+std::tuple<Tensor, Tensor, Tensor> int8_fork_conv(Tensor q, Tensor scale, Tensor zx, Tensor w,
+                                                  Tensor sw, Tensor so, Tensor zo, Ints stride,
+                                                  Ints padding, Ints dilation, int64_t groups,
+                                                  Maybe bias, Maybe residual, Maybe rq,
+                                                  Maybe rscale, Maybe rz, std::string activation,
+                                                  std::string last, ScalarType dtype) {
+  static const Signature& op = signature_of("int8_fork_conv");
+  const Convolved y = to_codes(op, true, q, scale, zx, w, sw, so, zo, stride, padding, dilation,
+                               groups, bias, residual, rq, rscale, rz, activation, last, dtype);
+  return {*y.y, *y.codes, *y.scale};
 }
 
 std::tuple<Tensor, Tensor> int8_static_quantize(Tensor x, Tensor sx, Tensor zx) {
@@ -311,17 +356,11 @@ std::tuple<Tensor, Tensor> int8_static_quantize(Tensor x, Tensor sx, Tensor zx) 
   std::vector<int32_t> odd(p.batch);
   p.x = last ? args.channels_last(x) : args.data(x), p.x_dtype = float_format(x);
   p.grid_scale = usable(scale) ? scale : kNan, p.zero_point = *args.data<int8_t>(zx);
-  p.odd = odd.data(), p.y = codes.data_ptr();
+  p.odd = odd.data(), p.codes = static_cast<uint8_t*>(codes.data_ptr());
   constexpr int64_t kValues = 1 << 16;
   share(p.batch * p.sample() / kValues,
         [&](int part, int parts) { best_tier().conv.quantize(p, part, parts); });
-  for (int64_t i = 0; i < p.batch; ++i) {
-    const bool good = odd[i] == 0 && usable(scale);
-    static_cast<float*>(scales.data_ptr())[i] = good ? scale : kNan;
-    if (!good)
-      std::memset(static_cast<char*>(p.y) + i * p.sample(), p.zero_point + 128,
-                  static_cast<size_t>(p.sample()));
-  }
+  mark_odd(odd, scale, p.zero_point, p.sample(), p.codes, scales);
   return {codes, scales};
 }
 
@@ -337,31 +376,32 @@ Tensor cpu_conv(Tensor x, Tensor w, Tensor sw, Maybe sx, Maybe zx, Ints stride, 
                                    : ConvInput::dynamic;
   const Signature& op = signature_of(scheme + (fixed ? "_static_conv" : "_conv"));
   const ConvKernel& kernel = weight ? named.conv_weight : wide ? named.conv_int16 : named.conv;
-  return std::get<0>(conv(op, kernel, input,
-                          weight || wide ? kAny
-                          : fixed        ? kFixedLimit
-                                         : kLimit,
-                          {x,
-                           nullptr,
-                           fixed ? &*sx : nullptr,
-                           zx.has_value() ? &*zx : nullptr,
-                           w,
-                           sw,
-                           nullptr,
-                           nullptr,
-                           stride,
-                           padding,
-                           dilation,
-                           groups,
-                           bias,
-                           residual,
-                           nullptr,
-                           nullptr,
-                           nullptr,
-                           activation,
-                           last,
-                           nullptr},
-                          parts));
+  return *conv(op, kernel, input,
+               weight || wide ? kAny
+               : fixed        ? kFixedLimit
+                              : kLimit,
+               {x,
+                nullptr,
+                fixed ? &*sx : nullptr,
+                zx.has_value() ? &*zx : nullptr,
+                w,
+                sw,
+                nullptr,
+                nullptr,
+                stride,
+                padding,
+                dilation,
+                groups,
+                bias,
+                residual,
+                nullptr,
+                nullptr,
+                nullptr,
+                activation,
+                last,
+                nullptr},
+               parts)
+              .y;
 }
 
 [[maybe_unused]] const bool added = add_ops({
@@ -372,6 +412,7 @@ Tensor cpu_conv(Tensor x, Tensor w, Tensor sw, Maybe sx, Maybe zx, Ints stride, 
     {"int16_static_conv", TORCH_BOX(&int16_static_conv), true},
     {"int8_codes_conv", TORCH_BOX(&int8_codes_conv), true},
     {"int8_chain_conv", TORCH_BOX(&int8_chain_conv), true},
+    {"int8_fork_conv", TORCH_BOX(&int8_fork_conv), true},
     {"int8_static_quantize", TORCH_BOX(&int8_static_quantize)},
 });
 
