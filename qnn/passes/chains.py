@@ -26,7 +26,7 @@ from torch.fx import Graph, Node
 
 from qnn.kernels import OPS, Op
 from qnn.kernels.torch_private import inductor_matches_patterns, mistakes_dtypes, statically_equal
-from qnn.passes.region import Region, before_writes, call_op, match
+from qnn.passes.region import Region, before_writes, call, call_op, match
 
 _QUANTIZE, _CHAIN, _FORK, _CODES = (
     OPS[f"int8_{name}"] for name in ("static_quantize", "chain_conv", "fork_conv", "codes_conv")
@@ -77,8 +77,8 @@ def join(graph: Graph) -> None:
         with graph.inserting_before(region.node):
             key = source if linked else (given["x"], *grid)
             if key not in codes and linked:  # a concatenation
-                codes[key] = _concatenated([codes[part] for part in parts[source]])
-                doomed |= {source, *(n for part in source.args[0] for n in _source(part)[1])}
+                codes[key] = _concatenated(graph, [codes[part] for part in parts[source]])
+                doomed |= {source, *_views_within(source)}
             elif key not in codes:
                 codes[key] = _items(call_op(graph, _QUANTIZE, given))
             q, scale = codes[key]
@@ -103,6 +103,10 @@ def join(graph: Graph) -> None:
 def _has_kernels(region: Region) -> bool:
     x = region.arguments["x"].meta.get("val")
     return isinstance(x, torch.Tensor) and x.device.type.upper() in _CHAIN.kernels
+
+
+def _views_within(concatenation: Node) -> list[Node]:
+    return [view for part in concatenation.all_input_nodes for view in _source(part)[1]]
 
 
 def _parts_of(node: Node, convs: Mapping[Node, Region]) -> list[Node]:
@@ -173,21 +177,13 @@ def _is_image(one: Node, other: Node) -> bool:
     )
 
 
-def _concatenated(codes: list[list[Node]]) -> list[Node]:
+def _concatenated(graph: Graph, codes: list[list[Node]]) -> list[Node]:
     """Codes and scales of a concatenation. A sample is lost where a part of it is."""
     (q, scale), *more = codes
-    whole = _operation(_aten.cat.default, [q, *(each for each, _ in more)], 1)
+    whole = call(graph, _aten.cat.default, [q, *(each for each, _ in more)], 1)
     for _, other in more:
-        scale = _operation(_aten.maximum.default, scale, other)
+        scale = call(graph, _aten.maximum.default, scale, other)
     return [whole, scale]
-
-
-def _operation(target: Any, *args: Any) -> Node:
-    first = args[0][0] if isinstance(args[0], list) else args[0]
-    node: Node = first.graph.call_function(target, args)
-    with first.meta["val"].fake_mode:
-        node.meta["val"] = target(*torch.fx.map_arg(args, lambda each: each.meta["val"]))
-    return node
 
 
 def _source(x: Node) -> tuple[Node, list[Node]]:

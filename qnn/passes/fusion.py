@@ -39,7 +39,7 @@ from qnn.kernels.torch_private import (
 )
 from qnn.passes import cast_fusion, chains, padding, user_region
 from qnn.passes.chains import RESHAPES
-from qnn.passes.region import Region, before_writes, match, read, unwrap_gradients
+from qnn.passes.region import Region, before_writes, call, match, read, unwrap_gradients
 
 # The op that quantises the rows of a layer's input, and the layer's op for rows quantised already.
 SHARED = {"int8_linear": ("int8_quantize", "int8_rows_linear")}
@@ -276,11 +276,9 @@ def _quantize_once(graph: Graph, group: list[_Layer]) -> None:
     x = first.arguments["x"]
     op = OPS[SHARED[first.op.name][0]].overload
     with graph.inserting_before(first.node):
-        pair = graph.call_function(op, (x,))
+        pair = call(graph, op, x)
         rows = graph.call_function(operator.getitem, (pair, 0))
         scale = graph.call_function(operator.getitem, (pair, 1))
-    with _tensor(x).fake_mode:
-        pair.meta["val"] = op(_tensor(x))
     rows.meta["val"], scale.meta["val"] = pair.meta["val"]
     for layer in group:
         layer.rows = (rows, scale)
@@ -295,7 +293,7 @@ def _replace(graph: Graph, layer: _Layer) -> None:
     with graph.inserting_before(region.node if residual is None else layer.end):
         if residual is not None:
             for axis in _squeezed(layer.views) or []:
-                residual = _unsqueezed(graph, residual, axis)
+                residual = call(graph, _aten.unsqueeze.default, residual, axis)
         given = {**region.arguments, "residual": residual, "activation": layer.activation}
         if layer.last != "none":
             given["last"] = layer.last
@@ -303,23 +301,16 @@ def _replace(graph: Graph, layer: _Layer) -> None:
         if layer.rows is not None:
             op = OPS[SHARED[op.name][1]]
             args = (*layer.rows, *args[1:], _tensor(given["x"]).dtype)
-        call = graph.call_function(op.overload, args)
-        result = call
+        folded = graph.call_function(op.overload, args)
+        result = folded
         if residual is not None:
             for view in reversed(layer.views):
                 result = graph.node_copy(view, {view.args[0]: result}.__getitem__)
-    call.meta.update((layer.result if layer.views else layer.end).meta)
+    folded.meta.update((layer.result if layer.views else layer.end).meta)
     if layer.views and residual is None:
-        layer.result.replace_all_uses_with(call)
+        layer.result.replace_all_uses_with(folded)
         result = layer.views[0]
     layer.end.replace_all_uses_with(result)
-
-
-def _unsqueezed(graph: Graph, node: Node, axis: int) -> Node:
-    result = graph.call_function(_aten.unsqueeze.default, (node, axis))
-    with _tensor(node).fake_mode:
-        result.meta["val"] = _tensor(node).unsqueeze(axis)
-    return result
 
 
 def _copy_views(graph: Graph) -> None:
@@ -336,9 +327,8 @@ def _copy_views(graph: Graph) -> None:
             source = source.all_input_nodes[0]
         last = len(strides) > 2 and isinstance(strides[1], int) and strides[1] == 1
         if last and any(isinstance(each, torch.SymInt) for each in strides) and read(source):
-            with graph.inserting_before(output), _tensor(node).fake_mode:
-                copied = graph.call_function(_aten.clone.default, (node,))
-                copied.meta["val"] = _tensor(node).clone()
+            with graph.inserting_before(output):
+                copied = call(graph, _aten.clone.default, node)
             output.replace_input_with(node, copied)
 
 

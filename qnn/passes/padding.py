@@ -15,7 +15,7 @@ import torch
 from torch.fx import Graph, Node
 
 from qnn.kernels.torch_private import inductor_matches_patterns, statically_equal
-from qnn.passes.region import Region, before_writes, call_op, match
+from qnn.passes.region import Region, before_writes, call, call_op, match
 
 _aten = torch.ops.aten
 _VIEWS = frozenset([_aten.unsqueeze.default, _aten.squeeze.dim, _aten.squeeze.dims])
@@ -46,14 +46,14 @@ def _fold(graph: Graph, region: Region) -> None:
     with graph.inserting_before(region.node):
         made = [padded.all_input_nodes[0]]
         for view in reversed(views):
-            made.append(_again(view, made[-1]))
+            made.append(call(graph, view.target, made[-1], *view.args[1:]))
         padding = [own + more for own, more in zip(given["padding"], zeros, strict=True)]
-        call = call_op(graph, region.op, {**given, "x": made[-1], "padding": padding})
-    unused = [call, *reversed(made[1:])]
+        conv = call_op(graph, region.op, {**given, "x": made[-1], "padding": padding})
+    unused = [conv, *reversed(made[1:])]
     # The zeros may have moved the image to another layout, and y with it.
-    if call.meta["val"].stride() == result.meta["val"].stride():
-        call.meta.update(result.meta)
-        result.replace_all_uses_with(call)
+    if conv.meta["val"].stride() == result.meta["val"].stride():
+        conv.meta.update(result.meta)
+        result.replace_all_uses_with(conv)
         body = region.node.all_input_nodes[:1]
         unused = [result, region.node, *body, *views, padded]
     for node in dict.fromkeys(unused):
@@ -79,10 +79,3 @@ def _zeros(padded: Node, x: Node) -> list[int] | None:
         return None
     pairs += [[0, 0]] * (3 - axes)
     return [count for pair in reversed(pairs) for count in pair]
-
-
-def _again(view: Node, x: Node) -> Node:
-    node = view.graph.call_function(view.target, (x, *view.args[1:]))
-    with x.meta["val"].fake_mode:
-        node.meta["val"] = view.target(x.meta["val"], *view.args[1:])
-    return node

@@ -197,16 +197,17 @@ def build(graph: Graph, op: str | Op, arguments: Mapping[str, Any], *, scheme: s
     return item
 
 
-def call_op(graph: Graph, op: Op, given: Mapping[str, Any]) -> Node:
-    """Insert a call of the bare op with what it takes of `given`; it has a fake tensor, as those
-    that it is given have.
-    """
-    args = tuple(given.get(arg.name, op.default(arg)) for arg in op.inputs)
-    node = graph.call_function(op.overload, args)
-    fakes = map_arg(args, lambda each: each.meta["val"])
-    with fakes[0].fake_mode:
-        node.meta["val"] = op.overload(*fakes)
+def call(graph: Graph, target: Any, *args: Any) -> Node:
+    """Insert a call, with a fake tensor as those have that it is given."""
+    node = graph.call_function(target, args)
+    with node.all_input_nodes[0].meta["val"].fake_mode:
+        node.meta["val"] = target(*map_arg(args, lambda each: each.meta["val"]))
     return node
+
+
+def call_op(graph: Graph, op: Op, given: Mapping[str, Any]) -> Node:
+    """Insert a call of the bare op with what it takes of `given`."""
+    return call(graph, op.overload, *(given.get(arg.name, op.default(arg)) for arg in op.inputs))
 
 
 def _checked(graph: Graph, op: Op, arguments: Mapping[str, Any]) -> dict[str, Any]:
