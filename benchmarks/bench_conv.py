@@ -111,14 +111,14 @@ def networks(quick: bool) -> Iterator[tuple[str, nn.Module, int]]:
 
 
 @torch.no_grad()
-def settled(model: nn.Module, side: int) -> nn.Module:
+def settled(model: nn.Module, side: int, channels: int = 3) -> nn.Module:
     """`model` in eval mode, its BatchNorm layers with the statistics of random images."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # the mean over all batches
     model.train()
     for _ in range(3):
-        model(torch.randn(4, 3, side, side))
+        model(torch.randn(4, channels, side, side))
     return model.eval()
 
 
