@@ -187,7 +187,7 @@ class Cache(nn.Module):
 
 class TestMutation:
     @parameterized.expand(SCHEMES)
-    def test_a_cache(self, scheme: str) -> None:
+    def test_b175_a_cache(self, scheme: str) -> None:
         model, args = Cache(), (torch.randn(1, 8), torch.tensor([1, 3]))
         graph = prepared(model, args, scheme)
         if scheme == "int8_static":

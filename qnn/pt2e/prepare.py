@@ -100,7 +100,7 @@ def _prepare(
     bodies.mark(root)
     normalise(root)
     folded = {} if qat else fold_nodes(root)
-    root = call_if_there(quantizer, "transform_for_annotation", root) or root
+    root = _transformed(quantizer, root, who)
     bodies.mark(root)
     quantizer.annotate(root)
     call_if_there(quantizer, "validate", root)
@@ -140,6 +140,17 @@ def _prepare(
     root.meta[REASONS] = left
     set_reasons(root)
     return root.train(qat)
+
+
+def _transformed(quantizer: Any, root: GraphModule, who: str) -> GraphModule:
+    """What a quantizer makes of the graph, which may be another: one that it exported anew."""
+    new = call_if_there(quantizer, "transform_for_annotation", root)
+    if new is None or new is root:
+        return root
+    meta = dict(root.meta)
+    root = graphs.own(new, inplace=True, who=who)
+    root.meta = meta | root.meta
+    return root
 
 
 def _annotate_inside(quantizer: Any, root: GraphModule) -> None:
