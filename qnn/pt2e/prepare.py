@@ -161,7 +161,7 @@ def _annotate_inside(quantizer: Any, root: GraphModule) -> None:
         if getattr(each, "annotates_inner_graphs", False):
             continue
         for graph in graphs.graphs(root):
-            if graph is not root:
+            if graph is not root and not any(bodies.CONDITION in n.meta for n in graph.graph.nodes):
                 each.annotate(graph)
                 call_if_there(each, "validate", graph)
 

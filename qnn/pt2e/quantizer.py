@@ -17,6 +17,7 @@ from qnn.kernels import get_scheme
 from qnn.kernels.schemes import STATIC
 from qnn.kinds import kind_of, qualified
 from qnn.pt2e import graph as graphs
+from qnn.pt2e.bodies import CONDITION
 from qnn.pt2e.graph import ANNOTATION
 from qnn.pt2e.layers import Call, operators, read
 
@@ -181,6 +182,8 @@ class Int8Quantizer(Quantizer):
                 reason = "no rule is for it"
             elif scheme is None:
                 reason = f"the rule for {rule} says None"
+            elif CONDITION in node.meta:
+                reason = "it says whether a loop goes on: other numbers are another count of turns"
             elif self._filter is not None and not self._filter(node):
                 reason = "the filter function says no"
             elif kind.when_named and rule == "everything":
