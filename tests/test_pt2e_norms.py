@@ -20,7 +20,7 @@ from qnn import pt2e
 from qnn.pt2e import Int8Quantizer, convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 from qnn.pt2e.specs import QuantizationSpec
 
-from .pt2e import ACT, WEIGHT, annotate, aten, images, node_of, observed, of_layers, ops
+from .pt2e import ACT, DYNAMIC, WEIGHT, annotate, aten, images, node_of, of_layers, ops
 from .test_pt2e_rules import Annotates
 
 NARROW = dataclasses.replace(WEIGHT, quant_min=-127)
@@ -261,6 +261,93 @@ class TestModes:
             assert (gm(x) != 0).all()
             assert torch.equal(gm.b.running_mean, before)
         assert (gm.b.eps, gm.b.momentum) == (1e-3, 0.3)
+
+
+class Mixed(nn.Module):
+    """A layer of each kind that is trained with fake-quantised weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.c, self.lstm = nn.Conv1d(3, 6, 1), nn.LSTM(6, 5, batch_first=True)
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(self.c(x).mT)[0])
+
+
+class TestSwitches:
+    @parameterized.expand(
+        [
+            ("own", lambda: Int8Quantizer("int8_static")),
+            ("specs", lambda: Annotates(of_layers(ACT, WEIGHT))),
+            ("dynamic", lambda: Annotates(of_layers(DYNAMIC, WEIGHT))),
+        ]
+    )
+    def test_b139_observing_and_rounding(self, _: str, make: Any) -> None:
+        x = torch.randn(4, 3, 7)
+        gm = trained(model := Mixed(), make(), x)
+        assert qnn.sqnr(model(x), gm(x)) < 60
+        gm.apply(pt2e.disable_fake_quant)
+        assert qnn.sqnr(model(x), gm(x)) > 100
+        before = copy.deepcopy(gm.state_dict())
+        gm(x * 9)
+        changed = {k for k, value in gm.state_dict().items() if not torch.equal(value, before[k])}
+        assert changed  # ranges are recorded all the same
+        gm.apply(pt2e.disable_observer)
+        before = copy.deepcopy(gm.state_dict())
+        gm(x * 99)
+        assert all(torch.equal(value, before[k]) for k, value in gm.state_dict().items())
+        assert {k.rpartition(".")[2] for k, _ in gm.named_buffers()} >= {"passing"}
+        other = prepare_qat_pt2e(torch.export.export(model, (x,)), make())
+        other.load_state_dict(gm.state_dict())
+        assert torch.equal(gm(x), other(x))
+        torch._dynamo.reset()
+        compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+        for each in (gm, other):
+            each.apply(pt2e.enable_fake_quant)
+        assert qnn.sqnr(model(x), gm(x)) < 60
+        torch.testing.assert_close(compiled(x), gm(x))
+        other.apply(pt2e.disable_fake_quant)
+        torch.testing.assert_close(compiled(x), model(x))
+
+    def test_b140_learned_ranges(self) -> None:
+        spec = qnn.QuantSpec(torch.int8, observer="minmax", learnable=True)
+        x = torch.randn(4, 3, 7)
+        program = torch.export.export(Mixed(), (x,))
+        gm = prepare_qat_pt2e(program, Int8Quantizer("int8_static"), parts={"input": spec})
+        gm(x).square().mean().backward()
+        scale = gm.c.input_quantize.scale
+        assert isinstance(scale, nn.Parameter)
+        assert scale.grad.isfinite().all()
+        assert scale.grad.any()
+        first = scale.detach().clone()
+        gm(x * 9)  # a range that was seen later does not move it
+        assert torch.equal(scale, first)
+        with torch.no_grad():
+            scale.fill_(-0.02)  # trained too far
+        other = prepare_qat_pt2e(program, Int8Quantizer("int8_static"), parts={"input": spec})
+        other.load_state_dict(gm.state_dict())
+        assert torch.equal(gm.eval()(x), other.eval()(x))
+        done = convert_pt2e(other)
+        assert float(done.c.input_scale) == pytest.approx(0.02)
+        assert done.c.input_zero_point.dtype == torch.int8
+
+    def test_b153_the_parts_of_an_lstm_fixed_and_in_16_bits(self) -> None:
+        fixed = qnn.QuantSpec(torch.int16, symmetric=True, scale=2**-13, zero_point=0)
+        gate = qnn.QuantSpec(torch.uint8, scale=2**-8, zero_point=0)
+        parts = {"cell_state": fixed, "*_gate": gate, "cell_gate": fixed}
+        x = torch.randn(4, 3, 7)
+        program = torch.export.export(model := Mixed(), (x,))
+        gm = prepare_pt2e(program, Int8Quantizer("int8_static"), parts=parts)
+        gm(x)
+        assert gm.lstm.parts()["cell_state"].spec == fixed
+        assert gm.lstm.parts()["forget_gate"].spec == gate
+        done = convert_pt2e(gm)
+        assert qnn.sqnr(model(x), done(x)) > 25
+        other = qnn.prepare(Mixed(), parts=parts)
+        other(x)
+        assert same_state(done, qnn.convert(other))
 
 
 class TestMetadata:
