@@ -14,7 +14,8 @@ from torch._higher_order_ops import while_loop
 import qnn
 from qnn import pt2e
 from qnn.passes import regions
-from qnn.pt2e import Int8Quantizer, graph as graphs
+from qnn.pt2e import Int8Quantizer
+from qnn.pt2e import graph as graphs
 from tests.pt2e import observer_of, of_layers
 from tests.test_pt2e_graphs import SCHEMES, leaves, prepared, quantised, schemes, why
 from tests.test_pt2e_rules import Annotates

@@ -1,4 +1,6 @@
-"""State that a graph writes anew, held in integers; the numbers are those of the list of behaviours."""
+"""State that a graph writes anew, held in integers; the numbers are those of the list of
+behaviours.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def test_b172_the_grid_of_the_write_serves_all_reads(read: Any, form: Any) -> No
     done = convert_pt2e(gm, form=form, fold_quantize_into_mutable_buffers=True)
     assert done.s.dtype == torch.uint8
     assert dict(done.named_buffers())["s"] is done.s
-    (quantize,) = [n for n in done.graph.nodes if "quantize_per_tensor" in n.name and n.name[0] == "q"]
+    (quantize,) = [
+        n for n in done.graph.nodes if "quantize_per_tensor" in n.name and n.name[0] == "q"
+    ]
     (copied,) = [n for n in done.graph.nodes if n.target is aten.copy_.default]
     assert copied.args[1] is quantize
     grids = {n.args[1:] for n in done.graph.nodes if "dequantize_per_tensor" in n.name}

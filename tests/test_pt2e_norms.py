@@ -1,5 +1,5 @@
-"""BatchNorms before and after layers, and training in a whole flow; the numbers are those of the list
-of behaviours.
+"""BatchNorms before and after layers, and training in a whole flow; the numbers are those of the
+list of behaviours.
 """
 
 from __future__ import annotations
@@ -137,9 +137,7 @@ class TestTraining:
         assert ("BatchNorm2d" in ops(done)) == kept
         assert qnn.sqnr(want, done(x)) > 60
 
-    @parameterized.expand(
-        [(w, f) for w in ("channel", "tensor") for (f,) in FORMS]
-    )
+    @parameterized.expand([(w, f) for w in ("channel", "tensor") for (f,) in FORMS])
     def test_b126_b131_per_tensor_and_per_channel(self, weight: str, form: Any) -> None:
         spec = NARROW if weight == "channel" else PER_TENSOR
         gm = trained(Blocks(), Annotates(of_layers(ACT, spec)), x := images(6))
@@ -157,7 +155,7 @@ class TestTraining:
             gm = trained(Blocks(), quantizer, x := images(6))
             one, other = copy.deepcopy(gm), gm.eval()
             a, b = convert_pt2e(one, form=form), convert_pt2e(other, form=form)
-            assert not (a.training or b.training)
+            assert a.training is b.training is False
             assert same_state(a, b)
             assert torch.equal(a(x), b(x))
 
@@ -362,7 +360,9 @@ class TestMetadata:
         gm = prepare_pt2e(torch.export.export(net.eval(), (x,)), Annotates(write))
         gm(x)
         program = torch.export.export(convert_pt2e(gm, form="qdq"), (x,))
-        tags = {n.name: n.meta.get("quantization_tag") for n in program.run_decompositions().graph.nodes}
+        tags = {
+            n.name: n.meta.get("quantization_tag") for n in program.run_decompositions().graph.nodes
+        }
         tagged = ("dequantize_per_channel", "dequantize_per_tensor", "convolution")
         assert {tags[name] for name in tagged} == {"tagged"}
         assert tags["quantize_per_tensor"] is tags["relu"] is None

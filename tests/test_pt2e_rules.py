@@ -1,5 +1,5 @@
-"""What a quantizer may choose, rewrite and refuse in a whole flow; the numbers are those of the list
-of behaviours.
+"""What a quantizer may choose, rewrite and refuse in a whole flow; the numbers are those of the
+list of behaviours.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qnn.pt2e import Int8Quantizer, convert_pt2e, prepare_pt2e
 from qnn.pt2e.specs import SharedQuantizationSpec
 
 from .pt2e import ACT, SIGNED, WEIGHT, annotate, aten, node_of, observed, of_layers, ops
-from .test_pt2e_graphs import leaves, reasons, schemes, why
+from .test_pt2e_graphs import leaves, schemes, why
 
 
 class Annotates(pt2e.Quantizer):
@@ -281,6 +281,98 @@ class TestHooks:
 def _is_like(node: Any) -> Any:
     shape = node.meta["val"].shape
     return lambda each: getattr(each, "meta", {}).get("val", torch.tensor(0)).shape == shape
+
+
+class Pooled(nn.Module):
+    """Two branches that meet, pooled and flattened before a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.l = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 2, 3), nn.Linear(54, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.cat([F.relu(self.a(x)), F.relu(self.b(x))], 1)
+        return self.l(F.max_pool2d(y, 2).flatten(1))
+
+
+def on_one_grid(gm: Any) -> None:
+    """What moves values or takes the largest shares the grid of the first branch."""
+    of_layers(ACT, WEIGHT)(gm)
+    moved = (aten.max_pool2d.default, aten.flatten.using_ints)
+    relus = [node for node in gm.graph.nodes if node.target is aten.relu.default]
+    shared = SharedQuantizationSpec(relus[0])
+    annotate(relus[0], {}, ACT)
+    annotate(relus[1], {}, shared)
+    for node in gm.graph.nodes:
+        if node.target is aten.cat.default or node.target in moved:
+            annotate(node, dict.fromkeys(node.all_input_nodes, shared), shared)
+
+
+class TestOneGrid:
+    def test_b38_b190_b191_cat_pool_and_flatten_move_codes(self) -> None:
+        """Between layers they run on floats, whose codes are those that they would move."""
+        gm = prepared(Pooled(), Annotates(on_one_grid), x := torch.randn(2, 3, 8, 8))
+        nodes = convert_pt2e(gm, form="qdq")
+        seen: dict[str, torch.Tensor] = {}
+
+        class Note(torch.fx.Interpreter):
+            def run_node(self, node: Any) -> Any:
+                seen[node.name] = super().run_node(node)
+                return seen[node.name]
+
+        Note(nodes).run(x)
+        quantised = [
+            n for n in nodes.graph.nodes if "quantize_per_tensor" in n.name and n.name[0] == "q"
+        ]
+        first, *rest = quantised
+        assert first.args[0].op == "placeholder"
+        assert len({n.args[1:] for n in rest}) == 1
+        codes = {
+            n.args[0].target: seen[n.name]
+            for n in rest
+            if n.args[0].target is not aten.relu.default
+        }
+        branches = [seen[n.name] for n in rest if n.args[0].target is aten.relu.default]
+        assert torch.equal(codes[aten.cat.default], torch.cat(branches, 1))
+        pooled = F.max_pool2d(codes[aten.cat.default].float(), 2).to(torch.uint8)
+        assert torch.equal(codes[aten.max_pool2d.default], pooled)
+        assert torch.equal(codes[aten.flatten.using_ints], pooled.flatten(1))
+        layers = convert_pt2e(gm)
+        assert ops(layers)["quantize_per_tensor"] < len(quantised)
+        assert qnn.sqnr(nodes(x), layers(x)) > 100
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.l, self.gru = nn.Linear(6, 4), nn.GRU(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gru(self.l(x))[0]
+
+
+class TestRecurrent:
+    def test_b151_b152_a_gru_by_a_rule_and_by_its_edges(self) -> None:
+        x = torch.randn(7, 2, 6)
+        graph = converted(Gated(), Int8Quantizer("int8_static"), x)
+        assert taken(graph) == {"l", "gru"}
+        assert len(qnn.passes.regions(torch.export.export(graph, (x,)))) == 2
+
+        def write(gm: Any) -> None:
+            of_layers(ACT, WEIGHT)(gm)
+            gru = node_of(gm, aten.gru.input)
+            annotate(gru, {gru.args[0]: ACT})
+            (first,) = (user for user in gru.users if user.args[1] == 0)
+            annotate(first, {}, ACT)
+
+        graph = converted(Gated(), Annotates(write), x)
+        assert type(graph.l).__name__ == "QLinear"
+        gru = node_of(graph, aten.gru.input)
+        assert "dequantize_per_tensor" in str(gru.args[0].target)
+        (first,) = (user for user in gru.users if user.args[1] == 0)
+        assert ["quantize_per_tensor" in str(user.target) for user in first.users] == [True]
 
 
 class TestKept:

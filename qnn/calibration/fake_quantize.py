@@ -110,8 +110,8 @@ class FakeQuantize(Statistics):
             self.frozen.fill_(frozen)
 
     def pass_on(self, passing: bool = True) -> None:
-        """Leave inputs as they are, or fake-quantise again; it is recorded in either case. The state
-        dict has it.
+        """Leave inputs as they are, or fake-quantise again; both are recorded. The state dict has
+        it.
         """
         if self.qat:
             self.rounding = not passing

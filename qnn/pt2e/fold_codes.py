@@ -19,7 +19,8 @@ from qnn.pt2e import graph as graphs
 from qnn.pt2e.constants import attribute, erase_unread, register, schema_of
 from qnn.pt2e.qdq import Writer
 
-# By the operator: the axes that follow the channels, and the axis of the weight that is the output's.
+# By the operator: the axes that follow the channels, and which axis of the weight is that of the
+# output.
 _AT = {"linear": (0, 0)} | {
     f"conv{kind}{n}d": (n, axis) for n in (1, 2, 3) for kind, axis in (("", 0), ("_transpose", 1))
 }
@@ -165,7 +166,9 @@ def _per_channel(gm: GraphModule, weight: Any, axis: int, scale: torch.Tensor) -
             register(gm, name, value)
             grid.append(writer.attribute(name, value))
         dequantize = writer.ops.dequantize_per_channel.default
-        made = writer.call(dequantize, codes, *grid, axis, *weight.args[3:], of=weight, **weight.kwargs)
+        made = writer.call(
+            dequantize, codes, *grid, axis, *weight.args[3:], of=weight, **weight.kwargs
+        )
     made.meta |= {key: value for key, value in weight.meta.items() if key != "from_node"}
     weight.replace_all_uses_with(made)
     gm.graph.erase_node(weight)
