@@ -95,6 +95,7 @@ def convert_pt2e(
         )
     root = graphs.own(model, inplace=inplace, who=who)
     for name, norm in fold_modules(root).items():
+        root.meta[REASONS].pop(norm, None)
         layer = root.get_submodule(name)
         layer.__dict__[FOLDED] = f"{getattr(layer, FOLDED, '')}; BatchNorm {norm} folded in"
     schemes = dict.fromkeys(_seen(who, root, strict), STATIC) | root.meta.pop(SCHEMES)
@@ -120,6 +121,7 @@ def convert_pt2e(
         if into_buffers:
             root.meta[LEFT] |= fold_into_buffers(graph)
         for norm, name in fold_codes(graph).items():
+            root.meta[REASONS].pop(norm, None)
             layer = graph.get_submodule(name)
             layer.__dict__[FOLDED] = f"{getattr(layer, FOLDED, '')}; BatchNorm {norm} folded in"
     set_reasons(root)

@@ -93,6 +93,8 @@ def _into_layer(gm: GraphModule, call: Node, norm: Node, module: Any) -> str | N
     if not _fits(norm, len(layer.kernel_size) if isinstance(layer, QConv) else 0):
         return None
     groups = layer.groups if isinstance(layer, QConv) and layer.transposed else None
+    if _reads(gm, layer.bias):
+        return None  # that of other layers is not theirs by name
     codes, weight_scale = (part.detach() for part in layer.stored)
     if (gains := _gains(module, codes, groups)) is None:
         return None
@@ -101,6 +103,12 @@ def _into_layer(gm: GraphModule, call: Node, norm: Node, module: Any) -> str | N
     layer._set_parts("weight", (codes, weight_scale * gain.reshape(weight_scale.shape)))
     layer.bias = nn.Parameter(bias.to(layer.dtype))
     return str(call.target)
+
+
+def _reads(gm: GraphModule, tensor: torch.Tensor | None) -> int:
+    """How often the graph itself reads a tensor."""
+    nodes = gm.graph.find_nodes(op="get_attr") if tensor is not None else ()
+    return sum(len(node.users) for node in nodes if attribute(gm, str(node.target)) is tensor)
 
 
 def _into_nodes(gm: GraphModule, call: Node, norm: Node, module: Any) -> str | None:
@@ -142,7 +150,7 @@ def _into_nodes(gm: GraphModule, call: Node, norm: Node, module: Any) -> str | N
     bias = shift if held is None else held.detach() * scale + shift
     owner = name.rpartition(".")[0]
     name = str(given.target) if isinstance(given, Node) else f"{owner}.bias" if owner else "bias"
-    if given is None:
+    if given is None or _reads(gm, held) > 1:
         name = graphs.free_name(gm, name)
     place, _, last = name.rpartition(".")
     like = graphs.value(call)

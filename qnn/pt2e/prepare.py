@@ -222,7 +222,7 @@ def _choose(
         alone = [node for node in calls if _scheme_of(node) is None]
         reason: str | None
         if (reader := lifted.read_elsewhere.get(name)) is not None:
-            reason = f"its weight is read as a float tensor by {reader}"
+            reason = f"its weight or bias is read as a float tensor by {reader}"
         elif alone:
             reason = reasons.get(alone[0].meta["qnn_node"], "the quantizer did not annotate it")
             if len(found) > 1:
