@@ -15,9 +15,14 @@ from torch.nn import functional as F
 import qnn
 from qnn import pt2e
 from qnn.pt2e import Int8Quantizer, convert_pt2e, prepare_pt2e
-from qnn.pt2e.specs import SharedQuantizationSpec
+from qnn.pt2e.specs import (
+    OperatorConfig,
+    QuantizationConfig,
+    QuantizationSpec,
+    SharedQuantizationSpec,
+)
 
-from .pt2e import ACT, SIGNED, WEIGHT, annotate, aten, node_of, observed, of_layers, ops
+from .pt2e import ACT, DYNAMIC, SIGNED, WEIGHT, annotate, aten, node_of, observed, of_layers, ops
 from .test_pt2e_graphs import leaves, schemes, why
 
 
@@ -132,6 +137,33 @@ class TestFilters:
         (first,) = next(iter(graph.graph.find_nodes(op="placeholder"))).users
         ((last,),) = (node.args[0] for node in graph.graph.find_nodes(op="output"))
         assert (first.args[-1], last.args[-1]) == (torch.uint8, torch.int8)
+
+
+WORDS = {
+    "int8_weight": (None, WEIGHT),
+    "int8": (DYNAMIC, WEIGHT),
+    "int8_static": (ACT, WEIGHT),
+    "int16_static": (QuantizationSpec(torch.int16, qscheme=torch.per_tensor_symmetric), WEIGHT),
+}
+
+
+class TestConfigs:
+    @parameterized.expand(WORDS.items())
+    def test_a_config_is_the_scheme_of_its_dtypes(self, scheme: str, specs: Any) -> None:
+        config = QuantizationConfig(specs[0], None, specs[1], None)
+        both = (Int8Quantizer(), Int8Quantizer().set_module_name_qconfig("fc", None))
+        both[0].set_global(config)
+        both[1].set_operator_type(F.linear, OperatorConfig(config, [[F.linear]]))
+        for quantizer in both:
+            graph = converted(Outer(), quantizer, torch.randn(3, 8))
+            assert schemes(graph)["sub.fc"] == scheme
+
+    def test_what_no_scheme_has(self) -> None:
+        wide = QuantizationSpec(torch.int32, qscheme=torch.per_tensor_symmetric)
+        with pytest.raises(ValueError, match=r"set_global: no scheme has weights as .*int32"):
+            Int8Quantizer().set_global(QuantizationConfig(ACT, None, wide, None))
+        with pytest.raises(TypeError, match="the name of a scheme"):
+            Int8Quantizer().set_global(3)
 
 
 class Attention(nn.Module):
