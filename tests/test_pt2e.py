@@ -128,7 +128,7 @@ class TestAsTheModules:
 
 class TestTraining:
     @parameterized.expand([(1e-5,), (1e-3,), (0.1,)])
-    def test_what_was_trained_is_what_is_converted(self, eps: float) -> None:
+    def test_b134_what_was_trained_is_what_is_converted(self, eps: float) -> None:
         model = settled(Net(eps))
         graph = pt2e.prepare_qat_pt2e(exported(model, images()), Int8Quantizer("int8_static"))
         optimizer = torch.optim.SGD(graph.parameters(), 1e-3)
@@ -169,7 +169,7 @@ class TestRules:
         qnn.calibrate(graph, [args], progress=False)
         return {row.name: row.scheme for row in qnn.summary(pt2e.convert_pt2e(graph)).rows}
 
-    def test_precedence(self) -> None:
+    def test_b66_b70_precedence(self) -> None:
         quantizer = (
             Int8Quantizer("int8_static")
             .set_op_type(torch.ops.aten.linear, "int8")
@@ -196,7 +196,7 @@ class TestRules:
             (lambda q: None, "has no rule"),
         ]
     )
-    def test_mistakes(self, change: Any, message: str) -> None:
+    def test_b80_mistakes(self, change: Any, message: str) -> None:
         def prepare() -> None:
             quantizer = Int8Quantizer()
             change(quantizer)
@@ -222,7 +222,7 @@ class TestErrors:
         left = pt2e.convert_pt2e(graph, strict=False)
         assert "it has seen no data" in str(qnn.summary(left))
 
-    def test_the_input_is_untouched(self) -> None:
+    def test_b60_the_input_is_untouched(self) -> None:
         module = exported(settled(Net()), images()).module()
         before = module.code
         pt2e.prepare_pt2e(module, Int8Quantizer("int8_static"))

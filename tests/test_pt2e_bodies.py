@@ -9,12 +9,16 @@ import pytest
 import torch
 from parameterized import parameterized
 from torch import nn
+from torch._higher_order_ops import while_loop
 
 import qnn
 from qnn import pt2e
 from qnn.passes import regions
 from qnn.pt2e import Int8Quantizer
+from qnn.pt2e import graph as graphs
+from tests.pt2e import observer_of, of_layers
 from tests.test_pt2e_graphs import SCHEMES, leaves, prepared, quantised, schemes, why
+from tests.test_pt2e_rules import Annotates
 
 
 class Cond(nn.Module):
@@ -39,7 +43,7 @@ class While(nn.Module):
             return i + 1, torch.tanh(self.fc(y))
 
         start = (torch.tensor(0), x)
-        return torch._higher_order_ops.while_loop(lambda i, y: i < 3, body, start)
+        return while_loop(lambda i, y: i < 3, body, start)
 
 
 class Scan(nn.Module):
@@ -162,6 +166,58 @@ class TestBodies:
         graph = quantised(Scan(), (batches()[0],), "int8")
         assert "computed by aten.mul.Tensor in the body" in why(graph, "scan_combine_graph_0.")
 
+    def test_b167_the_condition_of_a_loop_stays_float(self) -> None:
+        class Loop(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.t, self.fc = nn.Linear(4, 1), nn.Linear(4, 4)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                def goes_on(at: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+                    return (at < 3) & (self.t(y).sum() < 100)
+
+                def body(at: torch.Tensor, y: torch.Tensor) -> Any:
+                    return at + 1, torch.tanh(self.fc(y))
+
+                return while_loop(goes_on, body, (torch.tensor(0), x))[1]
+
+        for (scheme,) in SCHEMES:
+            graph = quantised(Loop(), (batches()[0],), scheme)
+            assert {n: s for n, s in schemes(graph).items() if n} == {"fc": scheme, "t": None}
+            assert "whether a loop goes on" in why(graph, "t")
+        program = torch.export.export(Loop().eval(), (batches()[0],))
+        graph = pt2e.prepare_pt2e(program, Annotates(of_layers()))
+        seen = [
+            any(observer_of(each, node) is not None for node in each.graph.nodes)
+            for each in graphs.graphs(graph)
+        ]
+        assert sum(seen) == 1
+
+    @parameterized.expand([(False,), (True,)])
+    def test_prepared_bodies_compile(self, qat: bool) -> None:
+        """Without gradients; with them no operator of torch's takes bodies that write. Frozen
+        observers do not.
+        """
+        prepare = pt2e.prepare_qat_pt2e if qat else pt2e.prepare_pt2e
+        program = torch.export.export(Cond(), (batches()[0],))
+        graph = prepare(program, Int8Quantizer("int8_static"))
+        other = copy.deepcopy(graph)
+        torch._dynamo.reset()
+        compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            for x in (*batches(), *(-x for x in batches())):
+                torch.testing.assert_close(compiled(x), graph(x))
+        for (name, value), same in zip(
+            graph.state_dict().items(), other.state_dict().values(), strict=True
+        ):
+            torch.testing.assert_close(same, value, msg=name)
+        qnn.freeze_observers(graph), qnn.freeze_observers(other)
+        for x in (batches()[0], -batches()[0]):
+            for each in (graph, compiled):
+                each(x).square().sum().backward()
+        for one, same in zip(graph.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(same.grad, one.grad)
+
     def test_training(self) -> None:
         program = torch.export.export(Cond(), (x := batches()[0],))
         graph = pt2e.prepare_qat_pt2e(program, Int8Quantizer("int8_static"))
@@ -187,7 +243,7 @@ class Cache(nn.Module):
 
 class TestMutation:
     @parameterized.expand(SCHEMES)
-    def test_a_cache(self, scheme: str) -> None:
+    def test_b175_a_cache(self, scheme: str) -> None:
         model, args = Cache(), (torch.randn(1, 8), torch.tensor([1, 3]))
         graph = prepared(model, args, scheme)
         if scheme == "int8_static":

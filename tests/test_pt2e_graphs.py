@@ -399,7 +399,7 @@ class TestInputs:
         with pytest.raises(AssertionError, match=r"== 3\. .*dynamic_shapes"):
             graph(torch.randn(5, 4))
 
-    def test_every_node_has_its_type_and_place(self) -> None:
+    def test_b112_every_node_has_its_type_and_place(self) -> None:
         class Net(nn.Module):
             def __init__(self) -> None:
                 super().__init__()

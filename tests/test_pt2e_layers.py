@@ -189,7 +189,7 @@ class TestBatchNorm:
     """E4 of the hard cases, and which folds are exact."""
 
     @parameterized.expand([(s, third) for (s,) in SCHEMES for third in (False, True)])
-    def test_several_calls(self, scheme: str, third: bool) -> None:
+    def test_b115_b116_several_calls(self, scheme: str, third: bool) -> None:
         (model := Bn(third))(torch.randn(9, 2, 6, 6) * 3 + 1)
         graph = quantised(model, (torch.randn(2, 2, 6, 6),), scheme)
         assert schemes(graph) == {"c": scheme, "b": None} if third else {"c": scheme}
@@ -198,7 +198,7 @@ class TestBatchNorm:
             assert sum(n.target == "b" for n in graph.graph.nodes) == 2
 
     @parameterized.expand(SCHEMES)
-    def test_conditions(self, scheme: str) -> None:
+    def test_b116_b118_conditions(self, scheme: str) -> None:
         model, args = Norms(), (torch.randn(3, 5, 4), torch.randn(2, 3, 4, 4))
         model(*args)
         graph = quantised(model, args, scheme)

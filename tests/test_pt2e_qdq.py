@@ -674,7 +674,7 @@ class TestForm:
         again = torch.export.export(nodes, (x,)).module()
         assert torch.equal(again(x), nodes(x))
 
-    def test_a_scale_for_each_token(self) -> None:
+    def test_b150_a_scale_for_each_token(self) -> None:
         net, x = nn.Sequential(nn.Linear(16, 8)).eval(), torch.randn(3, 5, 16)
         x[0, 0] = 0
         gm = pt2e.prepare_pt2e(torch.export.export(net, (x,)), pt2e.Int8Quantizer("int8"))

@@ -77,7 +77,7 @@ class TestPrograms:
             assert torch.equal(torch.load(where / "y.pt"), graph(*args))
 
     @parameterized.expand([(True,), (False,)])
-    def test_packaged_by_aotinductor_and_run_in_a_fresh_process(self, grad: bool) -> None:
+    def test_b196_packaged_by_aotinductor_and_run_in_a_fresh_process(self, grad: bool) -> None:
         graph, args = converted(), words(7)
         with torch.set_grad_enabled(grad), tempfile.TemporaryDirectory() as folder:
             where = Path(folder)

@@ -203,6 +203,85 @@ class TestVendors:
         both(Model().eval(), make, torch.arange(12).reshape(2, 6))
 
 
+class Recipes(nn.Module):
+    """Layers with the parts that a recipe of a quantizer of torchao's looks for."""
+
+    def __init__(self, write: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = (nn.Conv2d(3, 3, 1) for _ in range(3))
+        self.l, self.m = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.write = write
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.write(self, x)
+
+
+def sums(net: Any, x: torch.Tensor) -> Any:
+    y = net.a(x)
+    return F.relu(y + net.b(x)), y
+
+
+def blocks(net: Any, x: torch.Tensor) -> Any:
+    y = F.relu(net.a(x) + net.b(x))
+    return F.relu(net.c(y) + y)
+
+
+def activations(net: Any, x: torch.Tensor) -> Any:
+    x = x.mean((2, 3))
+    y = F.leaky_relu(net.l(F.relu(net.m(x))))
+    return F.gelu(net.m(F.gelu(net.l(y), approximate="tanh")))
+
+
+def reused(net: Any, x: torch.Tensor) -> Any:
+    x = x.mean((2, 3))
+    return F.relu(net.l(net.l(x) + x))
+
+
+def read_by_nothing_in_int8(net: Any, x: torch.Tensor) -> Any:
+    y = net.a(x)
+    return F.relu(y + net.b(y)), y.flatten(1).t()
+
+
+def read_in_int8(net: Any, x: torch.Tensor) -> Any:
+    return net.l(F.max_pool2d(net.a(x), 8).flatten(1))
+
+
+RECIPES = [sums, blocks, activations, reused, read_by_nothing_in_int8, read_in_int8]
+
+
+class TestRecipes:
+    """What `X86InductorQuantizer` looks for, node for node as torchao makes it."""
+
+    @pytest.mark.parametrize("write", RECIPES)
+    @pytest.mark.parametrize("options", [{}, {"is_dynamic": True}], ids=["static", "dynamic"])
+    def test_b155_b156_b157_b158_b159_b162(self, write: Any, options: Any) -> None:
+        _, nodes = both(Recipes(write).eval(), x86(**options), images())
+        quantised = {
+            node.target
+            for node in nodes.graph.nodes
+            if any("dequantize" in str(each.target) for each in node.all_input_nodes)
+        }
+        assert (aten.flatten.using_ints in quantised) == (write is read_in_int8)
+        for node in nodes.graph.nodes:
+            if node.target in (aten.leaky_relu.default, aten.gelu.default):
+                assert node.args[0].target is aten.linear.default
+
+    def test_b160_products_of_two_tensors_of_one_shape(self) -> None:
+        def write(net: Any, x: torch.Tensor) -> Any:
+            y = net.a(x)
+            return (y * net.b(x)) * 2, y * y[:1]
+
+        def make() -> Any:
+            config = x86_config()
+            return X86InductorQuantizer().set_function_type_qconfig(torch.mul, config)
+
+        _, nodes = both(Recipes(write).eval(), make, images())
+        muls = [node for node in nodes.graph.nodes if node.target is aten.mul.Tensor]
+        read = ["dequantize" in str(node.args[0].target) for node in muls]
+        assert sorted(read) == [False, False, True]
+
+
 class Annotates(Quantizer):
     """A quantizer of torchao's base, from a function over nodes."""
 

@@ -54,7 +54,9 @@ def trained(graph: Any, args: Any, steps: int = 3) -> Any:
 
 class TestPairs:
     @parameterized.expand(PAIRS)
-    def test_trained_apart_and_folded(self, _: str, layer: Any, norm: Any, size: Any) -> None:
+    def test_b124_b125_b127_trained_apart_and_folded(
+        self, _: str, layer: Any, norm: Any, size: Any
+    ) -> None:
         def args() -> tuple[torch.Tensor]:
             return (torch.randn(size),)
 
@@ -70,7 +72,9 @@ class TestPairs:
         assert {"0.weight", "1.running_mean"} <= float_state
 
     @parameterized.expand(PAIRS)
-    def test_folded_after_training(self, _: str, layer: Any, norm: Any, size: Any) -> None:
+    def test_b113_b117_folded_after_training(
+        self, _: str, layer: Any, norm: Any, size: Any
+    ) -> None:
         x = (torch.randn(size),)
         model = nn.Sequential(layer(), norm(6), nn.ReLU())
         for _ in range(3):
@@ -115,7 +119,7 @@ def settled_with(model: nn.Module, x: tuple[torch.Tensor]) -> nn.Module:
 
 
 class TestModes:
-    def test_train_and_eval_are_those_of_a_module(self) -> None:
+    def test_b141_b142_b145_train_and_eval_are_those_of_a_module(self) -> None:
         graph, x = prepared(settled(Net()), images()), images()
         assert graph.training
         assert graph.drop.training

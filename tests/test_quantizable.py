@@ -124,7 +124,7 @@ class TestGrid:
             for dtype in (torch.float64, torch.float32, torch.bfloat16)
         ]
     )
-    def test_equals_torch(self, cell: str, split: bool, dtype: torch.dtype) -> None:
+    def test_b154_equals_torch(self, cell: str, split: bool, dtype: torch.dtype) -> None:
         flags = itertools.product((1, 2), *[(False, True)] * 5)
         for layers, bias, batch_first, bidirectional, projected, initial in flags:
             if projected and cell == "GRU":

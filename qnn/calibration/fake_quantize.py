@@ -45,8 +45,9 @@ class FakeQuantize(Statistics):
     scale: torch.Tensor
     zero_point: torch.Tensor
     frozen: torch.Tensor
+    passing: torch.Tensor
     observer: Observer | None
-    _later: ClassVar[tuple[str, ...]] = ("frozen",)
+    _later: ClassVar[tuple[str, ...]] = ("frozen", "passing")
 
     def __init__(
         self,
@@ -61,6 +62,9 @@ class FakeQuantize(Statistics):
             raise TypeError(f"qnn.FakeQuantize takes a QuantSpec, got {type(spec).__name__}.")
         self.spec, self.name, self.qat = spec, name, qat
         self.observing = not spec.fixed  # and not frozen; a graph must not read a tensor for it
+        self.rounding = qat  # and not passing
+        if qat:
+            self.register_buffer("passing", torch.zeros((), dtype=torch.bool))
         self.alone = False  # while calibrating, which adds up the processes itself
         self.observer = None
         size = 1 if spec.channel_axis is None else channels or 0
@@ -105,6 +109,14 @@ class FakeQuantize(Statistics):
             self.observing = not frozen
             self.frozen.fill_(frozen)
 
+    def pass_on(self, passing: bool = True) -> None:
+        """Leave inputs as they are, or fake-quantise again; both are recorded. The state dict has
+        it.
+        """
+        if self.qat:
+            self.rounding = not passing
+            self.passing.fill_(passing)
+
     @torch.no_grad()
     def refresh(self, anew: bool = False) -> None:
         """With `qat`: take scale and zero point from the observer; a scale that is learned once, or
@@ -131,7 +143,7 @@ class FakeQuantize(Statistics):
         """`quantize` with what is known by now, for many tensors with the shape and dtype of
         `like`; None where it would change nothing.
         """
-        if not self.qat or not self.scale.shape[0]:
+        if not self.rounding or not self.scale.shape[0]:
             return None
         # Inductor would recompute a mask of the backward from these buffers, which observing
         # changes before then. It keeps what a concatenation returns.
@@ -156,6 +168,8 @@ class FakeQuantize(Statistics):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.observer is not None and not self.frozen.is_meta:
             self.observing = not bool(self.frozen)
+        if self.qat and not self.passing.is_meta:
+            self.rounding = not bool(self.passing)
 
     def qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point, float32 and int32: per-tensor `[1]`, per-channel `[C]`.
@@ -255,6 +269,13 @@ def _scale_gradient(scale: torch.Tensor, x: torch.Tensor, qmax: int) -> torch.Te
     return result
 
 
+def rounds(layer: Any) -> bool:
+    """Whether an observed layer fake-quantises its weights: trained for it, and unless its points
+    pass on what they see.
+    """
+    return layer.qat and all(point.rounding for point in observation_points(layer))
+
+
 def freeze_observers(model: ModelT) -> ModelT:
     """Stop recording at every observation point in `model`; returns it.
 
@@ -292,4 +313,10 @@ def observation_points(model: nn.Module) -> Iterable[FakeQuantize]:
     return (module for module in model.modules() if isinstance(module, FakeQuantize))
 
 
-__all__ = ["FakeQuantize", "freeze_observers", "observation_points", "unfreeze_observers"]
+__all__ = [
+    "FakeQuantize",
+    "freeze_observers",
+    "observation_points",
+    "rounds",
+    "unfreeze_observers",
+]

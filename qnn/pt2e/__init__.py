@@ -9,7 +9,9 @@ quantised = convert_pt2e(prepared)
 from qnn.pt2e.convert import convert_pt2e
 from qnn.pt2e.modes import (
     allow_exported_model_train_eval,
+    disable_fake_quant,
     disable_observer,
+    enable_fake_quant,
     enable_observer,
     model_is_exported,
     move_exported_model_to_eval,
@@ -59,7 +61,9 @@ __all__ = [
     "annotate_input_qspec_map",
     "annotate_output_qspec",
     "convert_pt2e",
+    "disable_fake_quant",
     "disable_observer",
+    "enable_fake_quant",
     "enable_observer",
     "get_bias_qspec",
     "get_input_act_qspec",

@@ -35,10 +35,8 @@ def fold_nodes(root: GraphModule) -> dict[str, str]:
         found = read(root, node) if isinstance(node, Node) else None
         return found.layer if isinstance(found, Call) else None
 
-    def readers(call: Any) -> set[Any]:
-        weight = module(call).weight
-        reads = [n for n in root.graph.find_nodes(op="get_attr") if graphs.held(root, n) is weight]
-        return {user for node in reads for user in node.users}
+    def readers(call: Any, part: str) -> set[Any]:
+        return _reading(root, getattr(module(call), part))
 
     groups: dict[int, list[Any]] = {}
     for norm in root.graph.find_nodes(op="call_function", target=aten.batch_norm.default):
@@ -84,7 +82,13 @@ def fold_modules(root: GraphModule) -> dict[str, str]:
             continue
         if any(not isinstance(module(norm.args[0]), _LAYERS) for norm in norms):
             continue
-        if _why_not(norms, module, lambda call: set(calls[str(call.target)])) is not None:
+
+        def readers(call: Any, part: str) -> set[Any]:
+            held = getattr(module(call), part)
+            inner = (_reading(graph, held) for graph in graphs.graphs(root))
+            return set(calls[str(call.target)]).union(*inner)
+
+        if _why_not(norms, module, readers) is not None:
             continue
         layer, trained = module(norms[0].args[0]), module(norms[0].args[0]).weight.requires_grad
         weight, bias = _folded(layer, module(norms[0]))
@@ -100,14 +104,24 @@ def fold_modules(root: GraphModule) -> dict[str, str]:
     return folded
 
 
-def _why_not(norms: list[Any], module: Module, readers: Callable[[Any], set[Any]]) -> str | None:
+def _reading(graph: GraphModule, tensor: torch.Tensor | None) -> set[Any]:
+    """The nodes that read a tensor of the model."""
+    reads = [node for node in graph.graph.nodes if node.op in ("get_attr", "placeholder")]
+    held = [node for node in reads if tensor is not None and graphs.held(graph, node) is tensor]
+    return {user for node in held for user in node.users}
+
+
+def _why_not(
+    norms: list[Any], module: Module, readers: Callable[[Any, str], set[Any]]
+) -> str | None:
     """Why BatchNorms, each after a call of one layer, cannot go into that layer; `readers` are all
-    that read its weight.
+    that read its weight or bias.
     """
     calls = [norm.args[0] for norm in norms]
-    if others := readers(calls[0]) - set(calls):
-        names = ", ".join(sorted(map(str, others)))
-        return f"the layer's weight is also read by {names}, without this BatchNorm"
+    for part in ("weight", "bias"):
+        if others := readers(calls[0], part) - set(calls):
+            names = ", ".join(sorted(map(str, others)))
+            return f"the layer's {part} is also read by {names}, without this BatchNorm"
     first = module(norms[0])
     for norm, call in zip(norms, calls, strict=True):
         if others := set(call.users) - {norm}:

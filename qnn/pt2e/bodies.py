@@ -27,6 +27,11 @@ _OPERANDS: dict[str, tuple[tuple[int, ...], int]] = {
 }
 
 
+CONDITION = "qnn_condition"
+"""The key of `node.meta` of what says whether a `while_loop` goes on: it stays float, since another
+number would be another count of turns."""
+
+
 class Body(GraphModule):
     """A body with layers that the model owns: they are no submodules of it, so that the state dict
     has each under one name.
@@ -66,10 +71,14 @@ def _places(node: Node, body: GraphModule) -> list[tuple[int, Any, Node]]:
 
 def mark(root: GraphModule) -> None:
     """Tell the placeholders of bodies which tensor of the model they are, and their nodes in which
-    body they are.
+    body they are, and whether that says if a loop goes on.
     """
     for graph, node, bodies in _calls(root):
-        for attribute, body in bodies:
+        for at, (attribute, body) in enumerate(bodies):
+            if at == 0 and _title(node) == "while_loop":
+                for inner in graphs.graphs(body):
+                    for each in inner.graph.nodes:
+                        each.meta[CONDITION] = True
             for each in body.graph.nodes:
                 each.meta["qnn_body"] = str(attribute.target)
                 each.meta["qnn_caller"] = graphs.source(node)

@@ -13,6 +13,7 @@ from qnn.kinds import is_prepared, kind_of
 from qnn.pt2e import bodies
 from qnn.pt2e import graph as graphs
 from qnn.pt2e.batch_norm import fold_modules
+from qnn.pt2e.buffers import fold_into_buffers
 from qnn.pt2e.fold_codes import fold_codes
 from qnn.pt2e.from_specs import layers_of_specs
 from qnn.pt2e.prepare import REASONS, SCHEMES, set_reasons
@@ -28,6 +29,7 @@ def convert_pt2e(
     model: Any,
     use_reference_representation: bool = False,
     fold_quantize: bool = True,
+    fold_quantize_into_mutable_buffers: bool = False,
     *,
     form: Literal["layers", "qdq"] = "layers",
     strict: bool = True,
@@ -47,6 +49,9 @@ def convert_pt2e(
         use_reference_representation: not offered; the ops are integer arithmetic as it is.
         fold_quantize: of the nodes: hold the integers of weights in the place of the floats. The
             weights of layers always are integers.
+        fold_quantize_into_mutable_buffers: hold in integers the buffers that the graph ends in
+            writing anew, by `copy_` of what is annotated: the grid of the write serves the reads
+            too. Those that stay float have the reason in `qnn.summary`.
         form: `"layers"`; or `"qdq"`, which writes float operators between quantise and dequantise
             nodes, `torch.ops.quantized_decomposed`, as torchao does, for tools that lower from
             them. In the form of layers that is done for what is annotated and makes no layer.
@@ -71,8 +76,18 @@ def convert_pt2e(
         )
     if form not in ("layers", "qdq"):
         raise ValueError(f"{who}: form must be 'layers' or 'qdq', got {form!r}.")
-    if not isinstance(fold_quantize, bool):
-        raise ValueError(f"{who}: fold_quantize must be True or False, got {fold_quantize!r}.")
+    into_buffers = fold_quantize_into_mutable_buffers
+    for name, flag in (
+        ("fold_quantize", fold_quantize),
+        ("fold_quantize_into_mutable_buffers", into_buffers),
+    ):
+        if not isinstance(flag, bool):
+            raise ValueError(f"{who}: {name} must be True or False, got {flag!r}.")
+    if into_buffers and not fold_quantize:
+        raise ValueError(
+            f"{who}: fold_quantize_into_mutable_buffers=True is a way to fold; leave "
+            "fold_quantize True."
+        )
     if not isinstance(model, GraphModule) or SCHEMES not in model.meta:
         raise (ValueError if isinstance(model, nn.Module) else TypeError)(
             f"{who} takes a graph from qnn.pt2e.prepare_pt2e that is not converted yet, got "
@@ -80,6 +95,7 @@ def convert_pt2e(
         )
     root = graphs.own(model, inplace=inplace, who=who)
     for name, norm in fold_modules(root).items():
+        root.meta[REASONS].pop(norm, None)
         layer = root.get_submodule(name)
         layer.__dict__[FOLDED] = f"{getattr(layer, FOLDED, '')}; BatchNorm {norm} folded in"
     schemes = dict.fromkeys(_seen(who, root, strict), STATIC) | root.meta.pop(SCHEMES)
@@ -102,7 +118,10 @@ def convert_pt2e(
             graphs.told(n): n.meta[WHY_LEFT] for n in graph.graph.nodes if WHY_LEFT in n.meta
         }
         write_qdq(graph, fold_quantize=fold_quantize, cancel=form == "layers", strict=strict)
+        if into_buffers:
+            root.meta[LEFT] |= fold_into_buffers(graph)
         for norm, name in fold_codes(graph).items():
+            root.meta[REASONS].pop(norm, None)
             layer = graph.get_submodule(name)
             layer.__dict__[FOLDED] = f"{getattr(layer, FOLDED, '')}; BatchNorm {norm} folded in"
     set_reasons(root)

@@ -17,8 +17,14 @@ from qnn.nn.conv.quantized import QConv
 from qnn.nn.linear.quantized import QLinear
 from qnn.pt2e import graph as graphs
 from qnn.pt2e.constants import attribute, erase_unread, register, schema_of
+from qnn.pt2e.qdq import Writer
 
-_AT = {"linear": 0, **{f"conv{n}d": n for n in (1, 2, 3)}}  # the axes that follow the channels
+# By the operator: the axes that follow the channels, and which axis of the weight is that of the
+# output.
+_AT = {"linear": (0, 0)} | {
+    f"conv{kind}{n}d": (n, axis) for n in (1, 2, 3) for kind, axis in (("", 0), ("_transpose", 1))
+}
+_SOURCE = ("nn_module_stack", "source_fn_stack", "stack_trace")
 
 
 def fold_codes(gm: GraphModule) -> dict[str, str]:
@@ -27,8 +33,9 @@ def fold_codes(gm: GraphModule) -> dict[str, str]:
 
     With `s = gamma / √(var + eps)`: the scales per channel become `scale · |s|`, the codes of a
     negative `s` change sign, and `bias = beta + (bias − mean) · s`. What was trained is
-    `bn(conv(x, fq(w)))`, which this is. A BatchNorm stays where its layer's result is read
-    elsewhere, the layer is called twice, or its weight has one scale or a code of −128.
+    `bn(conv(x, fq(w)))`, which this is. One scale of a weight becomes one for each channel. A
+    BatchNorm stays where its layer's result is read elsewhere, the layer is called twice, or a code
+    that would change its sign is −128.
     """
     folded = {}
     for norm in list(gm.graph.nodes):
@@ -63,17 +70,18 @@ def _fits(norm: Node, axes: int) -> bool:
 
 
 @torch.no_grad()
-def _gains(module: Any, axis: int, codes: torch.Tensor) -> Any:
+def _gains(module: Any, codes: torch.Tensor, transposed_groups: int | None) -> Any:
     """What multiplies the scales, the folded codes, and `s` and `beta − mean · s`."""
-    if bool((codes == -128).any()):
-        return None  # has no negative
     held = module.running_mean, module.running_var, module.weight, module.bias, module.eps
     scale, shift = scale_and_shift(*held)
-    shape = [1] * codes.dim()
-    shape[axis] = -1
-    sign = torch.sign(scale).to(codes.dtype).reshape(shape)
+    groups = transposed_groups or 1
+    shape = [groups, 1, -1] if transposed_groups else [1, -1, 1]
+    sign = torch.sign(scale).to(codes.dtype).reshape(*shape, *[1] * (codes.dim() - 2))
+    rows = codes.reshape(groups, codes.shape[0] // groups, *codes.shape[1:])
+    if bool(((rows == -128) & (sign < 0)).any()):
+        return None  # has no negative
     gain = torch.where(scale == 0, 1.0, scale.abs().float())  # of a channel that is all zeros
-    return gain, codes * sign, scale, shift
+    return gain, (rows * sign).reshape(codes.shape), scale, shift
 
 
 def _into_layer(gm: GraphModule, call: Node, norm: Node, module: Any) -> str | None:
@@ -82,12 +90,13 @@ def _into_layer(gm: GraphModule, call: Node, norm: Node, module: Any) -> str | N
         return None
     if layer.stored[0].dtype != torch.int8 or _calls(gm, call.target) > 1:
         return None
-    if isinstance(layer, QConv) and layer.transposed:
-        return None
     if not _fits(norm, len(layer.kernel_size) if isinstance(layer, QConv) else 0):
         return None
+    groups = layer.groups if isinstance(layer, QConv) and layer.transposed else None
+    if _reads(gm, layer.bias):
+        return None  # that of other layers is not theirs by name
     codes, weight_scale = (part.detach() for part in layer.stored)
-    if (gains := _gains(module, 0, codes)) is None:
+    if (gains := _gains(module, codes, groups)) is None:
         return None
     gain, codes, scale, shift = gains
     bias = shift if layer.bias is None else layer.bias.detach() * scale + shift
@@ -96,32 +105,52 @@ def _into_layer(gm: GraphModule, call: Node, norm: Node, module: Any) -> str | N
     return str(call.target)
 
 
+def _reads(gm: GraphModule, tensor: torch.Tensor | None) -> int:
+    """How often the graph itself reads a tensor."""
+    nodes = gm.graph.find_nodes(op="get_attr") if tensor is not None else ()
+    return sum(len(node.users) for node in nodes if attribute(gm, str(node.target)) is tensor)
+
+
 def _into_nodes(gm: GraphModule, call: Node, norm: Node, module: Any) -> str | None:
     schema = schema_of(call)
-    axes = _AT.get(schema.name.removeprefix("aten::")) if schema is not None else None
-    if axes is None or not _fits(norm, axes):
+    axes, axis = _AT.get(schema.name.removeprefix("aten::"), (-1, 0)) if schema else (-1, 0)
+    if axes < 0 or not _fits(norm, axes):
         return None
+    arguments = dict(zip((each.name for each in schema.arguments), call.args, strict=False))
+    if axis and {**arguments, **call.kwargs}.get("groups", 1) != 1:
+        return None  # channels of several groups have one scale
     weight: Any = call.args[1]
-    dequantize = quantized_decomposed().dequantize_per_channel.default
-    if weight.target is not dequantize or len(weight.users) > 1 or weight.args[3] != 0:
+    ops = quantized_decomposed()
+    one = weight.target is ops.dequantize_per_tensor.default
+    if len(weight.users) > 1 or not (one or weight.target is ops.dequantize_per_channel.default):
         return None
-    parts = weight.args[:3]
+    parts = weight.args[:1] if one else weight.args[:3]
     if any(part.op != "get_attr" or len(part.users) > 1 for part in parts):
         return None
-    codes, weight_scale, zero = (attribute(gm, str(part.target)) for part in parts)
+    codes = attribute(gm, str(parts[0].target))
+    if one:
+        weight_scale, zero = (torch.tensor(each) for each in weight.args[1:3])
+    else:
+        weight_scale, zero = (attribute(gm, str(part.target)) for part in parts[1:])
     given = call.args[2] if len(call.args) > 2 else None
     held = attribute(gm, str(given.target)) if isinstance(given, Node) else None
     if bool(zero.any()) or (given is not None and not isinstance(held, nn.Parameter)):
         return None
-    if codes.dtype != torch.int8 or (gains := _gains(module, 0, codes)) is None:
+    if codes.dtype != torch.int8 or (not one and weight.args[3] != axis):
+        return None
+    if (gains := _gains(module, codes, axis or None)) is None:
         return None
     gain, codes, scale, shift = gains
-    register(gm, str(parts[0].target), codes)
-    register(gm, str(parts[1].target), weight_scale * gain)
+    name = str(parts[0].target)
+    register(gm, name, codes)
+    if one:
+        _per_channel(gm, weight, axis, weight_scale.float() * gain)
+    else:
+        register(gm, str(parts[1].target), weight_scale * gain)
     bias = shift if held is None else held.detach() * scale + shift
-    owner = str(parts[0].target).rpartition(".")[0]
+    owner = name.rpartition(".")[0]
     name = str(given.target) if isinstance(given, Node) else f"{owner}.bias" if owner else "bias"
-    if given is None:
+    if given is None or _reads(gm, held) > 1:
         name = graphs.free_name(gm, name)
     place, _, last = name.rpartition(".")
     like = graphs.value(call)
@@ -129,6 +158,25 @@ def _into_nodes(gm: GraphModule, call: Node, norm: Node, module: Any) -> str | N
     gm.get_submodule(place)._parameters[last] = held
     with gm.graph.inserting_before(call):
         made = gm.graph.get_attr(name)
+    made.meta |= {key: call.meta[key] for key in _SOURCE if key in call.meta}
     made.meta["val"] = like.fake_mode.from_tensor(held, static_shapes=True)
     call.args = (*call.args[:2], made, *call.args[3:])
     return owner
+
+
+def _per_channel(gm: GraphModule, weight: Any, axis: int, scale: torch.Tensor) -> None:
+    """A scale for each channel in the place of the one of a dequantise node."""
+    writer = Writer(gm, quantized_decomposed())
+    codes, grid = weight.args[0], []
+    with gm.graph.inserting_before(weight):
+        for part, value in (("scale", scale), ("zero_point", torch.zeros_like(scale).long())):
+            name = graphs.free_name(gm, f"{codes.target}_{part}")
+            register(gm, name, value)
+            grid.append(writer.attribute(name, value))
+        dequantize = writer.ops.dequantize_per_channel.default
+        made = writer.call(
+            dequantize, codes, *grid, axis, *weight.args[3:], of=weight, **weight.kwargs
+        )
+    made.meta |= {key: value for key, value in weight.meta.items() if key != "from_node"}
+    weight.replace_all_uses_with(made)
+    gm.graph.erase_node(weight)

@@ -252,6 +252,7 @@ class _Builder:
         self._gm = gm
         self._layers: dict[Any, str] = {}
         self._stored: dict[Any, nn.Module] = {}
+        self._calls: dict[Node, Node] = {}  # by the node: what stands in its place
 
     def put(self, plan: _Plan, place: str) -> None:
         """A layer in the place of a node, under a name."""
@@ -260,8 +261,9 @@ class _Builder:
             self._layers[alike, place] = self._register(self._layer(plan), place)
         name = self._layers[alike, place]
         with self._gm.graph.inserting_before(plan.node):
-            call = self._gm.graph.call_module(name, (plan.x,))
+            call = self._gm.graph.call_module(name, (self._calls.get(plan.x, plan.x),))
         call.meta = dict(plan.node.meta)
+        self._calls[plan.node] = call
         plan.node.replace_all_uses_with(call)
         erase_with_inputs(self._gm, plan.node)
 

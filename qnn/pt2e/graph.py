@@ -54,11 +54,18 @@ def own(model: Any, *, inplace: bool, who: str) -> GraphModule:
 
 
 def _copy(model: nn.Module) -> Any:
-    """A copy. Buffers that a forward with gradients has written to are copied by their values."""
-    tensors = (each for each in model.buffers() if not each.is_leaf)
+    """A copy, with the attributes that a user has set. Buffers that a forward with gradients has
+    written to are copied by their values.
+    """
+    memo: dict[int, Any] = {
+        id(each): each.detach().clone() for each in model.buffers() if not each.is_leaf
+    }
     with warnings.catch_warnings():  # torch 2.13 copies the tree of its inputs so that it warns
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-        return copy.deepcopy(model, {id(each): each.detach().clone() for each in tensors})
+        made = copy.deepcopy(model, memo)
+    others = vars(model).keys() - vars(made).keys() - {"train", "eval"}
+    vars(made).update({key: copy.deepcopy(vars(model)[key], memo) for key in others})
+    return made
 
 
 def _is_exported(graph: GraphModule) -> bool:

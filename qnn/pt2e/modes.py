@@ -8,6 +8,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from qnn.calibration.fake_quantize import FakeQuantize
+from qnn.pt2e.observers import Point
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -36,20 +37,40 @@ def enable_observer(module: nn.Module) -> None:
     """For `model.apply`: record ranges again; as `qnn.unfreeze_observers`, and for the observers of
     other libraries that have this as a method.
     """
-    _switch(module, True)
+    if isinstance(module, FakeQuantize):
+        module.freeze(False)
+    else:
+        _own(module, "enable_observer")
 
 
 def disable_observer(module: nn.Module) -> None:
     """For `model.apply`: record no ranges; as `qnn.freeze_observers`, and for the observers of
     other libraries that have this as a method.
     """
-    _switch(module, False)
-
-
-def _switch(module: nn.Module, on: bool) -> None:
     if isinstance(module, FakeQuantize):
-        module.freeze(not on)
-        return
-    own = getattr(module, "enable_observer" if on else "disable_observer", None)
-    if callable(own):
+        module.freeze()
+    else:
+        _own(module, "disable_observer")
+
+
+def enable_fake_quant(module: nn.Module) -> None:
+    """For `model.apply`: fake-quantise again, after `disable_fake_quant`."""
+    if isinstance(module, FakeQuantize | Point):
+        module.pass_on(False)
+    else:
+        _own(module, "enable_fake_quant")
+
+
+def disable_fake_quant(module: nn.Module) -> None:
+    """For `model.apply`: fake-quantise nothing, and go on recording ranges; for the fake-quantisers
+    of other libraries that have this as a method too.
+    """
+    if isinstance(module, FakeQuantize | Point):
+        module.pass_on()
+    else:
+        _own(module, "disable_fake_quant")
+
+
+def _own(module: nn.Module, name: str) -> None:
+    if callable(own := getattr(module, name, None)):
         own()

@@ -61,8 +61,10 @@ def is_observer(module: Any) -> bool:
     return isinstance(module, nn.Module) and callable(getattr(module, "calculate_qparams", None))
 
 
-class _Point(nn.Module):
+class Point(nn.Module):
     """An observer that sees nothing: the fields of its spec."""
+
+    passing: torch.Tensor
 
     def __init__(self, spec: Any, qat: bool) -> None:
         super().__init__()
@@ -70,7 +72,20 @@ class _Point(nn.Module):
         self.quant_min, self.quant_max = range_of(spec)
         self.ch_axis = getattr(spec, "ch_axis", None)
         self.is_dynamic = bool(spec.is_dynamic)
-        self.qat = qat
+        self.qat = self.rounding = qat
+        if qat:
+            self.register_buffer("passing", torch.zeros((), dtype=torch.bool))
+
+    def pass_on(self, passing: bool = True) -> None:
+        """As `FakeQuantize.pass_on`."""
+        if self.qat:
+            self.rounding = not passing
+            self.passing.fill_(passing)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.qat and not self.passing.is_meta:
+            self.rounding = not bool(self.passing)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -83,11 +98,11 @@ class _Point(nn.Module):
         return f"{self.dtype}, {self.qscheme}{dynamic}"
 
 
-class CastPoint(_Point):
+class CastPoint(Point):
     """A tensor that stays float: float32 as it is, float16 cast down and up."""
 
 
-class DynamicPoint(_Point):
+class DynamicPoint(Point):
     """A tensor whose scale is found in the graph; in quantisation-aware training it has that of the
     tensor at hand.
     """
@@ -95,7 +110,7 @@ class DynamicPoint(_Point):
     eps = torch.finfo(torch.float32).eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.qat:
+        if not self.rounding:
             return x
         ops = quantized_decomposed()
         symmetric = self.qscheme in SYMMETRIC
@@ -106,7 +121,7 @@ class DynamicPoint(_Point):
         return fake_quantize(x, scale.float().reshape(1), zero.reshape(1), qmin, qmax)
 
 
-class FixedPoint(_Point):
+class FixedPoint(Point):
     """A scale and a zero point that were given."""
 
     scale: torch.Tensor
@@ -120,7 +135,7 @@ class FixedPoint(_Point):
         self.register_buffer("zero_point", zero_point)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.qat or underlying(self.dtype) not in INTEGERS:
+        if not self.rounding or underlying(self.dtype) not in INTEGERS:
             return x
         return fake_quantize(x, self.scale, self.zero_point, self.quant_min, self.quant_max)
 
@@ -128,7 +143,7 @@ class FixedPoint(_Point):
         return self.scale, self.zero_point
 
 
-class DerivedPoint(_Point):
+class DerivedPoint(Point):
     """A scale and a zero point that follow from those of other observers."""
 
     def __init__(self, spec: Any, qat: bool, sources: Sequence[nn.Module]) -> None:
@@ -176,7 +191,7 @@ class WeightPoint(ObservedPoint):
     """
 
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.qat:
+        if not self.rounding:
             return x
         axis = self.spec.channel_axis
         with torch.no_grad():

@@ -7,6 +7,7 @@ from typing import Any, cast
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from qnn.calibration.parts import Specs
 from qnn.kernels import get_scheme
 from qnn.kinds import Kind, Observation, Own, kind_of
 from qnn.pt2e import bodies
@@ -21,7 +22,7 @@ from qnn.pt2e.quantizer import call_if_there
 from qnn.pt2e.specs import WHY_LEFT, retarget_annotations
 from qnn.verbs.checks import keep_ties_to_float, left_alone, why_not
 from qnn.verbs.plan import FOLDED, LEFT, REASON, Plan, run_hooks, swapped
-from qnn.verbs.prepare import tied
+from qnn.verbs.prepare import checked_parts, tied
 
 # What a prepared graph knows, in its `meta`: the schemes of the layers that have no observers.
 SCHEMES = "qnn_schemes"
@@ -34,6 +35,7 @@ def prepare_pt2e(
     quantizer: Any,
     *,
     inplace: bool = False,
+    parts: Specs | None = None,
     smooth: bool = True,
     progress: bool | str = True,
 ) -> GraphModule:
@@ -49,6 +51,8 @@ def prepare_pt2e(
             size needs dynamic shapes there.
         quantizer: an `Int8Quantizer`, or any object with its methods.
         inplace: change the module itself; otherwise it is copied, and untouched.
+        parts: specs of what layers of schemes observe, as in `qnn.prepare`: of their inputs, of the
+            parts of a recurrent layer.
         smooth: as in `qnn.prepare`.
         progress: as in `qnn.convert`.
 
@@ -60,24 +64,32 @@ def prepare_pt2e(
         ValueError: nothing was annotated, with the reason of each node that might be.
     """
     who = "qnn.pt2e.prepare_pt2e"
-    return _prepare(who, model, quantizer, inplace, progress, qat=False, smooth=smooth)
+    how = (inplace, parts, progress)
+    return _prepare(who, model, quantizer, *how, qat=False, smooth=smooth)
 
 
 def prepare_qat_pt2e(
-    model: Any, quantizer: Any, *, inplace: bool = False, progress: bool | str = True
+    model: Any,
+    quantizer: Any,
+    *,
+    inplace: bool = False,
+    parts: Specs | None = None,
+    progress: bool | str = True,
 ) -> GraphModule:
     """Make an exported model ready for quantisation-aware training.
 
     As `prepare_pt2e`, but BatchNorms stay and are trained, as real modules with their own eps and
     momentum, and inputs and weights are fake-quantised. `convert_pt2e` folds them. Observers move
-    in training mode alone; `qnn.freeze_observers` stops them.
+    in training mode alone; `qnn.freeze_observers` stops them. A spec of `parts` that is `learnable`
+    has a scale that is trained.
 
     Returns:
         The prepared graph, in training mode; its parameters are copies unless `inplace`, so that an
         optimizer is made after it.
     """
     who = "qnn.pt2e.prepare_qat_pt2e"
-    return _prepare(who, model, quantizer, inplace, progress, qat=True, smooth=False)
+    how = (inplace, parts, progress)
+    return _prepare(who, model, quantizer, *how, qat=True, smooth=False)
 
 
 def _prepare(
@@ -85,6 +97,7 @@ def _prepare(
     model: Any,
     quantizer: Any,
     inplace: bool,
+    parts: Specs | None,
     progress: bool | str,
     *,
     qat: bool,
@@ -100,7 +113,7 @@ def _prepare(
     bodies.mark(root)
     normalise(root)
     folded = {} if qat else fold_nodes(root)
-    root = call_if_there(quantizer, "transform_for_annotation", root) or root
+    root = _transformed(quantizer, root, who)
     bodies.mark(root)
     quantizer.annotate(root)
     call_if_there(quantizer, "validate", root)
@@ -124,7 +137,7 @@ def _prepare(
         raise ValueError(_nothing(who, "no layer can be quantised", left))
     for name, norm in folded.items():
         _note_fold(root, name, norm)
-    _observe(root, schemes, qat, smooth, progress)
+    _observe(root, schemes, parts, qat, smooth, progress, who)
     callback = getattr(quantizer, "prepare_obs_or_fq_callback", None)
     for graph in graphs.graphs(root):
         insert_observers(graph, qat=qat, callback=callback)
@@ -142,6 +155,17 @@ def _prepare(
     return root.train(qat)
 
 
+def _transformed(quantizer: Any, root: GraphModule, who: str) -> GraphModule:
+    """What a quantizer makes of the graph, which may be another: one that it exported anew."""
+    new = call_if_there(quantizer, "transform_for_annotation", root)
+    if new is None or new is root:
+        return root
+    meta = dict(root.meta)
+    root = graphs.own(new, inplace=True, who=who)
+    root.meta = meta | root.meta
+    return root
+
+
 def _annotate_inside(quantizer: Any, root: GraphModule) -> None:
     """Have quantizers annotate the graphs that `root` calls too, one at a time, unless they do so
     by themselves.
@@ -150,7 +174,7 @@ def _annotate_inside(quantizer: Any, root: GraphModule) -> None:
         if getattr(each, "annotates_inner_graphs", False):
             continue
         for graph in graphs.graphs(root):
-            if graph is not root:
+            if graph is not root and not any(bodies.CONDITION in n.meta for n in graph.graph.nodes):
                 each.annotate(graph)
                 call_if_there(each, "validate", graph)
 
@@ -198,7 +222,7 @@ def _choose(
         alone = [node for node in calls if _scheme_of(node) is None]
         reason: str | None
         if (reader := lifted.read_elsewhere.get(name)) is not None:
-            reason = f"its weight is read as a float tensor by {reader}"
+            reason = f"its weight or bias is read as a float tensor by {reader}"
         elif alone:
             reason = reasons.get(alone[0].meta["qnn_node"], "the quantizer did not annotate it")
             if len(found) > 1:
@@ -236,7 +260,13 @@ def _note_fold(root: GraphModule, name: str, norm: str) -> None:
 
 
 def _observe(
-    root: GraphModule, schemes: dict[str, str], qat: bool, smooth: bool, progress: bool | str
+    root: GraphModule,
+    schemes: dict[str, str],
+    parts: Specs | None,
+    qat: bool,
+    smooth: bool,
+    progress: bool | str,
+    who: str,
 ) -> None:
     """Observe the layers of schemes with grids, and keep the schemes of the others."""
     observed = {name: scheme for name, scheme in schemes.items() if get_scheme(scheme).static}
@@ -245,10 +275,11 @@ def _observe(
 
     def make(old: nn.Module, own: Own) -> nn.Module:
         name, alone = names[id(old)], smooth and id(old) not in shared
-        how = Observation(name, None, False, qat, observed[name], smooth=alone)
+        how = Observation(name, checked, False, qat, observed[name], smooth=alone)
         return cast(Kind, kind_of(old)).observe(old, how, own)
 
     plan = Plan({key: observed[name] for key, name in names.items()})
-    swapped(root, plan, make, inplace=True, who="qnn.pt2e.prepare_pt2e", progress=progress)
+    checked = checked_parts(dict(root.named_modules()), plan, parts, False)
+    swapped(root, plan, make, inplace=True, who=who, progress=progress)
     run_hooks("qnn.prepare", root)
     root.meta[SCHEMES] = {name: s for name, s in schemes.items() if name not in observed}

@@ -17,8 +17,10 @@ from qnn.kernels import get_scheme
 from qnn.kernels.schemes import STATIC
 from qnn.kinds import kind_of, qualified
 from qnn.pt2e import graph as graphs
+from qnn.pt2e.bodies import CONDITION
 from qnn.pt2e.graph import ANNOTATION
 from qnn.pt2e.layers import Call, operators, read
+from qnn.pt2e.observers import SYMMETRIC, underlying
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Int8Quantizer(Quantizer):
     and that before the rule for all. Of several for names the last one counts; of several classes
     around a node the innermost, and of one class the last rule. A scheme is a name as `qnn.convert`
     takes it: `"int8_static"` has grids from calibration, `"int8"` a scale per token, and
-    `"int8_weight"` float activations. `None` leaves alone.
+    `"int8_weight"` float activations. `None` leaves alone. A config of specs (`QuantizationConfig`,
+    of any library) stands for the scheme that its dtypes are.
 
     Embedding tables are taken where a rule names them, by their module, class or operator.
 
@@ -181,6 +184,8 @@ class Int8Quantizer(Quantizer):
                 reason = "no rule is for it"
             elif scheme is None:
                 reason = f"the rule for {rule} says None"
+            elif CONDITION in node.meta:
+                reason = "it says whether a loop goes on: other numbers are another count of turns"
             elif self._filter is not None and not self._filter(node):
                 reason = "the filter function says no"
             elif kind.when_named and rule == "everything":
@@ -299,15 +304,37 @@ def _scheme(setter: str, scheme: Any) -> str | None:
     """The name of a scheme that rules may say."""
     if scheme is None:
         return None
+    config = getattr(scheme, "config", scheme)  # of an OperatorConfig
+    if hasattr(config, "weight") and hasattr(config, "input_activation"):
+        return _of_config(setter, config)
     if not isinstance(scheme, str):
         raise TypeError(
-            f"Int8Quantizer.{setter} takes the name of a scheme, such as {STATIC!r}, or None, got "
-            f"{scheme!r}."
+            f"Int8Quantizer.{setter} takes the name of a scheme, such as {STATIC!r}, a config of "
+            f"specs, or None, got {scheme!r}."
         )
     try:
         return get_scheme(scheme).name
     except ValueError as error:
         raise ValueError(f"Int8Quantizer.{setter}: {error}") from None
+
+
+def _of_config(setter: str, config: Any) -> str:
+    """The scheme that a config's dtypes are; ranges and observers are the scheme's."""
+    weight, x = config.weight, config.input_activation
+    is_int8 = weight is not None and underlying(weight.dtype) == torch.int8
+    if is_int8 and weight.qscheme in SYMMETRIC:
+        dtype = None if x is None else underlying(x.dtype)
+        if dtype in (None, torch.float32):
+            return "int8_weight"
+        if dtype in (torch.int8, torch.uint8):
+            return "int8" if x.is_dynamic else STATIC
+        if dtype == torch.int16 and not x.is_dynamic and x.qscheme in SYMMETRIC:
+            return "int16_static"
+    raise ValueError(
+        f"Int8Quantizer.{setter}: no scheme has weights as {weight} with inputs as {x}; a "
+        "symmetric int8 weight goes with inputs of 8 bits, static or dynamic, of 16 bits, static "
+        "and symmetric, or of float32."
+    )
 
 
 _FUNCTIONS: dict[Any, Any] = {

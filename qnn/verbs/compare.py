@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 from qnn import kinds
 from qnn.kinds import kind_of, waits
@@ -130,6 +131,7 @@ class Comparison:
 
 OUTPUT = "(output)"
 _NEVER = "never called: its weight may be read directly"
+_FUNCTION = "the float model calls a function here: compare with the prepared graph"
 
 
 def compare(
@@ -144,7 +146,9 @@ def compare(
 
     Args:
         float_model, quantised_model: the model before and after `convert`, also with
-            `training=True`.
+            `training=True`; or a graph of `qnn.pt2e` before and after `convert_pt2e`. Where a graph
+            is compared with the model that it was exported from, a layer that is a function there
+            has a note.
         inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
 
     Raises:
@@ -164,6 +168,9 @@ def compare(
             "qnn.compare: the second model has no quantised layer; pass what qnn.convert returned."
         )
     originals = dict(float_model.named_modules())
+    of_graph = isinstance(quantised_model, GraphModule)
+    missing = [name for name in layers if of_graph and name not in originals]
+    functions = {name: layers.pop(name) for name in missing}
     for name, layer in layers.items():
         kind, original = cast(kinds.Kind, kind_of(layer)), originals.get(name)
         if original is None or kind_of(original) is not kind:
@@ -223,6 +230,7 @@ def compare(
         else Row(name, layer.scheme, math.nan, None, _NEVER)
         for name, layer in layers.items()
     ]
+    rows += [Row(n, layer.scheme, math.nan, None, _FUNCTION) for n, layer in functions.items()]
     return Comparison([*rows, Row(OUTPUT, None, total.db, None)])
 
 

@@ -99,7 +99,7 @@ def prepare(
     if not plan.schemes:
         raise ValueError(nothing_to_do("qnn.prepare", "prepare", modules, plan))
     names = {id(module): name for name, module in reversed(modules.items())}
-    parts = _checked_parts(modules, plan, parts, split_gates)
+    parts = checked_parts(modules, plan, parts, split_gates)
     shared = tied(modules) if smooth else set()
 
     def make(old: nn.Module, own: Own) -> nn.Module:
@@ -158,7 +158,7 @@ def tied(modules: dict[str, nn.Module]) -> set[int]:
     return {key for several in users.values() if len(several) > 1 for key in several}
 
 
-def _checked_parts(
+def checked_parts(
     modules: dict[str, nn.Module], plan: Plan, parts: Specs | None, split_gates: bool
 ) -> PartSpecs | None:
     """`parts`, each key for the layers that have it; what is wrong is raised before anything is

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from qnn.calibration.fake_quantize import FakeQuantize
+from qnn.calibration.fake_quantize import FakeQuantize, rounds
 from qnn.calibration.spec import QuantSpec
 from qnn.functional.attention import ROLES, runs
 from qnn.nn.attention.forward import APART, Attention, arguments_of
@@ -151,7 +151,7 @@ class ObservedMultiheadAttention(Attention):
         for start, stop in runs(inputs, packed=packed):
             rows = slice(size * start, size * stop)
             weight: Any = self.in_proj_weight if packed else getattr(self, APART[start])
-            weight = fake_quantize_weight(weight) if self.qat else weight
+            weight = fake_quantize_weight(weight) if rounds(self) else weight
             y = nn.functional.linear(
                 points[start](inputs[start]),
                 weight[rows] if packed else weight,

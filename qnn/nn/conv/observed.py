@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from qnn.calibration.fake_quantize import FakeQuantize
+from qnn.calibration.fake_quantize import FakeQuantize, rounds
 from qnn.calibration.spec import QuantSpec
 from qnn.nn.base import Quantized
 from qnn.nn.conv.geometry import geometry, layout_of, plain_class, require_conv
@@ -62,7 +62,7 @@ class ObservedConv(nn.Module):
         if type(input) is not torch.Tensor and (y := of_other_kind(self, input)) is not None:
             return cast(torch.Tensor, y)
         own: Any = self
-        weight = fake_quantize_weight(self.weight, layout_of(self)) if self.qat else self.weight
+        weight = fake_quantize_weight(self.weight, layout_of(self)) if rounds(self) else self.weight
         x = self.input_quantize(input)
         if not own.transposed:
             return cast(torch.Tensor, own._conv_forward(x, weight, self.bias))

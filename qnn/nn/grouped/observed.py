@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qnn.calibration.fake_quantize import FakeQuantize
+from qnn.calibration.fake_quantize import FakeQuantize, rounds
 from qnn.calibration.spec import QuantSpec
 from qnn.functional.grouped import float_grouped_linear, without_rest
 from qnn.functional.layout import STACK
@@ -78,7 +78,7 @@ class ObservedGroupedLinear(GroupedLinear):
         return made.train(layer.training)
 
     def forward(self, input: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        weight = fake_quantize_weight(self.weight, STACK) if self.qat else self.weight
+        weight = fake_quantize_weight(self.weight, STACK) if rounds(self) else self.weight
         x = self.input_quantize(without_rest(input, offsets))
         return float_grouped_linear(x, weight, offsets, self.bias)
 

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from qnn.calibration.fake_quantize import FakeQuantize
+from qnn.calibration.fake_quantize import FakeQuantize, rounds
 from qnn.calibration.spec import QuantSpec
 from qnn.functional.grouped import float_grouped_linear, without_rest
 from qnn.functional.layout import STACK
@@ -76,7 +76,7 @@ class ObservedExperts(Routed):
 
     def _product(self, weight: str, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         held = self._turned(cast(torch.Tensor, self._parameters[weight]))
-        held = fake_quantize_weight(held, STACK) if self.qat else held
+        held = fake_quantize_weight(held, STACK) if rounds(self) else held
         x = self.points()[weight](without_rest(rows, offsets))
         return float_grouped_linear(x, held, offsets, self._parameters.get(f"{weight}_bias"))
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from qnn.calibration.fake_quantize import rounds
 from qnn.calibration.spec import QuantSpec
 from qnn.kernels.formats import FLOATS
 from qnn.nn.linear.observed import ObservedLinear, fake_quantize_weight
@@ -93,7 +94,7 @@ class ObservedConv1D(ObservedLinear):
         if type(input) is not torch.Tensor and (y := of_other_kind(self, input)) is not None:
             return cast(torch.Tensor, y)
         x = self.input_quantize(input)
-        if self.qat:
+        if rounds(self):
             return nn.functional.linear(x, fake_quantize_weight(self.weight.t()), self.bias)
         y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
         return y.view(*x.shape[:-1], self.out_features)

@@ -11,7 +11,7 @@ from torch import nn
 
 from qnn.calibration import smoothing
 from qnn.calibration.doubts import many_lost
-from qnn.calibration.fake_quantize import FakeQuantize
+from qnn.calibration.fake_quantize import FakeQuantize, rounds
 from qnn.calibration.parts import Specs
 from qnn.calibration.spec import QuantSpec
 from qnn.functional.layout import MATRIX, Layout
@@ -137,7 +137,7 @@ class ObservedLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if type(input) is not torch.Tensor and (y := of_other_kind(self, input)) is not None:
             return cast(torch.Tensor, y)
-        weight = fake_quantize_weight(self.weight) if self.qat else self.weight
+        weight = fake_quantize_weight(self.weight) if rounds(self) else self.weight
         return nn.functional.linear(self.input_quantize(input), weight, self.bias)
 
     def factors(self) -> torch.Tensor | None:

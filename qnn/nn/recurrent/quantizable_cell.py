@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.rnn import RNNCellBase
 
-from qnn.calibration.fake_quantize import FakeQuantize
+from qnn.calibration.fake_quantize import FakeQuantize, rounds
 from qnn.functional.float_recurrent import States, Weights, float_layer
 from qnn.nn.recurrent.cells import NAMES, Cells
 from qnn.nn.recurrent.observed import Observed
@@ -90,7 +90,7 @@ class QuantizableCell(Cells, Observed):
             self.mode,
             x.unsqueeze(0),
             states,
-            weights.fake_quantized() if self.qat else weights,
+            weights.fake_quantized() if rounds(self) else weights,
             points,
             given=given,
             split_gates=self.split_gates,

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from qnn.calibration.fake_quantize import rounds
 from qnn.functional.float_recurrent import States, Weights, float_recurrent, valid_steps
 from qnn.kernels.torch_private import is_exporting
 from qnn.nn.recurrent.observed import Observed
@@ -151,7 +152,7 @@ class QuantizableRecurrent(Sequences, Observed):
             self.mode,
             x,
             states,
-            [each.fake_quantized() for each in weights] if self.qat else weights,
+            [each.fake_quantized() for each in weights] if rounds(self) else weights,
             points,
             bidirectional=self.bidirectional,
             given=given,
