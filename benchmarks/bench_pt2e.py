@@ -46,7 +46,7 @@ class Words(nn.Module):
             intermediate_size=4 * width,
             vocab_size=2000,
         )
-        self.bert = BertModel(config)
+        self.bert = BertModel(config, add_pooling_layer=False)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.bert(input_ids, return_dict=False)[0]
