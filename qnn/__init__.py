@@ -154,9 +154,13 @@ if _TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> _Any:
-    """`qnn.pt2e`, imported when it is first named: who converts modules does not need it."""
-    if name == "pt2e":
-        from importlib import import_module
+    """`qnn.pt2e`, and what `from_pretrained` of transformers takes (`qnn.QnnConfig`,
+    `qnn.Int8Config`, …), imported when they are first named: who converts modules needs neither.
+    """
+    from importlib import import_module
 
+    if name == "pt2e":
         return import_module("qnn.pt2e")
+    if name.endswith("Config") and not name.startswith("_"):
+        return getattr(import_module("qnn.integrations.transformers"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
