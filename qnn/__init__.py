@@ -161,6 +161,13 @@ def __getattr__(name: str) -> _Any:
 
     if name == "pt2e":
         return import_module("qnn.pt2e")
-    if name.endswith("Config") and not name.startswith("_"):
-        return getattr(import_module("qnn.integrations.transformers"), name)
+    schemes = {scheme.replace("_", "") for scheme in ("qnn", *SCHEMES)}
+    if name.endswith("Config") and name.removesuffix("Config").lower() in schemes:
+        try:
+            return getattr(import_module("qnn.integrations.transformers"), name)
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"qnn.{name} needs transformers, which is not installed: pip install "
+                f"'transformers>=5.0' ({error})."
+            ) from None
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -111,7 +111,7 @@ class Arrivals:
         form = get_scheme(cast(str, self.plan.schemes[key])).weight
         sizes = ((part, part.shape(math.prod(rows), columns)) for part in form.parts)
         count = sum(math.prod(shape) * part.dtype.itemsize for part, shape in sizes)
-        return count / (math.prod(rows) * columns)
+        return float(count / (math.prod(rows) * columns))
 
     def take(self, name: str, value: torch.Tensor) -> set[str]:
         """Put a tensor where it belongs, and quantise what is complete; returns the names that it
@@ -121,8 +121,7 @@ class Arrivals:
         if found is None:
             return set()  # its layer was left alone meanwhile
         if self.is_done(name):
-            self._again(name, value)
-            return found.names
+            return found.names if self._again(name, value) else set()
         if self.parameter(name).shape != value.shape:
             reason = f"its {found.places[0][1]} has other sizes in the checkpoint"
             self._leave({key for key, _ in found.places}, reason)
@@ -168,20 +167,20 @@ class Arrivals:
                 for name in found.names:
                     self.tensors.pop(name, None)
 
-    def _again(self, name: str, value: torch.Tensor) -> None:
-        """A weight whose layer is quantised already, by one that it is tied to: where the file has
-        another one, the two are not tied.
+    def _again(self, name: str, value: torch.Tensor) -> bool:
+        """A tensor of a layer that is quantised already, by a weight that it is tied to: where the
+        file has another one, the two are not tied. False for a bias.
         """
         owner, _, leaf = name.rpartition(".")
         layer = cast(Quantized, self.model.get_submodule(owner))
         if leaf not in layer._weight_shapes():
-            return
+            return False
         read = layer._read_state({leaf: value})
-        if all(torch.equal(layer._parameters[n], each) for n, each in read.items()):
-            return
-        for part, each in read.items():
-            layer._parameters[part] = _loaded(frozen(each))
-        self.untied |= self.tensors[name].names
+        if any(not torch.equal(cast(Any, layer._parameters[n]), p) for n, p in read.items()):
+            self.untied |= self.tensors[name].names
+            for part, each in read.items():
+                layer._parameters[part] = _loaded(frozen(each))
+        return True
 
     def finish(self, missing: Iterable[str]) -> None:
         """Convert what could not be while tensors arrived, and say what stays float; `missing` are

@@ -221,6 +221,11 @@ class QnnQuantizer(HfQuantizer):  # type: ignore[misc]
         """All that the checkpoint has is read, and nothing is drawn yet."""
         self.info = info
         if self.arrivals is None:
+            for layer in _layers(model).values():
+                stored = {*layer._kept()} | layer._disk_names()
+                for name in stored & layer._parameters.keys():
+                    # The reader makes whatever is float trainable, scales too.
+                    cast(nn.Parameter, layer._parameters[name]).requires_grad_(False)
             return
         self._missing = set(info.missing_keys)
         if refused := self.arrivals.refused:
@@ -347,7 +352,6 @@ def _check(model: Any, info: Any) -> None:
         )
     offloaded = set(_offloaded(model))
     for name, layer in layers.items():
-        kept = layer._kept()
         if name in offloaded:
             _expect_parts(f"{who}: {name}", layer)
         else:
@@ -358,8 +362,6 @@ def _check(model: Any, info: Any) -> None:
                 layer.load_state_dict(state, assign=True)
             except RuntimeError as error:
                 raise ValueError(f"{who}: {name}: {error}") from None
-        for parameter_name, parameter in layer.named_parameters(recurse=False):
-            parameter.requires_grad_(parameter_name not in kept)
 
 
 def _expect_parts(who: str, layer: Quantized) -> None:

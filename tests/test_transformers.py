@@ -1,0 +1,698 @@
+"""transformers: quantise on load, and the way there and back. Each trap of the reader is a test."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from parameterized import parameterized
+from torch import nn
+
+import qnn
+
+from .common import child, same_bits
+from .test_load_pretrained import IDS, SMALL, STOCK, hub, masked, same_state
+
+SCHEMES = sorted(s for s in qnn.SCHEMES if not qnn.kernels.get_scheme(s).static)
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """transformers, with qnn's integration, also where another test has taken it away."""
+    transformers = hub()
+    module = importlib.import_module("qnn.integrations.transformers")
+    auto = importlib.import_module("transformers.quantizers.auto")
+    mapping = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+    monkeypatch.setitem(mapping, "compressed-tensors", module._Described)
+    return transformers
+
+
+def randomised(model: nn.Module) -> Any:
+    """Weights of unit gain and biases that are not zeros, so that a wrong one shows."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.normal_(1, 0.2)
+            else:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return model.eval()
+
+
+def output(model: Any, x: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model(x)[0]
+    return result
+
+
+def inputs(kind: str) -> torch.Tensor:
+    return torch.randn(1, 3, 16, 16) if kind == "renamed keys" else IDS
+
+
+class Saved:
+    """A float model in a folder."""
+
+    def __init__(self, model: Any) -> None:
+        self.cls = type(model)
+        self._folder = tempfile.TemporaryDirectory()
+        self.path = Path(self._folder.name)
+        model.save_pretrained(self.path)
+
+    def float(self, **options: Any) -> Any:
+        return self.cls.from_pretrained(self.path, **options)
+
+    def quantised(self, *arguments: Any, **options: Any) -> Any:
+        config = qnn.QnnConfig(*arguments)
+        return self.cls.from_pretrained(self.path, quantization_config=config, **options)
+
+
+def llama(**options: Any) -> Any:
+    sizes = {"num_hidden_layers": 2, "num_key_value_heads": 2, "pad_token_id": 0}
+    torch.manual_seed(0)
+    transformers = hub()
+    config = transformers.LlamaConfig(**{**SMALL, **sizes, "eos_token_id": None, **options})
+    return randomised(transformers.LlamaForCausalLM(config))
+
+
+def equal(got: Any, want: Any, x: torch.Tensor = IDS) -> None:
+    """The same model: state, order and gradients of parameters, description, output."""
+    assert same_state(got, want)
+    for (name, p), (other, q) in zip(got.named_parameters(), want.named_parameters(), strict=True):
+        assert (name, p.requires_grad, p.dtype) == (other, q.requires_grad, q.dtype)
+    assert got.config.quantization_config == want.config.quantization_config
+    assert same_bits(output(got, x), output(want, x))
+
+
+class TestQuantiseOnLoad:
+    """It gives what `qnn.convert` gives, bit for bit, and so does the file that it saves."""
+
+    @parameterized.expand([(kind,) for kind in STOCK])
+    def test_stock_models(self, kind: str) -> None:
+        saved = Saved(randomised(STOCK[kind]()))
+        got, x = saved.quantised("int8"), inputs(kind)
+        equal(got, qnn.convert(saved.float(), "int8"), x)
+        got.save_pretrained(saved.path / "q")
+        again = saved.cls.from_pretrained(saved.path / "q")
+        equal(again, got, x)
+        again.save_pretrained(saved.path / "q")  # the folder that it is mapped from
+        equal(saved.cls.from_pretrained(saved.path / "q"), got, x)
+
+    @parameterized.expand([(scheme,) for scheme in SCHEMES])
+    def test_schemes(self, scheme: str) -> None:
+        saved = Saved(randomised(masked(hidden_size=128)))
+        got = saved.quantised(scheme)
+        equal(got, qnn.convert(saved.float(), scheme))
+        got.save_pretrained(saved.path / "q")
+        equal(saved.cls.from_pretrained(saved.path / "q"), got)
+
+    @parameterized.expand(
+        [
+            ({"*": "int8", nn.Embedding: "int8_weight"},),
+            ({"*": "nvfp4_weight", nn.Embedding: "nvfp4_weight"},),
+            ({"*.attention": "fp8", "*.dense": "int8_weight", "*.layer.1.output*": None},),
+            ({lambda name, module: "query" in name: "int4_weight_g64"},),
+        ]
+    )
+    def test_a_scheme_a_name_and_tied_tables(self, scheme: Any) -> None:
+        saved = Saved(randomised(masked()))
+        got, want = saved.quantised(scheme), qnn.convert(saved.float(), scheme)
+        equal(got, want)
+        tied = nn.Embedding in scheme
+        assert (
+            got.cls.predictions.decoder.weight is got.bert.embeddings.word_embeddings.weight
+        ) == (want.cls.predictions.decoder.weight is want.bert.embeddings.word_embeddings.weight)
+        if tied:
+            left, right = got.cls.predictions.decoder, got.bert.embeddings.word_embeddings
+            first = next(iter(left._part_names["weight"]))
+            assert left._parameters[first] is right._parameters[first]
+        got.save_pretrained(saved.path / "q")
+        equal(saved.cls.from_pretrained(saved.path / "q"), got)
+
+    def test_conv1d_and_experts_of_other_layouts(self) -> None:
+        transformers = hub()
+        config = transformers.GPT2Config(
+            n_layer=1, n_embd=32, n_head=2, vocab_size=50, bos_token_id=0, eos_token_id=0
+        )
+        saved = Saved(randomised(transformers.GPT2LMHeadModel(config)))
+        equal(saved.quantised("fp8"), qnn.convert(saved.float(), "fp8"))
+        config = transformers.GptOssConfig(
+            **SMALL, num_hidden_layers=1, num_local_experts=2, num_key_value_heads=2, head_dim=32,
+            pad_token_id=0, num_experts_per_tok=2,
+        )  # fmt: skip
+        saved = Saved(randomised(transformers.GptOssForCausalLM(config)))
+        equal(saved.quantised("int8"), qnn.convert(saved.float(), "int8"))
+
+    @parameterized.expand([("bfloat16",), ("float16",), ("auto",)])
+    def test_dtype(self, dtype: str) -> None:
+        saved = Saved(randomised(masked()).to(torch.bfloat16))
+        got = saved.quantised("int8", dtype=dtype)
+        equal(got, qnn.convert(saved.float(dtype=dtype), "int8"))
+        layer = got.bert.encoder.layer[0].output.dense
+        assert layer.weight_scale.dtype == torch.float32
+        assert layer.bias.dtype == got.dtype == getattr(torch, dtype.replace("auto", "bfloat16"))
+
+    def test_a_layer_that_keeps_float32(self) -> None:
+        """T5 keeps `wo` in float32 beside float16: it is quantised from float32."""
+        transformers = hub()
+        config = transformers.T5Config(
+            d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=50
+        )
+        saved = Saved(randomised(transformers.T5EncoderModel(config)))
+        got = saved.quantised("int8", dtype=torch.float16)
+        equal(got, qnn.convert(saved.float(dtype=torch.float16), "int8"))
+        assert got.encoder.block[0].layer[1].DenseReluDense.wo.dtype == torch.float32
+
+    def test_sharded_checkpoints_and_pickles(self) -> None:
+        model = randomised(masked())
+        saved = Saved(model)
+        want = qnn.convert(saved.float(), "int8")
+        model.save_pretrained(saved.path, max_shard_size="40KB")
+        assert len(list(saved.path.glob("*.safetensors"))) > 2
+        equal(saved.quantised("int8"), want)
+        for path in saved.path.glob("*.safetensors*"):
+            path.unlink()
+        torch.save(model.state_dict(), saved.path / "pytorch_model.bin")  # tied weights twice
+        equal(saved.quantised({"*": "int8", nn.Embedding: "int8_weight"}),
+              qnn.convert(saved.float(), {"*": "int8", nn.Embedding: "int8_weight"}))  # fmt: skip
+
+    def test_names_that_stay_float(self) -> None:
+        saved = Saved(randomised(masked()))
+        got = saved.quantised("int8", ["transform.dense", "bert.encoder.layer.0", "*.key"])
+        want = qnn.convert(
+            saved.float(), exclude=["cls.predictions.transform", "bert.encoder.layer.0", "*.key"]
+        )
+        equal(got, want)
+        with pytest.raises(ValueError, match=r"has 'lm_head', which is no module of BertForMasked"):
+            saved.quantised("int8", ["lm_head"])
+
+    def test_what_a_scheme_cannot_take(self) -> None:
+        saved = Saved(randomised(masked()))
+        with pytest.raises(ValueError, match="multiple of 128, got 64"):
+            saved.quantised("int4_weight")
+        got = saved.quantised("int4_weight", None, "skip")
+        equal(got, qnn.convert(saved.float(), "int4_weight", on_unsupported="skip"))
+        model = saved.float()
+        with torch.no_grad():
+            model.bert.encoder.layer[0].output.dense.weight[3, 5] = torch.nan
+        model.save_pretrained(saved.path)
+        with pytest.raises(ValueError, match=r"layer.0.output.dense: its weight holds 1 NaN"):
+            saved.quantised("int8")
+        got = saved.quantised("int8", None, "skip")
+        assert type(got.bert.encoder.layer[0].output.dense) is nn.Linear
+        assert same_state(got, qnn.convert(saved.float(), "int8", on_unsupported="skip"))
+
+    def test_configs(self) -> None:
+        assert qnn.Int4WeightG64Config().scheme == "int4_weight_g64"
+        assert "*.query" in repr(qnn.QnnConfig({"*.query": "int8", nn.Embedding: "int8_weight"}))
+        for scheme, message in (("int8_static", "needs calibration"), ("int9", "int9")):
+            with pytest.raises(ValueError, match=message):
+                qnn.QnnConfig(scheme)
+        with pytest.raises(TypeError, match="takes a list of names of modules, got 'lm_head'"):
+            qnn.Int8Config(modules_to_not_convert="lm_head")
+        with pytest.raises(ValueError, match="'error' or 'skip', got 'maybe'"):
+            qnn.Int8Config(on_unsupported="maybe")
+        with pytest.raises(AttributeError):
+            _ = qnn.Int9Config
+        saved = Saved(randomised(masked()))
+        config = {"quant_method": "qnn", "scheme": "int8"}
+        got = saved.cls.from_pretrained(saved.path, quantization_config=config)
+        equal(got, qnn.convert(saved.float(), "int8"))
+
+    def test_tied_by_the_config_and_not_in_the_file(self) -> None:
+        st = pytest.importorskip("safetensors.torch", reason="needs safetensors")
+        saved = Saved(llama(tie_word_embeddings=True))
+        path = saved.path / "model.safetensors"
+        state = st.load_file(path)
+        table = state["model.embed_tokens.weight"]
+        for head in (table.clone(), table * 2):
+            st.save_file({**state, "lm_head.weight": head}, path, metadata={"format": "pt"})
+            rules = {"*": "int8", nn.Embedding: "int8_weight"}
+            got, want = saved.quantised(rules), qnn.convert(saved.float(), rules)
+            assert same_state(got, want)
+            got.save_pretrained(saved.path / "q")
+            assert same_state(saved.cls.from_pretrained(saved.path / "q"), got)
+
+
+class TestReading:
+    """`from_pretrained` of a file that qnn wrote."""
+
+    def test_one_that_convert_made(self) -> None:
+        model = qnn.convert(randomised(masked()), {"*": "fp8", "*.query": None})
+        saved = Saved(model)
+        equal(saved.cls.from_pretrained(saved.path), model)
+        with pytest.warns(UserWarning, match="from the model will be used"):
+            got = saved.cls.from_pretrained(saved.path, quantization_config=qnn.Int8Config())
+        equal(got, model)
+
+    def test_static(self) -> None:
+        batches = [torch.randint(3, 100, (2, 9)) for _ in range(3)]
+        prepared = qnn.prepare(randomised(masked()), exclude="*.key")
+        model = qnn.convert(qnn.calibrate(prepared, batches))
+        saved = Saved(model)
+        equal(saved.cls.from_pretrained(saved.path), model)
+
+    def test_truncated(self) -> None:
+        st = pytest.importorskip("safetensors.torch", reason="needs safetensors")
+        saved = Saved(qnn.convert(randomised(masked())))
+        path = saved.path / "model.safetensors"
+        state = st.load_file(path)
+        del state["bert.encoder.layer.1.output.dense.weight_scale"]
+        st.save_file(state, path, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=r"the file has no bert\S*dense.weight_scale"):
+            saved.cls.from_pretrained(saved.path)
+
+    def test_a_config_without_a_description(self) -> None:
+        saved = Saved(masked())
+        config = saved.float().config
+        config.quantization_config = {"quant_method": "qnn"}
+        with pytest.raises(ValueError, match=r"pass quantization_config=qnn.Int8Config\(\)"):
+            saved.cls.from_pretrained(saved.path, config=config)
+
+    def test_auto_classes_pipelines_and_other_heads(self) -> None:
+        transformers = hub()
+        model = randomised(masked())
+        saved = Saved(model)
+        got = transformers.AutoModelForMaskedLM.from_pretrained(
+            saved.path, quantization_config=qnn.Int8Config()
+        )
+        got.save_pretrained(saved.path)
+        backbone = transformers.AutoModel.from_pretrained(saved.path)
+        assert same_bits(output(backbone), output(got.bert))
+
+
+class TestUse:
+    def test_generate(self) -> None:
+        """With a cache that grows and one of a fixed size."""
+        saved = Saved(llama(tie_word_embeddings=True))
+        want = qnn.convert(saved.float(), "int8")
+        got = saved.quantised("int8")
+        assert got.hf_quantizer.is_compileable
+        for cache in (None, "static"):
+            options: Any = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": cache}
+            options["disable_compile"] = True
+            assert torch.equal(got.generate(IDS, **options), want.generate(IDS, **options))
+
+    def test_pipeline(self) -> None:
+        transformers = hub()
+        saved = Saved(llama())
+        words = [f"w{i}" for i in range(SMALL["vocab_size"])]
+        tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers")
+        vocabulary = {word: i for i, word in enumerate(words)}
+        plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary))
+        plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain)
+        tokenizer.save_pretrained(saved.path)
+        options = {"quantization_config": qnn.Int8Config()}
+        pipe = transformers.pipeline("text-generation", str(saved.path), model_kwargs=options)
+        assert isinstance(pipe.model.model.layers[0].mlp.up_proj, qnn.QLinear)
+        (said,) = pipe("w3 w4 w5", max_new_tokens=3, do_sample=False)
+        ids = qnn.convert(saved.float()).generate(
+            torch.tensor([[3, 4, 5]]), max_new_tokens=3, do_sample=False
+        )
+        assert said["generated_text"].replace(" ", "") == "".join(words[i] for i in ids[0])
+
+    def test_dequantize(self) -> None:
+        saved = Saved(randomised(masked()))
+        rules = {"*": "int8", nn.Embedding: "int8_weight"}
+        got = saved.quantised(rules)
+        want = copy.deepcopy(got.bert.encoder.layer[0].output.dense.weight.clone())
+        got.save_pretrained(saved.path / "q")  # which leaves config.dtype a string
+        plain = got.dequantize()
+        assert plain is got
+        assert not any(isinstance(module, qnn.Quantized) for module in plain.modules())
+        assert same_bits(plain.bert.encoder.layer[0].output.dense.weight, want)
+        assert plain.cls.predictions.decoder.weight is plain.bert.embeddings.word_embeddings.weight
+        assert not hasattr(plain.config, "quantization_config")
+        plain.save_pretrained(saved.path / "f")
+        assert same_bits(output(saved.cls.from_pretrained(saved.path / "f")), output(plain))
+        again = saved.cls.from_pretrained(saved.path / "q").dequantize(dtype=torch.bfloat16)
+        assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+
+    def test_convert_tells_the_model_its_quantizer(self) -> None:
+        model = qnn.convert(randomised(masked()))
+        assert type(copy.deepcopy(model).half().dequantize().bert.pooler) is type(None)
+        assert model.hf_quantizer.is_serializable()
+
+    def test_trainer_with_lora(self) -> None:
+        transformers = hub()
+        peft = pytest.importorskip("peft", reason="needs the extra 'examples'")
+        pytest.importorskip("accelerate", reason="needs accelerate")
+        saved = Saved(llama())
+        model = saved.quantised("int8")
+        arguments = transformers.TrainingArguments(
+            str(saved.path / "t"), max_steps=4, learning_rate=1e-2, report_to=[], use_cpu=True,
+            per_device_train_batch_size=4, gradient_checkpointing=True, save_strategy="no",
+            disable_tqdm=True,
+        )  # fmt: skip
+        rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 100, (16, 9))]
+        with pytest.raises(ValueError, match="Please attach trainable adapters"):
+            transformers.Trainer(model, arguments, train_dataset=rows)
+        before = copy.deepcopy(model.state_dict())
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+        trainer = transformers.Trainer(adapted, arguments, train_dataset=rows)
+        trainer.train()
+        adapted.save_pretrained(saved.path / "lora")
+        changed = [n for n, p in adapted.named_parameters() if "lora_B" in n and bool(p.any())]
+        assert changed
+        after = {n.replace(".base_layer", ""): t for n, t in model.state_dict().items()}
+        assert all(same_bits(after[name], tensor) for name, tensor in before.items())
+        again = peft.PeftModel.from_pretrained(saved.quantised("int8"), saved.path / "lora").eval()
+        adapted.eval()
+        assert same_bits(output(again), output(adapted))
+
+
+ON_DISK = {
+    "model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu",
+    "model.layers.0": "cpu", "model.layers.1": "disk",
+}  # fmt: skip
+
+
+class TestDevices:
+    def test_cpu_and_auto(self) -> None:
+        pytest.importorskip("accelerate", reason="needs accelerate")
+        saved = Saved(llama(tie_word_embeddings=True))
+        want = qnn.convert(saved.float(), "int8")
+        for device_map in ("cpu", "auto", {"": "cpu"}):
+            equal(saved.quantised("int8", device_map=device_map), want)
+        want.save_pretrained(saved.path / "q")
+        for device_map in ("cpu", "auto"):
+            equal(saved.cls.from_pretrained(saved.path / "q", device_map=device_map), want)
+
+    def test_sizes_that_a_device_map_goes_by(self) -> None:
+        """What a layer will hold, to some bytes of scales."""
+        accelerate = importlib.import_module("transformers.integrations.accelerate")
+        module = importlib.import_module("qnn.integrations.transformers")
+        for scheme in ("int8", "nvfp4_weight", "int4_weight_g64"):
+            saved = Saved(llama())
+            want = qnn.convert(saved.float(), scheme)
+            quantizer = module.QnnQuantizer(qnn.QnnConfig(scheme), pre_quantized=False)
+            with torch.device("meta"):
+                skeleton = saved.cls(want.config)
+            quantizer._process_model_before_weight_loading(skeleton)
+            sizes, _ = accelerate.compute_module_sizes(skeleton, quantizer)
+            held = sum(p.nbytes for p in want.parameters())
+            held += sum(b.nbytes for b in want.buffers())
+            assert abs(sizes[""] - held) <= 0.001 * held, scheme
+
+    @parameterized.expand([("int8",), ("fp8_weight",), ("nvfp4",), ("int4_weight_g64",)])
+    def test_disk(self, scheme: str) -> None:
+        pytest.importorskip("accelerate", reason="needs accelerate")
+        saved = Saved(llama(tie_word_embeddings=True))
+        want = saved.quantised(scheme)
+        want.save_pretrained(saved.path / "q")
+        got = saved.cls.from_pretrained(
+            saved.path / "q", device_map=ON_DISK, offload_folder=str(saved.path / "o")
+        )
+        assert all(p.is_meta for p in got.model.layers[1].mlp.parameters())
+        for _ in range(2):
+            assert same_bits(output(got), output(want))
+        with pytest.raises(ValueError, match="offloaded to the disk; load the model without"):
+            got.dequantize()
+
+    def test_disk_is_refused_where_it_would_be_wrong(self) -> None:
+        pytest.importorskip("accelerate", reason="needs accelerate")
+        saved = Saved(llama())
+        saved.quantised("int4_weight_asym_g64").save_pretrained(saved.path / "q")
+        with pytest.raises(ValueError, match="cannot be offloaded to the disk"):
+            saved.cls.from_pretrained(
+                saved.path / "q", device_map=ON_DISK, offload_folder=str(saved.path / "o")
+            )
+
+
+MEMORY = """
+import os, sys, tempfile, threading, time
+import torch, transformers
+import qnn
+import qnn.integrations.transformers
+
+def private():
+    with open("/proc/self/status") as file:
+        (line,) = (each for each in file if each.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+def grown(cls, folder, **options):
+    before, peak, done = private(), [0], threading.Event()
+    def watch():
+        while not done.is_set():
+            peak[0] = max(peak[0], private())
+            time.sleep(0.0005)
+    thread = threading.Thread(target=watch)
+    thread.start()
+    model = cls.from_pretrained(folder, **options)
+    done.set()
+    thread.join()
+    return model, max(peak[0], private()) - before
+
+torch.set_num_threads(1)
+transformers.logging.disable_progress_bar()
+cls, scheme = transformers.BertModel, sys.argv[1]
+with tempfile.TemporaryDirectory() as folder:
+    for layers, hidden in ((1, 256), (8, 512)):  # the first for what is made once
+        config = transformers.BertConfig(
+            hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
+            num_attention_heads=4, vocab_size=400, max_position_embeddings=64)
+        if os.fork() == 0:  # its floats are to leave nothing here
+            cls(config).save_pretrained(f"{folder}/{hidden}")
+            os._exit(0)
+        os.wait()
+        path = f"{folder}/{hidden}"
+        size = os.path.getsize(path + "/model.safetensors")
+        model, loaded = grown(cls, path, quantization_config=qnn.QnnConfig(scheme))
+        model.save_pretrained(path + "/q")
+        del model
+        model, reloaded = grown(cls, path + "/q")
+        assert any(isinstance(each, qnn.QLinear) for each in model.modules())
+print(size, loaded, reloaded)
+"""
+
+
+class TestMemory:
+    @parameterized.expand([("int8",), ("int4_weight",)])
+    def test_no_float_copy(self, scheme: str) -> None:
+        """Private memory over a checkpoint of 100 MB, the most at any time."""
+        if not Path("/proc/self/status").exists():
+            pytest.skip("needs /proc")
+        with tempfile.TemporaryDirectory() as folder:
+            script = Path(folder) / "memory.py"
+            script.write_text(MEMORY)
+            code = (
+                f"import runpy, sys; sys.argv = ['', {scheme!r}]; runpy.run_path({str(script)!r})"
+            )
+            size, loaded, reloaded = map(int, child(code).split()[-3:])
+        assert 90e6 < size < 110e6
+        assert loaded <= 0.3 * size
+        assert reloaded <= 0.02 * size
+
+
+class TestRegistration:
+    def test_by_its_import(self) -> None:
+        """Not by that of qnn, nor by convert."""
+        child(
+            """
+            import torch, transformers
+            from transformers.quantizers import auto
+            import qnn
+            known = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+            config = transformers.BertConfig(
+                hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
+            qnn.convert(transformers.BertModel(config))
+            assert "qnn" not in known
+            qnn.Int8Config
+            assert "qnn" in known
+            """
+        )
+
+    def test_without_transformers(self) -> None:
+        child(
+            """
+            import sys
+            sys.modules["transformers"] = None
+            import qnn
+            try:
+                qnn.Int8Config()
+            except ImportError as error:
+                assert "qnn.Int8Config needs transformers" in str(error), error
+            else:
+                raise AssertionError
+            """
+        )
+
+
+class TestTraps:
+    """What goes wrong, silently or not, in a reader of quantised models that is written plainly."""
+
+    def test_1_integers_loaded_as_floats(self) -> None:
+        """A converted model describes itself; one quantised on load does too, for plain readers."""
+        pytest.importorskip("compressed_tensors", reason="needs the extra 'dev'")
+        auto: Any = importlib.import_module("transformers.quantizers.auto")
+        saved = Saved(randomised(masked()))
+        got = saved.quantised("int8")
+        got.save_pretrained(saved.path / "q")
+        with pytest.MonkeyPatch.context() as patch:
+            known = auto.CompressedTensorsConfig
+            patch.setitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "compressed-tensors", known)
+            plain = saved.cls.from_pretrained(saved.path / "q").eval()
+        assert not any(isinstance(module, qnn.Quantized) for module in plain.modules())
+        assert qnn.sqnr(output(got), output(plain)) > 40
+
+    @parameterized.expand([("of a backbone",), ("of another head",)])
+    def test_2_new_heads(self, kind: str) -> None:
+        """A head that the checkpoint lacks is drawn and stays float; the keys of a backbone have
+        other names in the file.
+        """
+        transformers = hub()
+        model = randomised(masked())
+        saved = Saved(model.bert if kind == "of a backbone" else model)
+        head = transformers.BertForSequenceClassification
+        logger = transformers.logging.get_logger("transformers.qnn")
+        said: list[str] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(logger, "warning", said.append)
+            options = {"quantization_config": qnn.Int8Config(), "num_labels": 3}
+            got = head.from_pretrained(saved.path, **options)
+        assert type(got.classifier) is nn.Linear
+        assert not got.classifier.weight.is_meta
+        assert 0.01 < float(got.classifier.weight.std()) < 0.03
+        assert any("classifier (it is new" in line for line in said)
+        assert isinstance(got.bert.encoder.layer[0].output.dense, qnn.QLinear)
+        assert "it is new" in str(qnn.summary(got))
+        want = head.from_pretrained(saved.path, num_labels=3)
+        want.classifier, want.bert.pooler = got.classifier, got.bert.pooler  # as they were drawn
+        want = qnn.convert(want, exclude=["classifier", "bert.pooler"])
+        assert same_bits(output(got), output(want))
+        got.save_pretrained(saved.path / "q")
+        assert same_state(head.from_pretrained(saved.path / "q"), got)
+
+    def test_2_heads_of_other_sizes(self) -> None:
+        transformers = hub()
+        head = transformers.BertForSequenceClassification
+        config = transformers.BertConfig(num_hidden_layers=1, num_labels=2, **SMALL)
+        saved = Saved(randomised(head(config)))
+        assert isinstance(saved.quantised("int8").classifier, qnn.QLinear)
+        options = {"num_labels": 5, "ignore_mismatched_sizes": True}
+        got = saved.quantised("int8", **options)
+        assert type(got.classifier) is nn.Linear
+        assert tuple(got.classifier.weight.shape) == (5, 64)
+        assert "has other sizes in the checkpoint" in str(qnn.summary(got))
+        with pytest.raises(RuntimeError, match=r"(?i)mismatched"):
+            saved.quantised("int8", num_labels=5)
+
+    def test_3_disk_offload_of_a_saved_model(self) -> None:
+        """What stays on the disk is not drawn anew; all of it may stay there."""
+        pytest.importorskip("accelerate", reason="needs accelerate")
+        saved = Saved(llama())
+        want = saved.quantised("int8")
+        want.save_pretrained(saved.path / "q")
+        for tied in (False, True):
+            if tied:
+                want = Saved(llama(tie_word_embeddings=True)).quantised(
+                    {"*": "int8", nn.Embedding: "int8_weight"}
+                )
+                want.save_pretrained(saved.path / "q")
+            device_map = {**ON_DISK, "lm_head": "disk", "model.embed_tokens": "disk"}
+            got = saved.cls.from_pretrained(
+                saved.path / "q", device_map=device_map, offload_folder=str(saved.path / "o")
+            )
+            assert same_bits(output(got), output(want))
+
+    def test_4_quantise_on_load_to_the_disk(self) -> None:
+        pytest.importorskip("accelerate", reason="needs accelerate")
+        saved = Saved(llama())
+        for device_map, options in ((ON_DISK, {}), ("auto", {"max_memory": {"cpu": "60KB"}})):
+            with pytest.raises(ValueError, match=r"save_pretrained, and load that folder"):
+                saved.quantised(
+                    "int8", device_map=device_map, offload_folder=str(saved.path / "o"), **options
+                )
+
+    def test_5_scales_that_train(self) -> None:
+        saved = Saved(qnn.convert(randomised(masked()), "int8"))
+        for model in (
+            saved.cls.from_pretrained(saved.path),
+            qnn.load_pretrained(saved.cls, saved.path),
+        ):
+            layer = model.bert.encoder.layer[0].output.dense
+            assert not layer.weight_scale.requires_grad
+            assert layer.bias.requires_grad
+
+    def test_6_floats_cast_to_the_storage(self) -> None:
+        """`weight_packed` has another name than the float: it is quantised from the float all the
+        same, and the file has its names and no others.
+        """
+        st = pytest.importorskip("safetensors", reason="needs safetensors")
+        saved = Saved(randomised(masked()))
+        got = saved.quantised("nvfp4_weight")
+        got.save_pretrained(saved.path / "q")
+        with st.safe_open(saved.path / "q" / "model.safetensors", "pt") as file:
+            names = set(file.keys())
+        head = {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}  # tied
+        assert names == got.state_dict().keys() - head
+        assert qnn.sqnr(output(saved.float()), output(got)) > 10
+
+    def test_7_the_last_layer_and_names_of_parameters(self) -> None:
+        """Nothing is left float that nobody named; a name of a bias means its layer."""
+        base: Any = importlib.import_module("transformers.quantizers.base")
+        config = hub().BertConfig(num_hidden_layers=1, **SMALL)
+        saved = Saved(randomised(hub().BertModel(config)))
+        assert isinstance(saved.quantised("int8").pooler.dense, qnn.QLinear)
+        names = base.get_keys_to_not_convert(saved.float())
+        assert names == ["pooler.dense.bias"]
+        assert type(saved.quantised("int8", names).pooler.dense) is nn.Linear
+
+    def test_8_two_classes_of_configs(self) -> None:
+        """A file of the convention that qnn did not write stays that of its package."""
+        saved = Saved(qnn.convert(randomised(masked()), "int8"))
+        config = saved.cls.config_class.from_pretrained(saved.path)
+        foreign = {k: v for k, v in config.quantization_config.items() if not k.startswith("qnn")}
+        config.quantization_config = foreign
+        with pytest.raises(ValueError, match=r"CompressedTensorsConfig.*QnnConfig"):
+            saved.cls.from_pretrained(
+                saved.path, config=config, quantization_config=qnn.Int8Config()
+            )
+
+    def test_9_casts_of_a_parent(self) -> None:
+        """`.half()` of a module around the model, and `.to(dtype)` of it: scales stay float32."""
+        saved = Saved(randomised(masked()))
+        got = saved.quantised("int8")
+        before = got.state_dict()
+        for cast in (nn.Sequential(got).half()[0], saved.quantised("int8").to(torch.bfloat16)):
+            layer = cast.bert.encoder.layer[0].output.dense
+            assert layer.weight_scale.dtype == torch.float32
+            scale = before["bert.encoder.layer.0.output.dense.weight_scale"]
+            assert same_bits(layer.weight_scale, scale)
+            assert bool(output(cast).isfinite().all())
+        with pytest.raises(ValueError, match="not supported for quantized model"):
+            got.half()
+
+    def test_10_activations_cast_to_the_weights_dtype(self) -> None:
+        transformers = hub()
+        config = transformers.T5Config(
+            d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=50
+        )
+        saved = Saved(randomised(transformers.T5EncoderModel(config)))
+        got = saved.quantised("fp8_weight")
+        assert got.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
+        assert qnn.sqnr(output(saved.float()), output(got)) > 25
+        layer = got.encoder.block[0].layer[1].DenseReluDense.wo
+        with pytest.raises(TypeError, match="a storage dtype"):
+            layer(torch.randn(2, 64).to(torch.float8_e4m3fn))
+
+    def test_11_the_models_dtype(self) -> None:
+        """The first float parameter is a code of float8 or a scale; the model is bfloat16."""
+        saved = Saved(llama(attention_bias=True).to(torch.bfloat16))
+        got = saved.quantised({"*": "int8", nn.Embedding: "fp8_weight"}, dtype="auto")
+        assert got.dtype != torch.bfloat16
+        got.save_pretrained(saved.path / "q")
+        again = saved.cls.from_pretrained(saved.path / "q")
+        assert again.model.layers[0].self_attn.q_proj.bias.dtype == torch.bfloat16
+        equal(again, got)
+
+    def test_12_floats_into_integers(self) -> None:
+        """A float state of the whole model is quantised on its way into the layers."""
+        saved = Saved(randomised(masked()))
+        got, other = saved.quantised("int8"), randomised(masked())
+        got.load_state_dict(other.state_dict(), strict=False)
+        assert same_state(got, qnn.convert(other, "int8"))
