@@ -63,8 +63,8 @@ def _by_rows(layout: Layout, weight: torch.Tensor, scheme: str) -> tuple[torch.T
     then, which an allocator may keep.
     """
     form = get_scheme(scheme).weight
-    whole = weight.numel() <= _PIECE or form.stochastic or weight.device.type != "cpu"
-    if whole or torch.compiler.is_compiling():
+    plain = type(weight) is torch.Tensor and weight.device.type == "cpu" and not form.stochastic
+    if not plain or weight.numel() <= _PIECE or torch.compiler.is_compiling():
         return quantize(weight, scheme)
     least = form.block[0] if form.tall and form.block else 1  # rows that share scales
     count = weight.shape[0]
