@@ -16,8 +16,9 @@ from torch import nn
 import qnn
 
 from .common import child, same_bits
-from .test_load_pretrained import IDS, SMALL, STOCK, hub, masked, same_state
+from .test_load_pretrained import IDS, SMALL, STOCK, hub, masked, own_class, same_state
 
+SOME = ("int8_weight", "fp8_weight", "fp8_block", "nvfp4", "int4_weight", "int4_weight_asym_g64")
 SCHEMES = sorted(s for s in qnn.SCHEMES if not qnn.kernels.get_scheme(s).static)
 
 
@@ -87,6 +88,14 @@ def equal(got: Any, want: Any, x: torch.Tensor = IDS) -> None:
     assert same_bits(output(got, x), output(want, x))
 
 
+def check_scheme(scheme: str) -> None:
+    saved = Saved(randomised(masked(hidden_size=128)))
+    got = saved.quantised(scheme)
+    equal(got, qnn.convert(saved.float(), scheme))
+    got.save_pretrained(saved.path / "q")
+    equal(saved.cls.from_pretrained(saved.path / "q"), got)
+
+
 class TestQuantiseOnLoad:
     """It gives what `qnn.convert` gives, bit for bit, and so does the file that it saves."""
 
@@ -101,13 +110,14 @@ class TestQuantiseOnLoad:
         again.save_pretrained(saved.path / "q")  # the folder that it is mapped from
         equal(saved.cls.from_pretrained(saved.path / "q"), got, x)
 
-    @parameterized.expand([(scheme,) for scheme in SCHEMES])
+    @parameterized.expand([(scheme,) for scheme in SOME])
     def test_schemes(self, scheme: str) -> None:
-        saved = Saved(randomised(masked(hidden_size=128)))
-        got = saved.quantised(scheme)
-        equal(got, qnn.convert(saved.float(), scheme))
-        got.save_pretrained(saved.path / "q")
-        equal(saved.cls.from_pretrained(saved.path / "q"), got)
+        check_scheme(scheme)
+
+    @parameterized.expand([(scheme,) for scheme in SCHEMES if scheme not in SOME])
+    @pytest.mark.long
+    def test_other_schemes(self, scheme: str) -> None:
+        check_scheme(scheme)
 
     @parameterized.expand(
         [
@@ -145,6 +155,16 @@ class TestQuantiseOnLoad:
         )  # fmt: skip
         saved = Saved(randomised(transformers.GptOssForCausalLM(config)))
         equal(saved.quantised("int8"), qnn.convert(saved.float(), "int8"))
+
+    @parameterized.expand([("LSTM",), ("GRUCell",)])
+    def test_recurrent(self, kind: str) -> None:
+        cls, config = own_class()
+        saved = Saved(randomised(cls(config(kind=kind, head=True))))
+        got, x = saved.quantised("int8"), torch.randn(2, 5, 8)
+        equal(got, qnn.convert(saved.float(), "int8"), x)
+        assert isinstance(got.rnn, qnn.Quantized)
+        got.save_pretrained(saved.path / "q")
+        equal(cls.from_pretrained(saved.path / "q"), got, x)
 
     @parameterized.expand([("bfloat16",), ("float16",), ("auto",)])
     def test_dtype(self, dtype: str) -> None:
@@ -315,6 +335,30 @@ class TestUse:
         )
         assert said["generated_text"].replace(" ", "") == "".join(words[i] for i in ids[0])
 
+    def test_sentence_transformers(self) -> None:
+        library = pytest.importorskip("sentence_transformers", reason="needs the library")
+        layers: Any = importlib.import_module("sentence_transformers.models")
+        transformers = hub()
+        tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers")
+        saved = Saved(randomised(transformers.BertModel(masked().config)))
+        plain = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(100)}))
+        plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        pad = {"pad_token": "w0"}
+        transformers.PreTrainedTokenizerFast(tokenizer_object=plain, **pad).save_pretrained(
+            saved.path
+        )
+        parts = [layers.Transformer(str(saved.path)), layers.Pooling(64)]
+        folder, texts = str(saved.path / "s"), ["w3 w5 w9", "w4 w4 w8 w7"]
+        library.SentenceTransformer(modules=parts).save_pretrained(folder)
+        options = {"quantization_config": qnn.Int8Config()}
+        got = library.SentenceTransformer(folder, model_kwargs=options)
+        want = qnn.convert(library.SentenceTransformer(folder), "int8")
+        assert (got.encode(texts) == want.encode(texts)).all()
+        got.save_pretrained(folder + "q")
+        again = library.SentenceTransformer(folder + "q")
+        assert any(isinstance(module, qnn.QLinear) for module in again.modules())
+        assert (again.encode(texts) == got.encode(texts)).all()
+
     def test_dequantize(self) -> None:
         saved = Saved(randomised(masked()))
         rules = {"*": "int8", nn.Embedding: "int8_weight"}
@@ -471,9 +515,16 @@ print(size, loaded, reloaded)
 
 
 class TestMemory:
-    @parameterized.expand([("int8",), ("int4_weight",)])
-    def test_no_float_copy(self, scheme: str) -> None:
+    def test_no_float_copy(self) -> None:
         """Private memory over a checkpoint of 100 MB, the most at any time."""
+        self.check("int8")
+
+    @parameterized.expand([("int4_weight",), ("nvfp4_weight",)])
+    @pytest.mark.long
+    def test_others(self, scheme: str) -> None:
+        self.check(scheme)
+
+    def check(self, scheme: str) -> None:
         if not Path("/proc/self/status").exists():
             pytest.skip("needs /proc")
         with tempfile.TemporaryDirectory() as folder:

@@ -193,6 +193,10 @@ class Arrivals:
             wanted = [f"{name}.{leaf}" if name else leaf for leaf in weights]
             if any(self.tensors[full].names <= absent for full in wanted):
                 self._leave({key}, NEW)
+            elif (reason := why_not(module, cast(str, self.plan.schemes[key]))) is not None:
+                if not self.skip:
+                    raise ValueError(f"qnn.convert: {name} cannot be converted: {reason}")
+                self._leave({key}, reason)
         schemes = {key: self.plan.schemes[key] for key in self.waiting}
         if schemes:
             rest = Plan(schemes, {})
