@@ -110,3 +110,12 @@ def plain_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
         auto: Any = importlib.import_module("transformers.quantizers.auto")
         known = auto.CompressedTensorsConfig
         monkeypatch.setitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "compressed-tensors", known)
+
+
+@pytest.fixture
+def qnn_in_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers with qnn's integration, whatever other tests have taken away."""
+    auto: Any = pytest.importorskip("transformers.quantizers.auto", reason="needs transformers")
+    module: Any = importlib.import_module("qnn.integrations.transformers")
+    mapping = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+    monkeypatch.setitem(mapping, "compressed-tensors", module._Described)
