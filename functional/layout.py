@@ -10,6 +10,7 @@ import torch
 from qnn.functional.quantize import dequantize, quantize
 from qnn.kernels import get_scheme
 from qnn.kernels.formats import Format, Part
+from qnn.kernels.formats.base import finite_amax
 
 Sizes = Sequence[int]
 
@@ -32,7 +33,7 @@ class Layout:
 
     def quantize(self, weight: torch.Tensor, scheme: str) -> tuple[torch.Tensor, ...]:
         """The parts of a float weight."""
-        return quantize(weight, scheme)
+        return _by_rows(self, weight, scheme)
 
     def dequantize(
         self, parts: Sequence[torch.Tensor], dtype: torch.dtype, scheme: str
@@ -51,6 +52,41 @@ class Layout:
     ) -> dict[str, torch.Tensor]:
         """Those of the parts, by suffix, that tensors of a file are or hold."""
         return form.from_disk(tensors, self.matrix(sizes))
+
+
+# Elements that are quantised at once, of a weight in a CPU's memory.
+_PIECE = 1 << 15
+
+
+def _by_rows(layout: Layout, weight: torch.Tensor, scheme: str) -> tuple[torch.Tensor, ...]:
+    """`quantize`, a few rows at a time: what it needs on the way is not several times the weight
+    then, which an allocator may keep.
+    """
+    form = get_scheme(scheme).weight
+    plain = type(weight) is torch.Tensor and weight.device.type == "cpu" and not form.stochastic
+    if not plain or weight.numel() <= _PIECE or torch.compiler.is_compiling():
+        return quantize(weight, scheme)
+    least = form.block[0] if form.tall and form.block else 1  # rows that share scales
+    count = weight.shape[0]
+    step = max(1, _PIECE * count // weight.numel() // least) * least
+    pieces = [weight[start : start + step] for start in range(0, count, step)]
+    amax = None
+    if any(part.axes == "1" for part in form.parts):
+        amax = torch.stack([finite_amax(piece) for piece in pieces]).amax().view(1, 1)
+    parts = [layout.empty(part, weight.shape, weight.device) for part in form.parts]
+    for i, piece in enumerate(pieces):
+        made = (
+            quantize(piece, scheme)
+            if amax is None
+            else form.quantize_beside(piece, amax.expand(len(piece), 1))
+        )
+        for part, held, values in zip(form.parts, parts, made, strict=True):
+            if part.axes == "1":
+                held.copy_(values.flatten()[:1])
+            else:
+                start = i * step // (least if part.axes.startswith("r/") else 1)
+                held[start : start + len(values)] = values
+    return tuple(parts)
 
 
 class Filters(Layout):
@@ -156,7 +192,7 @@ class Stack(Layout):
 
     def quantize(self, weight: torch.Tensor, scheme: str) -> tuple[torch.Tensor, ...]:
         if get_scheme(scheme).weight.rowwise:
-            return quantize(weight, scheme)
+            return _by_rows(self, weight, scheme)
         return _stacked([quantize(each, scheme) for each in weight])
 
     def dequantize(

@@ -154,9 +154,20 @@ if _TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> _Any:
-    """`qnn.pt2e`, imported when it is first named: who converts modules does not need it."""
-    if name == "pt2e":
-        from importlib import import_module
+    """`qnn.pt2e`, and what `from_pretrained` of transformers takes (`qnn.QnnConfig`,
+    `qnn.Int8Config`, …), imported when they are first named: who converts modules needs neither.
+    """
+    from importlib import import_module
 
+    if name == "pt2e":
         return import_module("qnn.pt2e")
+    schemes = {scheme.replace("_", "") for scheme in ("qnn", *SCHEMES)}
+    if name.endswith("Config") and name.removesuffix("Config").lower() in schemes:
+        try:
+            return getattr(import_module("qnn.integrations.transformers"), name)
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"qnn.{name} needs transformers, which is not installed: pip install "
+                f"'transformers>=5.0' ({error})."
+            ) from None
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -97,3 +98,24 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def plain_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers as it is where nothing has imported qnn's integration: it reads qnn's files
+    through the compressed-tensors package.
+    """
+    if importlib.util.find_spec("transformers") is not None:
+        importlib.import_module("qnn.integrations.transformers")  # once, and not during the test
+        auto: Any = importlib.import_module("transformers.quantizers.auto")
+        known = auto.CompressedTensorsConfig
+        monkeypatch.setitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "compressed-tensors", known)
+
+
+@pytest.fixture
+def qnn_in_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers with qnn's integration, whatever other tests have taken away."""
+    auto: Any = pytest.importorskip("transformers.quantizers.auto", reason="needs transformers")
+    module: Any = importlib.import_module("qnn.integrations.transformers")
+    mapping = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+    monkeypatch.setitem(mapping, "compressed-tensors", module._Described)

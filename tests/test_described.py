@@ -14,6 +14,7 @@ import qnn
 
 from .common import same_bits
 
+pytestmark = pytest.mark.usefixtures("plain_transformers")
 TABLES = {nn.Embedding: "int8_weight"}
 IDS = torch.arange(14).reshape(2, 7) * 5 % 87 + 3
 

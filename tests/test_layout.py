@@ -6,7 +6,8 @@ import pytest
 import torch
 from parameterized import parameterized
 
-from qnn.functional.layout import FILTERS, STACK, channels_last
+from qnn.functional import quantize
+from qnn.functional.layout import FILTERS, MATRIX, STACK, channels_last
 from qnn.kernels import SCHEMES, get_scheme
 
 FORMATS = {scheme.weight.key: scheme.name for scheme in SCHEMES.values()}
@@ -20,6 +21,20 @@ def same(left: tuple[torch.Tensor, ...], right: tuple[torch.Tensor, ...]) -> boo
         and bool((a.view(torch.uint8) == b.view(torch.uint8)).all())
         for a, b in zip(left, right, strict=True)
     )
+
+
+class TestMatrices:
+    @parameterized.expand(FORMATS.items())
+    def test_some_rows_at_a_time(self, _: str, scheme: str) -> None:
+        """The bits of one call, where rows share a scale too, and where the last piece is short."""
+        for rows in (3, 517):
+            for dtype in (torch.float32, torch.bfloat16, torch.float64):
+                weight = (torch.randn(rows, 384) * torch.rand(rows, 1) ** 4).to(dtype)
+                weight[1] = 0
+                weight = weight.repeat(1, 1 if rows > 3 else 128)
+                if get_scheme(scheme).why_not_linear(weight.shape[1], rows) is None:
+                    assert weight.numel() > 1 << 16
+                    assert same(MATRIX.quantize(weight, scheme), quantize(weight, scheme))
 
 
 class TestFilters:

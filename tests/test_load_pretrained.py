@@ -18,6 +18,7 @@ from qnn.integrations.compressed_tensors import describe, quantization_config, s
 
 from .common import same_bits
 
+pytestmark = pytest.mark.usefixtures("plain_transformers")
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "vocab_size": 100}
 IDS = torch.arange(3, 12)[None]
 

@@ -17,6 +17,8 @@ import qnn
 from . import zoo
 from .common import forked, mlp, need_sharded_integers
 
+pytestmark = pytest.mark.usefixtures("plain_transformers")
+
 
 def bert(layers: int = 2, **config: Any) -> Any:
     transformers = pytest.importorskip("transformers", reason="needs the extra 'examples'")

@@ -167,13 +167,7 @@ def schemes_of(config: Any, model: nn.Module) -> dict[Pattern, str | None]:
         ValueError: the config does not describe a model that qnn saved, or none of its layers is
             in `model`.
     """
-    found = _read(config, "quantization_config")
-    schemes = _read(found, "qnn")
-    if not schemes:
-        raise ValueError(
-            "qnn: the config has no description of qnn's: it is that of a float model, or was "
-            "written by something else. Convert the model with the scheme that you know."
-        )
+    found, schemes = require_described(config)
     result: dict[Pattern, str | None] = {}
     inside = owners(model.modules())
     for name, module in model.named_modules():
@@ -189,6 +183,18 @@ def schemes_of(config: Any, model: nn.Module) -> dict[Pattern, str | None]:
             f"{some!r}; build the class that was saved."
         )
     return result
+
+
+def require_described(config: Any) -> tuple[Any, dict[str, str]]:
+    """The description in a saved config, and the schemes of its groups; a ValueError for none."""
+    found = _read(config, "quantization_config")
+    schemes = _read(found, "qnn")
+    if not schemes:
+        raise ValueError(
+            "qnn: the config has no description of qnn's: it is that of a float model, or was "
+            "written by something else. Convert the model with the scheme that you know."
+        )
+    return found, schemes
 
 
 def smoothed_of(config: Any, model: nn.Module) -> list[str]:

@@ -145,19 +145,15 @@ def not_finite(tensor: torch.Tensor) -> torch.Tensor | None:
     """Where a float tensor holds NaN, inf or a value beyond float32, in which scales are: a mask of
     its rows, `[N]`; None where it has none, or has no values yet.
 
-    Without a mask as large as the tensor: a sum meets every NaN and inf, though a finite one may
-    overflow.
+    Without anything as large as the tensor where all is well: the extremes are NaN where one value
+    is.
     """
     values = local(tensor)
     if values.is_meta or not values.numel():
         return None
-    if values.dtype == torch.float64:
-        values = values.float()
-    if bool(values.sum(dtype=torch.float64).isfinite()):
+    if bool(torch.stack(torch.aminmax(values)).float().isfinite().all()):
         return None
-    bad = ~values.isfinite()
-    if not bool(bad.any()):
-        return None
+    bad = ~values.float().isfinite()
     return bad.any(-1) if bad.dim() > 1 else bad
 
 

@@ -116,9 +116,42 @@ def convert(
             f"qnn.convert: on_unsupported must be 'error' or 'skip', got {on_unsupported!r}."
         )
     check_progress("qnn.convert", progress)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    prepared = any(map(kinds.is_prepared, modules.values()))
+    prepared = any(map(kinds.is_prepared, model.modules()))
+    plan = planned(
+        model,
+        scheme,
+        include=include,
+        exclude=exclude,
+        training=training,
+        on_unsupported=on_unsupported,
+    )
+    result = swapped(
+        model,
+        plan,
+        maker(plan, training),
+        inplace=inplace,
+        who="qnn.convert",
+        share=training,
+        progress=progress,
+    )
     if prepared:
+        warn_of(result)
+    run_hooks("qnn.convert", result)
+    return result
+
+
+def planned(
+    model: nn.Module,
+    scheme: str | SchemeMap | None = None,
+    *,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    training: bool = False,
+    on_unsupported: str = "error",
+) -> Plan:
+    """What `convert` does to a model, which is not changed; its arguments and errors."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if any(map(kinds.is_prepared, modules.values())):
         if scheme is not None or training:
             raise ValueError(
                 "qnn.convert: the model is prepared, and its layers know their scheme; call "
@@ -135,20 +168,7 @@ def convert(
         raise ValueError(nothing_to_do("qnn.convert", "convert", modules, plan))
     if include is None:
         _warn_of_little(modules, plan)
-    del modules  # it holds the float layers, which are to be freed one by one
-    result = swapped(
-        model,
-        plan,
-        maker(plan, training),
-        inplace=inplace,
-        who="qnn.convert",
-        share=training,
-        progress=progress,
-    )
-    if prepared:
-        warn_of(result)
-    run_hooks("qnn.convert", result)
-    return result
+    return plan
 
 
 def _scheme_rules(
@@ -263,7 +283,7 @@ def _warn_of_little(modules: dict[str, nn.Module], plan: Plan) -> None:
             f"qnn.convert: {done / total:.1%} of the parameters' bytes are converted; what stays "
             f"float is mostly {', '.join(f'{kind} ({size(left[kind])})' for kind in largest)}. "
             "qnn.summary(model) gives the reasons.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -153,31 +153,46 @@ def _with_the_rest(old: nn.Module, new: nn.Module, own: Own) -> None:
             new.__dict__[key] = own(value)
 
 
-def _in_place(model: ModelT, plan: Plan, make: Make, who: str, meter: Meter) -> ModelT:
-    current = {id(m): m for m in model.modules() if id(m) in plan.schemes}
-    left = [m for m in model.modules() if id(m) in plan.reasons and id(m) not in current]
-    found = references.find(model, current)
-    _raise_fixed(model, current, found, who)
-    result: nn.Module = model
-    # Nothing here may hold an old module once it is replaced: peak memory is the old model and one
-    # layer.
-    for key in meter.each(list(reversed(current))):  # what is inside of a layer before it
-        old = current[key]
+class InPlace:
+    """Puts other layers in the places of those of a plan, in the model itself, one at a time."""
+
+    def __init__(self, model: nn.Module, plan: Plan, who: str) -> None:
+        """Nothing is changed yet but the reasons of what is left alone.
+
+        Raises:
+            ValueError: something names a layer of the plan and cannot be changed.
+        """
+        # By the ids of the float layers, what stands for each now. Nothing here holds a layer that
+        # is replaced: peak memory is the old model and one layer.
+        self.current = {id(m): m for m in model.modules() if id(m) in plan.schemes}
+        self.plan, self._found = plan, references.find(model, self.current)
+        _raise_fixed(model, self.current, self._found, who)
+        for module in model.modules():
+            if id(module) in plan.reasons and id(module) not in self.current:
+                setattr(module, REASON, plan.reasons[id(module)])
+
+    def swap(self, key: int, make: Make) -> nn.Module:
+        """Put `make(old, own)` wherever the model names the layer with the id `key`."""
+        old = self.current[key]
         new = make(old, lambda value: value)
         _with_the_rest(old, new, lambda value: value)
         compiled = vars(new).get(_COMPILED)
-        current[key], result = new, new if old is result else result
+        self.current[key] = new
         change = references.Replace({key: new}, {key: type(old)}, None)
-        for place in found.places.get(key, ()):
-            references.put(place, current, change)
+        for place in self._found.places.get(key, ()):
+            references.put(place, self.current, change)
         if compiled is not None and vars(new)[_COMPILED] is compiled:
             del new.__dict__[_COMPILED]  # it would go on calling the old layer
-        if key in plan.reasons:
-            setattr(new, REASON, plan.reasons[key])
-        del old, change
-    for module in left:
-        setattr(module, REASON, plan.reasons[id(module)])
-    return cast(ModelT, result)
+        if key in self.plan.reasons:
+            setattr(new, REASON, self.plan.reasons[key])
+        return new
+
+
+def _in_place(model: ModelT, plan: Plan, make: Make, who: str, meter: Meter) -> ModelT:
+    places = InPlace(model, plan, who)
+    for key in meter.each(list(reversed(places.current))):  # what is inside of a layer before it
+        places.swap(key, make)
+    return cast(ModelT, places.current.get(id(model), model))
 
 
 # What `module.compile()` leaves on a module.
