@@ -151,7 +151,8 @@ class TestAccuracy:
         graph.eval()
         done = pt2e.convert_pt2e(graph)
         with torch.no_grad():
-            db = qnn.sqnr(run(graph, case.unseen), run(done, case.unseen))
+            images = whole.unseen_digits()[0][::4]  # many: a code that moves is rare, and counts
+            db = qnn.sqnr(graph(images), done(images))
         assert db >= 60
         assert whole.accuracy(done) >= whole.accuracy(case.model) - 0.2
 
