@@ -39,14 +39,38 @@ MODELS = {
 REGIONS = {"cnn": 12, "lstm": 2, "transformer": 2 * 4 + 1 + 1, "minilm": 6 * 6}
 # What Inductor computes otherwise than torch: softmax, LayerNorm, GELU and means differ in their
 # last bits, which now and then moves a value to the neighbour on the grid of the next layer.
-ROUNDED = ("transformer", "minilm")
+# MiniLM in int8_static is 30 dB from itself then, as in eager mode where the last bit of each layer's
+# result is moved; quantising it takes it to 21 dB.
+ROUNDED = {"transformer": 35, "minilm": 20}
 CASES = [(name, scheme) for name in MODELS for scheme in SCHEMES]
 
 
 def same(name: str, got: torch.Tensor, want: torch.Tensor) -> bool:
+    """The same bits; or, where float operations round otherwise, less apart than quantising takes:
+    what follows from the integers is held by `layers_are_the_same`.
+    """
     if name not in ROUNDED:
         return torch.equal(got, want)
-    return got.dtype == want.dtype and qnn.sqnr(want, got) > 35
+    return got.dtype == want.dtype and qnn.sqnr(want, got) > ROUNDED[name]
+
+
+def layers_are_the_same(graph: Any, x: Any) -> None:
+    """Under Inductor each layer gives the bits that it gives for the same input in eager mode."""
+    graph = copy.deepcopy(graph)
+    layers = {n: m for n, m in graph.named_modules() if qnn.kinds.is_quantized(m)}
+    calls = [n for n in graph.graph.nodes if n.op == "call_module" and n.target in layers]
+    (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    output.args = ([(call.args[0], call) for call in calls],)
+    graph.graph._codegen = torch.fx.graph.CodeGen()
+    placeholders = [node.target for node in graph.graph.nodes if node.op == "placeholder"]
+    graph.recompile()
+    given = list(x.values()) if isinstance(x, dict) else [x]
+    assert len(placeholders) == len(given)
+    with torch.no_grad():
+        pairs = torch.compile(graph, fullgraph=True)(*given)
+        for call, (entered, left) in zip(calls, pairs, strict=True):
+            assert torch.equal(layers[call.target](entered), left), call.target
+    assert len(calls) >= len(layers)
 
 
 class TestEveryWay:
@@ -69,6 +93,8 @@ class TestEveryWay:
             compiled = torch.compile(graph, fullgraph=True, dynamic=dynamic or None)
             with torch.set_grad_enabled(grad):
                 assert same(name, run(compiled, x), want)
+        if name in ROUNDED:
+            layers_are_the_same(graph, x)
 
     @parameterized.expand([("cnn", True), ("lstm", False)])
     def test_in_this_process(self, name: str, way: bool) -> None:
