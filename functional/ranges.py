@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch.nn import functional as torch_F
 
+from qnn.kernels import OPS
 from qnn.kernels.formats.int8 import round_to_grid
 
 Ends: TypeAlias = tuple[torch.Tensor, torch.Tensor]
@@ -77,6 +78,30 @@ def min_max(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         low, high = torch.aminmax(x)  # on all cores, unlike that along an axis
         return low.reshape(1).float(), high.reshape(1).float()
     return x.amin(1).float(), x.amax(1).float()
+
+
+def counted(x: torch.Tensor, *statistics: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The statistics of histograms with `x` `[C, n]` in them.
+
+    Args:
+        statistics: the least and the greatest value, float32 `[C]`; int64 `[C, 4096]`, bins over
+            `−2^e … 2^e`; `e`, int32 `[C]`, −115 … 128, which grows where a value lies beyond; and
+            those of `counted_by_exponent`.
+    """
+    result: tuple[torch.Tensor, ...] = _run("histogram", x, *statistics)
+    return result
+
+
+def counted_by_exponent(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """`counts` of values by float32's exponent, int64 `[256]`, with those of `x` `[C, n]` in it."""
+    result: torch.Tensor = _run("exponents", x, counts)
+    return result
+
+
+def _run(name: str, x: torch.Tensor, *args: torch.Tensor) -> Any:
+    op = OPS[name]
+    run = op.overload if torch.compiler.is_compiling() else op.call
+    return run(x.float(), *args)
 
 
 def _least_error(

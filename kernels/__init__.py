@@ -4,7 +4,7 @@ backend.
 
 from qnn.kernels import torch_private
 from qnn.kernels.cpu import native
-from qnn.kernels.declare import conv, embedding, floats, grouped, int8, int16, recurrent
+from qnn.kernels.declare import conv, embedding, floats, grouped, histogram, int8, int16, recurrent
 from qnn.kernels.formats import Format
 from qnn.kernels.op import OPS, Op
 from qnn.kernels.schemes import SCHEMES, Scheme, get_scheme, training_scheme
@@ -22,6 +22,7 @@ __all__ = [
     "floats",
     "get_scheme",
     "grouped",
+    "histogram",
     "int8",
     "int16",
     "recurrent",

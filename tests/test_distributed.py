@@ -816,6 +816,33 @@ def graph_trained_together(rank: int) -> None:
     assert qnn.sqnr(want, qnn.pt2e.convert_pt2e(model)(x)) > 50
 
 
+def graph_calibrated_together(rank: int, by_hand: bool) -> None:
+    """Each process shows its own batches; the integers are those of one that has seen all."""
+    everything = [[b.transpose(1, 2)[:, :4] for b in shown(each, 2)] for each in (0, 1)]
+    torch.manual_seed(0)
+    net, sizes = Convolved().eval(), ({0: torch.export.Dim.AUTO},)
+    program = torch.export.export(net, (everything[0][0],), dynamic_shapes=sizes)
+
+    def prepared() -> Any:
+        return qnn.pt2e.prepare_pt2e(program, qnn.pt2e.Int8Quantizer("int8_static"))
+
+    together, alone = prepared(), prepared()
+    qnn.calibrate(together, everything[rank], sync=not by_hand)
+    if by_hand:  # as a program of the user's own merges
+        states: list[Any] = [None, None]
+        dist.all_gather_object(states, together.state_dict())
+        other = prepared()
+        together.load_state_dict(states[0]), other.load_state_dict(states[1])
+        for mine, its in zip(points(together), points(other), strict=True):
+            mine.merge(its)
+    qnn.calibrate(alone, [*everything[0], *everything[1]], sync=False)
+    alike(together)
+    got, want = (qnn.pt2e.convert_pt2e(each) for each in (together, alone))
+    for name, value in want.state_dict().items():
+        torch.testing.assert_close(got.state_dict()[name], value, rtol=1e-6, atol=0, msg=name)
+    assert torch.equal(got(everything[0][0]), want(everything[0][0]))
+
+
 def observed_by_calls(rank: int) -> None:
     """Without `calibrate`, in the forward of DDP alone."""
     model = reader()
@@ -900,6 +927,10 @@ class TestCalibration:
 
     def test_a_graph(self) -> None:
         both_ranks(graph_trained_together)
+
+    @parameterized.expand([(False,), (True,)])
+    def test_a_graph_that_is_calibrated(self, by_hand: bool) -> None:
+        both_ranks(graph_calibrated_together, by_hand)
 
     def test_compiled_steps(self) -> None:
         both_ranks(compiled_together)

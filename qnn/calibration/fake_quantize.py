@@ -101,7 +101,8 @@ class FakeQuantize(Statistics):
             observe_together(self.observer, x)
         else:
             self.observer.observe(x)
-        self.refresh()
+        if self.qat:
+            self.refresh()
 
     def freeze(self, frozen: bool = True) -> None:
         """Stop recording, or go on; a fixed scale stays fixed. The state dict has it."""

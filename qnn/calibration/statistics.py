@@ -12,6 +12,7 @@ from torch import nn
 from qnn.calibration.columns import Columns
 from qnn.calibration.ranks import of_all
 from qnn.calibration.spec import QuantSpec
+from qnn.functional.ranges import counted_by_exponent
 
 _Self = TypeVar("_Self", bound="Statistics")
 
@@ -173,8 +174,10 @@ class Observer(Statistics):
         if any(isinstance(size, int) and size == 0 for size in x.shape):
             return
         x = x.detach()
-        if self.columns is not None:
-            self.columns.copy_(Columns.joined(self.columns, Columns.of(self._without_padding(x))))
+        own = self._buffers  # each takes 1 µs as an attribute
+        columns, magnitudes = own["columns"], own["magnitudes"]
+        if columns is not None:
+            columns.copy_(Columns.with_values(columns, self._without_padding(x)))
         axis = self.spec.channel_axis
         if axis is None:
             x = x.reshape(1, -1)
@@ -187,12 +190,12 @@ class Observer(Statistics):
             self._grow(x.shape[0], self.who)
             x = x.reshape(x.shape[0], -1)
         self._update(x)
-        self.count.copy_(self.count + x.shape[1])
-        if self.magnitudes is not None:
-            exponent = (x.flatten().float().view(torch.int32) >> 23) & 255
-            one = torch.ones((), dtype=torch.int64, device=x.device).expand_as(exponent)
-            new = torch.zeros_like(self.magnitudes).scatter_add_(0, exponent.long(), one)
-            self.magnitudes.copy_(self.magnitudes + new)
+        self.count.add_(x.shape[1])
+        if magnitudes is not None:
+            self._count_magnitudes(x, magnitudes)
+
+    def _count_magnitudes(self, x: torch.Tensor, magnitudes: torch.Tensor) -> None:
+        magnitudes.copy_(counted_by_exponent(x, magnitudes))
 
     def _without_padding(self, x: torch.Tensor) -> torch.Tensor:
         if self.kept is None or self.kept.device != x.device or x.shape[:-1] != self.kept.shape:

@@ -44,9 +44,9 @@ def correct_bias(model: ModelT, reference: nn.Module, batches: Iterable[Any]) ->
         `model`.
 
     Raises:
-        ValueError: no layer with a bias, a layer that the reference does not have, a bias that two
-            layers share, no layer that was called, or a mean that is not finite. Nothing has been
-            changed then.
+        ValueError: no layer with a bias, a layer that the reference does not have or has with
+            another weight, as before a BatchNorm was folded, a bias that two layers share, no layer
+            that was called, or a mean that is not finite. Nothing has been changed then.
         TypeError: one of the two is not an `nn.Module`, or `batches` is one batch.
 
     >>> reference = nn.Sequential(nn.Linear(64, 8))
@@ -65,6 +65,12 @@ def correct_bias(model: ModelT, reference: nn.Module, batches: Iterable[Any]) ->
     if missing := [name for name in layers if name not in floats]:
         raise ValueError(f"{who}: the reference has no {missing[0]!r}; pass the float model that "
                          "was converted.")  # fmt: skip
+    if strange := [name for name in layers if _is_another(layers[name], floats[name])]:
+        raise ValueError(
+            f"{who}: the reference's {strange[0]!r} has another weight than the quantised layer. "
+            "Where a BatchNorm was folded into it, pass qnn.fuse(model), or the graph of "
+            "qnn.pt2e.prepare_pt2e."
+        )
     if len({id(m.bias) for m in layers.values()}) < len(layers):
         raise ValueError(f"{who}: several layers share one bias, and each would need its own.")
     means = {name: _Mean() for name in layers}
@@ -104,6 +110,16 @@ def correct_bias(model: ModelT, reference: nn.Module, batches: Iterable[Any]) ->
             if "bias corrected" not in told:
                 layer.__dict__[FOLDED] = f"{told}; bias corrected"
     return model
+
+
+def _is_another(layer: Any, reference: Any) -> bool:
+    """Whether a reference is not what a layer was quantised from; 4 bits leave a tenth of error."""
+    if (weight := reference._parameters.get("weight")) is None or layer.weight.is_meta:
+        return False
+    with torch.no_grad():
+        want, got = weight.double(), layer.weight.double()
+        off = want.shape != got.shape or bool((got - want).norm() > 0.5 * want.norm())
+    return off or reference._parameters.get("bias") is None
 
 
 def _axis(layer: nn.Module) -> int | None:

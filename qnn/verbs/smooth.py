@@ -209,8 +209,7 @@ def _columns(
         def look(_: nn.Module, args: Any, kwargs: Any) -> None:
             x = next(iter((*args, *kwargs.values()))).detach()
             if x.numel():
-                new = Columns.of(x)
-                seen[key] = Columns.joined(seen[key], new) if key in seen else new
+                seen[key] = Columns.with_values(seen[key], x) if key in seen else Columns.of(x)
 
         return look
 
