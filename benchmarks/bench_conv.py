@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -44,6 +44,7 @@ from variants import Task
 BASELINE = "float fp32 compiled"
 # int8 of random weights, whose activations are spread as of no trained network.
 FLOOR = 8.0
+WithInputs = tuple[str, Task, Sequence[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -140,34 +141,30 @@ def counted_operations(model: nn.Module, x: torch.Tensor) -> int:
     return counted
 
 
-def cases(quick: bool, what: str, only: str, batches: Sequence[int]) -> Iterator[Case[Task]]:
-    tasks: list[tuple[str, Task, dict[int, torch.Tensor]]] = []
-    first = batches[0]
+def tasks(quick: bool, what: str, batches: Sequence[int]) -> Iterator[WithInputs]:
     task_of = partial(Task, memory_format=torch.channels_last)
     torch.manual_seed(0)
     if what != "networks":
         for layer in QUICK_LAYERS if quick else LAYERS:
             calibration = tuple(layer.input(1) for _ in range(4))
-            inputs = {batch: layer.input(batch) for batch in batches}
-            tasks.append(
-                (layer.name, task_of(layer.build().eval(), inputs[first], calibration), inputs)
-            )
+            inputs = [layer.input(batch) for batch in batches]
+            yield layer.name, task_of(layer.build().eval(), inputs[0], calibration), inputs
     if what != "layers":
         for name, model, side in networks(quick):
             model = settled(model, side)
             calibration = tuple(torch.randn(1, 3, side, side) for _ in range(8))
-            inputs = {batch: torch.randn(batch, 3, side, side) for batch in batches}
-            tasks.append((name, task_of(model, inputs[first], calibration), inputs))
-    for name, task, inputs in tasks:
-        if not re.search(only, name):
-            continue
-        for batch, x in inputs.items():
+            inputs = [torch.randn(batch, 3, side, side) for batch in batches]
+            yield name, task_of(model, inputs[0], calibration), inputs
+
+
+def cases_of(tasks: Iterable[WithInputs], only: str) -> Iterator[Case[Task]]:
+    for name, task, inputs in list(tasks):  # drawn before anything runs
+        for x in inputs if re.search(only, name) else ():
             with torch.no_grad():
                 reference = task.model(x)
             count = counted_operations(task.model, x)
-            yield Case(
-                name, f"batch {batch}", replace(task, input=x), reference, count, lambda _: FLOOR
-            )
+            of_batch = replace(task, input=x)
+            yield Case(name, f"batch {len(x)}", of_batch, reference, count, lambda _: FLOOR)
 
 
 # Where, over whom, and how many times as fast at least.
@@ -210,7 +207,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     effort = Effort(rounds=3, seconds=5) if options.quick else Effort(rounds=11, seconds=40)
     grid = measure_grid(
-        cases(options.quick, options.what, options.case, options.batches),
+        cases_of(tasks(options.quick, options.what, options.batches), options.case),
         select(VARIANTS, options.only, BASELINE),
         baseline=BASELINE,
         effort=effort,

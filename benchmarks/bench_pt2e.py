@@ -12,18 +12,16 @@ are run with batches of 64.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from bench_conv import FLOOR, counted_operations, networks, settled
+from bench_conv import WithInputs, cases_of, networks, settled
 from graph_variants import VARIANTS
 from torch import nn
 
-from harness import Case, all_rows, argument_parser, measure_grid, select
+from harness import all_rows, argument_parser, measure_grid, select
 from report import Aim, Pick, aims_table, case_table, save, size_table, speedups_chart, without_time
 from timing import Effort
 from variants import Task
@@ -59,8 +57,7 @@ def digits_network() -> nn.Module:
     return resnet(FULL["width"])
 
 
-def tasks(quick: bool, batches: Sequence[int]) -> Iterator[tuple[str, Task, list[torch.Tensor]]]:
-    """Each with its inputs."""
+def models(quick: bool, batches: Sequence[int]) -> Iterator[WithInputs]:
     torch.manual_seed(0)
     words = Words(32 if quick else 256).eval()
     of_words = [torch.randint(2000, (1, TOKENS)) for _ in range(8)]
@@ -78,16 +75,6 @@ def tasks(quick: bool, batches: Sequence[int]) -> Iterator[tuple[str, Task, list
         calibration = tuple(torch.randn(1, 3, side, side) for _ in range(8))
         task = Task(settled(model, side), inputs[0], calibration, memory_format=images)
         yield name, task, inputs
-
-
-def cases(quick: bool, only: str, batches: Sequence[int]) -> Iterator[Case[Task]]:
-    for name, task, inputs in tasks(quick, batches):
-        for x in inputs if re.search(only, name) else ():
-            with torch.no_grad():
-                reference = task.model(x)
-            count = counted_operations(task.model, x)
-            of_batch = replace(task, input=x)
-            yield Case(name, f"batch {len(x)}", of_batch, reference, count, lambda _: FLOOR)
 
 
 # Times over the peer's time, at most.
@@ -112,7 +99,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     effort = Effort(rounds=3, seconds=5) if options.quick else Effort(rounds=11, seconds=40)
     grid = measure_grid(
-        cases(options.quick, options.case, options.batches),
+        cases_of(models(options.quick, options.batches), options.case),
         select(VARIANTS, options.only, BASELINE),
         baseline=BASELINE,
         effort=effort,

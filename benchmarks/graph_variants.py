@@ -23,7 +23,7 @@ from variants import Task, compiled_run, float_compiled, openvino, scratch
 
 
 @functools.lru_cache(maxsize=4)
-def _converted(
+def _converted_graph(
     model: nn.Module, calibration: tuple[torch.Tensor, ...], scheme: str
 ) -> torch.fx.GraphModule:
     """The model's graph, for batches of any size, prepared, calibrated and converted."""
@@ -39,8 +39,8 @@ def _converted(
     return pt2e.convert_pt2e(prepared)
 
 
-def _graph(task: Task, scheme: str) -> nn.Module:
-    model = copy.deepcopy(_converted(task.model, task.calibration, scheme))
+def _graph_of(task: Task, scheme: str) -> nn.Module:
+    model = copy.deepcopy(_converted_graph(task.model, task.calibration, scheme))
     return model.to(memory_format=task.memory_format)  # type: ignore[call-overload]
 
 
@@ -48,7 +48,7 @@ def qnn_graph(
     task: Task, dtype: torch.dtype, *, scheme: str = "int8_static", freezing: bool = False
 ) -> Run:
     with inductor_settings(freezing=freezing):
-        return compiled_run(_graph(task, scheme), task.input_in(dtype))
+        return compiled_run(_graph_of(task, scheme), task.input_in(dtype))
 
 
 def qnn_packaged(task: Task, dtype: torch.dtype, *, scheme: str = "int8_static") -> Run:
@@ -56,7 +56,7 @@ def qnn_packaged(task: Task, dtype: torch.dtype, *, scheme: str = "int8_static")
     path = Path(tempfile.mkdtemp(dir=scratch())) / "model.pt2"
     x = task.input_in(dtype)
     with torch.no_grad(), inductor_settings():
-        program = torch.export.export(_graph(task, scheme), (x,))
+        program = torch.export.export(_graph_of(task, scheme), (x,))
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     loaded: Any = torch._inductor.aoti_load_package(str(path))
     return Run(partial(loaded, x))
