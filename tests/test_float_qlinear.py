@@ -337,6 +337,7 @@ class TestDisk:
         torch.testing.assert_close(decoded.float(), module.dequantize().weight, rtol=rtol, atol=0)
 
     @parameterized.expand([name for name in NAMES if "asym" not in name])
+    @pytest.mark.usefixtures("plain_transformers")
     def test_a_saved_model_is_read_by_transformers(self, scheme: str) -> None:
         pytest.importorskip("compressed_tensors", reason="needs the extra 'dev'")
         transformers = pytest.importorskip("transformers", reason="needs the extra 'examples'")

@@ -229,6 +229,7 @@ class TestDisk:
         assert all(map(same_bits, module.stored, before))
 
     @parameterized.expand(["int4_weight", "int4_weight_asym_g32"])
+    @pytest.mark.usefixtures("plain_transformers")
     def test_a_pretrained_model(self, scheme: str) -> None:
         """By qnn bit for bit, and by plain transformers through compressed-tensors, which packs no
         zero points of a model that is built empty.
