@@ -67,6 +67,7 @@ from qnn.nn import (
 )
 from qnn.verbs import (
     Comparison,
+    Sensitivity,
     Summary,
     calibrate,
     compare,
@@ -74,6 +75,7 @@ from qnn.verbs import (
     correct_bias,
     fuse,
     prepare,
+    sensitivity,
     smooth,
     sqnr,
     summary,
@@ -124,6 +126,7 @@ __all__ = [
     "QuantizableLSTMCell",
     "Quantized",
     "Scheme",
+    "Sensitivity",
     "Summary",
     "calibrate",
     "compare",
@@ -142,6 +145,7 @@ __all__ = [
     "pt2e",
     "register_adapter",
     "register_kind",
+    "sensitivity",
     "smooth",
     "sqnr",
     "summary",

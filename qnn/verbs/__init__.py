@@ -6,11 +6,13 @@ from qnn.verbs.convert import convert
 from qnn.verbs.correct_bias import correct_bias
 from qnn.verbs.fuse import fuse
 from qnn.verbs.prepare import prepare
+from qnn.verbs.sensitivity import Sensitivity, sensitivity
 from qnn.verbs.smooth import smooth
 from qnn.verbs.summary import Summary, summary
 
 __all__ = [
     "Comparison",
+    "Sensitivity",
     "Summary",
     "calibrate",
     "compare",
@@ -18,6 +20,7 @@ __all__ = [
     "correct_bias",
     "fuse",
     "prepare",
+    "sensitivity",
     "smooth",
     "sqnr",
     "summary",
