@@ -84,6 +84,7 @@ class Row:
 # Names and sizes of one layer in a reason: `; gate [4, 64] (…) is probably a weight`.
 _OF_ONE = re.compile(
     r"; BatchNorm .* folded in$|; .* is probably a weight.*$|(?<=tied to )'[^']*' "
+    r"|; with this layer alone in .*$"
 )
 
 

@@ -30,7 +30,7 @@ EvalFn = Callable[[nn.Module], Any]
 MakerOf = Callable[[Plan, bool], Make]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Unit:
     """Layers that are quantised together, by the ids of the float ones, inner before outer."""
 
