@@ -66,9 +66,11 @@ from qnn.nn import (
     register_adapter,
 )
 from qnn.verbs import (
+    Bench,
     Comparison,
     Sensitivity,
     Summary,
+    bench,
     calibrate,
     compare,
     convert,
@@ -86,6 +88,7 @@ __all__ = [
     "QGRU",
     "QLSTM",
     "SCHEMES",
+    "Bench",
     "CalibrationWarning",
     "Comparison",
     "ExpertsAdapter",
@@ -128,6 +131,7 @@ __all__ = [
     "Scheme",
     "Sensitivity",
     "Summary",
+    "bench",
     "calibrate",
     "compare",
     "compressed_tensors",

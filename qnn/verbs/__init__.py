@@ -1,5 +1,6 @@
 """What users call on a model."""
 
+from qnn.verbs.bench import Bench, bench
 from qnn.verbs.calibrate import calibrate
 from qnn.verbs.compare import Comparison, compare, sqnr
 from qnn.verbs.convert import convert
@@ -11,9 +12,11 @@ from qnn.verbs.smooth import smooth
 from qnn.verbs.summary import Summary, summary
 
 __all__ = [
+    "Bench",
     "Comparison",
     "Sensitivity",
     "Summary",
+    "bench",
     "calibrate",
     "compare",
     "convert",

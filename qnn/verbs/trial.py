@@ -156,41 +156,59 @@ def bytes_of(*modules: nn.Module) -> int:
 
 
 @contextmanager
-def trying(who: str, model: nn.Module, plan: Plan, maker: MakerOf) -> Iterator[tuple[Trial, Run]]:
-    """A `Trial`, and what runs the model without a trace: in evaluation mode, without gradients and
-    torch's fused encoder, which reads raw weights; each run with the same random numbers. Buffers
-    that the forward writes to are put back after each run, nothing is recorded, and at the end the
-    model is as before, whatever has been raised.
+def undisturbed(who: str, *models: nn.Module) -> Iterator[Run]:
+    """What runs models without a trace: in evaluation mode, without gradients, each run with the
+    same random numbers. Buffers that the forward writes to are put back after each run, and
+    observation points neither record nor round.
+
+    Raises:
+        ValueError: a model with observers of another library.
     """
-    if any(map(observes, model.modules())):
+    if any(observes(module) for model in models for module in model.modules()):
         raise ValueError(
             f"{who}: the model holds observers of another library, which would record what is run "
             "here; give it the float model."
         )
-    points = [(point, point.observing, point.rounding) for point in observation_points(model)]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    buffers = remember_buffers(model)
-    trial = Trial(model, plan, maker, who)
+    points = [
+        (point, point.observing, point.rounding)
+        for model in models
+        for point in observation_points(model)
+    ]
+    buffers = [remember_buffers(model) for model in models]
 
     def run(function: Callable[[], Any]) -> Any:
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 return function()
         finally:
-            buffers()
+            for put_back in buffers:
+                put_back()
 
     try:
-        torch.backends.mha.set_fastpath_enabled(False)
         for point, _, _ in points:
             point.observing = point.rounding = False
-        with evaluating(model):
-            yield trial, run
+        with evaluating(*models):
+            yield run
     finally:
-        trial.put_all_back()
         for point, observing, rounding in points:
             point.observing, point.rounding = observing, rounding
-        torch.backends.mha.set_fastpath_enabled(fast)
         return_threads()
+
+
+@contextmanager
+def trying(who: str, model: nn.Module, plan: Plan, maker: MakerOf) -> Iterator[tuple[Trial, Run]]:
+    """A `Trial`, and what runs the model without a trace and without torch's fused encoder, which
+    reads raw weights; at the end the model is as before, whatever has been raised.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with undisturbed(who, model) as run:
+        trial = Trial(model, plan, maker, who)
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            yield trial, run
+        finally:
+            trial.put_all_back()
+            torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def evaluated(who: str, trial: Trial, run: Run, eval_fn: EvalFn) -> float:
