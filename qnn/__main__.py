@@ -1,4 +1,4 @@
-"""`python -m qnn doctor [--json]` and `python -m qnn build [--force]`."""
+"""`python -m qnn doctor | build`, and `summary | convert | bench | sensitivity` of a folder."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import json
 import sys
 
+from qnn import folder_commands
 from qnn.kernels.cpu import native
 from qnn.verbs import doctor
 
@@ -22,11 +23,14 @@ def main(argv: list[str] | None = None) -> int:
         "build", help="build the native CPU kernels now, instead of at the first int8 call"
     )
     command.add_argument("--force", action="store_true", help="build again what is there")
+    folder_commands.add(commands)
     arguments = parser.parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold any bytes
     if arguments.command == "build":
         return _build(arguments.force)
+    if arguments.command != "doctor":
+        return folder_commands.run(arguments)
     data = doctor.report()
     print(json.dumps(data, indent=2) if arguments.json else doctor.render(data))
     return 0

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from qnn.verbs import timing
+
 from .common import BENCHMARKS, forked_script
 
 Import = Callable[[str], Any]
@@ -287,8 +289,8 @@ class FakeGpu:
         event.elapsed_time = lambda end: (end.at - event.at) * 1e3
         return event
 
-    def patch(self, timing: Any, patch: pytest.MonkeyPatch) -> None:
-        """Make `timing.py` time this device."""
+    def patch(self, patch: pytest.MonkeyPatch) -> None:
+        """Make `qnn.verbs.timing` time this device."""
         clock = SimpleNamespace(perf_counter=lambda: self.host)
         properties = SimpleNamespace(L2_cache_size=1 << 10)
         flush = SimpleNamespace(zero_=lambda: self.launch(5e-6, 5e-5))
@@ -308,8 +310,8 @@ class FakeGpu:
 def test_what_is_timed_on_a_gpu(
     benchmark: Import, monkeypatch: pytest.MonkeyPatch, launching: float, running: float
 ) -> None:
-    gpu, timing = FakeGpu(), benchmark("timing")
-    gpu.patch(timing, monkeypatch)
+    gpu = FakeGpu()
+    gpu.patch(monkeypatch)
 
     def call() -> None:
         for _ in range(3):
@@ -328,7 +330,7 @@ def test_what_is_timed_on_a_gpu(
 
 def test_a_row_of_a_gpu(harness: Any, benchmark: Import, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = FakeGpu()
-    gpu.patch(benchmark("timing"), monkeypatch)
+    gpu.patch(monkeypatch)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(harness, "peak_megabytes", lambda call, device: 5.0)
     monkeypatch.setattr(harness, "clock_mhz", lambda device: 1500)
@@ -348,7 +350,7 @@ def test_a_row_of_a_gpu(harness: Any, benchmark: Import, monkeypatch: pytest.Mon
 
 
 def test_turns_on_a_cpu(benchmark: Import, monkeypatch: pytest.MonkeyPatch) -> None:
-    timing, now, order = benchmark("timing"), [0.0], []
+    now, order = [0.0], list[str]()
     clock = SimpleNamespace(perf_counter=lambda: now[0], sleep=lambda _: order.append("pause"))
     monkeypatch.setattr(timing, "time", clock)
 
@@ -366,4 +368,4 @@ def test_turns_on_a_cpu(benchmark: Import, monkeypatch: pytest.MonkeyPatch) -> N
     assert found["short"].device == found["short"].host == []
     turns = "".join(each[0] for each in order).split("p")[3:]
     assert sorted(turns) == ["ll"] * 5 + ["sssss"] * 5
-    assert timing.fastest(calls)[0] == "short"
+    assert benchmark("timing").fastest(calls)[0] == "short"

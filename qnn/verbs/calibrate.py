@@ -79,7 +79,7 @@ def _points(model: nn.Module, batches: Any) -> list[FakeQuantize]:
             f"qnn.calibrate: batches is a {type(batches).__name__}, one batch; pass [batch]."
         )
     points = list(observation_points(model))
-    others = map(_observes, model.modules())
+    others = map(observes, model.modules())
     if not points and any(others):  # another library's, in a graph: they see what runs
         return []
     if not points:
@@ -123,7 +123,7 @@ def _run(
 ) -> int:
     """How many batches there were."""
     check_progress("qnn.calibrate", progress)
-    put_back = _remember_buffers(model)
+    put_back = remember_buffers(model)
     # Its forward talks to the other processes, which may have fewer batches.
     parallel = isinstance(model, nn.parallel.DistributedDataParallel)
     called = model.module if parallel else model
@@ -165,19 +165,19 @@ def kept_of(batch: Any) -> torch.Tensor | None:
     return mask.bool()
 
 
-def _observes(module: nn.Module) -> bool:
+def observes(module: nn.Module) -> bool:
     """Whether a module is an observer of another library."""
     return callable(getattr(module, "calculate_qparams", None))
 
 
-def _remember_buffers(model: nn.Module) -> Callable[[], None]:
+def remember_buffers(model: nn.Module) -> Callable[[], None]:
     """What puts the buffers back that running the model changes, such as a key-value cache; what
     observers have recorded stays.
     """
     ours = {
         id(module)
         for point in model.modules()
-        if isinstance(point, Statistics) or _observes(point)
+        if isinstance(point, Statistics) or observes(point)
         for module in point.modules()
     }
     held = [

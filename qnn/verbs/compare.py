@@ -17,6 +17,7 @@ from qnn import kinds
 from qnn.kinds import kind_of, waits
 from qnn.verbs.calibrate import is_namedtuple
 from qnn.verbs.checks import require_module
+from qnn.verbs.tables import chart
 
 
 def sqnr(reference: torch.Tensor, value: torch.Tensor) -> float:
@@ -102,15 +103,8 @@ class Comparison:
         """Write a bar chart, worst layer on top; the format follows the file's ending. Needs
         matplotlib.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(
-                "qnn.Comparison.plot needs matplotlib: pip install matplotlib."
-            ) from error
         rows = [row for row in self.rows if math.isfinite(row.sqnr)][::-1]
-        figure = Figure(figsize=(8, 1 + 0.22 * len(rows)), layout="constrained")
-        axes = figure.add_subplot()
+        figure, axes = chart("qnn.Comparison.plot", len(rows))
         axes.barh(
             [row.name for row in rows],
             [row.sqnr for row in rows],

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, TypeVar, cast
 
 from torch import nn
 
 from qnn import kinds
 from qnn.calibration.doubts import warn_of
+from qnn.calibration.fake_quantize import observation_points
 from qnn.kernels import get_scheme, training_scheme
 from qnn.kernels.schemes import STATIC
 from qnn.kinds import Own, kind_of
@@ -24,7 +25,10 @@ from qnn.verbs.checks import (
     why_not,
     why_not_plain,
 )
+from qnn.verbs.choose import Row
 from qnn.verbs.inventory import nbytes, size
+from qnn.verbs.max_drop import check as check_drop
+from qnn.verbs.max_drop import keep_worst
 from qnn.verbs.patterns import Pattern, Patterns
 from qnn.verbs.plan import (
     ASKED,
@@ -38,6 +42,7 @@ from qnn.verbs.plan import (
     swapped,
 )
 from qnn.verbs.progress import check_progress
+from qnn.verbs.trial import EvalFn
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 SchemeMap = Mapping[Pattern, str | None]
@@ -53,6 +58,9 @@ def convert(
     inplace: bool = False,
     on_unsupported: Literal["error", "skip"] = "error",
     progress: bool | str = True,
+    max_drop: float | None = None,
+    eval_fn: EvalFn | None = None,
+    ranking: Iterable[Row] | None = None,
 ) -> ModelT:
     """Replace the linear, convolution, attention, LSTM and GRU layers of `model` by quantised ones.
 
@@ -94,6 +102,16 @@ def convert(
         on_unsupported: `"error"`, or `"skip"` to leave out what a scheme cannot take.
         progress: a line on stderr once it has taken two seconds: True if stderr is a terminal,
             `"always"` in any case, False never.
+        max_drop: how much lower the score of the converted model may be than that of the float
+            one. All layers are quantised, and the one that hurts most is put back into float until
+            the score holds; `qnn.summary` names those that were. The order is that of each layer
+            alone, worst first, of equal ones the smallest. Everything is tried out in the model
+            itself, which is put back; meanwhile both forms of all layers are in memory.
+        eval_fn: `model -> number`, higher is better, the same each time for the same model; called
+            once for the float model, once for each layer alone, and once for each layer put back.
+            It must call the model that it is given.
+        ranking: the table of `qnn.sensitivity` for this model: the order then is by its errors, and
+            `eval_fn` is not called for each layer alone.
 
     Returns:
         The converted model: `model` itself if `inplace`, unless it is a bare `nn.Linear`.
@@ -102,8 +120,9 @@ def convert(
         ValueError: an unknown scheme, a pattern that matches nothing, nothing to convert, or
             layers that the scheme cannot take, each named with its reason; a prepared layer with a
             part that has seen nothing, or NaN or infinite values; a model that cannot be copied, or
-            that names a layer where no other can be put. Nothing has been changed then.
-        TypeError: an argument of the wrong kind.
+            that names a layer where no other can be put; a `max_drop` that only the float model
+            holds, or not even that. Nothing has been changed then.
+        TypeError: an argument of the wrong kind; `eval_fn` gives no number.
 
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
     >>> model = convert(model, "int8", exclude="2")
@@ -116,6 +135,7 @@ def convert(
             f"qnn.convert: on_unsupported must be 'error' or 'skip', got {on_unsupported!r}."
         )
     check_progress("qnn.convert", progress)
+    check_drop(max_drop, eval_fn, ranking, training)
     prepared = any(map(kinds.is_prepared, model.modules()))
     plan = planned(
         model,
@@ -125,6 +145,17 @@ def convert(
         training=training,
         on_unsupported=on_unsupported,
     )
+    kept = list[str]()
+    if max_drop is not None and eval_fn is not None:
+        kept = keep_worst(
+            model,
+            plan,
+            maker,
+            max_drop=max_drop,
+            eval_fn=eval_fn,
+            ranking=ranking,
+            progress=progress,
+        )
     result = swapped(
         model,
         plan,
@@ -134,6 +165,9 @@ def convert(
         share=training,
         progress=progress,
     )
+    for point in (p for name in kept for p in observation_points(result.get_submodule(name))):
+        point.freeze()
+        point.pass_on()
     if prepared:
         warn_of(result)
     run_hooks("qnn.convert", result)

@@ -16,7 +16,7 @@ from qnn.kernels.cuda import backends
 
 # What each package is for: those that qnn can use but does not need.
 _OPTIONAL = {
-    "matplotlib": "plots of qnn.compare and of the examples",
+    "matplotlib": "plots of qnn.compare, qnn.sensitivity and of the examples",
     "peft": "LoRA over a quantised base",
     "safetensors": "checkpoints without pickle",
     "transformers": "the models of the examples",

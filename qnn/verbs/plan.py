@@ -177,15 +177,17 @@ class InPlace:
         new = make(old, lambda value: value)
         _with_the_rest(old, new, lambda value: value)
         compiled = vars(new).get(_COMPILED)
-        self.current[key] = new
-        change = references.Replace({key: new}, {key: type(old)}, None)
-        for place in self._found.places.get(key, ()):
-            references.put(place, self.current, change)
+        self._put(key, new, references.Replace({key: new}, {key: type(old)}, None))
         if compiled is not None and vars(new)[_COMPILED] is compiled:
             del new.__dict__[_COMPILED]  # it would go on calling the old layer
         if key in self.plan.reasons:
             setattr(new, REASON, self.plan.reasons[key])
         return new
+
+    def _put(self, key: int, new: nn.Module, change: Callable[[Any], Any]) -> None:
+        self.current[key] = new
+        for place in self._found.places.get(key, ()):
+            references.put(place, self.current, change)
 
 
 def _in_place(model: ModelT, plan: Plan, make: Make, who: str, meter: Meter) -> ModelT:

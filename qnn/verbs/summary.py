@@ -20,6 +20,7 @@ from qnn.verbs.checks import WAITS, left_alone, require_module, why_not_plain
 from qnn.verbs.inventory import nbytes
 from qnn.verbs.inventory import size as _size
 from qnn.verbs.plan import FOLDED, LEFT, REASON
+from qnn.verbs.tables import aligned
 
 # Layers that people expect to be quantised too, and why they are not.
 _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
@@ -83,6 +84,7 @@ class Row:
 # Names and sizes of one layer in a reason: `; gate [4, 64] (…) is probably a weight`.
 _OF_ONE = re.compile(
     r"; BatchNorm .* folded in$|; .* is probably a weight.*$|(?<=tied to )'[^']*' "
+    r"|; with this layer alone in .*$"
 )
 
 
@@ -134,11 +136,7 @@ class Summary:
         bytes_ = _size(self.bytes_before), _size(self.bytes_after)
         total = ("total", "", "", "", *bytes_, f"{ratio:.2f} of before")
         table = [head, *(row.cells for row in self.rows), total]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        first, *lines, last = (
-            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
-            for line in table
-        )
+        first, *lines, last = aligned(table)
         rule = "-" * max(map(len, (first, *lines)))
         left = [
             f"  {_size(each.bytes):>8}  {each.layers:>4}  {each.reason}" for each in self.totals
