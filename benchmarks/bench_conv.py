@@ -106,9 +106,12 @@ def networks(quick: bool) -> Iterator[tuple[str, nn.Module, int]]:
         small = ResNetConfig(**{**basic, "hidden_sizes": [8, 16], "depths": [1, 1]})
         yield "small ResNet", Logits(ResNetForImageClassification(small)), 32
         return
-    yield "ResNet-18", Logits(ResNetForImageClassification(ResNetConfig(**basic))), 224
-    yield "ResNet-50", Logits(ResNetForImageClassification(ResNetConfig())), 224
-    yield "MobileNetV2", Logits(MobileNetV2ForImageClassification(MobileNetV2Config())), 224
+    classes = {"num_labels": 1000}  # an SQNR of two logits would be a matter of luck
+    resnet18 = ResNetConfig(**basic, **classes)
+    yield "ResNet-18", Logits(ResNetForImageClassification(resnet18)), 224
+    yield "ResNet-50", Logits(ResNetForImageClassification(ResNetConfig(**classes))), 224
+    mobilenet = MobileNetV2ForImageClassification(MobileNetV2Config(**classes))
+    yield "MobileNetV2", Logits(mobilenet), 224
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from variants import (
     openvino,
     qnn_compiled,
     qnn_eager,
+    qnn_packaged,
     scratch,
 )
 
@@ -117,6 +118,7 @@ VARIANTS: tuple[Variant[Task], ...] = (
     Variant("qnn int8", "fp32", "compiled", qnn_compiled),
     Variant("qnn int8_static", "fp32", "eager", partial(qnn_eager, scheme="int8_static")),
     Variant("qnn int8_static", "fp32", "compiled", partial(qnn_compiled, scheme="int8_static")),
+    Variant("qnn int8_static", "fp32", "AOTInductor", partial(qnn_packaged, scheme="int8_static")),
     Variant("qnn int8_weight", "fp32", "compiled", partial(qnn_compiled, scheme="int8_weight")),
     Variant("torchao PT2E", "fp32", "compiled+frozen", torchao_pt2e),
     Variant("ONNX Runtime int8", "fp32", "static", onnxruntime_static),

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import tempfile
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +16,7 @@ import qnn
 
 from conv_variants import float_frozen, torchao_pt2e
 from harness import Run, Variant, inductor_settings
-from variants import Task, compiled_run, float_compiled, openvino, scratch
+from variants import Task, compiled_run, float_compiled, openvino, packaged_run
 
 
 @functools.lru_cache(maxsize=4)
@@ -51,15 +48,9 @@ def qnn_graph(
         return compiled_run(_graph_of(task, scheme), task.input_in(dtype))
 
 
-def qnn_packaged(task: Task, dtype: torch.dtype, *, scheme: str = "int8_static") -> Run:
-    """Exported again and packaged by AOTInductor, for the one batch, as the compiled ones are."""
-    path = Path(tempfile.mkdtemp(dir=scratch())) / "model.pt2"
-    x = task.input_in(dtype)
-    with torch.no_grad(), inductor_settings():
-        program = torch.export.export(_graph_of(task, scheme), (x,))
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
-    loaded: Any = torch._inductor.aoti_load_package(str(path))
-    return Run(partial(loaded, x))
+def qnn_graph_packaged(task: Task, dtype: torch.dtype, *, scheme: str = "int8_static") -> Run:
+    with inductor_settings():
+        return packaged_run(_graph_of(task, scheme), task.input_in(dtype))
 
 
 VARIANTS: tuple[Variant[Task], ...] = (
@@ -67,7 +58,7 @@ VARIANTS: tuple[Variant[Task], ...] = (
     Variant("float", "fp32", "compiled+frozen", float_frozen),
     Variant("qnn int8_static", "fp32", "compiled", qnn_graph),
     Variant("qnn int8_static", "fp32", "compiled+frozen", partial(qnn_graph, freezing=True)),
-    Variant("qnn int8_static", "fp32", "AOTInductor", qnn_packaged),
+    Variant("qnn int8_static", "fp32", "AOTInductor", qnn_graph_packaged),
     Variant("qnn int8", "fp32", "compiled", partial(qnn_graph, scheme="int8")),
     Variant("torchao PT2E", "fp32", "compiled+frozen", torchao_pt2e),
     Variant("OpenVINO int8", "fp32", "NNCF", openvino),

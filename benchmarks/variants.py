@@ -97,6 +97,21 @@ def qnn_compiled(task: Task, dtype: torch.dtype, *, scheme: str = "int8") -> Run
         return compiled_run(task.quantized_in(dtype, scheme), task.input_in(dtype))
 
 
+def packaged_run(model: nn.Module, x: torch.Tensor) -> Run:
+    """Exported and packaged by AOTInductor, for this batch; under the settings of this moment."""
+    path = Path(tempfile.mkdtemp(dir=scratch())) / "model.pt2"
+    with torch.no_grad():
+        program = torch.export.export(model, (x,))
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    package: Any = torch._inductor.aoti_load_package(str(path))
+    return Run(partial(package, x))
+
+
+def qnn_packaged(task: Task, dtype: torch.dtype, *, scheme: str = "int8") -> Run:
+    with inductor_settings():
+        return packaged_run(task.quantized_in(dtype, scheme), task.input_in(dtype))
+
+
 # -- torch.ao ----------------------------------------------------------------------------------
 
 
