@@ -215,18 +215,9 @@ def fork_conv_reference(
     return y, *static_quantize_reference(y, so, zo)
 
 
-def chain_conv_reference(
-    q: torch.Tensor,
-    scale: torch.Tensor,
-    zx: torch.Tensor,
-    w: torch.Tensor,
-    sw: torch.Tensor,
-    so: torch.Tensor,
-    zo: torch.Tensor,
-    *rest: Any,
-    integer_sums: Callable[..., torch.Tensor] = exact_sums,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return fork_conv_reference(q, scale, zx, w, sw, so, zo, *rest, integer_sums=integer_sums)[1:]
+def chain_conv_reference(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    _, codes, scale = fork_conv_reference(*args, **options)
+    return codes, scale
 
 
 def conv_dgrad_reference(
