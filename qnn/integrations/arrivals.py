@@ -35,7 +35,7 @@ class Arrivals:
 
     The model is a skeleton on the meta device. A layer of the plan stays the float layer until all
     of its tensors are there; then `convert`'s own maker makes the quantised one, and the floats are
-    let go. So there is no float copy of more than a layer, and what is made is what `convert`
+    let go. So a float copy is never of more than these layers, and what is made is what `convert`
     makes.
     """
 

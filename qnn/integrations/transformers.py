@@ -109,7 +109,7 @@ def _names(model: nn.Module, given: list[str] | None) -> list[str]:
         mine = [n for n in known if fnmatchcase(n, plain) or fnmatchcase(n, f"*.{plain}")]
         if not mine:
             raise ValueError(
-                f"qnn.QnnConfig: modules_to_not_convert has {name!r}, which is no module of "
+                f"qnn.QnnConfig: modules_to_not_convert has {name!r}, which is not a module of "
                 f"{type(model).__name__}. It takes names of model.named_modules(), or their last "
                 "parts, with wildcards *, ? and [seq]."
             )
