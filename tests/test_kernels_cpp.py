@@ -201,7 +201,8 @@ def test_every_source_is_driven() -> None:
     tiers = {*MACHINE_FLAGS, "portable.cpp"}
     assert {Path(name).stem for name in tiers} == {*TIERS}
     families = {
-        f"{family}ops.cpp" for family in ("", "conv_", "embedding_", "grouped_", "recurrent_")
+        f"{family}ops.cpp"
+        for family in ("", "conv_", "embedding_", "grouped_", "histogram_", "recurrent_")
     }
     assert names == tiers | families | {"arguments.cpp", "tier_choice.cpp"}
 

@@ -195,7 +195,8 @@ class HistogramObserver(Observer):
         else:
             held.append(magnitudes)
             every = ranges.counted(x, *held)
-        torch._foreach_copy_(held, every)
+        for buffer, value in zip(held, every, strict=True):  # a body of `cond` takes no lists
+            buffer.copy_(value)
 
     def _count_magnitudes(self, x: torch.Tensor, magnitudes: torch.Tensor) -> None:
         pass  # `_update` has done so
