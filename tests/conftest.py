@@ -22,6 +22,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from qnn.integrations import compressed_tensors
 from qnn.kernels.cpu import native
 
 from . import tiers
@@ -103,8 +104,11 @@ def threads() -> Iterator[None]:
 @pytest.fixture
 def plain_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers as it is where nothing has imported qnn's integration: it reads qnn's files
-    through the compressed-tensors package.
+    through the compressed-tensors package. And diffusers, which reads none.
     """
+    if (diffusers := sys.modules.get("diffusers.quantizers.auto")) is not None:
+        mapping = diffusers.AUTO_QUANTIZATION_CONFIG_MAPPING
+        monkeypatch.delitem(mapping, compressed_tensors.DIFFUSERS_METHOD, raising=False)
     if importlib.util.find_spec("transformers") is not None:
         importlib.import_module("qnn.integrations.transformers")  # once, and not during the test
         auto: Any = importlib.import_module("transformers.quantizers.auto")
@@ -119,3 +123,12 @@ def qnn_in_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = importlib.import_module("qnn.integrations.transformers")
     mapping = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
     monkeypatch.setitem(mapping, "compressed-tensors", module._Described)
+
+
+@pytest.fixture
+def qnn_in_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers with qnn's integration, likewise."""
+    auto: Any = pytest.importorskip("diffusers.quantizers.auto", reason="needs diffusers")
+    module: Any = importlib.import_module("qnn.integrations.diffusers")
+    mapping = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+    monkeypatch.setitem(mapping, module.DIFFUSERS_METHOD, module._Described)

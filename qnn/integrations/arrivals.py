@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import torch
@@ -182,6 +183,15 @@ class Arrivals:
                 layer._parameters[part] = _loaded(frozen(each))
         return True
 
+    def raise_refused(self, who: str) -> None:
+        """Raise if layers that were asked for could not be quantised, each with its reason."""
+        if self.refused:
+            listed = "\n".join(f"  {name}: {reason}" for name, reason in self.refused.items())
+            raise ValueError(
+                f"qnn: {len(self.refused)} layer(s) of {who} cannot be quantised:\n{listed}\n"
+                "Name them in modules_to_not_convert, or pass on_unsupported='skip'."
+            )
+
     def finish(self, missing: Iterable[str]) -> None:
         """Convert what could not be while tensors arrived, and say what stays float; `missing` are
         the names that the checkpoint did not have.
@@ -223,3 +233,37 @@ def _tie(model: nn.Module, tied: Mapping[str, str]) -> list[tuple[nn.Module, str
             held.append((parent, leaf, parent._parameters.get(leaf)))
             parent._parameters[leaf] = parameter
     return held
+
+
+def layers_of(model: nn.Module) -> dict[str, Quantized]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, Quantized)}
+
+
+def dequantize(model: nn.Module) -> None:
+    """Put the float layers back, with the weights that the stored ones stand for."""
+    made: dict[int, nn.Module] = {}
+    for name, layer in reversed(list(model.named_modules(remove_duplicate=False))):
+        if isinstance(layer, Quantized):
+            made[id(layer)] = made.get(id(layer)) or layer.dequantize()
+            model.set_submodule(name, made[id(layer)])
+
+
+def excluded(model: nn.Module, given: list[str] | None) -> list[str]:
+    """The modules of a model that `modules_to_not_convert` means.
+
+    Raises:
+        ValueError: a name that is none of the model's.
+    """
+    known, found = [name for name, _ in model.named_modules() if name], list[str]()
+    for name in given or ():
+        # As transformers lists what it would leave alone: names of parameters among them.
+        plain = name.removesuffix(".weight").removesuffix(".bias")
+        mine = [n for n in known if fnmatchcase(n, plain) or fnmatchcase(n, f"*.{plain}")]
+        if not mine:
+            raise ValueError(
+                f"qnn.QnnConfig: modules_to_not_convert has {name!r}, which is not a module of "
+                f"{type(model).__name__}. It takes names of model.named_modules(), or their last "
+                "parts, with wildcards *, ? and [seq]."
+            )
+        found += mine
+    return found

@@ -26,6 +26,8 @@ from qnn.verbs.plan import after_swap
 # Shown by transformers and diffusers as what they do not know; pydantic cuts at 50 characters.
 _READER = "use qnn.load_pretrained"
 SMOOTHED = "smoothed"
+# What diffusers refuses, by this name, until `qnn.integrations.diffusers` is imported.
+DIFFUSERS_METHOD = f"compressed-tensors; {_READER}"
 
 
 def _group(scheme: Scheme, targets: list[str], kind: str | None) -> dict[str, Any]:
@@ -252,10 +254,12 @@ def _describe_diffusers(model: Any) -> None:
     """diffusers has no reader of compressed-tensors, and refuses what it does not know by name."""
     if any(isinstance(layer, Quantized) for layer in model.modules()):
         described = quantization_config(model)
-        described["quant_method"] += f"; {_READER}"
+        described["quant_method"] = DIFFUSERS_METHOD
         model.register_to_config(quantization_config=described)
     elif "qnn" in (_read(model.config, "quantization_config") or ()):
-        model.register_to_config(quantization_config=None)
+        config = model._internal_dict  # `register_to_config` takes nothing away
+        left = {key: value for key, value in config.items() if key != "quantization_config"}
+        model._internal_dict = type(config)(left)
 
 
 def _warn(model: nn.Module) -> None:

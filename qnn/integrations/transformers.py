@@ -6,8 +6,10 @@ Importing this module registers it with transformers; `import qnn` does not.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
+from enum import Enum
+from importlib import import_module
 from typing import Any, cast
 
 import torch
@@ -19,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qnn.integrations.arrivals import Arrivals
+from qnn.integrations.arrivals import Arrivals, dequantize, excluded, layers_of
 from qnn.integrations.compressed_tensors import describe, schemes_of, smoothed_of
 from qnn.kernels import SCHEMES, get_scheme
 from qnn.nn import QLinear
@@ -30,6 +32,12 @@ from qnn.verbs.convert import SchemeMap, convert
 from qnn.verbs.plan import after_swap, run_hooks
 
 logger = logging.get_logger("transformers.qnn")
+
+
+class Method(str, Enum):
+    """The name of qnn's method, as transformers and diffusers have those of theirs."""
+
+    QNN = "qnn"
 
 
 @auto.register_quantization_config("qnn")
@@ -62,7 +70,7 @@ class QnnConfig(QuantizationConfigMixin):  # type: ignore[misc]
         quant_method: str = "qnn",
         described: Mapping[str, Any] | None = None,
     ) -> None:
-        self.quant_method, self.described = "qnn", described
+        self.quant_method, self.described = Method.QNN, described
         self.scheme, self.on_unsupported = scheme, on_unsupported
         self.modules_to_not_convert = modules_to_not_convert
         if on_unsupported not in ("error", "skip"):
@@ -85,6 +93,8 @@ class QnnConfig(QuantizationConfigMixin):  # type: ignore[misc]
                     f"qnn.QnnConfig({name!r}): {needs_calibration(cast(str, name))}; then "
                     "save_pretrained and from_pretrained."
                 )
+        if "diffusers" in sys.modules:
+            import_module("qnn.integrations.diffusers")  # which knows this class then
 
     def to_dict(self) -> dict[str, Any]:
         """What a config says while the model is loaded; a saved one has the description."""
@@ -94,27 +104,6 @@ class QnnConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if isinstance(scheme, Mapping):
             scheme = {patterns.describe(pattern): name for pattern, name in scheme.items()}
         return {**vars(self), "scheme": scheme}
-
-
-def _names(model: nn.Module, given: list[str] | None) -> list[str]:
-    """The modules of a model that `modules_to_not_convert` means.
-
-    Raises:
-        ValueError: a name that is none of the model's.
-    """
-    known, found = [name for name, _ in model.named_modules() if name], list[str]()
-    for name in given or ():
-        # As transformers lists what it would leave alone: names of parameters among them.
-        plain = name.removesuffix(".weight").removesuffix(".bias")
-        mine = [n for n in known if fnmatchcase(n, plain) or fnmatchcase(n, f"*.{plain}")]
-        if not mine:
-            raise ValueError(
-                f"qnn.QnnConfig: modules_to_not_convert has {name!r}, which is not a module of "
-                f"{type(model).__name__}. It takes names of model.named_modules(), or their last "
-                "parts, with wildcards *, ? and [seq]."
-            )
-        found += mine
-    return found
 
 
 @auto.register_quantizer("qnn")
@@ -169,7 +158,7 @@ class QnnQuantizer(HfQuantizer):  # type: ignore[misc]
             self.arrivals = Arrivals(
                 model,
                 config.scheme,
-                exclude=_names(model, config.modules_to_not_convert) or None,
+                exclude=excluded(model, config.modules_to_not_convert) or None,
                 on_unsupported=config.on_unsupported,
                 tied=self.tied,
             )
@@ -188,7 +177,7 @@ class QnnQuantizer(HfQuantizer):  # type: ignore[misc]
         convert(model, schemes_of(found, model), inplace=True, progress=False)
         for name in smoothed_of(found, model):
             cast(QLinear, model.get_submodule(name))._smooth(True)
-        layers = _layers(model)
+        layers = layers_of(model)
         for layer in layers.values():
             layer._empty_weights("meta", on_disk=True)
             for parameter in layer._parameters.values():
@@ -201,7 +190,7 @@ class QnnQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
         if self.arrivals is None:
-            return param_name.rpartition(".")[0] in _layers(model)  # it reads its own state
+            return param_name.rpartition(".")[0] in layers_of(model)  # it reads its own state
         # A parameter of another dtype than the model's keeps it, as in the float model. Its reader
         # goes by that, and its layer is converted at the end.
         expected = self.arrivals.expects(param_name)
@@ -221,19 +210,14 @@ class QnnQuantizer(HfQuantizer):  # type: ignore[misc]
         """All that the checkpoint has is read, and nothing is drawn yet."""
         self.info = info
         if self.arrivals is None:
-            for layer in _layers(model).values():
+            for layer in layers_of(model).values():
                 stored = {*layer._kept()} | layer._disk_names()
                 for name in stored & layer._parameters.keys():
                     # The reader makes whatever is float trainable, scales too.
                     cast(nn.Parameter, layer._parameters[name]).requires_grad_(False)
             return
         self._missing = set(info.missing_keys)
-        if refused := self.arrivals.refused:
-            listed = "\n".join(f"  {name}: {reason}" for name, reason in refused.items())
-            raise ValueError(
-                f"qnn: {len(refused)} layer(s) of {_who(model)} cannot be quantised:\n{listed}\n"
-                "Name them in modules_to_not_convert, or pass on_unsupported='skip'."
-            )
+        self.arrivals.raise_refused(_who(model))
         # Those share their codes already.
         self.shared = {t: s for t, s in self.tied.items() if self.arrivals.is_shared(t)}
         model.all_tied_weights_keys = {t: s for t, s in self.tied.items() if t not in self.shared}
@@ -242,7 +226,7 @@ class QnnQuantizer(HfQuantizer):  # type: ignore[misc]
         arrivals, self.arrivals = self.arrivals, None
         if arrivals is None:
             _check(model, self.info)
-            layers, left = _layers(model), model.all_tied_weights_keys.keys()
+            layers, left = layers_of(model), model.all_tied_weights_keys.keys()
             model.all_tied_weights_keys = {
                 t: s for t, s in self.tied.items() if _tied_parts({t: s}, layers).keys() <= left
             }
@@ -274,11 +258,7 @@ class QnnQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"qnn: {_who(model)}.dequantize(): layers are offloaded to the disk; load the "
                 "model without offload."
             )
-        made: dict[int, nn.Module] = {}
-        for name, layer in reversed(list(model.named_modules(remove_duplicate=False))):
-            if isinstance(layer, Quantized):
-                made[id(layer)] = made.get(id(layer)) or layer.dequantize()
-                model.set_submodule(name, made[id(layer)])
+        dequantize(model)
         model.tie_weights(recompute_mapping=False)
         wanted, own = (
             getattr(torch, d) if isinstance(d, str) else d for d in (dtype, model.config.dtype)
@@ -304,10 +284,6 @@ class _Quantise(ConversionOps):  # type: ignore[misc]
         return left
 
 
-def _layers(model: nn.Module) -> dict[str, Quantized]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, Quantized)}
-
-
 def _who(model: Any) -> str:
     return f"{type(model).__name__}.from_pretrained({model.config.name_or_path!r})"
 
@@ -331,14 +307,14 @@ def _offloaded(model: nn.Module) -> list[str]:
     """The quantised layers whose tensors stay on the disk."""
     return [
         name
-        for name, layer in _layers(model).items()
+        for name, layer in layers_of(model).items()
         if any(p is not None and p.is_meta for p in layer._parameters.values())
     ]
 
 
 def _check(model: Any, info: Any) -> None:
     """Refuse what transformers' reader leaves to a log line, and have each layer read its state."""
-    who, layers = _who(model), _layers(model)
+    who, layers = _who(model), layers_of(model)
     missing = [key for key in info.missing_keys if key.rpartition(".")[0] in layers]
     if missing:
         raise ValueError(f"{who}: the file has no {', '.join(sorted(missing)[:5])}.")
