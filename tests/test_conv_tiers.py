@@ -23,7 +23,8 @@ EACH = [pytest.param(40, 1), pytest.param(1000, 10_000, marks=pytest.mark.long)]
 class Draw:
     """A convolution of 1, 2 or 3 axes, of any memory format, some samples with NaN or inf."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, transposed: bool = False) -> None:
+        self.transposed = transposed
         self.random = random.Random(seed)
         torch.manual_seed(seed)
         draw = self.random
@@ -40,8 +41,12 @@ class Draw:
             self.channels, self.outputs = (groups * draw.randint(1, most) for _ in range(2))
             if draw.random() < 0.25:
                 self.channels = self.outputs = self.groups = draw.randint(1, 130)
+            if transposed:  # what is cut off, or added
+                self.padding = [p - 2 for p in self.padding]
             self.out = [
-                (i + p + q - d * (k - 1) - 1) // s + 1
+                (i - 1) * s + d * (k - 1) + 1 - p - q
+                if transposed
+                else (i + p + q - d * (k - 1) - 1) // s + 1
                 for i, p, q, d, k, s in zip(
                     self.image, self.padding[::2], self.padding[1::2], self.dilation, self.kernel,
                     self.stride, strict=True,
@@ -72,7 +77,9 @@ class Draw:
         return self.laid_out(torch.randint(0, 256, shape).to(torch.uint8))
 
     def weight(self) -> tuple[torch.Tensor, torch.Tensor]:
-        shape = self.outputs, self.channels // self.groups, *self.kernel
+        shape = (self.outputs, self.channels // self.groups, *self.kernel)
+        if self.transposed:
+            shape = (self.channels, self.outputs // self.groups, *self.kernel)
         w = torch.randint(-128, 128, shape).to(torch.int8)
         return self.laid_out(w), torch.rand(self.outputs, 1, 1, 1, 1) * 0.02
 
@@ -98,6 +105,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 def compare(draw: Draw, scheme: str, tier: str) -> None:
     """A call over floats, and its reference."""
+    transposed = draw.transposed
     x, (w, sw), rest = draw.x(), draw.weight(), draw.rest()
     if scheme == "int8_weight":  # torch's own float convolutions differ in what inf becomes
         x.nan_to_num_(0, 0, 0)
@@ -112,10 +120,11 @@ def compare(draw: Draw, scheme: str, tier: str) -> None:
         "int16": int16.conv_reference,
         "int16_static": int16.static_conv_reference,
     }[scheme]
-    want = of_scheme(x, w, sw, *grid, *rest, *after)
+    want = of_scheme(x, w, sw, *grid, *rest, *after, transposed=transposed)
     given = (*grid, None, None)[:2]
     word = scheme.removesuffix("_static")
-    got = torch.ops.qnn.cpu_conv(x, w, sw, *given, *rest, *after, word, tier, draw.parts)
+    run = torch.ops.qnn.cpu_conv_transpose if transposed else torch.ops.qnn.cpu_conv
+    got = run(x, w, sw, *given, *rest, *after, word, tier, draw.parts)
     exact = scheme != "int8_weight" and draw.activation in EXACT
     agrees(got, want, 0 if exact else TOLERANCE[draw.dtype])
     last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
@@ -131,6 +140,15 @@ def test_of_floats(tier: str, cases: int, first: int) -> None:
     need(tier)
     for seed in range(first, first + cases):
         compare(Draw(seed), SCHEMES[seed % len(SCHEMES)], tier)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize(("cases", "first"), EACH)
+def test_transposed(tier: str, cases: int, first: int) -> None:
+    """The same; strides beyond the kernel, of which some values of y see nothing of x, too."""
+    need(tier)
+    for seed in range(first, first + cases):
+        compare(Draw(seed, True), SCHEMES[seed % len(SCHEMES)], tier)
 
 
 @pytest.mark.parametrize("tier", TIERS)

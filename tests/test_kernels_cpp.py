@@ -202,7 +202,15 @@ def test_every_source_is_driven() -> None:
     assert {Path(name).stem for name in tiers} == {*TIERS}
     families = {
         f"{family}ops.cpp"
-        for family in ("", "conv_", "embedding_", "grouped_", "histogram_", "recurrent_")
+        for family in (
+            "",
+            "conv_",
+            "conv_transpose_",
+            "embedding_",
+            "grouped_",
+            "histogram_",
+            "recurrent_",
+        )
     }
     assert names == tiers | families | {"arguments.cpp", "tier_choice.cpp"}
 

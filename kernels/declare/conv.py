@@ -196,7 +196,7 @@ for _up_too in (False, True):
         f"{_what}(xq, w)) · sw · sx + bias) + residual), in float32, with one cast after each of "
         "the four",
         up=_up_too,
-        native=not _up_too,
+        native=True,
         limit=INT8_MAX_K,
         backward={"x": f"int8_conv{_end}_dgrad"},
     )
@@ -208,7 +208,7 @@ for _up_too in (False, True):
         "q = clamp(round(x · (1/sx)) + zx, −128, 127); last(activation(int32("
         f"{_what}(q − zx, w)) · sw · sx + bias) + residual), with casts as in int8_conv",
         up=_up_too,
-        native=not _up_too,
+        native=True,
         limit=INT8_STATIC_MAX_K,
         backward={"x": f"int8_conv{_end}_dgrad"},
     )
@@ -224,7 +224,7 @@ for _up_too in (False, True):
             f"{_codes}q = clamp(round(x · (1/sx)), −32767, 32767); last(activation(float32("
             f"{_what}(q, w)) · sw · sx + bias) + residual), with casts as in int8_conv",
             up=_up_too,
-            native=not _up_too,
+            native=True,
             integer_sums=float32_sums_of_bytes,
             backward={"x": f"int8_conv{_end}_dgrad"},
         )
@@ -236,7 +236,7 @@ for _up_too in (False, True):
         f"last(activation({_what}(x, w) · sw + bias) + residual), in float32, with casts as in "
         "int8_conv",
         up=_up_too,
-        native=not _up_too,
+        native=True,
         backward={"x": f"int8_conv{_end}_dgrad"},
     )
 

@@ -117,7 +117,7 @@ class ConvDraw {
         p.kernel[axis] = one_in(3) ? 1 : between(1, 7);
         p.stride[axis] = one_in(2) ? 1 : between(1, 4);
         p.dilation[axis] = one_in(2) ? 1 : between(1, 3);
-        p.before[axis] = one_in(3) ? 0 : between(0, 7), after = one_in(3) ? 0 : between(0, 7);
+        p.before[axis] = one_in(3) ? 0 : between(-3, 7), after = one_in(3) ? 0 : between(0, 7);
       }
       const int64_t whole =
           p.in[axis] + p.before[axis] + after - (p.kernel[axis] - 1) * p.dilation[axis] - 1;

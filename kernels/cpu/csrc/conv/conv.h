@@ -15,7 +15,8 @@ enum class ConvInput { dynamic, fixed, codes, floats };
 // `floats`, where the order of the sums is free.
 struct Conv {
   int64_t batch, channels, outputs, groups;
-  int64_t in[3], out[3], kernel[3], stride[3], before[3], dilation[3];
+  int64_t in[3], out[3], kernel[3], stride[3], dilation[3];
+  int64_t before[3];  // zeros before x; below 0, values of x that no window begins at
   ConvInput input;
   const void* x;  // dense, [batch, *in, channels] where `x_last`, else [batch, channels, *in]
   bool x_last;
@@ -57,8 +58,8 @@ inline const char* why_not(const Conv& p) {
     return "channels that are not whole groups";
   if (p.pixels() <= 0 || p.outputs <= 0) return "an empty result";
   for (int axis = 0; axis < 3; ++axis) {
-    if (p.kernel[axis] < 1 || p.stride[axis] < 1 || p.dilation[axis] < 1 || p.before[axis] < 0)
-      return "a kernel, a stride, a dilation or a padding that is too small";
+    if (p.kernel[axis] < 1 || p.stride[axis] < 1 || p.dilation[axis] < 1)
+      return "a kernel, a stride or a dilation that is too small";
   }
   return nullptr;
 }

@@ -198,7 +198,7 @@ struct Image {
                 int64_t y, char* to) {
     // Columns [from, until) of the image lie in x.
     const int64_t left = w.before, last = p.in[2] - 1 + left;
-    int64_t from = smaller(div_up(left, w.step), width);
+    int64_t from = smaller(larger(0, div_up(left, w.step)), width);
     int64_t until = last < 0 ? from : larger(from, smaller(width, last / w.step + 1));
     if (z < 0 || z >= p.in[0] || y < 0 || y >= p.in[1]) from = until = 0;
     fill_pad(to, from);

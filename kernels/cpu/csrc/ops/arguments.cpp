@@ -181,7 +181,7 @@ class Reader {
 
   Axis axis(const std::string& text) {
     Axis result{text, {}};
-    if (functions_ && text.back() == ')') return result;
+    if (functions_ && (text.back() == ')' || text.find('*') != std::string::npos)) return result;
     for (const std::string& each : apart(text, '*')) result.factors.push_back(factor(each));
     const Factor& first = result.factors[0];
     if (result.factors.size() == 1 && first.divisor == 1) result.name = first.axis;
@@ -397,13 +397,13 @@ void Arguments::check() const {
   }
 }
 
-void Arguments::require_axis(const Tensor& t, int64_t axis, int64_t wanted) const {
+void Arguments::require_axis(const Tensor& t, int64_t axis, int64_t wanted, size_t source) const {
   if (t.size(axis) == wanted) return;
   size_t i = 0;
   while (all_[i].tensor != &t) ++i;
   const Parameter& p = signature_.parameters[i];
   fail(p.name + " must be " + p.form() + " with " + p.axes[axis].text + " = " +
-       std::to_string(wanted) + " as in " + signature_.parameters[0].name + ", got [" +
+       std::to_string(wanted) + " as in " + signature_.parameters[source].name + ", got [" +
        text_of(t.sizes()) + "]");
 }
 

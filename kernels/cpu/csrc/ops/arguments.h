@@ -96,8 +96,9 @@ class Arguments {
     check();
   }
 
-  // Throws where an axis of an argument that is a function of others has not the wanted size.
-  void require_axis(const Tensor& t, int64_t axis, int64_t wanted) const;
+  // Throws where an axis of an argument that is a function of others has not the wanted size, that
+  // which it has by argument `source`.
+  void require_axis(const Tensor& t, int64_t axis, int64_t wanted, size_t source = 0) const;
   // Throws, with the call repeated.
   [[noreturn]] void fail(const std::string& reason) const;
   // The words of torch's own error, by which programs know that a smaller batch may do.

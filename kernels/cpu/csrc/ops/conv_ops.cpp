@@ -1,22 +1,10 @@
 // The ops of kernels/declare/conv.py on the CPU, but for the transposed ones.
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <string>
 #include <tuple>
-#include <vector>
 
-#include "ops/arguments.h"
-#include "ops/threads.h"
-#include "tiers/tier_choice.h"
+#include "ops/conv_call.h"
 
 namespace qnn {
 namespace {
-
-using Ints = std::vector<int64_t>;
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 // What a call may have; the ops differ in which of these.
 struct ConvArguments {
@@ -33,26 +21,9 @@ struct ConvArguments {
   bool keeps_y = false;  // beside its codes
 };
 
-bool usable(float scale) {
-  return scale >= std::numeric_limits<float>::min() && std::isfinite(scale);
-}
-
-std::string listed(const Ints& all) {
-  std::string text;
-  for (const int64_t each : all) text += (text.empty() ? "" : ", ") + std::to_string(each);
-  return "[" + text + "]";
-}
-
-Ints sizes_of(const Tensor& t, int64_t from = 0) {
-  Ints sizes;
-  for (int64_t i = from; i < t.dim(); ++i) sizes.push_back(t.size(i));
-  return sizes;
-}
-
 // The axes that are functions of others, and then `_rule`, as in kernels/declare/conv.py.
 void require_rules(const Arguments& args, const ConvArguments& a, int64_t limit, Conv& p) {
   const Ints image = sizes_of(a.x), w = sizes_of(a.w);
-  const auto least = [](const Ints& of) { return *std::min_element(of.begin(), of.end()); };
   p.batch = image[0], p.channels = image[1], p.outputs = w[0], p.groups = a.groups;
   args.require_axis(a.w, 1, a.groups > 0 ? p.channels / a.groups : 0);
   Ints out;
@@ -75,26 +46,10 @@ void require_rules(const Arguments& args, const ConvArguments& a, int64_t limit,
   if (a.rq != nullptr &&
       (a.rq->has_value() != a.rscale->has_value() || a.rq->has_value() != a.rz->has_value()))
     args.fail("rq, rscale and rz belong together");
-  if (std::min({least(a.stride), least(a.dilation), a.groups}) < 1)
-    args.fail("stride, dilation and groups must be at least 1, got " + listed(a.stride) + ", " +
-              listed(a.dilation) + " and " + std::to_string(a.groups));
+  require_geometry(args, a.stride, a.dilation, a.groups);
   if (least(a.padding) < 0) args.fail("padding must not be negative, got " + listed(a.padding));
-  if (std::min(least(Ints(image.begin() + 1, image.end())), least(w)) < 1)
-    args.fail("only the batch may be empty, got an image " + listed(image) + " and kernels " +
-              listed(w));
-  if (image[1] % a.groups != 0 || w[0] % a.groups != 0)
-    args.fail("groups must divide the channels, " + std::to_string(image[1]) + " and " +
-              std::to_string(w[0]) + ", got " + std::to_string(a.groups));
-  if (const int64_t depth = p.depth() * p.taps(); depth > limit)
-    args.fail("the products of an output must be at most " + std::to_string(limit) +
-              ", beyond which an int32 sum can overflow, got " + std::to_string(depth) +
-              "; use the scheme int8_weight");
-  if (least(out) < 1)
-    args.fail("kernels of " + listed({w.begin() + 2, w.end()}) + " with stride " +
-              listed(a.stride) + ", padding " + listed(a.padding) + " and dilation " +
-              listed(a.dilation) + " leave nothing of an image of " +
-              listed({image.begin() + 2, image.end()}) + ": the result would be " + listed(out) +
-              "; use a larger image, more padding or smaller kernels");
+  require_products(args, image, w, a.groups, p.depth() * p.taps(), limit);
+  require_result(args, image, w, a.stride, a.padding, a.dilation, out);
 }
 
 // Whether every value of x along an axis is in some window.
@@ -103,51 +58,6 @@ bool covered(const Conv& p, int axis) {
   const int64_t last = (p.out[axis] - 1) * s + (k - 1) * d - p.before[axis];
   const bool dense = k == 1 || d == 1 ? s <= k : s == 1 && p.out[axis] >= d;
   return dense && last >= p.in[axis] - 1;
-}
-
-// Parts that a call is worth: a thread more from so many products, or values of x, to each.
-int64_t parts_worth(const Conv& p) {
-  constexpr int64_t kProducts = 1 << 20, kValues = 1 << 16;
-  return std::max(p.pixels() * p.outputs * p.depth() * p.taps() / kProducts,
-                  (p.batch * p.sample() + p.pixels() * p.outputs) / kValues);
-}
-
-// The largest magnitudes of the samples, as bits.
-std::vector<int32_t> magnitudes(const ConvKernel& kernel, const Conv& p) {
-  constexpr int64_t kValues = 1 << 16;
-  const int parts = qnn::parts_of(p.batch * p.sample() / kValues);
-  std::vector<int32_t> each(parts * p.batch);
-  share(parts,
-        [&](int part, int all) { kernel.magnitudes(p, part, all, each.data() + part * p.batch); });
-  for (int64_t i = 0; i < p.batch; ++i) {
-    for (int part = 1; part < parts; ++part) each[i] = std::max(each[i], each[part * p.batch + i]);
-  }
-  each.resize(p.batch);
-  return each;
-}
-
-// In so many parts, or, where that is 0, as many as the work is worth.
-void run_in_parts(const Arguments& args, const ConvKernel& kernel, const Conv& p, int64_t wanted) {
-  if (const char* why = why_not(p)) throw std::logic_error(std::string("qnn: a call of ") + why);
-  with_memory(args, [&] {
-    share(wanted == 0 ? parts_worth(p) : wanted, [&](int part, int parts) {
-      kernel.run(p, part, parts, scratch_of_this_thread(kernel.scratch_bytes(p, parts)));
-    });
-  });
-}
-
-constexpr int32_t kInfinite = 0x7f800000;
-
-// Of codes on a grid: the scale of each sample. One with NaN or inf has NaN, and the code of zero.
-void mark_odd(const std::vector<int32_t>& odd, float scale, int32_t zero_point, int64_t size,
-              uint8_t* codes, const Tensor& scales) {
-  auto* to = static_cast<float*>(scales.data_ptr());
-  for (const int32_t is_odd : odd) {
-    const bool good = is_odd == 0 && usable(scale);
-    *to++ = good ? scale : kNan;
-    if (!good) std::memset(codes, zero_point + 128, static_cast<size_t>(size));
-    codes += size;
-  }
 }
 
 // What a call gives: y, or its codes and their scales, or all three.
@@ -228,15 +138,12 @@ Convolved conv(const Signature& op, const ConvKernel& kernel, ConvInput input, i
     run_in_parts(args, kernel, p, parts);
   }
   if (result.codes.has_value())
-    mark_odd(odd, so, p.y_zero_point, p.pixels() / p.batch * p.outputs, p.codes, *result.scale);
+    mark_odd(odd, so, p.y_zero_point, p.pixels() / p.batch * p.outputs, p.codes,
+             static_cast<float*>(result.scale->data_ptr()));
   return result;
 }
 
 // -- ops
-
-constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
-constexpr int64_t kLimit = std::numeric_limits<int32_t>::max() / (127 * 128);
-constexpr int64_t kFixedLimit = std::numeric_limits<int32_t>::max() / (255 * 128);
 
 Tensor int8_conv(Tensor x, Tensor w, Tensor sw, Ints stride, Ints padding, Ints dilation,
                  int64_t groups, Maybe bias, Maybe residual, std::string activation,
@@ -360,7 +267,7 @@ std::tuple<Tensor, Tensor> int8_static_quantize(Tensor x, Tensor sx, Tensor zx) 
   constexpr int64_t kValues = 1 << 16;
   share(p.batch * p.sample() / kValues,
         [&](int part, int parts) { best_tier().conv.quantize(p, part, parts); });
-  mark_odd(odd, scale, p.zero_point, p.sample(), p.codes, scales);
+  mark_odd(odd, scale, p.zero_point, p.sample(), p.codes, static_cast<float*>(scales.data_ptr()));
   return {codes, scales};
 }
 
