@@ -49,7 +49,9 @@ class Files:
         if self.index is not None:
             names = sorted(set(map(str, self.index.values())))
             if bad := [n for n in names if Path(n).name != n]:
-                raise ValueError(f"{self.path / _INDEX} names a file of another folder: {bad[0]!r}.")
+                raise ValueError(
+                    f"{self.path / _INDEX} names a file of another folder: {bad[0]!r}."
+                )
             parts = [self.path / name for name in names]
             if missing := [part.name for part in parts if not part.is_file()]:
                 raise ValueError(f"{self.path} has no {missing[0]}, which its index names.")

@@ -87,7 +87,9 @@ class Layout:
         """Why weights with these numbers are not in this layout, or None."""
         kind, bits, per = self.takes
         if (numbers.type, numbers.bits) != (kind, bits) or numbers.per not in per:
-            return f"it holds {kind}{bits}, per-{' or per-'.join(per)}, and the config says {numbers}"
+            return (
+                f"it holds {kind}{bits}, per-{' or per-'.join(per)}, and the config says {numbers}"
+            )
         return None
 
     def shape(self, tensors: Mapping[str, torch.Tensor]) -> tuple[int, int] | None:

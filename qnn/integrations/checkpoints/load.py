@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from qnn.integrations.checkpoints.files import Files
-from qnn.integrations.checkpoints.numbers import STORED
+from qnn.integrations.checkpoints.numbers import STORED, require_stored
 from qnn.integrations.checkpoints.read import read
 from qnn.integrations.compressed_tensors import schemes_of, smoothed_of
 from qnn.kernels.formats import FLOATS
@@ -67,9 +67,12 @@ def load_checkpoint(
     """
     require_module(_WHO, model)
     if not model._modules:
-        raise TypeError(f"{_WHO}: the model is a single {type(model).__name__}; put it in a module.")
+        raise TypeError(
+            f"{_WHO}: the model is a single {type(model).__name__}; put it in a module."
+        )
     files = Files(path)
     if files.config.get("qnn"):
+        require_stored(_WHO, activations)
         described = {"quantization_config": files.config}
         schemes: SchemeMap = schemes_of(described, model)
         state, smoothed = files.tensors, smoothed_of(described, model)
@@ -164,11 +167,13 @@ def _fill(
         raise ValueError(f"{who}: {'; '.join(filter(None, problems))}.")
     if some := [name for name in missing if name.rpartition(".")[0] in layers]:
         raise ValueError(f"{who}: the file has no {_some(some)}.")
-    for first, *others in ties:
-        kept = skeleton.get_parameter(first)
-        for name in others:
-            owner, _, leaf = name.rpartition(".")
-            skeleton.get_submodule(owner)._parameters[leaf] = kept
+    for names in ties:
+        places = [
+            (skeleton.get_submodule(o), leaf) for o, _, leaf in (n.rpartition(".") for n in names)
+        ]
+        first, name = places[0]
+        for module, leaf in places[1:]:
+            module._parameters[leaf] = first._parameters[name]
 
 
 def _some(names: Any) -> str:

@@ -120,4 +120,21 @@ def _same(scheme: Scheme, activations: Numbers) -> bool:
     return Numbers.of_scheme(scheme) == activations
 
 
-__all__ = ["ACTIVATIONS", "DYNAMIC", "FLOAT", "STORED", "Numbers", "scheme_for"]
+def require_stored(who: str, activations: str) -> None:
+    """Raise where other activations are asked for than those of a file of qnn's."""
+    if activations != STORED:
+        raise ValueError(
+            f"{who}: activations={activations!r} is for the files of other writers; this one names "
+            "its schemes. Load it into a model of another scheme: model.load_state_dict(…)."
+        )
+
+
+__all__ = [
+    "ACTIVATIONS",
+    "DYNAMIC",
+    "FLOAT",
+    "STORED",
+    "Numbers",
+    "require_stored",
+    "scheme_for",
+]
