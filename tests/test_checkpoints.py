@@ -173,7 +173,7 @@ class TestRead:
     def test_act_order_that_keeps_runs(self) -> None:
         """A g_idx whose groups are whole runs of 32 is a weight of groups of 32."""
         with tmp() as folder:
-            model, _, group = oracle("int4", folder)
+            oracle("int4", folder)
             tensors = dict(Files(folder).tensors)
             index = torch.tensor([1, 0, 0, 1, 1, 0, 1, 0], dtype=torch.int32)
             for name, runs in (("first", index), ("second", torch.zeros(4, dtype=torch.int32))):
@@ -190,7 +190,7 @@ class TestRead:
             odd = index.repeat_interleave(32)
             odd[0] = 0
             write(folder / "odd", {**tensors, "first.weight_g_idx": odd}, config)
-            with pytest.raises(ValueError, match="first: act-order.*dequantize=True"):
+            with pytest.raises(ValueError, match=r"first: act-order.*dequantize=True"):
                 qnn.load_checkpoint(meta(), folder / "odd")
             plain = qnn.load_checkpoint(meta(), folder / "odd", dequantize=True)
             assert torch.equal(plain.first.weight[:, 0], codes[:, 0] * scales[:, 33])

@@ -49,7 +49,7 @@ class Description:
         """
         if any(matches(name, each) for each in self.ignore):
             return None
-        for rank in (_is_name, _is_pattern, _is_class):
+        for rank in (_is_name, _is_pattern, is_class):
             for group in self.groups:
                 if any(rank(each) and matches(name, each) for each in group.targets):
                     return group
@@ -64,14 +64,15 @@ def matches(name: str, target: str) -> bool:
 
 
 def _is_name(target: str) -> bool:
-    return not _is_pattern(target) and not _is_class(target)
+    return not _is_pattern(target) and not is_class(target)
 
 
 def _is_pattern(target: str) -> bool:
     return target.startswith("re:")
 
 
-def _is_class(target: str) -> bool:
+def is_class(target: str) -> bool:
+    """Whether a target means all linear layers."""
     return target in ("Linear", "LinearBase")
 
 
@@ -226,4 +227,4 @@ _READERS: dict[str, Callable[[Config], Description]] = {
     "mxfp4": _gpt_oss,
 }
 
-__all__ = ["Description", "Group", "describe", "matches"]
+__all__ = ["Description", "Group", "describe", "is_class", "matches"]

@@ -61,8 +61,8 @@ class Files:
             raise ValueError(f"{self.path} has no .safetensors file; pickles are not read.")
         if len(parts) > 1:
             raise ValueError(
-                f"{self.path} has {len(parts)} .safetensors files and no {_INDEX}, and so it is not "
-                "known which belong together; name one file."
+                f"{self.path} has {len(parts)} .safetensors files and no {_INDEX}: it is not known "
+                "which belong together; name one file."
             )
         return parts
 

@@ -67,7 +67,7 @@ def _as_nvfp4(tensors: Tensors) -> Tensors:
     if bool((byte == 255).any()):
         raise ValueError("weight_scale holds NaN")
     codes = tensors["weight_packed"].unflatten(-1, (-1, 16)) & 0x77
-    used = byte[codes.any(-1)]  # that of a group of zeros may be anything
+    used = byte[(codes != 0).any(-1)]  # that of a group of zeros may be anything
     least, most = (int(used.min()), int(used.max())) if used.numel() else (127, 127)
     # The factor of the tensor is 2^(shift − 127), and it and its inverse are normal numbers.
     shift = max(most - 8, 1)
@@ -122,11 +122,17 @@ def decode(numbers: Numbers, tensors: Tensors, shape: tuple[int, int]) -> torch.
     index = tensors.get("g_idx")
     if index is None:
         index = torch.arange(columns) // (numbers.group or columns)
+
+    def each(found: torch.Tensor) -> torch.Tensor:
+        found = found.reshape(-1, 1) if numbers.per in ("tensor", "channel") else found
+        return found if found.shape[1] == 1 else found[:, index.long()]
+
     zero = tensors.get("weight_zero_point")
-    if packed is not None and numbers.type == "int":
-        values -= 8 if zero is None else zero.float()[:, index.long()]
-    scale = scale.reshape(-1, 1) if numbers.per in ("tensor", "channel") else scale
-    values *= scale if scale.shape[1] == 1 else scale[:, index.long()]
+    if zero is not None:
+        values -= each(zero.float())
+    elif packed is not None and numbers.type == "int":
+        values -= 8
+    values *= each(scale)
     divisor = tensors.get("weight_global_scale")
     return values if divisor is None else values * (1 / divisor.float())
 

@@ -5,7 +5,7 @@ shapes, and how they become those of compressed-tensors, which are ours.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -24,7 +24,7 @@ F32 = (torch.float32, torch.bfloat16, torch.float16)
 class Held:
     """A tensor of a layer: its last name, the dtypes that it may have, and its axes in the notation
     of ops, for the weight's rows `r` and columns `c`; `{g}`, `{b}` and `{d}` are the group, and the
-    rows and columns of a block. No axes is one element, of any shape.
+    rows and columns of a block. No axes is one element, of any shape; `=` is the scale's.
     """
 
     name: str
@@ -36,10 +36,6 @@ class Held:
         down, across = numbers.block or (1, 1)
         axes = self.axes.format(g=numbers.group or columns, b=down, d=across)
         return tuple(size_of(axis, {"r": rows, "c": columns}) for axis in axes.split())
-
-    def words(self) -> str:
-        kind = str(self.dtypes[0]).removeprefix("torch.")
-        return f"`{self.name}` {kind} `[{', '.join(self.axes.split()) or '1'}]`"
 
 
 _SCALES = {"tensor": "", "channel": "r 1", "group": "r c/{g}", "block": "r/{b} c/{d}"}
@@ -76,8 +72,8 @@ class Layout:
     def tensors(self, numbers: Numbers) -> tuple[Held, ...]:
         """All tensors of a layer whose weights are so."""
         axes = self.scale.axes or _SCALES[numbers.per]
-        scale = Held(self.scale.name, self.scale.dtypes, axes, self.scale.optional)
-        return (*self.held, scale, *self.activations)
+        alike = (replace(each, axes=axes) if each.axes == "=" else each for each in self.held)
+        return (*alike, replace(self.scale, axes=axes), *self.activations)
 
     @property
     def names(self) -> frozenset[str]:
@@ -140,6 +136,7 @@ _GRID = (Held("input_scale", F32, "", True), Held("input_zero_point", (I8,), "",
 _GLOBAL = Held("weight_global_scale", F32, "")
 _CT = "compressed-tensors"
 _ROWS = ("tensor", "channel")
+_INT8 = (_CODES, Held("weight_zero_point", (I8,), "=", True))
 _GPTQ = (
     Held("qweight", (I32,), "c/8 r"),
     Held("qzeros", (I32,), "c/{g} r/8"),
@@ -150,16 +147,17 @@ _ORDER = "act-order where runs of 32 columns are in one group each"
 
 LAYOUTS = (
     Layout(
-        "int-quantized", _CT, (_CODES,), _SCALE, ("int", 8, _ROWS), "int-quantized", True,
-        activations=_GRID, note="static activations too, symmetric or not",
+        "int-quantized", _CT, _INT8, _SCALE, ("int", 8, (*_ROWS, "group")), "int-quantized", True,
+        transforms.without_zeros, activations=_GRID, note="static activations with and without "
+        "zero points",
     ),
     Layout(
         "float-quantized", _CT, (_FLOATS,), _SCALE, ("float", 8, (*_ROWS, "block")),
         "float-quantized", True, activations=_GRID[:1],
     ),
     Layout(
-        "naive-quantized", _CT, (_CODES,), _SCALE, ("int", 8, _ROWS), "naive-quantized",
-        activations=_GRID,
+        "naive-quantized", _CT, _INT8, _SCALE, ("int", 8, (*_ROWS, "group")), "naive-quantized",
+        common=transforms.without_zeros, activations=_GRID,
     ),
     Layout(
         "naive-quantized", _CT, (_FLOATS,), _SCALE, ("float", 8, (*_ROWS, "block")),
@@ -189,7 +187,7 @@ LAYOUTS = (
     ),
     Layout(
         "pack-quantized", _CT, (Held("weight_packed", (I32,), "r c/4"), _SHAPE), _SCALE,
-        ("int", 8, _ROWS), "pack-quantized", common=transforms.unpacked_bytes,
+        ("int", 8, (*_ROWS, "group")), "pack-quantized", common=transforms.unpacked_bytes,
     ),
     Layout(
         "DeepSeek fp8", "fp8", (_FLOATS,), Held("weight_scale_inv", (*F32, E8M0), ""),
@@ -246,9 +244,9 @@ def by_tensors(tensors: Mapping[str, torch.Tensor]) -> list[str]:
         first = layout.held[0]
         value = tensors.get(first.name)
         wanted: Iterable[Held] = (*layout.held, layout.scale)
-        if value is not None and value.dtype in first.dtypes:
-            if all(each.optional or each.name in tensors for each in wanted):
-                found[f"{layout.name} ({layout.method})"] = None
+        fits = value is not None and value.dtype in first.dtypes
+        if fits and all(each.optional or each.name in tensors for each in wanted):
+            found[f"{layout.name} ({layout.method})"] = None
     return list(found)
 
 

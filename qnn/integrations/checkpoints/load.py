@@ -12,7 +12,7 @@ from torch import nn
 
 from qnn.integrations.checkpoints.files import Files
 from qnn.integrations.checkpoints.numbers import STORED, require_stored
-from qnn.integrations.checkpoints.read import read
+from qnn.integrations.checkpoints.read import check_floats, read
 from qnn.integrations.compressed_tensors import schemes_of, smoothed_of
 from qnn.kernels.formats import FLOATS
 from qnn.nn.base import Quantized
@@ -85,6 +85,11 @@ def load_checkpoint(
         found = read(files, activations=activations, dequantize=dtype_of if dequantize else False)
         schemes, state, smoothed = dict[Any, str | None](found.schemes), found.state, list[str]()
         _require_layers(model, found.schemes, str(path))
+        done = {*found.schemes, *found.floats}
+        linear = (n for n, m in model.named_modules() if isinstance(m, nn.Linear))
+        if found.description is not None and found.description.exact:
+            here = [n for n in linear if n not in done and f"{n}.weight" in found.state]
+            check_floats(f"{_WHO}: {path}", found.description, here, by_class=True)
     skeleton = _skeleton(model)
     if schemes:
         _convert(skeleton, schemes, smoothed, str(path))

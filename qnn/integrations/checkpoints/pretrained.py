@@ -85,7 +85,7 @@ def _class_of(cls: Any, config: Any) -> Any:
     if mapping is None:
         return cls
     factory: Any = importlib.import_module("transformers.models.auto.auto_factory")
-    if type(config) not in mapping.keys():
+    if type(config) not in mapping:
         raise ValueError(f"{_WHO}: {cls.__name__} has no model for {type(config).__name__}.")
     return factory._get_model_class(config, mapping)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 
-from qnn.integrations.checkpoints.configs import Description, Group, describe
+from qnn.integrations.checkpoints.configs import Description, Group, describe, is_class, matches
 from qnn.integrations.checkpoints.files import Files
 from qnn.integrations.checkpoints.fit import Tensors, decode, fits
 from qnn.integrations.checkpoints.layouts import FLOATS, Layout, by_tensors, last_names
@@ -25,11 +25,13 @@ class Read:
         state: all tensors, by the names of compressed-tensors; what is not changed stays mapped.
         schemes: of the layers that are quantised.
         floats: the layers that were decoded.
+        description: what the config says.
     """
 
     state: Tensors
     schemes: dict[str, str] = field(default_factory=dict)
     floats: set[str] = field(default_factory=set)
+    description: Description | None = None
 
 
 def read(
@@ -62,7 +64,7 @@ def read(
     except ValueError as error:
         raise ValueError(f"{who}: {error}") from None
     rest = _without_cache(who, description, layers, rest, activations, bool(dequantize))
-    result, refused = Read(dict(rest)), dict[str, str]()
+    result, refused = Read(dict(rest), description=description), dict[str, str]()
     _check_which(who, description, layers, rest)
     for name, tensors in layers.items():
         group = description.group_of(name)
@@ -133,21 +135,25 @@ def _check_which(
         )
     if not description.exact:
         return
-    named = {
+    matrices = [full for full, each in rest.items() if each.dim() == 2 and full.endswith(".weight")]
+    names = [full.removesuffix(".weight") for full in matrices]
+    check_floats(who, description, names, by_class=False)
+
+
+def check_floats(
+    who: str, description: Description, names: Iterable[str], *, by_class: bool
+) -> None:
+    """Raise where the config says that layers are quantised whose weights are float. Whether one is
+    a linear layer, which a class means, only a model says.
+    """
+    wrong = {
         name: "its weight is float, and the config says that it is quantised"
-        for name, leaf in (full.rpartition(".")[::2] for full in rest)
-        if leaf == "weight"
-        and rest[f"{name}.weight"].dim() == 2
-        and (group := description.group_of(name)) is not None
-        and not _only_by_class(description, group, name)
+        for name in names
+        if (group := description.group_of(name)) is not None
+        and (by_class or any(matches(name, t) for t in group.targets if not is_class(t)))
     }
-    if named:
-        raise ValueError(_listed(f"{who}: {len(named)} layer(s) are not as described", named))
-
-
-def _only_by_class(description: Description, group: Group, name: str) -> bool:
-    """Whether a layer is meant as one of a class, so that a table of that shape may be float."""
-    return not any(target == name or target.startswith("re:") for target in group.targets)
+    if wrong:
+        raise ValueError(_listed(f"{who}: {len(wrong)} layer(s) are not as described", wrong))
 
 
 def _layer(
@@ -216,12 +222,11 @@ def _held(tensors: Tensors, scheme: str) -> Tensors:
 def _no_scheme(group: Group, common: Tensors, shape: tuple[int, int]) -> str:
     """That no scheme has this arithmetic, and what to do."""
     forms = [fit.form for fit in fits(group.weights, common, shape)]
-    able = {
-        wanted: name
-        for wanted in ACTIVATIONS[1:]
-        for form in forms
-        if (name := scheme_for(form, group.activations, wanted))
-    }
+    able = dict[str, str]()
+    for wanted in ACTIVATIONS[1:]:
+        found = (scheme_for(form, group.activations, wanted) for form in forms)
+        if first := next(filter(None, found), None):
+            able[wanted] = first
     words = f"no scheme has weights {group.weights}"
     if forms and group.activations is not None:
         words += f" with activations {group.activations}"
@@ -253,4 +258,4 @@ def _listed(title: str, reasons: dict[str, str]) -> str:
     return "\n".join([f"{title}:", *lines, *more])
 
 
-__all__ = ["Read", "read"]
+__all__ = ["Read", "check_floats", "read"]

@@ -24,6 +24,16 @@ def bytes_of_scales(tensors: Tensors, numbers: Numbers) -> Tensors:
     return {**tensors, "weight_scale": same}
 
 
+def without_zeros(tensors: Tensors, numbers: Numbers) -> Tensors:
+    """Nothing of the zero points of a symmetric weight, which early writers store."""
+    zero = tensors.get("weight_zero_point")
+    if zero is None or not numbers.symmetric:
+        return tensors
+    if bool(zero.any()):
+        raise ValueError("weight_zero_point is not 0, and the config says symmetric")
+    return {name: tensor for name, tensor in tensors.items() if name != "weight_zero_point"}
+
+
 def unpacked_zeros(tensors: Tensors, numbers: Numbers) -> Tensors:
     """Zero points, eight rows a word, as bytes."""
     zero, made = tensors.get("weight_zero_point"), dict(tensors)
