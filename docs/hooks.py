@@ -2,7 +2,8 @@
 
 In a page, `<!-- op table -->` becomes a table of `qnn.kernels.OPS`, `<!-- scheme table -->` one of
 `qnn.SCHEMES`, `<!-- support table -->` that of `support.py`, `<!-- sqnr table -->` that of
-`sqnr.py`, `<!-- checkpoint table -->` that of `checkpoints.py`, and `<!-- benchmark: NAME -->` the content of `benchmarks/NAME.md` with its picture.
+`sqnr.py`, `<!-- checkpoint table -->` that of `checkpoints.py`, and `<!-- benchmark: NAME -->` the
+content of `benchmarks/NAME.md` with its picture.
 """
 
 from __future__ import annotations

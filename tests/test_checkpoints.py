@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import nn
 
 import qnn
 from qnn.integrations.checkpoints.files import Files
+from qnn.integrations.checkpoints.layouts import LAYOUTS
 from qnn.kernels import SCHEMES, get_scheme
 
 from .checkpoints import (
@@ -28,7 +31,7 @@ from .checkpoints import (
     write,
 )
 from .checkpoints import folder as tmp
-from .common import same_bits
+from .common import ROOT, same_bits
 
 X = torch.randn(7, 256, generator=torch.Generator().manual_seed(1))
 
@@ -447,3 +450,19 @@ def recompressed(
         state["weight_scale"] = tensors["weight_scale"].float()
     made: dict[str, torch.Tensor] = peer.compress(state, parts)
     return {name: tensor.detach() for name, tensor in made.items()}
+
+
+class TestDocs:
+    def test_the_table_of_the_page(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A row for each layout, which names the schemes that files of it are read as here."""
+        monkeypatch.syspath_prepend(str(ROOT / "docs"))
+        page: Any = importlib.import_module("checkpoints")
+        rows = page.table().splitlines()[2:]
+        assert len(rows) == len(LAYOUTS)
+        assert "<!-- checkpoint table -->" in (ROOT / "docs/howto/checkpoints.md").read_text()
+        for layout, row in zip(LAYOUTS, rows, strict=True):
+            assert all(f"`{n}`" in row for n in layout.names if not n.startswith("input_"))
+            assert page.schemes_of(layout)
+        for form, _, _, scheme in WRITTEN.values():
+            named = {s for each in LAYOUTS if each.format == form for s in page.schemes_of(each)}
+            assert re.sub(r"_g\d+$", "", scheme) in named

@@ -152,7 +152,9 @@ class TestAutoAWQ:
     def test_groups_that_no_scheme_has(self) -> None:
         with tmp() as folder:
             want = saved(folder, awq, {**AWQ, "group_size": 16}, group=16)
-            with pytest.raises(ValueError, match=r"no scheme has weights int4 per-group of 16.*deq"):
+            with pytest.raises(
+                ValueError, match=r"no scheme has weights int4 per-group of 16.*deq"
+            ):
                 qnn.load_checkpoint(meta(), folder)
             check(folder, want, None)
 

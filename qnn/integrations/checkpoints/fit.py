@@ -6,6 +6,7 @@ What is given here has the names of compressed-tensors: `weight` or `weight_pack
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -53,7 +54,7 @@ def fits(numbers: Numbers, tensors: Tensors, shape: tuple[int, int]) -> Iterator
             per = numbers.group or shape[1]
             if shape[1] % group == 0 and (per % group == 0):
                 key = f"int4{asym}" + ("" if group == 128 else f"_g{group}")
-                yield Fit(key, lambda group=group, per=per: _regrouped(tensors, per, group))
+                yield Fit(key, functools.partial(_regrouped, tensors, per, group))
 
 
 def _every_row(tensors: Tensors, rows: int) -> Tensors:

@@ -77,10 +77,11 @@ def load_checkpoint(
         schemes: SchemeMap = schemes_of(described, model)
         state, smoothed = files.tensors, smoothed_of(described, model)
     else:
-        dtypes = {name: t.dtype for name, t in model.state_dict().items()}
+        held = model.state_dict()
 
         def dtype_of(name: str) -> torch.dtype:
-            return dtypes.get(f"{name}.weight", torch.get_default_dtype())
+            like: torch.Tensor | None = held.get(f"{name}.weight")
+            return torch.get_default_dtype() if like is None else like.dtype
 
         found = read(files, activations=activations, dequantize=dtype_of if dequantize else False)
         schemes, state, smoothed = dict[Any, str | None](found.schemes), found.state, list[str]()
@@ -124,11 +125,10 @@ def _convert(skeleton: nn.Module, schemes: SchemeMap, smoothed: list[str], who: 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a file that is to be written
         convert(skeleton, schemes, inplace=True, progress=False)
-    for name in smoothed:
-        cast(QLinear, skeleton.get_submodule(name))._smooth(True)
-    wanted = [name for name, scheme in schemes.items() if scheme is not None]
-    for name in wanted:
-        module = skeleton.get_submodule(cast(str, name))
+    for layer in smoothed:
+        cast(QLinear, skeleton.get_submodule(layer))._smooth(True)
+    for name in (str(name) for name, scheme in schemes.items() if scheme is not None):
+        module = skeleton.get_submodule(name)
         if not isinstance(module, Quantized):
             reason = getattr(module, REASON, "it is not a layer that qnn converts")
             raise ValueError(f"{_WHO}: {who} has {name} quantised, which stays float: {reason}.")

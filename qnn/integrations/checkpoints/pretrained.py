@@ -13,6 +13,7 @@ from torch import nn
 
 from qnn.integrations.checkpoints.files import Files
 from qnn.integrations.checkpoints.read import read
+from qnn.verbs.patterns import Pattern
 
 _WHO = "qnn.load_pretrained"
 
@@ -90,7 +91,7 @@ def _class_of(cls: Any, config: Any) -> Any:
     return factory._get_model_class(config, mapping)
 
 
-def layers_in(model: Any, layers: Mapping[str, str]) -> dict[str, str]:
+def layers_in(model: Any, layers: Mapping[str, str]) -> dict[Pattern, str | None]:
     """The layers of a file by the names that they have in a float model of transformers.
 
     Raises:
@@ -102,7 +103,7 @@ def layers_in(model: Any, layers: Mapping[str, str]) -> dict[str, str]:
     renamings = [e for e in mapping if isinstance(e, loading.WeightRenaming)]
     converters = [e for e in mapping if isinstance(e, loading.WeightConverter)]
     state, modules = model.state_dict(), dict(model.named_modules())
-    result = dict[str, str]()
+    result = dict[Pattern, str | None]()
     for name, scheme in layers.items():
         full, fused = loading.rename_source_key(
             f"{name}.weight", renamings, converters, model.base_model_prefix, state

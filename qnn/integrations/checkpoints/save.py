@@ -191,14 +191,16 @@ def share_scales(
 
 def _has_one(module: nn.Module) -> bool:
     """Whether a layer is a linear one with a scale of the whole tensor."""
-    linear = isinstance(module, QLinear)
-    return linear and any(part.axes == "1" for part in module._scheme.weight.parts)
+    if type(module) is not QLinear:
+        return False
+    return any(part.axes == "1" for part in module._scheme.weight.parts)
 
 
 def _weight(plain: dict[str, nn.Module], name: str, layer: Quantized) -> torch.Tensor:
     weight = getattr(plain.get(name), "weight", None)
     shape = layer._weight_shapes()["weight"]
-    if not isinstance(weight, torch.Tensor) or tuple(weight.shape) != shape:
+    quantised = isinstance(plain.get(name), Quantized)
+    if quantised or not isinstance(weight, torch.Tensor) or tuple(weight.shape) != shape:
         raise ValueError(f"qnn.share_scales: source has no float weight {list(shape)} of {name!r}.")
     return weight.detach().to(layer._device)
 

@@ -99,7 +99,8 @@ def from_awq(tensors: Tensors, numbers: Numbers) -> Tensors:
 def _awq_columns(words: torch.Tensor) -> torch.Tensor:
     codes = int4.unpack(words)
     order = torch.tensor(_AWQ)
-    return codes.unflatten(-1, (-1, 8))[..., order].flatten(-2)
+    columns: torch.Tensor = codes.unflatten(-1, (-1, 8))[..., order].flatten(-2)
+    return columns
 
 
 def from_gptq(tensors: Tensors, numbers: Numbers) -> Tensors:
