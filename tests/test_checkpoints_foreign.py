@@ -426,12 +426,3 @@ class TestMXFP4:
             with pytest.raises(ValueError, match=r"from 2\^-27 to 2\^-9, which the e4m3 .*dequan"):
                 qnn.load_checkpoint(meta(), folder)
             check(folder, {name: each[1] for name, each in made.items()}, None)
-
-    def test_gpt_oss(self) -> None:
-        with tmp() as folder:
-            blocks = {"experts.gate_up_proj_blocks": torch.zeros(2, 8, 2, 16, dtype=torch.uint8)}
-            write(folder, blocks, {"quant_method": "mxfp4"})
-            with pytest.raises(
-                ValueError, match=r"gpt-oss: fused experts.*Mxfp4Config\(dequantize"
-            ):
-                qnn.load_checkpoint(meta(), folder)

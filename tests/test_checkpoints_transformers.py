@@ -51,6 +51,17 @@ def write(model: Any, folder: Path, layers: Any, config: Any, shards: int = 1) -
     path.write_text(json.dumps({**held, "quantization_config": config}))
 
 
+def save(config: Any, state: dict[str, torch.Tensor], folder: Path, described: Any) -> None:
+    """A folder of tensors and a config, as other writers leave one."""
+    from safetensors.torch import save_file
+
+    config.save_pretrained(folder)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    path = folder / "config.json"
+    held = json.loads(path.read_text())
+    path.write_text(json.dumps({**held, "quantization_config": described}))
+
+
 def linear(model: Any) -> dict[str, Any]:
     return {n: m for n, m in model.named_modules() if n.rpartition(".")[2] in PARTS}
 
@@ -191,6 +202,61 @@ class TestOthers:
                 qnn.load_pretrained(type(model), folder)
             got = qnn.load_pretrained(type(model), folder, dequantize=True)
             assert qnn.sqnr(model(IDS).logits, got(IDS).logits) > 20
+
+    def test_gpt_oss(self) -> None:
+        """Fused experts in MXFP4, against transformers' own decoder."""
+        transformers = hub()
+        packed: Any = pytest.importorskip("transformers.integrations.mxfp4")
+        torch.manual_seed(0)
+        config = transformers.GptOssConfig(
+            hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=32, num_local_experts=3, num_experts_per_tok=2,
+            vocab_size=100, pad_token_id=0, eos_token_id=None,
+        )  # fmt: skip
+        model = transformers.GptOssForCausalLM(config).eval()
+        where = "model.layers.0.mlp.experts"
+        state = {name: t.clone() for name, t in model.state_dict().items()}
+        want = {}
+        for name, rows, columns in (("gate_up_proj", 192, 64), ("down_proj", 64, 96)):
+            blocks = torch.randint(0, 256, (3, rows, columns // 32, 16), dtype=torch.uint8)
+            scales = torch.randint(118, 124, (3, rows, columns // 32), dtype=torch.uint8)
+            del state[f"{where}.{name}"]
+            state |= {f"{where}.{name}_blocks": blocks, f"{where}.{name}_scales": scales}
+            decode = packed._convert_moe_packed_tensors
+            want[name] = decode(blocks, scales, dtype=torch.float32)
+        with tmp() as folder, torch.no_grad():
+            save(config, state, folder, {"quant_method": "mxfp4"})
+            cls = type(model)
+            plain = qnn.load_pretrained(cls, folder, dequantize=True, dtype=torch.float32)
+            experts = plain.get_submodule(where)
+            assert torch.equal(experts.gate_up_proj, want["gate_up_proj"])
+            assert torch.equal(experts.down_proj, want["down_proj"])
+            for got in (
+                qnn.load_pretrained(cls, folder, dtype=torch.float32),
+                qnn.load_checkpoint(cls(config).eval(), folder),
+            ):
+                held = got.get_submodule(where)
+                assert isinstance(held, qnn.QExperts)
+                assert held.scheme == "nvfp4_weight"
+                back = held.dequantize()
+                assert torch.equal(back.gate_up_proj, want["gate_up_proj"])
+                assert torch.equal(back.down_proj, want["down_proj"])
+                assert qnn.sqnr(plain(IDS).logits, got(IDS).logits) > 60
+            back = qnn.load_pretrained(transformers.AutoModel, folder)
+            assert isinstance(back.get_submodule(where.removeprefix("model.")), qnn.QExperts)
+            for change, message in (
+                ({f"{where}.down_proj_scales": None}, "down_proj_scales is missing"),
+                ({f"{where}.down_proj_scales": scales[:, :5].clone()}, "and scales .* got"),
+                ({f"{where}.down_proj_scales": scales.float()}, "blocks and scales are bytes"),
+                (
+                    {f"{where}.down_proj_scales": scales + torch.arange(64)[:, None].byte()},
+                    "do not span; pass dequantize=True",
+                ),
+            ):
+                bad = {k: t for k, t in {**state, **change}.items() if t is not None}
+                save(config, bad, folder / "bad", {"quant_method": "mxfp4"})
+                with pytest.raises(ValueError, match=message):
+                    qnn.load_pretrained(cls, folder / "bad")
 
     def test_refused(self) -> None:
         transformers = hub()

@@ -203,11 +203,7 @@ def _int4(config: Config, *, symmetric: bool) -> Numbers:
 
 
 def _gpt_oss(config: Config) -> Description:
-    raise ValueError(
-        "its config says quant_method 'mxfp4', which is gpt-oss: fused experts in blocks, "
-        "`…_blocks` and `…_scales`. They are not read; transformers decodes them "
-        "(quantization_config=Mxfp4Config(dequantize=True)), and qnn.convert takes the model then."
-    )
+    return Description("mxfp4", ())
 
 
 def _one(method: str, config: Config, weights: Numbers, activations: Numbers | None) -> Description:

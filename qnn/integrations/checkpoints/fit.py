@@ -47,7 +47,7 @@ def fits(numbers: Numbers, tensors: Tensors, shape: tuple[int, int]) -> Iterator
     elif kind == ("float", 4) and (numbers.scale, numbers.group) == ("e4m3", 16):
         yield Fit("nvfp4", own.make)
     elif kind == ("float", 4) and (numbers.scale, numbers.group) == ("e8m0", 32):
-        yield Fit("nvfp4", lambda: _as_nvfp4(tensors))
+        yield Fit("nvfp4", lambda: as_nvfp4(tensors))
     elif kind == ("int", 4):
         asym = "" if numbers.symmetric else "_asym"
         for group in sorted(int4.GROUPS, reverse=True):
@@ -62,7 +62,7 @@ def _every_row(tensors: Tensors, rows: int) -> Tensors:
     return {**tensors, "weight_scale": scale.expand(rows, 1).contiguous()}
 
 
-def _as_nvfp4(tensors: Tensors) -> Tensors:
+def as_nvfp4(tensors: Tensors) -> Tensors:
     """Powers of two as e4m3, from 2⁻⁹ to 2⁸, times one of the tensor; for each 16 columns."""
     byte = tensors["weight_scale"].to(torch.int32)
     if bool((byte == 255).any()):
@@ -142,4 +142,4 @@ def _spread(scale: torch.Tensor, times: int, axis: int, size: int) -> torch.Tens
     return scale.repeat_interleave(times, axis).narrow(axis, 0, size)
 
 
-__all__ = ["Fit", "decode", "fits"]
+__all__ = ["Fit", "as_nvfp4", "decode", "fits"]

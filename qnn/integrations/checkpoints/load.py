@@ -15,6 +15,7 @@ from qnn.integrations.checkpoints.numbers import STORED, require_stored
 from qnn.integrations.checkpoints.read import check_floats, read
 from qnn.integrations.compressed_tensors import schemes_of, smoothed_of
 from qnn.kernels.formats import FLOATS
+from qnn.kinds import kind_of
 from qnn.nn.base import Quantized
 from qnn.nn.linear.quantized import QLinear
 from qnn.verbs.checks import require_module
@@ -80,7 +81,7 @@ def load_checkpoint(
         held = model.state_dict()
 
         def dtype_of(name: str) -> torch.dtype:
-            like: torch.Tensor | None = held.get(f"{name}.weight")
+            like: torch.Tensor | None = held.get(f"{name}.weight", held.get(name))
             return torch.get_default_dtype() if like is None else like.dtype
 
         found = read(files, activations=activations, dequantize=dtype_of if dequantize else False)
@@ -103,13 +104,21 @@ def load_checkpoint(
 
 def _require_layers(model: nn.Module, schemes: dict[str, str], who: str) -> None:
     modules = dict(model.named_modules())
-    odd = [name for name in schemes if not isinstance(modules.get(name), nn.Linear)]
+    odd = [name for name in schemes if not is_layer(modules.get(name))]
     if odd:
         kind = type(modules[odd[0]]).__name__ if odd[0] in modules else "no such module"
         raise ValueError(
             f"{_WHO}: {who} has quantised {', '.join(odd[:_SHOWN])}, and the model has {kind} "
             f"there; it takes the float model, with nn.Linear, that the file was made from."
         )
+
+
+def is_layer(module: nn.Module | None) -> bool:
+    """Whether a module of a float model is what files of others have quantised."""
+    if module is None or isinstance(module, nn.Linear):
+        return module is not None
+    kind = kind_of(module)
+    return kind is not None and kind.name == "experts"
 
 
 def _skeleton(model: ModelT) -> ModelT:

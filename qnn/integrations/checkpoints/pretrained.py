@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from qnn.integrations.checkpoints.files import Files
+from qnn.integrations.checkpoints.load import is_layer
 from qnn.integrations.checkpoints.read import read
 from qnn.verbs.patterns import Pattern
 
 _WHO = "qnn.load_pretrained"
+_FUSED = ("gate_up_proj", "down_proj")  # of experts that are fused in the file
 
 
 def is_foreign(config: Any, folder: str | Path) -> bool:
@@ -105,29 +106,41 @@ def layers_in(model: Any, layers: Mapping[str, str]) -> dict[Pattern, str | None
     state, modules = model.state_dict(), dict(model.named_modules())
     result = dict[Pattern, str | None]()
     for name, scheme in layers.items():
-        full, fused = loading.rename_source_key(
-            f"{name}.weight", renamings, converters, model.base_model_prefix, state
-        )
+        full, fused = _in_model(name, loading, renamings, converters, model, state)
         if fused is not None:
             raise ValueError(
                 f"{_WHO}: {name} is a part of {full}, which {type(model).__name__} holds as one: "
                 "quantised layers are not fused. Pass dequantize=True, and convert the model."
             )
-        found = modules.get(full.removesuffix(".weight"))
+        owner = full.rpartition(".")[0]
+        found = modules.get(owner)
         if found is None:
             continue  # of a head, say, that this model does not have
-        if not isinstance(found, nn.Linear):
+        if not is_layer(found):
             raise ValueError(
                 f"{_WHO}: {name} is quantised in the file and a {type(found).__name__} in the "
                 "model; pass dequantize=True."
             )
-        result[full.removesuffix(".weight")] = scheme
+        result[owner] = scheme
     if not result:
         raise ValueError(
             f"{_WHO}: the file has quantised {', '.join(list(layers)[:3])}, …, and "
             f"{type(model).__name__} none of them; load the class that was saved."
         )
     return result
+
+
+def _in_model(
+    name: str, loading: Any, renamings: Any, converters: Any, model: Any, state: Any
+) -> tuple[str, str | None]:
+    """The name that a layer's weight has in a model, and the pattern that fuses it if one does."""
+    for leaf in ("weight", *_FUSED):
+        full, pattern = loading.rename_source_key(
+            f"{name}.{leaf}", renamings, converters, model.base_model_prefix, state
+        )
+        if full in state or pattern is not None:
+            return full, pattern
+    return f"{name}.weight", None
 
 
 __all__ = ["is_foreign", "layers_in", "load_foreign"]

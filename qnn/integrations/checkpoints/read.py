@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from qnn.integrations.checkpoints.configs import Description, Group, describe, is_class, matches
+from qnn.integrations.checkpoints.experts import fused
 from qnn.integrations.checkpoints.files import Files
 from qnn.integrations.checkpoints.fit import Tensors, decode, fits
 from qnn.integrations.checkpoints.layouts import FLOATS, Layout, by_tensors, last_names
@@ -63,6 +64,16 @@ def read(
         description = describe(files.config)
     except ValueError as error:
         raise ValueError(f"{who}: {error}") from None
+    if description.method == "mxfp4":
+        try:
+            if layers:
+                raise ValueError(
+                    f"its config says 'mxfp4', and {min(layers)} is quantised otherwise"
+                )
+            state, schemes = fused(rest, dequantize)
+        except ValueError as error:
+            raise ValueError(f"{who}: {error}.") from None
+        return Read(state, schemes, description=description)
     rest = _without_cache(who, description, layers, rest, activations, bool(dequantize))
     result, refused = Read(dict(rest), description=description), dict[str, str]()
     _check_which(who, description, layers, rest)
