@@ -2,7 +2,8 @@
 
 In a page, `<!-- op table -->` becomes a table of `qnn.kernels.OPS`, `<!-- scheme table -->` one of
 `qnn.SCHEMES`, `<!-- support table -->` that of `support.py`, `<!-- sqnr table -->` that of
-`sqnr.py`, and `<!-- benchmark: NAME -->` the content of `benchmarks/NAME.md` with its picture.
+`sqnr.py`, `<!-- checkpoint table -->` that of `checkpoints.py`, and `<!-- benchmark: NAME -->` the
+content of `benchmarks/NAME.md` with its picture.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import sqnr
 import support
 import torch
@@ -26,7 +28,11 @@ _LOCAL_LINK = re.compile(r"\]\((?![a-z]+:|[/#])")
 def on_page_markdown(markdown: str, **_: Any) -> str:
     markdown = markdown.replace("<!-- op table -->", op_table())
     markdown = markdown.replace("<!-- scheme table -->", scheme_table())
-    for name, table in (("sqnr", sqnr.table), ("support", support.table)):
+    for name, table in (
+        ("sqnr", sqnr.table),
+        ("support", support.table),
+        ("checkpoint", checkpoints.table),
+    ):
         if f"<!-- {name} table -->" in markdown:
             markdown = markdown.replace(f"<!-- {name} table -->", table())
     return _BENCHMARK.sub(lambda match: benchmark(match[1]), markdown)

@@ -25,7 +25,13 @@ from qnn.calibration.doubts import CalibrationWarning
 from qnn.calibration.fake_quantize import FakeQuantize, freeze_observers, unfreeze_observers
 from qnn.calibration.frozen_norms import freeze_bn, unfreeze_bn
 from qnn.calibration.spec import QuantSpec
-from qnn.integrations import compressed_tensors, load_pretrained
+from qnn.integrations import (
+    compressed_tensors,
+    load_checkpoint,
+    load_pretrained,
+    save_checkpoint,
+    share_scales,
+)
 from qnn.kernels import SCHEMES, Format, Scheme
 from qnn.kinds import Kind, Observation, register_kind
 from qnn.nn import (
@@ -142,6 +148,7 @@ __all__ = [
     "functional",
     "fuse",
     "kernels",
+    "load_checkpoint",
     "load_pretrained",
     "parts",
     "passes",
@@ -149,7 +156,9 @@ __all__ = [
     "pt2e",
     "register_adapter",
     "register_kind",
+    "save_checkpoint",
     "sensitivity",
+    "share_scales",
     "smooth",
     "sqnr",
     "summary",

@@ -1,4 +1,4 @@
-"""`load_pretrained`: a model of transformers or diffusers that was converted and saved."""
+"""`load_pretrained`: a quantised checkpoint of transformers or diffusers, with its layers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,22 @@ from typing import Any
 
 import torch
 
+from qnn.integrations.checkpoints.numbers import STORED, require_stored
+from qnn.integrations.checkpoints.pretrained import is_foreign, load_foreign
 from qnn.integrations.compressed_tensors import require_described, schemes_of
 from qnn.verbs.convert import convert
 
 
-def load_pretrained(cls: Any, folder: str | Path, **options: Any) -> Any:
-    """The converted model that `save_pretrained` wrote into `folder`, with its quantised layers.
+def load_pretrained(
+    cls: Any,
+    folder: str | Path,
+    *,
+    activations: str = STORED,
+    dequantize: bool = False,
+    **options: Any,
+) -> Any:
+    """The converted model that `save_pretrained` wrote into `folder`, with its quantised layers; or
+    that of another writer, such as llm-compressor, ModelOpt, AutoAWQ and GPTQ.
 
     The model is built from its config, converted to what the config says that it was, and loaded by
     the library's own reader, which knows renamed and fused keys, tied weights and buffers that are
@@ -23,27 +33,32 @@ def load_pretrained(cls: Any, folder: str | Path, **options: Any) -> Any:
     Args:
         cls: the class to build: a model of transformers, one of its `Auto…` classes, or a model of
             diffusers.
-        folder: where it was saved; for transformers also a name on its hub.
+        folder: where it was saved; for transformers also a name on its hub, of a file of qnn's.
+        activations, dequantize: of another writer's file, as of `qnn.load_checkpoint`.
         options: of `cls.from_pretrained`; none for diffusers.
 
     Raises:
-        ValueError: the config has no description of qnn's, or describes other layers; the file
-            lacks tensors of a quantised layer, has them for a layer that is float, or holds values
-            that no layer takes, such as NaN.
+        ValueError: the config describes no quantised model, or other layers; the file lacks
+            tensors of a quantised layer, has them for a layer that is float, or holds values that
+            no layer takes, such as NaN; a layer of another writer has no scheme.
 
         model = qnn.load_pretrained(BertModel, "bert-int8")
     """
+    ways = {"activations": activations, "dequantize": dequantize}
     if hasattr(cls, "load_config"):
+        options |= {k: v for k, v in ways.items() if v not in (STORED, False)}
         if options:
             raise TypeError(
                 f"qnn.load_pretrained({cls.__name__}, …): {', '.join(options)}: a model of "
                 "diffusers is loaded without options."
             )
         return _load_diffusers(cls, Path(folder))
-    return _load_transformers(cls, folder, options)
+    return _load_transformers(cls, folder, options, ways)
 
 
-def _load_transformers(cls: Any, folder: str | Path, options: dict[str, Any]) -> Any:
+def _load_transformers(
+    cls: Any, folder: str | Path, options: dict[str, Any], ways: dict[str, Any]
+) -> Any:
     from qnn.integrations import transformers  # noqa: F401  # which knows "qnn" then
 
     config = options.pop("config", None)
@@ -52,10 +67,16 @@ def _load_transformers(cls: Any, folder: str | Path, options: dict[str, Any]) ->
         reader = reader or importlib.import_module("transformers").AutoConfig
         config = reader.from_pretrained(folder)
     config = copy.deepcopy(config)
-    described, _ = require_described(config)
-    config.quantization_config = {"quant_method": "qnn", "described": described}
-    loaded = cls.from_pretrained(folder, config=config, **options)
+    if is_foreign(config, folder):
+        loaded = load_foreign(cls, folder, config, options, **ways)
+    else:
+        require_stored("qnn.load_pretrained", ways["activations"])
+        described, _ = require_described(config)
+        config.quantization_config = {"quant_method": "qnn", "described": described}
+        loaded = cls.from_pretrained(folder, config=config, **options)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
+    if ways["dequantize"] and hasattr(model, "hf_quantizer"):
+        model.dequantize()
     model.is_quantized = False  # transformers would refuse `.half()`, which is exact here
     return loaded
 

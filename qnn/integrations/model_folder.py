@@ -27,8 +27,8 @@ def open_model(folder: Path, dtype: str = "auto") -> nn.Module:
     """
     config = read_config(folder)
     cls = _class_of(folder, config)
-    options = {"dtype": dtype, "local_files_only": True}
-    if config.get("quantization_config"):
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    if config.get("quantization_config") or (folder / "hf_quant_config.json").is_file():
         model: nn.Module = load_pretrained(cls, folder, **options)
     else:
         model = cls.from_pretrained(folder, **options)

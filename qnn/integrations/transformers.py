@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from collections.abc import Mapping
 from enum import Enum
 from importlib import import_module
@@ -22,6 +23,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qnn.integrations.arrivals import Arrivals, dequantize, excluded, layers_of
+from qnn.integrations.checkpoints.pretrained import layers_in
 from qnn.integrations.compressed_tensors import describe, schemes_of, smoothed_of
 from qnn.kernels import SCHEMES, get_scheme
 from qnn.nn import QLinear
@@ -173,10 +175,17 @@ class QnnQuantizer(HfQuantizer):  # type: ignore[misc]
         model.mark_tied_weights_as_initialized = mark_tied_weights_as_initialized
 
     def _expect_layers(self, model: Any) -> None:
-        found = {"quantization_config": self.quantization_config.described}
-        convert(model, schemes_of(found, model), inplace=True, progress=False)
-        for name in smoothed_of(found, model):
-            cast(QLinear, model.get_submodule(name))._smooth(True)
+        described = self.quantization_config.described
+        if foreign := described.get("layers"):
+            # What something else than qnn wrote is not a file that is to be read by others.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                convert(model, layers_in(model, foreign), inplace=True, progress=False)
+        else:
+            found = {"quantization_config": described}
+            convert(model, schemes_of(found, model), inplace=True, progress=False)
+            for name in smoothed_of(found, model):
+                cast(QLinear, model.get_submodule(name))._smooth(True)
         layers = layers_of(model)
         for layer in layers.values():
             layer._empty_weights("meta", on_disk=True)
