@@ -19,7 +19,8 @@ from onnxscript import evaluator
 # A tensor of the graph that is written: an `onnx_ir.Value`.
 Value = Any
 
-FLOAT, DOUBLE = int(ir.DataType.FLOAT), int(ir.DataType.DOUBLE)
+FLOAT, FLOAT16 = int(ir.DataType.FLOAT), int(ir.DataType.FLOAT16)
+DOUBLE = int(ir.DataType.DOUBLE)
 INT8, INT32, INT64 = int(ir.DataType.INT8), int(ir.DataType.INT32), int(ir.DataType.INT64)
 UINT8, UINT32, BOOL = int(ir.DataType.UINT8), int(ir.DataType.UINT32), int(ir.DataType.BOOL)
 E4M3 = int(ir.DataType.FLOAT8E4M3FN)
@@ -67,15 +68,17 @@ def node(
     return made.outputs[0] if outputs == 1 else made.outputs
 
 
-def body(run: Callable[..., Sequence[Value]], *dtypes: int) -> ir.Graph:
-    """The graph of `run`, for an operator that holds one, with inputs of these dtypes. It sees the
-    values around it, so its own names are its alone.
+def body(run: Callable[..., Sequence[Value]], *dtypes: int, scalars: int = 0) -> ir.Graph:
+    """The graph of `run`, for an operator that holds one, with inputs of these dtypes, of which the
+    first are scalars. It sees the values around it, so its own names are its alone.
     """
     outer, prefix = evaluator.default(), f"qnn_body_{next(_NAMES)}"
     inputs = [
         ir.Value(name=f"{prefix}_in_{i}", type=ir.TensorType(ir.DataType(dtype)))
         for i, dtype in enumerate(dtypes)
     ]
+    for each in inputs[:scalars]:
+        shaped(each)
     inner = type(outer)(outer.opset, {})
     with evaluator.default_as(inner):
         outputs = [op.Identity(each) for each in run(*inputs)]
@@ -94,7 +97,18 @@ def cast(x: Value, dtype: int) -> Value:
 
 def widened(x: Value) -> Value:
     """`x` in float32."""
-    return x if dtype_of(x) == FLOAT else cast(x, FLOAT)
+    return x if dtype_of(x) == FLOAT else shaped(cast(x, FLOAT), *x.shape)
+
+
+def shaped(x: Value, *sizes: Any) -> Value:
+    """`x`, of which the exporter knows the shape then; None for a size that may be any."""
+    x.shape = ir.Shape(sizes)
+    return x
+
+
+def last_axis(x: Value) -> int:
+    """Not −1, for which ONNX Runtime gives the reductions of an empty tensor a wrong shape."""
+    return len(x.shape) - 1
 
 
 def dtype_of(x: Value) -> int:
@@ -127,12 +141,11 @@ def columns(x: Value, count: int, have: int) -> Value:
     return x if count == have else op.Slice(x, ints(0), ints(count), ints(-1))
 
 
-def not_finite(x: Value, axes: Sequence[int] | None) -> Value:
+def not_finite(x: Value, axes: Sequence[int]) -> Value:
     """NaN for each row of `x` along `axes`, which are kept, with a NaN or inf, and 0 for others:
     a largest value of ONNX may pass over a NaN.
     """
-    zeros = op.Mul(x, 0.0)
-    return op.ReduceSum(zeros, ints(*axes), keepdims=1) if axes else op.ReduceSum(zeros, keepdims=0)
+    return op.ReduceSum(op.Mul(x, 0.0), ints(*axes), keepdims=1)
 
 
 def finite(x: Value) -> Value:

@@ -25,6 +25,7 @@ from qnn.integrations.onnx.build import (
     const,
     finite,
     ints,
+    last_axis,
     node,
     op,
     size,
@@ -183,15 +184,15 @@ def through(form: Format, x: Value, k: int) -> tuple[Value, Value | None]:
     if isinstance(form, Float8):
         tall, wide = form.sides
         if wide == 0:
-            axes = (-1,) if tall else None
+            axes = (last_axis(x),) if tall else None
             r = _reciprocal_scale(_finite_amax(x, axes), form.qmax)
             return _e4m3(x, r), op.Reciprocal(r)
         groups, restore = _grouped(x, wide, k)
-        r = _power_of_two(_reciprocal_scale(_finite_amax(groups, (-1,)), form.qmax))
+        r = _power_of_two(_reciprocal_scale(_finite_amax(groups, (2,)), form.qmax))
         return restore(op.Mul(_e4m3(groups, r), op.Reciprocal(r))), None
     if isinstance(form, MXFP8):
         groups, restore = _grouped(x, mxfp8.BLOCK, k)
-        byte = _exponent_byte(_finite_amax(groups, (-1,)))
+        byte = _exponent_byte(_finite_amax(groups, (2,)))
         back = op.Gather(_powers(), op.Sub(const(254, np.int64), byte))
         values = _e4m3(groups, back)
         return restore(op.Mul(values, op.Gather(_powers(), byte))), None
@@ -222,7 +223,8 @@ def _grouped(x: Value, block: int, k: int) -> tuple[Value, object]:
 
 def _finite_amax(x: Value, axes: Sequence[int] | None) -> Value:
     magnitude = op.Where(finite(x), op.Abs(x), 0.0)
-    if axes is None:
+    if axes is None:  # with a zero, since nothing has no largest value
+        magnitude = op.Concat(op.Reshape(magnitude, ints(-1)), const([0.0]), axis=0)
         return op.ReduceMax(magnitude, keepdims=0)
     return op.ReduceMax(magnitude, ints(*axes), keepdims=1)
 
@@ -270,7 +272,7 @@ def _nvfp4(x: Value) -> tuple[Value, Value]:
     amax = _finite_amax(x, None)
     s = op.Min(op.Div(float(e4m3 * e2m1), amax), _FLT_MAX)
     s = op.Where(op.Equal(amax, 0.0), 1.0, s)
-    bmax = _finite_amax(x, (-1,))
+    bmax = _finite_amax(x, (2,))
     b = op.Min(op.Mul(bmax, op.Mul(s, float(1 / e2m1))), float(e4m3))
     b = op.Where(op.Equal(bmax, 0.0), 1.0, cast(cast(b, E4M3), FLOAT))
     r = op.Min(op.Reciprocal(op.Mul(b, op.Reciprocal(s))), _FLT_MAX)
@@ -280,6 +282,6 @@ def _nvfp4(x: Value) -> tuple[Value, Value]:
     coarse = op.Mul(op.Round(op.Mul(m, 0.5)), 2.0)
     m = op.Where(op.Less(m, 2.0), fine, op.Where(op.Less(m, 4.0), middle, coarse))
     q = op.Mul(op.Sign(v), m)
-    whole = op.ReduceMin(cast(finite(x), FLOAT), ints(-1), keepdims=1)
+    whole = op.ReduceMin(cast(finite(x), FLOAT), ints(2), keepdims=1)
     b = op.Where(op.Equal(whole, 1.0), b, const(np.nan))
     return op.Mul(op.Where(finite(x), q, 0.0), b), s

@@ -20,6 +20,7 @@ from qnn.integrations.onnx.build import (
     cast,
     const,
     ints,
+    last_axis,
     not_finite,
     op,
 )
@@ -28,16 +29,20 @@ from qnn.integrations.onnx.build import (
 Sums = Callable[[Value, Value | None], Value]
 
 
-def dynamic_scale(x: Value, qmax: int, axes: Sequence[int] = (-1,)) -> Value:
-    """`row_scale` of the int8 format: amax / qmax of each row; NaN for one that is not finite."""
+def dynamic_scale(x: Value, qmax: int, axes: Sequence[int] = ()) -> Value:
+    """`row_scale` of the int8 format: amax / qmax of each row, or of what shares other axes than
+    the last; NaN for one that is not finite.
+    """
+    axes = axes or (last_axis(x),)
     amax = op.ReduceMax(op.Abs(x), ints(*axes), keepdims=1)
     scale = op.Max(op.Div(amax, float(qmax)), TINY)
     scale = op.Where(op.Equal(amax, 0.0), 1.0, scale)
     return op.Add(scale, not_finite(x, axes))
 
 
-def static_scale(x: Value, sx: Value, axes: Sequence[int] = (-1,)) -> Value:
+def static_scale(x: Value, sx: Value, axes: Sequence[int] = ()) -> Value:
     """`sx` for each row; NaN for one that is not finite, and where `sx` is no normal number."""
+    axes = axes or (last_axis(x),)
     good = op.Where(op.GreaterOrEqual(sx, TINY), sx, const(np.nan))
     return op.Add(good, not_finite(x, axes))
 

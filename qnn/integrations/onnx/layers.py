@@ -13,7 +13,9 @@ import onnx_ir as ir
 
 from qnn.integrations.onnx.build import (
     BOOL,
+    E4M3,
     FLOAT,
+    FLOAT16,
     INT64,
     NotTranslatableError,
     Value,
@@ -25,6 +27,7 @@ from qnn.integrations.onnx.build import (
     ints,
     node,
     op,
+    shaped,
     size,
     widened,
 )
@@ -80,13 +83,13 @@ def grouped_linear(scheme: Scheme) -> Rule:
             end = op.Gather(ends, at)
             parts = [_taken(stack, i) for stack in stacks]
             times = product(weight, parts, scheme.activation, k, grid_of(given))
-            mine = times(op.Slice(wide, begin, end, ints(0)))
+            mine = times(shaped(op.Slice(wide, begin, end, ints(0)), None, k))
             mine = mine if bias is None else op.Add(mine, op.Gather(widened(bias), i))
             return op.Identity(more), op.Concat(y, mine, axis=0), end
 
         start = [const(np.zeros((0, rows))), ints(0)]
         count = [const(groups, np.int64), const(True, np.bool_)]
-        loop = body(step, INT64, BOOL, FLOAT, INT64)
+        loop = body(step, INT64, BOOL, FLOAT, INT64, scalars=2)
         y, end = node("Loop", [*count, *start], outputs=2, body=loop)
         rest = op.Sub(op.Slice(op.Shape(x), ints(0), ints(1)), end)
         zeros = op.Expand(const(0.0), op.Concat(rest, ints(rows), axis=0))
@@ -95,11 +98,17 @@ def grouped_linear(scheme: Scheme) -> Rule:
     return rule
 
 
-def _taken(stack: Value, index: Value) -> Value:
-    """One weight of a stack, whose sizes are known then too."""
-    one = op.Gather(stack, index)
-    one.shape = ir.Shape(list(stack.shape)[1:])
-    return one
+def _taken(stored: Value, index: Value, *lead: int | None) -> Value:
+    """What `index` picks along the first axis, whose sizes are known then too."""
+    sizes = list(stored.shape)[1:]
+    if dtype_of(stored) == E4M3:  # there is no Gather of it; float16 has all of its values
+        stored = cast(stored, FLOAT16)
+        dtype = ir.DataType.FLOAT16
+    else:
+        dtype = stored.dtype
+    found = op.Gather(stored, index)
+    found.dtype = dtype
+    return shaped(found, *lead, *sizes)
 
 
 def embedding(scheme: Scheme) -> Rule:
@@ -115,13 +124,10 @@ def embedding(scheme: Scheme) -> Rule:
 
 
 def looked_up(form: Format, ids: Value, given: Arguments) -> Value:
-    parts = []
-    for part, stored in zip(form.parts, weight_of(form, given), strict=True):
-        if part.axes.startswith("r "):
-            sizes = list(stored.shape)[1:]
-            stored = op.Gather(stored, ids)
-            stored.shape = ir.Shape([None, *sizes])
-        parts.append(stored)
+    parts = [
+        _taken(stored, ids, None) if part.axes.startswith("r ") else stored
+        for part, stored in zip(form.parts, weight_of(form, given), strict=True)
+    ]
     return dequantized(form, parts)
 
 

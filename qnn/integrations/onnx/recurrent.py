@@ -25,6 +25,7 @@ from qnn.integrations.onnx.build import (
     node,
     op,
     rounded,
+    shaped,
     size,
     widened,
 )
@@ -49,9 +50,10 @@ class _Table:
     """The grids of a cell's parts; None for each without a table."""
 
     def __init__(self, cell: Cell, table: Value | None, hidden: int) -> None:
-        self.cell, self.hidden, self.columns = cell, hidden, ()
+        self.cell, self.hidden = cell, hidden
+        self.columns: tuple[Value, ...] = ()
         if table is not None:
-            self.columns = tuple(op.Split(table, axis=1, num_outputs=4))
+            self.columns = tuple(op.Slice(table, ints(i), ints(i + 1), ints(1)) for i in range(4))
 
     def rows(self, names: Sequence[str], width: int) -> _Row | None:
         """Of `width` values of each part that is named."""
@@ -102,7 +104,7 @@ def recurrent(cell: Cell, scheme: Scheme) -> Rule:
         row = {name: parts.row(name) for name in cell.parts if "_linear_" not in name}
 
         def step(of_x: Value, there: Value | None, old: Sequence[Value]) -> list[Value]:
-            of_h = _on_grid(added(times["hh"](old[0]), biases["hh"]), of_hidden)
+            of_h = _on_grid(added(times["hh"](shaped(old[0], None, widths[0])), biases["hh"]), of_hidden)
             new = (_lstm if cell is LSTM else _gru)(old, of_x, of_h, row, times.get("hr"))
             new = [rounded(new[0], dtype), *new[1:]]
             if there is None:
@@ -166,7 +168,7 @@ def _lstm(
     o = _on_grid(op.Sigmoid(o), row["output_gate"])
     c = _on_grid(op.Add(op.Mul(f, old[1]), op.Mul(i, g)), row["cell_state"])
     h = op.Mul(o, _on_grid(op.Tanh(c), row["cell_tanh"]))
-    h = h if projection is None else projection(h)
+    h = h if projection is None else projection(shaped(h, None, None))
     return [_on_grid(h, row["hidden_state"]), c]
 
 
