@@ -23,12 +23,14 @@ from qnn.integrations.onnx.build import (
     widened,
 )
 from qnn.integrations.onnx.integers import (
+    as_bytes,
     dynamic_scale,
     integers_of,
     scaled_by,
     static_scale,
     sums_of_16_bits,
-    to_int8,
+    to_bytes,
+    zero,
 )
 from qnn.integrations.onnx.layers import Arguments, Rule, grid_of
 from qnn.kernels.formats.int8 import QMAX as INT8_QMAX
@@ -60,8 +62,8 @@ def conv(scheme: Scheme, *, transposed: bool = False) -> Rule:
             else:
                 sx = dynamic_scale(image, INT16_QMAX if wide else INT8_QMAX, sample)
                 v = scaled_by(image, sx)
-            zero = grid[1] if len(grid) > 1 else None
-            acc = _sums(v, kernels, zero, options, wide, transposed)
+            zero_point = grid[1] if len(grid) > 1 else None
+            acc = _sums(v, kernels, zero_point, options, wide, transposed)
         of_channel = ints(1, -1, *[1] * axes)
         y = op.Mul(acc, op.Reshape(given["sw"], of_channel))
         y = y if sx is None else op.Mul(y, sx)
@@ -108,30 +110,31 @@ def _float_sums(x: Value, w: Value, options: dict[str, Any], transposed: bool) -
 def _sums(
     v: Value,
     w: Value,
-    zero: Value | None,
+    zero_point: Value | None,
     options: dict[str, Any],
     wide: bool,
     transposed: bool,
 ) -> Value:
     """Sums over the codes of `v`, less their zero point, in float32."""
 
-    def of_codes(q: Value, point: Value | None) -> Value:
-        points = [] if point is None else [op.Reshape(point, ints())]
-        return op.ConvInteger(q, w, *points, **options)
+    kernels = as_bytes(w)
+
+    def of_codes(q: Value, point: Value) -> Value:
+        return op.ConvInteger(q, kernels, point, zero(), **options)
 
     _require_length(w, options["group"], wide, transposed)
     if transposed:
-        codes = integers_of(v, INT16_QMAX) if wide else _codes(v, zero)
+        codes = integers_of(v, INT16_QMAX) if wide else _codes(v, zero_point)
         return _float_sums(codes, w, options, True)
     if wide:
         return sums_of_16_bits(integers_of(v, INT16_QMAX), of_codes)
-    return cast(of_codes(to_int8(v, zero), zero), FLOAT)
+    return cast(of_codes(*to_bytes(v, zero_point)), FLOAT)
 
 
-def _codes(v: Value, zero: Value | None) -> Value:
+def _codes(v: Value, zero_point: Value | None) -> Value:
     """int8 codes less their zero point, as floats."""
-    codes = cast(to_int8(v, zero), FLOAT)
-    return codes if zero is None else op.Sub(codes, cast(zero, FLOAT))
+    codes, point = to_bytes(v, zero_point)
+    return op.Sub(cast(codes, FLOAT), cast(point, FLOAT))
 
 
 def _require_length(w: Value, groups: int, wide: bool, transposed: bool) -> None:

@@ -17,7 +17,7 @@ from qnn.kinds import is_prepared, is_training
 
 _WHO = "qnn.integrations.onnx.export"
 # What lays weights out anew, if it is of constants; whatever their size.
-_LAYS_OUT = ("Transpose", "Reshape", "Unsqueeze", "Squeeze")
+_LAYS_OUT = ("Transpose", "Reshape", "Unsqueeze", "Squeeze", "BitwiseXor")
 _BYTES = 1 << 31
 
 
@@ -90,7 +90,7 @@ def _should_fold(node: ir.Node) -> bool:
         return dtype == ir.DataType.UINT32  # the words of 4-bit weights
     if node.op_type == "Cast":
         to = ir.DataType(node.attributes["to"].as_int())
-        return {dtype, to} <= {ir.DataType.INT32, ir.DataType.UINT32, ir.DataType.UINT8}
+        return to in (ir.DataType.UINT32, ir.DataType.UINT8)
     if node.op_type == "Concat":
         return dtype == ir.DataType.UINT8 and len(node.inputs) == 4  # their bytes
     return node.op_type in _LAYS_OUT

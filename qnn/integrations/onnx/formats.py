@@ -31,6 +31,7 @@ from qnn.integrations.onnx.build import (
     size,
     transposed,
 )
+from qnn.integrations.onnx.integers import as_bytes
 from qnn.kernels.formats import Format, mxfp8, nvfp4
 from qnn.kernels.formats.float8 import MAX_RECIPROCAL, Float8
 from qnn.kernels.formats.int4 import Int4
@@ -119,11 +120,17 @@ def nibbles(packed: Value, count: int) -> Value:
     return op.Reshape(stacked, ints(-1, 2 * count))
 
 
-def int4_codes(form: Int4, words: Value, zero: Sequence[Value], groups: int) -> Value:
-    """Codes less their zero point, int8 `[groups, group, N]`."""
-    codes = cast(nibbles(octets(words), 4 * size(words, -1)), INT8)
-    codes = op.Sub(op.Reshape(codes, ints(-1, groups, form.group)), _zero_point(zero))
-    return transposed(codes, 1, 2, 0)
+def int4_codes(
+    form: Int4, words: Value, zero: Sequence[Value], groups: int
+) -> tuple[Value, Value]:
+    """Codes, bytes `[groups, group, N]`, and the zero point that all of them have then."""
+    codes = nibbles(octets(words), 4 * size(words, -1))
+    codes, point = op.Reshape(codes, ints(-1, groups, form.group)), const(8, np.uint8)
+    if zero:
+        # Where each group has one of its own: up by what it lacks to 16.
+        up = op.Sub(const(16, np.int32), cast(op.Unsqueeze(zero[0], ints(-1)), INT32))
+        codes, point = cast(op.Add(cast(codes, INT32), up), UINT8), const(16, np.uint8)
+    return transposed(codes, 1, 2, 0), point
 
 
 # A scale serves so many columns where it serves a row: ONNX Runtime has them in blocks alone.
@@ -138,7 +145,7 @@ def int8_product(parts: Sequence[Value], k: int) -> Callable[[Value], Value]:
     rows = size(w, 0)
     block = min(_BLOCK, max(16, 1 << (k - 1).bit_length()))
     blocks = -(-k // block)
-    codes = cast(op.Add(cast(w, INT32), const(128, np.int32)), UINT8)
+    codes = as_bytes(w)
     if missing := blocks * block - k:
         codes = op.Concat(codes, const(np.full((rows, missing), 128), np.uint8), axis=1)
     codes = op.Reshape(codes, ints(rows, blocks, block))

@@ -32,7 +32,7 @@ from qnn.integrations.onnx.build import (
     widened,
 )
 from qnn.integrations.onnx.formats import dequantized
-from qnn.integrations.onnx.integers import dynamic_scale, scaled_by, to_int8
+from qnn.integrations.onnx.integers import dynamic_scale, scaled_by
 from qnn.integrations.onnx.products import product
 from qnn.kernels.formats import Format
 from qnn.kernels.formats.int8 import QMAX
@@ -178,7 +178,8 @@ def dequantize(form: Format) -> Rule:
 def int8_quantize(given: Arguments) -> tuple[Value, Value]:
     x = widened(given["x"])
     scale = dynamic_scale(x, QMAX)
-    return to_int8(scaled_by(x, scale)), scale
+    codes = op.QuantizeLinear(scaled_by(x, scale), const(1.0), const(0, np.int8))
+    return codes, scale
 
 
 def int8_dequantize(given: Arguments) -> Value:

@@ -19,6 +19,7 @@ from qnn.integrations.onnx.build import (
 )
 from qnn.integrations.onnx.formats import decode, int4_codes, int4_product, int8_product, through
 from qnn.integrations.onnx.integers import (
+    as_bytes,
     dynamic_scale,
     integers_of,
     matrix_sums,
@@ -26,7 +27,7 @@ from qnn.integrations.onnx.integers import (
     shifted_sums,
     static_scale,
     sums_of_16_bits,
-    to_int8,
+    to_bytes,
 )
 from qnn.kernels.formats import Format
 from qnn.kernels.formats.int4 import Int4
@@ -89,8 +90,7 @@ def _integer_product(
             f"qnn.integrations.onnx: a sum over {k} products of 16 bits needs more than int32; at "
             f"most {INT8_STATIC_MAX_K} are translated. Convert this layer to int8_weight."
         )
-    wt, sw = transposed(w), op.Reshape(sw, ints(-1))
-    sums = matrix_sums(wt)
+    sums, sw = matrix_sums(as_bytes(transposed(w))), op.Reshape(sw, ints(-1))
 
     def run(x: Value) -> Value:
         if grid:
@@ -102,24 +102,21 @@ def _integer_product(
         if wide:
             acc = sums_of_16_bits(integers_of(v, INT16_QMAX), sums)
         else:
-            zero = grid[1] if len(grid) > 1 else None
-            acc = cast(sums(to_int8(v, zero), zero), FLOAT)
+            acc = cast(sums(*to_bytes(v, grid[1] if grid else None)), FLOAT)
         return op.Mul(op.Mul(acc, sw), scale)
 
     return run
 
 
-def product_on_grid(
-    parts: Sequence[Value], bits: int, row: Sequence[Value]
-) -> Product:
+def product_on_grid(parts: Sequence[Value], bits: int, k: int, row: Sequence[Value]) -> Product:
     """The product of int8 weights with `x` on the grid of a part of a cell, `row`: its scale, and
     the ends of its codes less its zero point.
     """
     w, sw = parts
     scale, low, high = row
-    wt, sw = transposed(w), op.Reshape(sw, ints(-1))
+    wt, sw = as_bytes(transposed(w)), op.Reshape(sw, ints(-1))
     matrix = matrix_sums(wt)
-    sums = shifted_sums(wt, low) if bits <= 8 else lambda v: sums_of_16_bits(v, matrix)
+    sums = shifted_sums(wt, low, k) if bits <= 8 else lambda v: sums_of_16_bits(v, matrix)
 
     def run(x: Value) -> Value:
         v = op.Round(op.Min(op.Max(scaled_by(x, scale), low), high))
@@ -133,13 +130,14 @@ def _grouped_integer_product(
 ) -> Product:
     """int8 rows with weights of 4 bits: an exact sum for each group, times its scale."""
     groups, rows = size(scale, -1), size(scale, 0)
-    codes = int4_codes(weight, words, zero, groups)
+    codes, point = int4_codes(weight, words, zero, groups)
     each = op.Unsqueeze(transposed(scale), ints(1))
 
     def run(x: Value) -> Value:
         sx = dynamic_scale(x, INT8_QMAX)
-        q = op.Reshape(to_int8(scaled_by(x, sx)), ints(-1, groups, weight.group))
-        sums = cast(op.MatMulInteger(transposed(q, 1, 0, 2), codes), FLOAT)
+        q, middle = to_bytes(scaled_by(x, sx))
+        q = transposed(op.Reshape(q, ints(-1, groups, weight.group)), 1, 0, 2)
+        sums = cast(op.MatMulInteger(q, codes, middle, point), FLOAT)
         y = op.ReduceSum(op.Mul(sums, each), ints(0), keepdims=0)
         lead = op.Slice(op.Shape(x), ints(0), ints(-1))
         return op.Mul(op.Reshape(y, op.Concat(lead, ints(rows), axis=0)), sx)

@@ -97,7 +97,7 @@ def recurrent(cell: Cell, scheme: Scheme) -> Rule:
             if row is None:
                 return product(scheme.weight, stored, scheme.activation, depth[name])
             bits = 8 if scheme.activation is None else scheme.activation.bits
-            return product_on_grid(stored, bits, row)
+            return product_on_grid(stored, bits, depth[name], row)
 
         times = {name: made(name) for name in weights}
         of_input, of_hidden = parts.linears("input"), parts.linears("hidden")
