@@ -72,7 +72,7 @@ def refusal(name: str) -> str | None:
         return None
     if name in _COMPILED_OPS:
         return _COMPILED
-    if name == "histogram":
+    if name in ("histogram", "exponents"):
         return _PREPARED
     if name.endswith(("_dgrad", "_matmul", "_wgrad", "_columns", "_both")):
         return _TRAINING
@@ -80,7 +80,7 @@ def refusal(name: str) -> str | None:
         return _CAST
     if name.endswith("_weight_linear") or name.endswith("_weight_grouped_linear"):
         return _NO_LAYER
-    return "it is not known to the exporter"
+    return "it is not an op of the library; give its own in custom_translation_table"
 
 
 RULES = _rules()
