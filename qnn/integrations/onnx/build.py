@@ -88,7 +88,7 @@ def body(run: Callable[..., Sequence[Value]], *dtypes: int, scalars: int = 0) ->
     return ir.Graph(inputs, outputs, nodes=inner.nodes, name=prefix)
 
 
-# -- small things -----------------------------------------------------------------------------------
+# -- small things ----------------------------------------------------------------------------------
 
 
 def cast(x: Value, dtype: int) -> Value:
@@ -166,9 +166,7 @@ def _gelu_tanh(y: Value) -> Value:
 ACTIVATIONS: dict[str, Callable[[Value], Value]] = {
     "none": lambda y: y,
     "relu": lambda y: op.Relu(y),
-    "gelu": lambda y: op.Mul(
-        op.Mul(y, 0.5), op.Add(op.Erf(op.Mul(y, _ROOT_HALF)), 1.0)
-    ),
+    "gelu": lambda y: op.Mul(op.Mul(y, 0.5), op.Add(op.Erf(op.Mul(y, _ROOT_HALF)), 1.0)),
     "gelu_tanh": _gelu_tanh,
     "silu": lambda y: op.Mul(y, op.Sigmoid(y)),
     "relu6": lambda y: op.Clip(y, 0.0, 6.0),

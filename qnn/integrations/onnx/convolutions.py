@@ -33,8 +33,8 @@ from qnn.integrations.onnx.integers import (
     zero,
 )
 from qnn.integrations.onnx.layers import Arguments, Rule, grid_of
-from qnn.kernels.formats.int8 import QMAX as INT8_QMAX
 from qnn.kernels.formats.int8 import INT8_STATIC_MAX_K
+from qnn.kernels.formats.int8 import QMAX as INT8_QMAX
 from qnn.kernels.formats.int16 import QMAX as INT16_QMAX
 from qnn.kernels.formats.int16 import Int16
 from qnn.kernels.schemes import Scheme

@@ -87,12 +87,12 @@ def _should_fold(node: ir.Node) -> bool:
     first = node.inputs[0] if node.inputs else None
     dtype = None if first is None else first.dtype
     if node.op_type in ("BitShift", "BitwiseAnd"):
-        return dtype == ir.DataType.UINT32  # the words of 4-bit weights
+        return bool(dtype == ir.DataType.UINT32)  # the words of 4-bit weights
     if node.op_type == "Cast":
         to = ir.DataType(node.attributes["to"].as_int())
         return to in (ir.DataType.UINT32, ir.DataType.UINT8)
     if node.op_type == "Concat":
-        return dtype == ir.DataType.UINT8 and len(node.inputs) == 4  # their bytes
+        return bool(dtype == ir.DataType.UINT8 and len(node.inputs) == 4)  # their bytes
     return node.op_type in _LAYS_OUT
 
 

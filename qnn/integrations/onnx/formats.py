@@ -120,9 +120,7 @@ def nibbles(packed: Value, count: int) -> Value:
     return op.Reshape(stacked, ints(-1, 2 * count))
 
 
-def int4_codes(
-    form: Int4, words: Value, zero: Sequence[Value], groups: int
-) -> tuple[Value, Value]:
+def int4_codes(form: Int4, words: Value, zero: Sequence[Value], groups: int) -> tuple[Value, Value]:
     """Codes, bytes `[groups, group, N]`, and the zero point that all of them have then."""
     codes = nibbles(octets(words), 4 * size(words, -1))
     codes, point = op.Reshape(codes, ints(-1, groups, form.group)), const(8, np.uint8)
@@ -181,7 +179,7 @@ def _packed_points(zero: Value, rows: int, groups: int) -> Value:
     return op.BitwiseOr(low, op.BitShift(high, const(4, np.uint8), direction="LEFT"))
 
 
-# -- rounding ---------------------------------------------------------------------------------------
+# -- rounding --------------------------------------------------------------------------------------
 
 
 def through(form: Format, x: Value, k: int) -> tuple[Value, Value | None]:
@@ -212,7 +210,7 @@ def through(form: Format, x: Value, k: int) -> tuple[Value, Value | None]:
     )
 
 
-def _grouped(x: Value, block: int, k: int) -> tuple[Value, object]:
+def _grouped(x: Value, block: int, k: int) -> tuple[Value, Callable[[Value], Value]]:
     """`[rows, groups, block]`, with zeros after the end, and what gives the shape of `x` back."""
     missing, shape = -k % block, op.Shape(x)
     padded = x
@@ -248,8 +246,7 @@ def _e4m3(x: Value, r: Value) -> Value:
 
 
 def _exponent(v: Value) -> tuple[Value, Value]:
-    """The largest `e` with 2^e ≤ v, int64 from −127 to 127, and 2^e: a logarithm may be a hair off.
-    """
+    """The largest `e` with 2^e ≤ v, int64 from −127 to 127, and 2^e. A logarithm may be off."""
     e = op.Floor(op.Div(op.Log(v), math.log(2)))
     e = cast(op.Clip(e, -126.0, 126.0), INT64)
     p = op.Gather(_powers(), op.Add(e, const(127, np.int64)))

@@ -1,9 +1,9 @@
 """Integers from floats, and exact sums of their products.
 
-Both operands are bytes with a zero point of 128. Of signed weights ONNX Runtime has either sums that
-saturate, with unsigned activations on a CPU without VNNI, or no fast kernel, with signed ones: one
-of 512 rows of 384 with a weight of 384 × 1536 took 3.7 ms with wrong sums and 42 ms; of bytes 6.6
-ms, and of floats 15 ms (one thread of a Zen 3, a busy machine). What has 16 bits is two products.
+Both operands are bytes with a zero point of 128. For signed weights ONNX Runtime has sums that
+saturate, where activations are unsigned and the CPU has no VNNI, and no fast kernel where they are
+signed: 512 rows of 384 times a weight of 384 × 1536 took 3.7 ms with wrong sums, and 42 ms; bytes
+6.6 ms, and floats 15 ms (one thread of a Zen 3, a busy machine). What has 16 bits is two products.
 """
 
 from __future__ import annotations
@@ -75,8 +75,7 @@ def integers_of(v: Value, qmax: int) -> Value:
 
 
 def sums_of_16_bits(v: Value, sums: Sums) -> Value:
-    """Exact sums, float32, of the integers `v`, floats from −32768 to 32767: as 256 · high + low.
-    """
+    """Exact sums, float32, of the integers `v`, floats of 16 bits: as 256 · high + low."""
     high = op.Floor(op.Mul(v, 1 / 256))
     low = op.Sub(v, op.Mul(high, 256.0))
     upper = cast(sums(cast(op.Add(high, float(OFFSET)), UINT8), zero()), DOUBLE)

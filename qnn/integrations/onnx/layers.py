@@ -185,5 +185,3 @@ def int8_quantize(given: Arguments) -> tuple[Value, Value]:
 def int8_dequantize(given: Arguments) -> Value:
     y = op.Mul(cast(given["q"], FLOAT), given["scale"])
     return finish(y, given["dtype"], None, "none")
-
-

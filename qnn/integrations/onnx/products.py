@@ -1,5 +1,5 @@
-"""`x · wᵀ` of a quantised weight, with activations as a scheme has them: what linear layers, experts
-and the steps of recurrent layers share.
+"""`x · wᵀ` of a quantised weight, with activations as a scheme has them: what linear layers,
+experts and the steps of recurrent layers share.
 """
 
 from __future__ import annotations

@@ -104,7 +104,9 @@ def recurrent(cell: Cell, scheme: Scheme) -> Rule:
         row = {name: parts.row(name) for name in cell.parts if "_linear_" not in name}
 
         def step(of_x: Value, there: Value | None, old: Sequence[Value]) -> list[Value]:
-            of_h = _on_grid(added(times["hh"](shaped(old[0], None, widths[0])), biases["hh"]), of_hidden)
+            of_h = _on_grid(
+                added(times["hh"](shaped(old[0], None, widths[0])), biases["hh"]), of_hidden
+            )
             new = (_lstm if cell is LSTM else _gru)(old, of_x, of_h, row, times.get("hr"))
             new = [rounded(new[0], dtype), *new[1:]]
             if there is None:
@@ -113,7 +115,9 @@ def recurrent(cell: Cell, scheme: Scheme) -> Rule:
             return [*kept, op.Where(there, new[0], 0.0)]
 
         inputs = _on_grid(added(times["ih"](widened(x)), biases["ih"]), of_input)
-        begin = [_entering(widened(state), row[n]) for n, state in zip(cell.states, states, strict=True)]
+        begin = [
+            _entering(widened(state), row[n]) for n, state in zip(cell.states, states, strict=True)
+        ]
         results = _scan(step, begin, inputs, lengths, reverse=direction == "reverse")
         *last, outputs = results
         flat = [op.Reshape(each, ints(-1)) for each in (outputs, *last)]
@@ -177,7 +181,7 @@ def _gru(
     of_x: Value,
     of_h: Value,
     row: dict[str, _Row | None],
-    projection: None,
+    projection: Product | None,
 ) -> list[Value]:
     x_r, x_z, x_n = op.Split(of_x, axis=-1, num_outputs=3)
     h_r, h_z, h_n = op.Split(of_h, axis=-1, num_outputs=3)

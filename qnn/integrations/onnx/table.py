@@ -113,7 +113,9 @@ def _translation(declared: Op, rule: Rule | None) -> Callable[..., Any]:
                 f"{refusal(declared.name)}."
             )
         given = dict(zip(names, args, strict=False)) | kwargs
-        return rule({arg.name: given.get(arg.name, _default(declared, arg)) for arg in declared.inputs})
+        return rule(
+            {arg.name: given.get(arg.name, _default(declared, arg)) for arg in declared.inputs}
+        )
 
     parameters, hints = [], dict[str, Any]()
     for arg in declared.inputs:
