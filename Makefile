@@ -107,7 +107,7 @@ $(VENV)/.examples: $(VENV)/.base
 
 $(VENV)/.dev: $(VENV)/.base
 	@echo "set up: test and lint tools"
-	$(PIP) -e '.[dev]' --config-settings editable_mode=strict
+	$(PIP) -e '.[dev,onnx]' --config-settings editable_mode=strict
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.base
