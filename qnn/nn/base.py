@@ -80,7 +80,7 @@ class Quantized(Stored):
             )
         if held.dtype == part.dtype:
             return held
-        codes = held.detach().to(part.dtype)
+        codes = self._codes(name, held, part)
         if not torch.compiler.is_compiling():
             held.data = codes
         return codes
