@@ -24,7 +24,9 @@ class TestDocs:
     @parameterized.expand([(str(path.relative_to(ROOT)), path) for path in PAGES])
     def test_page(self, name: str, path: Path) -> None:
         text = path.read_text()
-        for needed in ("transformers", "diffusers", "peft", "safetensors", "onnxruntime"):
+        for needed in (
+            "transformers", "diffusers", "peft", "safetensors", "onnxruntime", "accelerate", "lightning",
+        ):  # fmt: skip
             if re.search(rf"^\s*(import|from) {needed}", text, re.MULTILINE):
                 pytest.importorskip(needed, reason=f"{name} needs {needed}")
         blocks = []

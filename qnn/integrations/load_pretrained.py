@@ -86,14 +86,21 @@ def _load_diffusers(cls: Any, folder: Path) -> Any:
     described = {"quantization_config": config.pop("quantization_config", None)}
     model = cls.from_config(config).eval()
     convert(model, schemes_of(described, model), inplace=True)
-    model.load_state_dict(_state(folder), assign=True)
+    model.load_state_dict(read_safetensors(folder), assign=True)
     return model
 
 
-def _state(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a folder's safetensors files, memory-mapped."""
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, or of a folder's, memory-mapped.
+
+    Raises:
+        ValueError: there is none.
+    """
     load_file: Any = importlib.import_module("safetensors.torch").load_file
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise ValueError(f"{path} is not a safetensors file, nor a folder that has one.")
     state: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        state |= load_file(path)
+    for each in files:
+        state |= load_file(each)
     return state

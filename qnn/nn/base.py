@@ -80,7 +80,7 @@ class Quantized(Stored):
             )
         if held.dtype == part.dtype:
             return held
-        codes = held.detach().to(part.dtype)
+        codes = self._codes(name, held, part)
         if not torch.compiler.is_compiling():
             held.data = codes
         return codes
@@ -159,9 +159,9 @@ class Quantized(Stored):
         for (name, _), part in zip(self._parts_of(weight), parts, strict=True):
             self._parameters[name] = frozen(part)
 
-    def _dequantized(self, weight: str) -> torch.Tensor:
-        """The float weight, in `dtype`."""
-        return self._layout.dequantize(self._held(weight), self.dtype, self.scheme)
+    def _dequantized(self, weight: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The float weight, in the layer's `dtype` if it is None."""
+        return self._layout.dequantize(self._held(weight), dtype or self.dtype, self.scheme)
 
     # -- from the float layer and back ------------------------------------------------------------
 

@@ -79,6 +79,19 @@ class Stored(nn.Module):
             raise ValueError(f"{weight} holds {reason}.")
         return quantize(value, self.scheme, self._layout)
 
+    def _codes(self, name: str, held: torch.Tensor, part: Part) -> torch.Tensor:
+        """Codes that are held in another dtype; a TypeError where the values are no codes."""
+        codes = held.detach().to(part.dtype)
+        exact = torch.compiler.is_compiling() or held.is_meta
+        if not exact and not torch.equal(codes.to(held.dtype), held):
+            raise TypeError(
+                f"{self._who}: {name} was set to values of {held.dtype} that are no codes of "
+                f"{part.dtype}, past load_state_dict, as accelerate sets those of a float "
+                "checkpoint. Load such a file with load_state_dict, which quantises it, or the "
+                "state of a converted model."
+            )
+        return codes
+
     # -- from and into a checkpoint ---------------------------------------------------------------
 
     def _load_from_state_dict(
@@ -273,7 +286,7 @@ class Stored(nn.Module):
                 continue  # deleted, or a shard, which is written as it is
             for i, (_, part) in enumerate(parts):
                 if held[i].dtype != part.dtype:  # as in `_part`
-                    held[i] = held[i].detach().to(part.dtype)
+                    held[i] = self._codes(parts[i][0], held[i], part)
             made = zip(form.on_disk, self._layout.to_disk(form, held, shape), strict=True)
             destination.update({prefix + weight + part.suffix: each for part, each in made})
 

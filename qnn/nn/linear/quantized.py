@@ -128,12 +128,12 @@ class QLinear(Quantized, nn.Linear):
             value = value.detach().to(torch.promote_types(value.dtype, torch.float32)) / scale
         return super()._quantized(weight, value)
 
-    def _dequantized(self, weight: str) -> torch.Tensor:
+    def _dequantized(self, weight: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         if not self._smoothed:
-            return super()._dequantized(weight)
-        wide = torch.promote_types(self.dtype, torch.float32)
-        stored = self._layout.dequantize(self._held(weight), wide, self.scheme)
-        return (stored * cast(torch.Tensor, self._parameters[_SMOOTH])).to(self.dtype)
+            return super()._dequantized(weight, dtype)
+        dtype = dtype or self.dtype
+        stored = super()._dequantized(weight, torch.promote_types(dtype, torch.float32))
+        return (stored * cast(torch.Tensor, self._parameters[_SMOOTH])).to(dtype)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
