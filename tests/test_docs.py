@@ -25,7 +25,8 @@ class TestDocs:
     def test_page(self, name: str, path: Path) -> None:
         text = path.read_text()
         for needed in (
-            "transformers", "diffusers", "peft", "safetensors", "onnxruntime", "accelerate", "lightning",
+            "transformers", "diffusers", "peft", "safetensors", "onnxruntime", "accelerate",
+            "lightning",
         ):  # fmt: skip
             if re.search(rf"^\s*(import|from) {needed}", text, re.MULTILINE):
                 pytest.importorskip(needed, reason=f"{name} needs {needed}")
