@@ -2,7 +2,8 @@
 through the rounding. `reference/attention.py` says what it computes.
 
 Heads of keys and values may serve several heads of queries each (`g` divides `h`). A mask has four
-axes, any of which may be 1; False, or −inf, hides a key from a query.
+axes, any of which may be 1; False, or −inf, hides a key from a query. Heads come last but one in
+the result, as models join them.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _COMMON: dict[str, Any] = {
 
 int8_attention = Op(
     "int8_attention",
-    f"{_OPERANDS} -> b h m e",
+    f"{_OPERANDS} -> b m h e",
     doc="softmax(int32(qq · kqᵀ) · sk · sq · scale + mask) · vq · sv, with the int8_quantize of "
     "each row of q, k and v; scores in 2^−10 of a power of two, 15-bit weights, and exact sums. "
     "scale is 1/√d by default; a query that sees no key has 0",
@@ -59,7 +60,7 @@ int8_attention = Op(
 
 attention_dgrad = Op(
     "attention_dgrad",
-    f"dy: b h m e, {_OPERANDS} -> b*h*m*d+b*g*n*d+b*g*n*e",
+    f"dy: b m h e, {_OPERANDS} -> b*h*m*d+b*g*n*d+b*g*n*e",
     doc="the gradients of float attention to q, k and v, one after the other",
     dtypes={**_DTYPES, "dy": FLOATS, **dict.fromkeys(("q", "k", "v"), "dy")},
     out=("dy",),

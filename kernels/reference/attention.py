@@ -93,8 +93,9 @@ def attention_reference(
 ) -> torch.Tensor:
     (b, h, m, d), n, e = q.shape, k.shape[2], v.shape[3]
     dtype = q.dtype if compute == torch.float32 else compute
+    result = q.new_zeros(b, m, h, e, dtype=dtype)
     if 0 in (b, h, m, n, e):
-        return q.new_zeros(b, h, m, e, dtype=dtype)
+        return result
     (qc, sq), (kc, sk), (vc, sv) = (quantize_rows(each.float()) for each in (q, k, v))
     # A key with a NaN or inf, or whose value has one, makes a NaN of each score that sees it.
     sk = torch.where(sk.isfinite() & sv.isfinite(), sk, torch.nan)
@@ -114,7 +115,6 @@ def attention_reference(
     top = sv.amax(-2, keepdim=True)
     gain = torch.round(torch.where(top > 0, sv / top * 32767, 0)).long()
 
-    result = []
     for start in blocks:
         rows = range(start, min(m, start + blocks.step))
         codes, scales = (each[:, :, rows.start : rows.stop] for each in (qc, sq))
@@ -131,8 +131,8 @@ def attention_reference(
         sums = (_mulhrs(a, gain.mT).double() @ vc.double()).float().to(compute)
         y = sums * (1 / total) * (top * _single(32768 / 32767).to(q.device)).to(compute)
         y = torch.where(most == NAN, torch.nan, torch.where(most == HIDDEN, 0, y))
-        result.append(y.to(dtype))
-    return torch.cat(result, 2)
+        result[:, rows.start : rows.stop] = y.to(dtype).transpose(1, 2)
+    return result
 
 
 def attention_gradient_reference(
@@ -152,7 +152,7 @@ def attention_gradient_reference(
     groups, each, factor = k.shape[1], q.shape[1] // max(k.shape[1], 1), scale
     factor = q.shape[3] ** -0.5 if factor is None else factor
     # [b, g, each, …]: the heads that share their keys.
-    dy, q = (x.to(compute).unflatten(1, (groups, each)) for x in (dy, q))
+    dy, q = (x.to(compute).unflatten(1, (groups, each)) for x in (dy.transpose(1, 2), q))
     k, v = (x.to(compute).unsqueeze(2) for x in (k, v))
     scores = q @ k.mT * factor
     if mask is not None and mask.dtype != torch.bool:
