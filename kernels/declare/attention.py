@@ -54,6 +54,7 @@ int8_attention = Op(
     split=split_attention_gradients,
     rule=_rule(*_NAMES),
     limits={"d": INT8_MAX_K},
+    native=True,
     products="b h m n d+b h m n e",
     **_COMMON,
 )

@@ -23,6 +23,7 @@ FRACTION = 10  # bits of a score
 # Of scores: numbers stay within ±LIMIT; a NaN is above and what is hidden is below all of them.
 LIMIT, NAN, HIDDEN = 1 << 29, 1 << 30, -(1 << 30)
 ONE = 32640  # the weight of the largest score: 255 · 128
+_MOST = torch.finfo(torch.float32).max
 _BLOCK = 1 << 20  # scores at a time, for the memory alone
 
 
@@ -121,7 +122,8 @@ def attention_reference(
         scores = (codes.double() @ kc.double().mT).float() * sk.mT * scales
         if mask is not None and mask.dtype != torch.bool:
             some = mask if mask.shape[2] == 1 else mask[:, :, rows.start : rows.stop]
-            scores = scores + some.float() * (_single(LOG2E) * (1 << FRACTION)).to(q.device)
+            added = some.float() * (_single(LOG2E) * (1 << FRACTION)).to(q.device)
+            scores = scores + added.clamp(-_MOST, _MOST)  # inf is larger than any score
         u = torch.round(scores.clamp(-LIMIT, LIMIT)).nan_to_num(NAN).long()
         u = torch.where(_visible(mask, is_causal, rows, n, q.device), u, HIDDEN)
         most = u.amax(-1, keepdim=True)
