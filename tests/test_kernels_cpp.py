@@ -201,7 +201,16 @@ def test_every_source_is_driven() -> None:
     tiers = {*MACHINE_FLAGS, "portable.cpp"}
     assert {Path(name).stem for name in tiers} == {*TIERS}
     families = {
-        f"{family}ops.cpp" for family in ("", "conv_", "embedding_", "grouped_", "recurrent_")
+        f"{family}ops.cpp"
+        for family in (
+            "",
+            "attention_",
+            "conv_",
+            "embedding_",
+            "grouped_",
+            "histogram_",
+            "recurrent_",
+        )
     }
     assert names == tiers | families | {"arguments.cpp", "tier_choice.cpp"}
 
@@ -221,6 +230,16 @@ def test_random_convolutions(drivers: Drivers, cases: int, seed: int) -> None:
 @cases(100, 1500)
 def test_random_convolutions_of_16_lanes(drivers: Drivers, cases: int, seed: int) -> None:
     check([drivers[WIDE]], cases, seed, kind="conv")
+
+
+@cases(150, 3000)
+def test_random_attention(drivers: Drivers, cases: int, seed: int) -> None:
+    check([drivers[PLAIN]], cases, seed, kind="attention")
+
+
+@cases(60, 1000)
+def test_random_attention_of_16_lanes(drivers: Drivers, cases: int, seed: int) -> None:
+    check([drivers[WIDE]], cases, seed, kind="attention")
 
 
 @on_x86

@@ -11,6 +11,17 @@ namespace {
 constexpr int32_t kLimit = 1 << 29, kNanScore = 1 << 30, kHidden = -(1 << 30);
 constexpr int32_t kOne = 32640, kFraction = 10;
 
+// To whole numbers, ties to even, within 32 bits.
+inline vint rounded(vfloat x) {
+#if defined(__AVX512F__) && QNN_LANES == 16
+  return (vint)_mm512_cvtps_epi32((__m512)x);
+#elif defined(__AVX2__) && QNN_LANES == 8
+  return (vint)_mm256_cvtps_epi32((__m256)x);
+#else
+  return __builtin_convertvector(nearest(x), vint);
+#endif
+}
+
 // What weights are computed in: as 16-bit integers where there are instructions for them.
 #if defined(__AVX512BW__) && QNN_LANES == 16
 struct Shorts {
@@ -118,16 +129,15 @@ QNN_INLINE int64_t weigh(const int32_t* u, int32_t most, const int16_t* gain, in
   // A lane's sums stay in 32 bits for so many keys.
   constexpr int64_t kKeys = int64_t{65536};
   const vint top = splat(most);
-  const S::V c0 = S::splat(kOne), c1 = S::splat(-22571), c2 = S::splat(7537),
-             c3 = S::splat(-1287);
+  const S::V c0 = S::splat(kOne), c1 = S::splat(-22571), c2 = S::splat(7537), c3 = S::splat(-1287);
   int64_t total = 0;
   for (int64_t begin = 0; begin < keys; begin += kKeys) {
     const int64_t end = smaller(keys, begin + kKeys);
     vint sums{};
     for (int64_t key = begin; key < end; key += S::kCount) {
       const S::V d = S::below(top, u + key), x = S::fraction(d);
-      const S::V e = S::add(
-          S::mulhrs(S::add(S::mulhrs(S::add(S::mulhrs(c3, x), c2), x), c1), x), c0);
+      const S::V e =
+          S::add(S::mulhrs(S::add(S::mulhrs(S::add(S::mulhrs(c3, x), c2), x), c1), x), c0);
       const S::V a = S::shifted(e, S::whole(d));
       sums = S::sum(sums, a);
       put(key, S::mulhrs(a, S::load(gain + key)));

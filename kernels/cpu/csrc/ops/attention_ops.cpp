@@ -1,4 +1,5 @@
 // The ops of kernels/declare/attention.py on the CPU.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <optional>
@@ -106,6 +107,7 @@ Tensor attend(const Tier& tier, const Tensor& q, const Tensor& k, const Tensor& 
   p.y = y.data_ptr();
   if (y.numel() == 0) return y;
   if (p.n == 0) return torch::stable::zero_(y);
+  if (p.causal) p.n = std::min(p.n, p.m);  // no query sees those after them
   p.dtype = float_format(q);
   p.q = rows_of(args, q), p.k = rows_of(args, k), p.v = rows_of(args, v);
   if (mask.has_value()) set_mask(args, p, *mask);
