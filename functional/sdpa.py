@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -68,8 +68,10 @@ def scaled_dot_product_attention(
         NotImplementedError: dropout; a gradient to a mask.
 
     >>> x = torch.eye(3)
-    >>> scaled_dot_product_attention(x, x, x, is_causal=True, scale=9.0)[0]
-    tensor([1., 0., 0.])
+    >>> scaled_dot_product_attention(x, x, x, is_causal=True, scale=100.0).round()
+    tensor([[1., 0., 0.],
+            [0., 1., 0.],
+            [0., 0., 1.]])
     """
     who = f"qnn.functional.scaled_dot_product_attention(scheme={scheme!r})"
     if scheme not in SCHEMES:
@@ -102,7 +104,7 @@ def _lead(
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The leading axes of the result, and its heads of key and value, if it has some."""
 
-    def fail(what: str) -> Any:
+    def fail(what: str) -> NoReturn:
         shapes = ", ".join(describe(each) for each in (q, k, v))
         raise ValueError(f"{who}: {what}, got {shapes}.")
 
@@ -116,7 +118,7 @@ def _lead(
     try:
         found = tuple(torch.broadcast_shapes(*leads))
     except RuntimeError:
-        return fail(
+        fail(
             "the axes before the last two must be the same, or 1"
             + ("" if enable_gqa else "; enable_gqa lets heads of query share those of key")
         )

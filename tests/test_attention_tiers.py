@@ -1,4 +1,4 @@
-"""int8 attention of the C++ kernels: the bits of the reference, in every tier and on any threads."""
+"""int8 attention of the C++ kernels: the reference's bits in every tier and on any threads."""
 
 from __future__ import annotations
 

@@ -146,6 +146,15 @@ class TestHardValues:
             rtol=0.02, atol=0.02,
         )  # fmt: skip
 
+    def test_a_mask_is_read_in_float32(self) -> None:
+        """So the least number of float64 hides."""
+        args = operands()
+        mask = torch.zeros(1, 1, 37, 41, dtype=torch.float64)
+        mask[..., 5:] = torch.finfo(torch.float64).min
+        want = attend(*args, mask == 0)
+        assert same_bits(attend(*args, mask), want)
+        assert same_bits(OP.reference(*args, mask).transpose(1, 2), want)
+
     @parameterized.expand([("nan", math.nan), ("inf", math.inf), ("wild", 1e30)])
     def test_hidden_keys(self, _: str, value: float) -> None:
         """Keys that no query sees: their bits are those of zeros; so are those of padding."""

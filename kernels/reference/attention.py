@@ -40,7 +40,7 @@ def weights_of(d: torch.Tensor) -> torch.Tensor:
     """`32640 · 2^(−d / 1024)` in 16-bit integers, for d ≥ 0: monotone, to 3.4 units.
 
     >>> weights_of(torch.tensor([0, 1024, 1536, 15 * 1024, 16 * 1024])).tolist()
-    [32640, 16320, 11540, 1, 0]
+    [32640, 16320, 11539, 1, 0]
     """
     d = d.clamp(max=32767)
     n, x = d >> FRACTION, (d << (15 - FRACTION)) & 0x7FE0
@@ -76,7 +76,7 @@ def _visible(
     """Which keys queries see, `[b, h, m, n]`, or 1 along some axes."""
     if mask is not None:
         some = mask if mask.shape[2] == 1 else mask[:, :, rows.start : rows.stop]
-        return some if some.dtype == torch.bool else some != -math.inf
+        return some if some.dtype == torch.bool else some.float() != -math.inf
     at = torch.arange(keys, device=device)
     queries = torch.arange(rows.start, rows.stop, device=device)[:, None]
     return ((at <= queries) if is_causal else (at >= 0)[None])[None, None]

@@ -151,7 +151,7 @@ class PlainAttention {
   bool sees(int64_t batch, int64_t head, int64_t row, int64_t key) const {
     if (c_.causal) return key <= row;
     if (!c_.masked) return true;
-    const double value = c_.mask_at(batch, head, row, key);
+    const auto value = static_cast<float>(c_.mask_at(batch, head, row, key));
     return c_.mask_is_bool ? value != 0 : value != -HUGE_VAL;
   }
 
