@@ -1,5 +1,5 @@
-"""Stateless layer mathematics: quantise, dequantise, linear, convolutions, LSTM and GRU, lookups in
-tables, and the one seam, `invoke_quant`.
+"""Stateless layer mathematics: quantise, dequantise, linear, convolutions, LSTM and GRU, attention,
+lookups in tables, and the one seam, `invoke_quant`.
 """
 
 import importlib
@@ -13,6 +13,7 @@ from qnn.functional.invoke import invoke_quant
 from qnn.functional.linear import linear
 from qnn.functional.quantize import dequantize, quantize
 from qnn.functional.recurrent import RecurrentWeights, gru, lstm
+from qnn.functional.sdpa import scaled_dot_product_attention
 from qnn.functional.training import training_linear
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "linear",
     "lstm",
     "quantize",
+    "scaled_dot_product_attention",
     "sort_by_group",
     "training_linear",
     "unsort",

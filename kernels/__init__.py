@@ -4,7 +4,17 @@ backend.
 
 from qnn.kernels import torch_private
 from qnn.kernels.cpu import native
-from qnn.kernels.declare import conv, embedding, floats, grouped, histogram, int8, int16, recurrent
+from qnn.kernels.declare import (
+    attention,
+    conv,
+    embedding,
+    floats,
+    grouped,
+    histogram,
+    int8,
+    int16,
+    recurrent,
+)
 from qnn.kernels.formats import Format
 from qnn.kernels.op import OPS, Op
 from qnn.kernels.schemes import SCHEMES, Scheme, get_scheme, training_scheme
@@ -17,6 +27,7 @@ __all__ = [
     "Format",
     "Op",
     "Scheme",
+    "attention",
     "conv",
     "embedding",
     "floats",

@@ -204,6 +204,7 @@ def test_every_source_is_driven() -> None:
         f"{family}ops.cpp"
         for family in (
             "",
+            "attention_",
             "conv_",
             "conv_transpose_",
             "embedding_",
@@ -230,6 +231,16 @@ def test_random_convolutions(drivers: Drivers, cases: int, seed: int) -> None:
 @cases(100, 1500)
 def test_random_convolutions_of_16_lanes(drivers: Drivers, cases: int, seed: int) -> None:
     check([drivers[WIDE]], cases, seed, kind="conv")
+
+
+@cases(150, 3000)
+def test_random_attention(drivers: Drivers, cases: int, seed: int) -> None:
+    check([drivers[PLAIN]], cases, seed, kind="attention")
+
+
+@cases(60, 1000)
+def test_random_attention_of_16_lanes(drivers: Drivers, cases: int, seed: int) -> None:
+    check([drivers[WIDE]], cases, seed, kind="attention")
 
 
 @on_x86

@@ -38,6 +38,9 @@ def broken(op: Op, arg: Arg, value: Any) -> Iterator[tuple[str, Any]]:
         for other in (-1, 0, 50):
             yield f"{other}", [other, *value[1:]] if many else other
         return
+    if arg.kind in ("float", "bool"):  # nothing is asked of it but what the rule says
+        yield "another value", 0.5 if arg.kind == "float" else not value
+        return
     yield from ((f"as {dtype}", value.to(dtype)) for dtype in OTHERS)
     yield "without axes", value.new_zeros(())
     yield "an axis more", value[None]
@@ -54,7 +57,9 @@ def broken(op: Op, arg: Arg, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def may_be_any(op: Op, arg: Arg) -> bool:
-    """Whether it is an integer of which no size is made."""
+    """Whether it is a number, or an integer of which no size is made."""
+    if arg.kind == "float":
+        return True
     others = [line for line in op.checks.splitlines() if not re.match(rf"{arg.name}\b", line)]
     return arg.is_integers and re.search(rf"\b{arg.name}\b", "\n".join(others)) is None
 

@@ -183,7 +183,7 @@ class TestEveryOp:
                 changed = (*args[:i], bad, *args[i + 1 :])
                 assert self.passes(op, changed) == self.explained(op, changed), (op.name, i)
         for i, arg in enumerate(op.inputs):
-            if arg.axes is None and not arg.is_integers:
+            if arg.kind in ("str", "ScalarType"):
                 for other in (torch.int64, *op.dtypes["dtype"]) if arg.kind != "str" else ("", "?"):
                     changed = (*args[:i], other, *args[i + 1 :])
                     assert op._fits(*changed) == self.explained(op, changed), other
@@ -307,6 +307,7 @@ class TestDeclaration:
             ("x: b h, n: str[] -> b h", "n is a list of str; only integers come in lists"),
             ("x: b h, n: int=two -> b h", "n has the default 'two', which is not int"),
             ("x: b h, n: bool=1 -> b h", "n has the default '1', which is not bool"),
+            ("x: b h, n: float=a -> b h", "n has the default 'a', which is not float"),
             ("x: b h, n: int -> b f(h, n)", "the declaration has no function 'f'"),
             ("x: (b h)[2] -> b h", "'(b h)[2]' of x is not an axis"),
         ]

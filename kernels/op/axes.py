@@ -12,8 +12,8 @@ Axes stand apart by blanks; `...` is any number of leading ones. An axis is
 - a function of known ones by its name, `out(h, kh, stride[0])`, which the declaration has.
 
 `w: (n k)[e]` is a list of `e` tensors. Other arguments are a `dtype`, `str`, `int`, `int[]`,
-`int[2]` or `bool`; `int=1` has a default. An integer argument is a known size too, and `stride[0]`
-the first of several. Results are `name: axes`, or the axes alone.
+`int[2]`, `float` or `bool`; `int=1` has a default. An integer argument is a known size too, and
+`stride[0]` the first of several. Results are `name: axes`, or the axes alone.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _NAME = r"[A-Za-z_]\w*"
 _FACTOR = re.compile(rf"(?P<name>{_NAME}(?:\[\d+\])?)(?:/(?P<divisor>\d+)(?:>(?P<least>\d+))?)?")
 _CALL = re.compile(rf"({_NAME})\((.*)\)")
 _LIST = re.compile(rf"\((?P<axes>.*)\)\[(?P<count>{_NAME})\]")
-_PLAIN = re.compile(r"(dtype|str|int|bool)(?:\[(\d*)\])?(?:=(.+))?")
-_SCHEMA = {"dtype": "ScalarType", "str": "str", "int": "int", "bool": "bool"}
+_PLAIN = re.compile(r"(dtype|str|int|float|bool)(?:\[(\d*)\])?(?:=(.+))?")
+_SCHEMA = {"dtype": "ScalarType", **{word: word for word in ("str", "int", "float", "bool")}}
 FORMS = "names, k/128, k/128>2, p*2, t*b+b*h, f(h, k), and (n k)[e] for a list of tensors"
 
 
@@ -279,7 +279,8 @@ def _plain(name: str, match: re.Match[str], optional: bool, fail: Callable[[str]
     if default is None:
         return Arg(name, None, optional=optional, kind=kind)
     try:
-        value = {"True": True, "False": False}[default] if word == "bool" else int(default)
+        flags = {"True": True, "False": False}
+        value = flags[default] if word == "bool" else (float if word == "float" else int)(default)
     except (KeyError, ValueError):
         fail(f"{name} has the default {default!r}, which is not {word}")
     return Arg(name, None, optional=True, kind=kind, default=value)

@@ -138,7 +138,8 @@ class Declaration:
     def checks(self) -> str:
         """What `check` asks of a call but for the rule, as the C++ kernels read it: a line for each
         argument, with the dtypes or words that it may be, or the argument whose dtype it shares,
-        or the default of an integer; then the limits of axes, and what they are multiples of.
+        or the default of an integer; then the limits of axes, and what they are multiples of. Of
+        a flag or a number `plain`, which nothing is asked of.
 
             x: ... k | float32 bfloat16
             residual?: ... n = x
@@ -153,6 +154,9 @@ class Declaration:
                 kind = f"ints {arg.length}" if arg.length else "int"
                 default = f" {arg.default}" if arg.optional else ""
                 lines.append(f"{arg.name}{'?' * arg.optional}: {kind} |{default}")
+                continue
+            if arg.kind in ("float", "bool"):
+                lines.append(f"{arg.name}{'?' * arg.optional}: plain |")
                 continue
             allowed = self.dtypes.get(arg.name) or self.choices[arg.name]
             shares = isinstance(allowed, str)

@@ -1,6 +1,7 @@
 """transformers: `from_pretrained(path, quantization_config=qnn.Int8Config())`, and the way back.
 
-Importing this module registers it with transformers; `import qnn` does not.
+Importing this module registers it with transformers, and `attn_implementation="qnn_int8"` too;
+`import qnn` does not.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qnn.integrations import attention
 from qnn.integrations.arrivals import Arrivals, dequantize, excluded, layers_of
 from qnn.integrations.checkpoints.pretrained import layers_in
 from qnn.integrations.compressed_tensors import describe, schemes_of, smoothed_of
@@ -393,6 +395,7 @@ class _Described(_KNOWN):  # type: ignore[misc]
 
 
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] = _Described
+attention.register()
 
 
 def named(scheme: str) -> str:

@@ -1,9 +1,10 @@
 // The tiers against plain loops, on random calls, of which two in eight are of a recurrent layer,
-// two of a convolution and one is a lookup in a table; without torch.
+// two of a convolution, one of attention, and one is a lookup in a table; without torch.
 //
 //   kernel_test                           the tiers that this CPU can run, one a line
-//   kernel_test TIERS CASES SEED [conv]   CASES calls of each tier, or convolutions alone; TIERS:
-//                                         all, or names and commas
+//   kernel_test TIERS CASES SEED [KIND]   CASES calls of each tier, or those of one KIND alone,
+//   conv
+//                                         or attention; TIERS: all, or names and commas
 //
 // Every operand, and the scratch memory, ends at a page that may not be touched, or begins behind
 // one; operands are read-only. With QNN_HEAP they lie on the heap instead, in blocks of exactly
@@ -766,6 +767,7 @@ std::vector<Tier> tiers_called(const std::string& names) {
 
 }  // namespace
 
+#include "attention_case.h"
 #include "conv_case.h"
 #include "lookup_case.h"
 #include "recurrent_case.h"
@@ -777,9 +779,10 @@ int main(int argc, char** argv) {
     }
     return 0;
   }
-  const bool convolutions = argc == 5 && std::string(argv[4]) == "conv";
-  if (argc != 4 && !convolutions) {
-    std::fprintf(stderr, "usage: kernel_test [TIERS CASES SEED [conv]]\n");
+  const std::string kind = argc == 5 ? argv[4] : "";
+  const bool convolutions = kind == "conv", attention = kind == "attention";
+  if (argc != 4 && !convolutions && !attention) {
+    std::fprintf(stderr, "usage: kernel_test [TIERS CASES SEED [conv | attention]]\n");
     return 2;
   }
 #if !defined(QNN_HEAP)
@@ -790,6 +793,12 @@ int main(int argc, char** argv) {
                  seed = std::strtoull(argv[3], nullptr, 10);
   std::vector<uint64_t> failed(tiers.size());
   for (uint64_t i = 0; i < cases; ++i) {
+    if (attention || (!convolutions && (seed + i) % 8 == 6)) {
+      const AttentionCase c = AttentionDraw(seed + i).next(seed + i);
+      const std::vector<Bounds> want = PlainAttention(c).run();
+      for (size_t t = 0; t < tiers.size(); ++t) failed[t] += !passes(tiers[t], c, want);
+      continue;
+    }
     if (convolutions || (seed + i) % 4 == 1) {
       const ConvCase c = ConvDraw(seed + i).next(seed + i);
       for (size_t t = 0; t < tiers.size(); ++t) failed[t] += !passes(tiers[t], c);

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cstdio>
 #include <limits>
 #include <map>
 #include <stdexcept>
@@ -48,6 +49,14 @@ std::string text_of(const Shape& shape) {
   return text;
 }
 
+// As Python writes a number of not too many digits.
+std::string text_of(double number) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.12g", number);
+  const bool whole = std::string(text).find_first_not_of("-0123456789") == std::string::npos;
+  return whole ? std::string(text) + ".0" : text;
+}
+
 // -- a declaration
 
 // `k`, `4` or `k/128`, as in kernels/op/axes.py: a part, rounded up, of an axis, or of `number`.
@@ -70,7 +79,7 @@ struct Named {
   int64_t most = std::numeric_limits<int64_t>::max(), multiple = 1;
 };
 
-enum class Kind { tensor, word, dtype, integers };
+enum class Kind { tensor, word, dtype, integers, plain };
 
 struct Parameter {
   std::string name;
@@ -198,6 +207,8 @@ class Reader {
         result.kind = Kind::integers;
       } else if (words[i] == "ints" && i + 1 < words.size()) {
         result.kind = Kind::integers, result.count = number(words[++i]);
+      } else if (words[i] == "plain") {
+        result.kind = Kind::plain;
       } else if (words[i] == "dtype" || words[i] == "str") {
         result.kind = words[i] == "str" ? Kind::word : Kind::dtype;
       } else if (words[i] == "...") {
@@ -208,7 +219,7 @@ class Reader {
     }
     if (i == words.size()) unreadable(result.name);
     result.allowed.assign(words.begin() + i + 1, words.end());
-    if (result.kind == Kind::integers) return result;
+    if (result.kind == Kind::integers || result.kind == Kind::plain) return result;
     if (words[i] == "=") {
       result.like = 0;
     } else if (result.kind == Kind::tensor || result.kind == Kind::dtype) {
@@ -347,6 +358,7 @@ void Arguments::check() const {
   for (size_t i = 0; i < count_; ++i) {
     const Parameter& p = parameters[i];
     const Argument& a = all_[i];
+    if (p.kind == Kind::plain) continue;
     if (p.kind == Kind::word) {
       if (!has(p.allowed, *a.word))
         fail(p.name + " must be one of " + listed(p.allowed, "'", "'") + ", got '" + *a.word + "'");
@@ -418,6 +430,9 @@ std::string Arguments::call() const {
       if (!p.optional || *a.word != p.allowed[0]) value = "'" + *a.word + "'";
     } else if (p.kind == Kind::dtype) {
       if (!p.optional || a.dtype != ScalarType::Float) value = "torch." + name_of(a.dtype);
+    } else if (p.kind == Kind::plain) {
+      if (a.flag) value = "True";
+      if (a.number.has_value()) value = text_of(*a.number);
     } else if (p.kind == Kind::integers) {
       for (size_t j = 0; j < std::max<size_t>(a.count, 1); ++j)
         value += (j == 0 ? "" : ", ") + std::to_string(a.integers[j]);

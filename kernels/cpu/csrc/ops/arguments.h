@@ -59,7 +59,8 @@ inline Activation activation_called(const std::string& name) {
   return static_cast<Activation>(found - std::begin(kActivations));
 }
 
-// One argument of a call: a tensor, null where it was left out; a word; integers; a dtype.
+// One argument of a call: a tensor, null where it was left out; a word; integers; a dtype; a flag,
+// or a number, which may be left out.
 // One that is given by a pointer is an argument of some ops only: of those, for whose calls
 // it is not null.
 struct Argument {
@@ -69,6 +70,8 @@ struct Argument {
   Argument(const std::string& s) : word(&s) {}
   Argument(const std::vector<int64_t>& list) : integers(list.data()), count(list.size()) {}
   Argument(const int64_t& integer) : integers(&integer) {}
+  Argument(const bool& flag) : flag(flag) {}
+  Argument(const std::optional<double>& number) : number(number) {}
   Argument(const Tensor* t) : tensor(t), exists(t != nullptr) {}
   Argument(const Maybe* t) : exists(t != nullptr) {
     if (exists && t->has_value()) tensor = &**t;
@@ -80,6 +83,8 @@ struct Argument {
   const std::string* word = nullptr;
   const int64_t* integers = nullptr;
   size_t count = 0;  // of a list
+  bool flag = false;
+  std::optional<double> number;
   ScalarType dtype = ScalarType::Float;
   bool exists = true;
 };

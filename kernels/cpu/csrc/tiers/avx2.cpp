@@ -4,6 +4,7 @@
 #define QNN_LANES 8
 #include "tiers/avx2.h"
 
+#include "attention/loops.h"
 #include "conv/loops.h"
 #include "embedding/embedding.h"
 #include "linear/loops.h"
@@ -66,6 +67,7 @@ constexpr Tier avx2 = [] {
   t.conv = {WordConv::magnitudes, WordConv::scale, WordConv::quantize, conv_bytes, conv_run};
   t.conv_int16 = conv<Int16Conv<Madd>>();
   t.conv_weight = conv<FloatConv<Avx2Machine>>();
+  t.attention = attention<Madd>();
   return t;
 }();
 

@@ -1,5 +1,6 @@
 // AVX-512 with VNNI: see vnni512.h.
 #define QNN_LANES 16
+#include "attention/loops.h"
 #include "conv/loops.h"
 #include "embedding/embedding.h"
 #include "linear/loops.h"
@@ -25,6 +26,7 @@ constexpr Tier avx512_vnni = [] {
   t.conv = conv<IntegerConv<Vnni>>();
   t.conv_int16 = conv<Int16Conv<VnniWords>>();
   t.conv_weight = conv<FloatConv<Avx512Machine>>();
+  t.attention = attention<Vnni>();
   return t;
 }();
 

@@ -4,6 +4,7 @@
 #define QNN_LANES 8
 #include <cpuid.h>
 
+#include "attention/loops.h"
 #include "conv/loops.h"
 #include "linear/loops.h"
 #include "recurrent/recurrent.h"
@@ -110,6 +111,7 @@ constexpr Tier avx_vnni = [] {
   t.recurrent = recurrent<IntegerProduct<Vnni256, 3, 3>>();
   t.recurrent_int16 = recurrent<IntegerProduct<Vnni256Words, 3, 3, double>>();
   t.conv = conv<IntegerConv<Vnni256>>();
+  t.attention = attention<Vnni256>();
   return t;
 }();
 

@@ -3,6 +3,7 @@
 #ifndef QNN_LANES  // a test has more
 #define QNN_LANES 4
 #endif
+#include "attention/loops.h"
 #include "conv/loops.h"
 #include "embedding/embedding.h"
 #include "linear/loops.h"
@@ -94,6 +95,7 @@ constexpr Tier portable = [] {
   t.conv = conv<IntegerConv<Plain>>();
   t.conv_int16 = conv<Int16Conv<Plain>>();
   t.conv_weight = conv<FloatConv<PlainMachine>>();
+  t.attention = attention<Plain>();
   return t;
 }();
 

@@ -3,6 +3,7 @@
 // another does it leaves null, and names that one.
 #pragma once
 
+#include "attention/attention.h"
 #include "conv/conv.h"
 #include "embedding/lookup.h"
 #include "linear/linear.h"
@@ -25,6 +26,7 @@ struct Tier {
   ConvKernel conv;                   // of int8, int8_static and codes
   ConvKernel conv_int16;             // of int16 and int16_static
   ConvKernel conv_weight;            // of int8_weight
+  AttentionKernel attention;         // of int8
   const Tier* base;                  // whose are the fields that are null here; or null
 };
 
@@ -79,6 +81,7 @@ inline Tier whole(const Tier& tier) {
     if (all.conv.run == nullptr) all.conv = base->conv;
     if (all.conv_int16.run == nullptr) all.conv_int16 = base->conv_int16;
     if (all.conv_weight.run == nullptr) all.conv_weight = base->conv_weight;
+    if (all.attention.rows == nullptr) all.attention = base->attention;
   }
   return all;
 }
