@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from qnn.kernels.op import describe
-from qnn.kernels.torch_private import in_functorch_transform, invoke_quant_packed
+from qnn.kernels.torch_private import allow_views, in_functorch_transform, invoke_quant_packed
 from qnn.kernels.user_region import REGION_RESULT, REGION_START, check_capture
 
 Results = torch.Tensor | tuple[torch.Tensor, ...]
@@ -90,6 +90,8 @@ def _node(
         given = iter(operands)
         return fn(*[next(given) if here else None for here in present])
 
+    if torch.compiler.is_dynamo_compiling():
+        allow_views()
     operands = [tensor for tensor in tensors if tensor is not None]
     return cast(tuple[torch.Tensor, ...], invoke_quant_packed(region, *operands, scheme=scheme))
 

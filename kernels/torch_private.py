@@ -4,7 +4,9 @@ Importing this module also registers what the two `invoke_quant` operators lack 
 
 - they are cacheable: Inductor's key hashes the region's body, so a second process may reuse the
   first one's code;
-- both kinds of selective activation checkpointing let them pass.
+- both kinds of selective activation checkpointing let them pass;
+- operands may be views of one tensor, as query, key and value of one projection are
+  (`allow_views`, which Dynamo runs where it comes to a region).
 
 What would import Inductor, 1.3 to 1.8 s, is imported by the functions that need it, which run only
 where Inductor is loaded already.
@@ -48,6 +50,7 @@ __all__ = [
     "SingleLevelFunction",
     "TorchDispatchMode",
     "active_ddp",
+    "allow_views",
     "any_requires_grad",
     "append_post_grad_pass",
     "below_autograd",
@@ -291,6 +294,27 @@ def quantized_decomposed() -> Any:
     import torch.ao.quantization.fx._decomposed  # on request: it imports torch.ao
 
     return torch.ops.quantized_decomposed
+
+
+def allow_views() -> None:
+    """Have Dynamo take operands of a region that share memory. It refuses them for an operator that
+    it does not know, since that might write to one; regions are checked not to write, and their
+    results are new.
+    """
+    from torch._dynamo.variables import higher_order_ops
+
+    classes: Any = higher_order_ops._hop_name_to_variable_class
+    if invoke_quant_packed.__name__ in classes:
+        return
+
+    class Region(higher_order_ops.BaseHOPVariable):
+        supports_aliasing = True
+
+    classes.update({each.__name__: Region for each in (invoke_quant, invoke_quant_packed)})
+
+
+# What `torch.compiler.assume_constant_result` sets, which would import Dynamo.
+allow_views._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 for _operator in (invoke_quant, invoke_quant_packed):

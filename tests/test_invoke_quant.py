@@ -54,6 +54,37 @@ class TestInvokeQuant:
         assert torch.equal(compiled(x, x), x + x)
 
 
+class TestViews:
+    """Operands of a node may share memory, as query, key and value of one projection do."""
+
+    @parameterized.expand(BACKENDS)
+    def test_of_one_tensor(self, backend: str) -> None:
+        def double(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return 2 * a + b
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            return invoke_quant(double, *x.unbind(0), scheme="s") + invoke_quant(
+                double, x[0], x[0], scheme="s"
+            )
+
+        x = torch.randn(2, 8, requires_grad=True)
+        compiled = torch.compile(run, fullgraph=True, backend=backend)
+        with torch.no_grad():
+            assert torch.equal(compiled(x), run(x))
+        (got,) = torch.autograd.grad(compiled(x).sum(), x)
+        assert torch.equal(got, torch.autograd.grad(run(x).sum(), x)[0])
+
+    @parameterized.expand(BACKENDS)
+    def test_a_result_is_no_view_of_an_operand(self, backend: str) -> None:
+        for fn in (lambda x: x, lambda x: x[1:]):
+            compiled = torch.compile(
+                lambda x, fn=fn: invoke_quant(fn, x, scheme="s"), fullgraph=True, backend=backend
+            )
+            x = torch.ones(3)
+            compiled(x).add_(1)
+            assert torch.equal(x, torch.ones(3))
+
+
 class TestCompile:
     @parameterized.expand(
         [

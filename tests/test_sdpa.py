@@ -28,6 +28,15 @@ def qkv(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[to
     return [torch.randn(shape).to(dtype) for shape in shapes]
 
 
+def nn_of(function: Any) -> nn.Module:
+    class Module(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = function(x)
+            return result
+
+    return Module()
+
+
 USUAL = ((2, 4, 10, 16), (2, 4, 12, 16), (2, 4, 12, 24))
 
 
@@ -150,6 +159,23 @@ class TestGraphs:
             for rows in (10, 1, 13):
                 args = inputs(rows)
                 assert same_bits(compiled(*args), model(*args))
+
+    def test_heads_of_one_projection(self) -> None:
+        """Query, key and value are views of one tensor."""
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            return sdpa(*x.unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0))
+
+        x = torch.randn(2, 5, 48, requires_grad=True)
+        for backend in ("aot_eager", "inductor"):
+            torch._dynamo.reset()
+            compiled = torch.compile(run, fullgraph=True, backend=backend)
+            with torch.no_grad():
+                assert same_bits(compiled(x), run(x))
+            got, want = (torch.autograd.grad(each(x).sum(), x)[0] for each in (compiled, run))
+            torch.testing.assert_close(got, want)
+        exported = torch.export.export(nn_of(run), (x.detach(),), strict=True)
+        assert same_bits(exported.module()(x.detach()), run(x).detach())
 
     def test_gradients_in_a_compiled_graph(self) -> None:
         compiled = torch.compile(Model(), fullgraph=True, backend="aot_eager")

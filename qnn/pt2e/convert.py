@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 from qnn.calibration.doubts import warn_of
 from qnn.kernels.schemes import STATIC
 from qnn.kinds import is_prepared, kind_of
-from qnn.pt2e import bodies
+from qnn.pt2e import attention, bodies
 from qnn.pt2e import graph as graphs
 from qnn.pt2e.batch_norm import fold_modules
 from qnn.pt2e.buffers import fold_into_buffers
@@ -110,6 +110,7 @@ def convert_pt2e(
         if (reason := plan.reasons.get(id(root.get_submodule(name)))) is not None:
             root.meta[REASONS][name] = reason
     for graph in graphs.graphs(root):
+        attention.quantize(graph)
         if form == "layers":
             layers_of_specs(graph, strict=strict)
         else:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from qnn.pt2e import attention
 from qnn.pt2e.graph import held, path, value
 
 aten = torch.ops.aten
@@ -51,7 +52,7 @@ NO_OP = {
     aten.bmm.default: ACTIVATIONS,
     aten.baddbmm.default: ACTIVATIONS,
     aten.einsum.default: "it is not a product of an activation and a weight `[out, in]`",
-    aten.scaled_dot_product_attention.default: "attention stays float between its projections",
+    attention.OPERATOR: attention.LEFT,
     aten.rnn_tanh.input: "there is no quantised nn.RNN, only LSTM and GRU",
     aten.rnn_relu.input: "there is no quantised nn.RNN, only LSTM and GRU",
     aten.lstm.data: "sequences are packed in the graph; export with padded ones",

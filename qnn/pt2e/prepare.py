@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from qnn.calibration.parts import Specs
 from qnn.kernels import get_scheme
 from qnn.kinds import Kind, Observation, Own, kind_of
-from qnn.pt2e import bodies
+from qnn.pt2e import attention, bodies
 from qnn.pt2e import graph as graphs
 from qnn.pt2e.batch_norm import fold_nodes
 from qnn.pt2e.graph import ANNOTATION
@@ -123,7 +123,9 @@ def _prepare(
     by_scheme = [n for n in annotated if _scheme_of(n) is not None]
     told: dict[Any, str] = {graphs.title(n): graphs.told(n) for n in every}
     reasons: dict[str, str] = dict(getattr(quantizer, "reasons", {}))
-    _check_something(who, annotated, {told.get(n) or n: reason for n, reason in reasons.items()})
+    attending = [n for n in every if attention.SCHEME in n.meta]
+    why_none = {told.get(n) or n: reason for n, reason in reasons.items()}
+    _check_something(who, annotated + attending, why_none)
     others = set(annotated) - set(by_scheme)
     nodes = {node.name: node for node in root.graph.nodes}
     lifted = lift(root, lambda n: n not in others and (bool(by_scheme) or n.target in BY_MODE))
@@ -133,7 +135,7 @@ def _prepare(
     bodies.unmark(root)
     schemes, left = _choose(root, lifted, reasons)
     _untie(root, schemes, left, who)
-    if by_scheme and not (schemes or others):
+    if by_scheme and not (schemes or others or attending):
         raise ValueError(_nothing(who, "no layer can be quantised", left))
     for name, norm in folded.items():
         _note_fold(root, name, norm)
@@ -145,7 +147,11 @@ def _prepare(
             graphs.title(n): n.meta[WHY_LEFT] for n in graph.graph.nodes if WHY_LEFT in n.meta
         }
     bodies.watch(root, observed=True)
-    reasons |= {graphs.title(node): reason for node, reason in lifted.reasons.items()}
+    for node, reason in lifted.reasons.items():
+        if node.target is not attention.OPERATOR:
+            reasons[graphs.title(node)] = reason
+        elif node not in attending:
+            reasons.setdefault(graphs.title(node), reason)
     gone |= {node.meta["qnn_node"] for calls in lifted.layers.values() for node in calls}
     for node in (each for calls in lifted.layers.values() for each in calls):
         node.meta.pop(ANNOTATION, None)

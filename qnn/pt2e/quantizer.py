@@ -16,11 +16,14 @@ from torch.fx import GraphModule, Node
 from qnn.kernels import get_scheme
 from qnn.kernels.schemes import STATIC
 from qnn.kinds import kind_of, qualified
+from qnn.pt2e import attention
 from qnn.pt2e import graph as graphs
 from qnn.pt2e.bodies import CONDITION
 from qnn.pt2e.graph import ANNOTATION
 from qnn.pt2e.layers import Call, operators, read
 from qnn.pt2e.observers import SYMMETRIC, underlying
+
+SDPA = torch.ops.aten.scaled_dot_product_attention
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class Int8Quantizer(Quantizer):
     of any library) stands for the scheme that its dtypes are.
 
     Embedding tables are taken where a rule names them, by their module, class or operator.
+    `scaled_dot_product_attention` is computed in 8 bits where a rule names that operator, and no
+    rule for its module says None: it loses more than a layer does.
 
     Args:
         scheme: the rule for all; as `set_global(scheme)`.
@@ -103,7 +108,7 @@ class Int8Quantizer(Quantizer):
         `torch.matmul`, `torch.nn.functional.linear`.
 
         Raises:
-            ValueError: an operator that is not the call of a layer; the message has those that are.
+            ValueError: not an operator; the message has those that are taken.
         """
         self._types[_operator(op)] = _scheme("set_op_type", scheme)
         return self
@@ -172,6 +177,8 @@ class Int8Quantizer(Quantizer):
     def _annotate(self, graph: GraphModule, node: Node, met: set[Any]) -> None:
         rule, scheme = self._rule(node)
         met.update(self._matching(node))
+        if node.target is attention.OPERATOR and self._takes_attention(node, rule, scheme):
+            return
         found = read(graph, node)
         if found is None or graphs.is_annotated(node):
             return
@@ -194,6 +201,23 @@ class Int8Quantizer(Quantizer):
             self.reasons[graphs.title(node)] = reason
         elif scheme is not None:
             node.meta[ANNOTATION] = SchemeAnnotation(scheme)
+
+    def _takes_attention(self, node: Node, rule: str | None, scheme: str | None) -> bool:
+        """Note the scheme of a call of attention, or why it is not taken."""
+        named = [s for op, s in self._types.items() if op in (node.target, SDPA)]
+        if not named or named[-1] is None:
+            return False
+        if scheme is None:
+            reason: str | None = f"the rule for {rule} says None"
+        elif self._filter is not None and not self._filter(node):
+            reason = "the filter function says no"
+        else:
+            reason = attention.why_not(node, named[-1])
+        if reason is None:
+            node.meta[attention.SCHEME] = named[-1]
+        else:
+            self.reasons[graphs.title(node)] = reason
+        return True
 
     def _rule(self, node: Node) -> tuple[str | None, str | None]:
         """The rule that counts for a node, in words, and its scheme."""
@@ -238,8 +262,8 @@ class Int8Quantizer(Quantizer):
 
     @classmethod
     def get_supported_operators(cls) -> list[Any]:
-        """The operators that are taken as calls of layers."""
-        return operators()
+        """The operators that are taken: calls of layers, and attention."""
+        return [*operators(), attention.OPERATOR]
 
 
 class ComposableQuantizer(Quantizer):
@@ -351,7 +375,7 @@ _FUNCTIONS: dict[Any, Any] = {
     nn.functional.linear: torch.ops.aten.linear,
     nn.functional.embedding: torch.ops.aten.embedding,
     nn.functional.embedding_bag: torch.ops.aten.embedding_bag,
-    nn.functional.scaled_dot_product_attention: torch.ops.aten.scaled_dot_product_attention,
+    nn.functional.scaled_dot_product_attention: SDPA,
 }
 
 
@@ -360,10 +384,12 @@ def _operator(op: Any) -> Any:
     found = _FUNCTIONS.get(op, op) if callable(op) else op
     if isinstance(found, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         return found
-    known = ", ".join(sorted({str(each.overloadpacket) for each in operators()}))
+    known = ", ".join(
+        sorted({str(each.overloadpacket) for each in Int8Quantizer.get_supported_operators()})
+    )
     raise ValueError(
         f"Int8Quantizer.set_op_type takes an operator, such as torch.ops.aten.linear, got {op!r}; "
-        f"those of layers are {known}."
+        f"those that it takes are {known}."
     )
 
 
