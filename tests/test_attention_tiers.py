@@ -61,7 +61,7 @@ def call(r: random.Random) -> tuple[Any, ...]:
 @pytest.mark.usefixtures("library", "threads")
 class TestTiers:
     @pytest.mark.parametrize("tier", TIERS)
-    @examples(60, 2000)
+    @examples(60, 500)
     def test_random_calls(self, tier: str, examples: int) -> None:
         need(tier)
         for seed in range(examples):

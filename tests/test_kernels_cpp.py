@@ -233,7 +233,7 @@ def test_random_convolutions_of_16_lanes(drivers: Drivers, cases: int, seed: int
     check([drivers[WIDE]], cases, seed, kind="conv")
 
 
-@cases(150, 3000)
+@cases(100, 1000)
 def test_random_attention(drivers: Drivers, cases: int, seed: int) -> None:
     check([drivers[PLAIN]], cases, seed, kind="attention")
 
