@@ -69,4 +69,8 @@ def test_quantised_peers_run_where_they_are_installed(bench: Any) -> None:
     pytest.importorskip("onnx")
     peers = [v for v in bench.VARIANTS if v.family.startswith("ONNX") or v.name == bench.BASELINE]
     rows = _tiny(bench, nn.LSTM, peers)
-    assert [row.status for row in rows] == ["ok"] * 3
+    # Without VNNI its products of bytes saturate, and the harness tells so in the place of a time.
+    ran = [row for row in rows if not (row.note.startswith("SQNR") and "int8" in row.variant)]
+    assert len(rows) == 3
+    assert {row.variant for row in ran} >= {bench.BASELINE}
+    assert all(row.status == "ok" for row in ran)

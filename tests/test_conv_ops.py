@@ -112,6 +112,18 @@ def test_integers_against_float64(examples: int) -> None:
     assert len(drawn) == 6
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_more_is_cut_off_than_there_is(scheme: str) -> None:
+    """Which leaves the values that no product reaches, and no gradient."""
+    x, w = torch.randn(2, 3, 1, requires_grad=True), torch.randint(-9, 9, (3, 4, 1)).to(torch.int8)
+    parts, bias = (w, torch.ones(4, 1, 1)), torch.randn(4)
+    want = T.conv_transpose1d(x, w.float(), bias, 5, 2, 4)
+    y = F.conv_transpose(x, parts, None, bias, 5, 2, 4, scheme=scheme, **grid_of(scheme))
+    assert same_bits(y.detach(), want.detach())
+    assert same_bits(y.detach(), bias.expand(2, 1, 4).mT)
+    assert not torch.autograd.grad(y.sum(), x)[0].any()
+
+
 @examples(40, 1000)
 def test_float32_sums_are_those_of_float64(examples: int) -> None:
     """Sums beyond 2^24 too, in several parts."""

@@ -22,7 +22,9 @@ _SAMPLE = (1, 2, 3, 4)  # the axes that share a scale
 
 
 def widened(x: torch.Tensor, padding: Sequence[int]) -> torch.Tensor:
-    """`x` with zeros around it; negative numbers cut off."""
+    """`x` with zeros around it; negative numbers cut off, of the zeros too."""
+    if min(padding) < 0 < max(padding):  # F.pad would cut first
+        x, padding = widened(x, [max(each, 0) for each in padding]), [min(p, 0) for p in padding]
     return F.pad(x, [padding[at] for at in (4, 5, 2, 3, 0, 1)]) if any(padding) else x
 
 
