@@ -16,7 +16,7 @@ from qnn import pt2e
 pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
 pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
 
-from .onnx_runs import DYNAMIC, Each, compared, exported, static
+from .onnx_runs import DYNAMIC, Each, compared, decibels, exported, static
 
 BATCH = ({0: DYNAMIC},)
 
@@ -169,10 +169,18 @@ class TestEncoders:
                 found: torch.Tensor = self.bert(ids, attention_mask=mask).last_hidden_state
                 return found
 
-        model = qnn.convert(Hidden().eval(), {nn.Linear: "int8", nn.Embedding: "int8_weight"})
+        plain = Hidden().eval()
+        model = qnn.convert(plain, {nn.Linear: "int8", nn.Embedding: "int8_weight"})
         sizes = {0: DYNAMIC, 1: DYNAMIC}
         given = torch.randint(1000, 20000, (2, 9)), torch.ones(2, 9, dtype=torch.int64)
         run = exported(model, given, (sizes, sizes))
         assert run.integers == {"MatMulInteger": 36}
-        more = torch.randint(1000, 20000, (3, 16)), torch.ones(3, 16, dtype=torch.int64)
-        assert compared(model, run, *more) > 40
+        more = torch.randint(1000, 20000, (24, 16)), torch.ones(24, 16, dtype=torch.int64)
+        with torch.no_grad():
+            floats, ours = plain(*more), model(*more)
+        (theirs,) = run(*more)
+        # The last bit of a softmax, norm or GELU moves a value to the neighbour on the next layer's
+        # grid, or does not: such a sentence is as far away as it is where torch rounds otherwise.
+        each = [decibels([a], [b]) for a, b in zip(ours, theirs, strict=True)]
+        assert max(each) > 100
+        assert min(each) > qnn.sqnr(floats, ours)

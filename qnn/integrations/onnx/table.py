@@ -60,6 +60,10 @@ _TRAINING = (
 _COMPILED = "only a pass of torch.compile writes it; export the model before it is compiled"
 _PREPARED = "it observes ranges; call qnn.convert on the prepared model first"
 _CAST = "ONNX models of qnn hold weights that are quantised already; quantise before the export"
+_ATTENTION = (
+    "ONNX has no attention in integers; export a model that calls torch's "
+    "scaled_dot_product_attention: attn_implementation='sdpa' in transformers"
+)
 _NO_LAYER = "no layer of a converted model calls it: it is part of a gradient"
 
 _COMPILED_OPS = {"int8_rows_linear", "int8_static_quantize"}
@@ -74,6 +78,8 @@ def refusal(name: str) -> str | None:
         return _COMPILED
     if name in ("histogram", "exponents"):
         return _PREPARED
+    if name == "int8_attention":
+        return _ATTENTION
     if name.endswith(("_dgrad", "_matmul", "_wgrad", "_columns", "_both")):
         return _TRAINING
     if name.endswith(("_quantize", "_dequantize")):
