@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from parameterized import parameterized
 
@@ -934,9 +934,14 @@ class TestRoundTrip:
 
         @FEW
         @given(matrices())
+        @example(torch.tensor([[3.2965e38]]))
+        @example(torch.tensor([[3.191e38]]))
         def run(x: torch.Tensor) -> None:
             parts = form.quantize(x)
             once = form.dequantize(parts)
+            if not once.isfinite().all():  # the next number is 2^128, which float32 has not
+                assert x[~once.isfinite()].abs().min() >= 2.0**128 * 15 / 16
+                return
             twice = form.dequantize(form.quantize(once))
             if len(parts) == 3:  # e4m3 holds the block's scale to 3 bits from 2^-6 on, not below
                 b = parts[1].float().repeat_interleave(16, -1)
