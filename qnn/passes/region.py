@@ -198,10 +198,14 @@ def build(graph: Graph, op: str | Op, arguments: Mapping[str, Any], *, scheme: s
 
 
 def call(graph: Graph, target: Any, *args: Any) -> Node:
-    """Insert a call, with a fake tensor as those have that it is given."""
+    """Insert a call, with a fake tensor as those have that it is given. Inductor keeps the strides
+    of what a custom op is given, channels-last say, only where the node says what they are.
+    """
     node = graph.call_function(target, args)
+    values = map_arg(args, lambda each: each.meta["val"])
     with node.all_input_nodes[0].meta["val"].fake_mode:
-        node.meta["val"] = target(*map_arg(args, lambda each: each.meta["val"]))
+        node.meta["val"] = target(*values)
+    node.meta["eager_input_vals"] = (values, {})
     return node
 
 

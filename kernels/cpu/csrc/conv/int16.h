@@ -16,7 +16,7 @@ struct Int16Conv : M {
   using Acc = int32_t;
   using Sum = vint;
   static constexpr bool kQuantizes = true, kShifts = false, kCouples = false;
-  static constexpr int64_t kGroup = M::kGroup, kDepth = 256;
+  static constexpr int64_t kGroup = M::kGroup, kDepth = 256, kTileWords = 0;
   static constexpr int kMostVectors = kConvVectors;
   static_assert(kGroup == 2 && kDepth * 2 * 32767 * 128 < int64_t{1} << 31);
 

@@ -62,6 +62,7 @@ class Convolution {
   }
 
   static void run(const Conv& p, int part, int parts, char* scratch) {
+    [[maybe_unused]] const typename P::Session session;
     Convolution(p, parts, Scratch(scratch), nullptr).run_part(part, parts);
   }
 
@@ -83,6 +84,7 @@ class Convolution {
   int64_t vectors_, width_;  // of a panel, at most
   int64_t run_count_;
   int64_t plane_rows_, planes_;  // rows of a plane, and whole planes, in a band at most
+  bool tiled_;                   // by P::tiles
   bool by_rows_, direct_;
   bool kept_;  // all panels of a group are held at the same time, and a strip meets one by one
   int64_t panel_bytes_;
@@ -108,6 +110,7 @@ class Convolution {
     panels_ = depthwise ? 1 : div_up(outputs, width_);
     image_.pixel = depthwise ? width_ * 4 : p.depth() * image_.code_bytes;
 
+    tiled_ = is_tiled();
     const int64_t units = groups_ * panels_;
     by_rows_ = p.rows() >= parts && (p.pixels() >= 256 * parts || units < parts);
     bands();
@@ -119,10 +122,11 @@ class Convolution {
     runs_ = scratch.take<ConvRun>(run_count_ + pieces);
     const int64_t pixels = smaller(planes_ * plane_rows_, p.rows()) * p.out[2];
     const int64_t most_words = p.kernel[0] * p.kernel[1] *
-                               (depthwise ? div_up(p.kernel[2], P::kGroup)
-                                : split   ? p.kernel[2] * div_up(p.depth(), P::kGroup)
-                                          : div_up(p.kernel[2] * p.depth(), P::kGroup));
-    const int64_t bytes = direct_ ? 0 : planes_ * image_.plane_bytes(plane_rows_) + image_.slack();
+                               (depthwise ? words_of(p.kernel[2])
+                                : split   ? p.kernel[2] * words_of(p.depth())
+                                          : words_of(p.kernel[2] * p.depth()));
+    const int64_t beyond = image_.slack() + (tiled_ ? kLanes * (image_.w.stride * image_.pixel) : 0);
+    const int64_t bytes = direct_ ? 0 : planes_ * image_.plane_bytes(plane_rows_) + beyond;
     image_.memory = scratch.take<char>(bytes);
     image_.words = scratch.take<int32_t>(kLanes * image_.source_width());
     at_ = scratch.take<int64_t>(pixels);
@@ -163,10 +167,22 @@ class Convolution {
     planes_ = larger(1, smaller(planes_, p_.batch * p_.out[0]));
   }
 
+  // Of runs of few words a tile would hold little but zeros.
+  bool is_tiled() const {
+    if (P::kTileWords == 0 || image_.depthwise) return false;
+    const bool split = p_.kernel[2] > 1 && p_.dilation[2] > 1;
+    return p_.depth() * (split ? 1 : p_.kernel[2]) > 2 * P::kGroup && p_.pixels() > 4;
+  }
+
+  // Words of a run of so many codes.
+  int64_t words_of(int64_t codes) const {
+    return round_up(div_up(codes, P::kGroup), tiled_ ? P::kTileWords : 1);
+  }
+
   // Codes as they lie in x: each output sees one pixel, whole words of it.
   bool can_be_read_directly() const {
     bool can = P::kShifts && p_.input == ConvInput::codes && p_.x_last && p_.groups == 1 &&
-               !image_.depthwise && p_.taps() == 1 && p_.depth() % 4 == 0;
+               !image_.depthwise && p_.taps() == 1 && p_.depth() == words_of(p_.depth()) * 4;
     for (int axis = 0; axis < 3; ++axis)
       can = can && p_.before[axis] == 0 && (p_.out[axis] - 1) * p_.stride[axis] < p_.in[axis];
     return can;
@@ -190,8 +206,7 @@ class Convolution {
           const int64_t from = ((a * p.kernel[1] + b) * columns + c) * codes;
           for (int64_t i = 0; i < codes; i += most) {
             const int64_t some = smaller(most, codes - i);
-            runs_[run_count_++] = {offset + i / P::kGroup * step, div_up(some, P::kGroup), from + i,
-                                   some};
+            runs_[run_count_++] = {offset + i / P::kGroup * step, words_of(some), from + i, some};
           }
         }
       }
@@ -363,6 +378,9 @@ class Convolution {
 
   void multiply_piece(int64_t vectors, int64_t pixels, const ConvTile& strip) {
     if (image_.depthwise) return depthwise_tiles<P>(vectors, pixels, strip, word_step());
+    if constexpr (P::kTileWords != 0) {
+      if (tiled_ && P::tiles(vectors, pixels, strip, !direct_)) return;
+    }
     conv_tiles<P>(vectors, pixels, strip);
   }
 };

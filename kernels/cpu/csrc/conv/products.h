@@ -10,6 +10,9 @@
 //   kCouples            words are multiplied two by two: see couples.h
 //   kMostVectors        of channels in a tile
 //   kDepth              words between two additions of float sums, 0: all of them
+//   Session             lives while a thread works on a call
+//   kTileWords          words that a matrix instruction takes, of 16 pixels; 0: there is none
+//   tiles               all of a strip by it, where kTileWords
 //   multiply_add        sum + codes · weights, lane by lane
 //   transpose           kLanes × kLanes words, rows so many bytes apart
 //   weights(w, left)    kLanes words of a row of w, of which so many codes are there
@@ -39,7 +42,7 @@ struct IntegerConv : M {
   using Acc = int32_t;
   using Sum = vint;
   static constexpr bool kQuantizes = true, kShifts = M::kGroup == 4, kCouples = Couples;
-  static constexpr int64_t kGroup = M::kGroup, kDepth = 0;
+  static constexpr int64_t kGroup = M::kGroup, kDepth = 0, kTileWords = 0;
   static constexpr int kMostVectors = kConvVectors;
 
   static vint weights(const int8_t* w, int64_t left) {
@@ -59,7 +62,7 @@ struct FloatConv : M {
   using Acc = float;
   using Sum = vfloat;
   static constexpr bool kQuantizes = false, kShifts = false, kCouples = false;
-  static constexpr int64_t kGroup = 1, kDepth = 256;
+  static constexpr int64_t kGroup = 1, kDepth = 256, kTileWords = 0;
   static constexpr int kMostVectors = 2;
 
   static vfloat multiply_add(vfloat sum, vfloat x, vfloat w) { return fma(x, w, sum); }

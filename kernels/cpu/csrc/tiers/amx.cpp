@@ -3,6 +3,7 @@
 // layout, and the sums come out as in the other tiers. Few rows, and float
 // activations, are avx512_vnni's.
 #define QNN_LANES 16
+#include "conv/loops.h"
 #include "linear/loops.h"
 #include "recurrent/recurrent.h"
 #include "tiers/tiers.h"
@@ -123,6 +124,98 @@ struct AmxProduct : IntegerProduct<Vnni, 6, 8> {
   }
 };
 
+// 16 pixels, as they lie in the image, times 16 channels of a panel.
+struct AmxConv : IntegerConv<Vnni> {
+  using Session = Amx::Session;
+  static constexpr int64_t kTileWords = 16, kPixels = 16;
+
+  // Pixels of a strip whose windows lie `step` bytes apart.
+  struct Square {
+    int64_t first, step;
+  };
+
+  // R squares × B vectors. Sums in tiles 0 to 3, pixels in 4 and 5, w in 6 and 7.
+  template <int R, int B>
+  QNN_KERNEL static void block(const ConvTile& tile, const Square* squares) {
+    const auto* start = static_cast<const int32_t*>(tile.start);
+    const int64_t acc_stride = tile.acc_stride * 4, panel_step = tile.panel_step;
+    auto* acc = static_cast<int32_t*>(tile.acc);
+    const int64_t step0 = squares[0].step, step1 = squares[R - 1].step;
+    const char* x0 = tile.image + tile.at[squares[0].first];
+    const char* x1 = tile.image + tile.at[squares[R - 1].first];
+    _tile_loadd(0, start, 0);
+    if constexpr (B == 2) _tile_loadd(1, start + 16, 0);
+    if constexpr (R == 2) _tile_loadd(2, start, 0);
+    if constexpr (R == 2 && B == 2) _tile_loadd(3, start + 16, 0);
+    const char* w = tile.panel;
+    const ConvRun* const end = tile.runs + tile.run_count;
+    for (const ConvRun* run = tile.runs; run != end; ++run) {
+      const int64_t until = run->offset + run->words * 4;
+      for (int64_t i = run->offset; i < until; i += 64, w += 16 * panel_step) {
+        _tile_loadd(6, w, panel_step);
+        _tile_loadd(4, x0 + i, step0);
+        _tile_dpbusd(0, 4, 6);
+        if constexpr (B == 2) {
+          _tile_loadd(7, w + 64, panel_step);
+          _tile_dpbusd(1, 4, 7);
+        }
+        if constexpr (R == 2) {
+          _tile_loadd(5, x1 + i, step1);
+          _tile_dpbusd(2, 5, 6);
+        }
+        if constexpr (R == 2 && B == 2) _tile_dpbusd(3, 5, 7);
+      }
+    }
+    int32_t *to0 = acc + squares[0].first * tile.acc_stride,
+            *to1 = acc + squares[R - 1].first * tile.acc_stride;
+    _tile_stored(0, to0, acc_stride);
+    if constexpr (B == 2) _tile_stored(1, to0 + 16, acc_stride);
+    if constexpr (R == 2) _tile_stored(2, to1, acc_stride);
+    if constexpr (R == 2 && B == 2) _tile_stored(3, to1 + 16, acc_stride);
+  }
+
+  // The squares of a strip; none where one would go `beyond` the last pixel and must not. A square
+  // of fewer pixels has the next ones' places in acc as well, which are written after it.
+  static int64_t squares_of(const int64_t* at, int64_t pixels, bool beyond, Square* to) {
+    int64_t count = 0;
+    for (int64_t first = 0; first < pixels;) {
+      const int64_t step = first + 1 < pixels ? at[first + 1] - at[first] : 0;
+      int64_t end = first + 1;
+      while (end < pixels && at[end] - at[end - 1] == step) ++end;
+      for (int64_t i = first; i < end; i += kPixels) {
+        const bool back = end - i < kPixels && end - first >= kPixels;
+        if (!back && !beyond && end - i < kPixels) return 0;
+        to[count++] = {back ? end - kPixels : i, step};
+      }
+      first = end;
+    }
+    return count;
+  }
+
+  template <int B>
+  static void squares(const ConvTile& tile, const Square* all, int64_t count) {
+    int64_t i = 0;
+    for (; i + 2 <= count; i += 2) block<2, B>(tile, all + i);
+    if (i < count) block<1, B>(tile, all + i);
+  }
+
+  // Whether it could.
+  static bool tiles(int64_t vectors, int64_t pixels, ConvTile strip, bool beyond) {
+    Square all[64];
+    const int64_t count = squares_of(strip.at, pixels, beyond, all);
+    if (count == 0) return false;
+    for (int64_t b = 0; b < vectors;) {
+      const int64_t some = smaller(2, vectors - b);
+      some == 2 ? squares<2>(strip, all, count) : squares<1>(strip, all, count);
+      b += some;
+      strip.panel += some * kLanes * 4;
+      strip.start = static_cast<const int32_t*>(strip.start) + some * kLanes;
+      strip.acc = static_cast<int32_t*>(strip.acc) + some * kLanes;
+    }
+    return true;
+  }
+};
+
 size_t int8_bytes(const Linear& p) {
   return p.m <= Vnni::kDotRows ? avx512_vnni.int8.scratch_bytes(p) : Blocked<Amx>::scratch_bytes(p);
 }
@@ -156,6 +249,7 @@ constexpr Tier amx = [] {
   t.base = &avx512_vnni;
   t.int8 = {int8_bytes, int8_run};
   t.recurrent = recurrent<AmxProduct>();
+  t.conv = conv<AmxConv>();
   return t;
 }();
 
