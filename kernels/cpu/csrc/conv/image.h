@@ -92,7 +92,11 @@ QNN_KERNEL int32_t convert_floats(const typename Format::Value* x, const ConvPie
 template <class To>
 QNN_KERNEL void move_codes(const uint8_t* from, const ConvPieces& all, int32_t add, To* to) {
   for (int64_t piece = 0; piece < all.pieces; ++piece, from += all.stride, to += all.to_stride) {
-    for (int64_t i = 0; i < all.count; ++i) to[i] = static_cast<To>(from[i] + add);
+    if constexpr (sizeof(To) == 1) {
+      std::memcpy(to, from, all.count);  // bytes stay as they are: `add` is 0
+    } else {
+      for (int64_t i = 0; i < all.count; ++i) to[i] = static_cast<To>(from[i] + add);
+    }
   }
 }
 
