@@ -42,7 +42,8 @@ class TestFolding:
         block, x = Block("int8", ACTIVATIONS[name]), torch.randn(2, 4, 6, 5).to(dtype)
         got, calls = compiled(block, x)
         assert calls == Counter({f"int8_conv+{name}": 1})
-        rounding = 0 if name in ("relu", "relu6") else 4 * torch.finfo(dtype).eps
+        # torch's own GELU is off by up to 1.2e-6 where it runs on AVX-512, and ours by 0.5e-6.
+        rounding = 0 if name in ("relu", "relu6") else 12 * torch.finfo(dtype).eps
         torch.testing.assert_close(got, block(x), rtol=rounding, atol=rounding)
 
     @parameterized.expand(itertools.product(SCHEMES, (False, True), (False, True)))

@@ -93,7 +93,7 @@ def join(graph: Graph) -> None:
                     continue
                 (floats,) = kept
                 links[floats], codes[floats] = links[y], codes[y]
-        floats.meta.update(y.meta)
+        floats.meta = y.meta | floats.meta  # its operands are not y's
         y.replace_all_uses_with(floats)
     for node in reversed(list(graph.nodes)):
         if node in doomed and not node.users:

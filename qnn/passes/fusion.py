@@ -301,12 +301,12 @@ def _replace(graph: Graph, layer: _Layer) -> None:
         if layer.rows is not None:
             op = OPS[SHARED[op.name][1]]
             args = (*layer.rows, *args[1:], _tensor(given["x"]).dtype)
-        folded = graph.call_function(op.overload, args)
+        folded = call(graph, op.overload, *args)
         result = folded
         if residual is not None:
             for view in reversed(layer.views):
                 result = graph.node_copy(view, {view.args[0]: result}.__getitem__)
-    folded.meta.update((layer.result if layer.views else layer.end).meta)
+    folded.meta = (layer.result if layer.views else layer.end).meta | folded.meta
     if layer.views and residual is None:
         layer.result.replace_all_uses_with(folded)
         result = layer.views[0]

@@ -52,7 +52,7 @@ def _fold(graph: Graph, region: Region) -> None:
     unused = [conv, *reversed(made[1:])]
     # The zeros may have moved the image to another layout, and y with it.
     if conv.meta["val"].stride() == result.meta["val"].stride():
-        conv.meta.update(result.meta)
+        conv.meta = result.meta | conv.meta
         result.replace_all_uses_with(conv)
         body = region.node.all_input_nodes[:1]
         unused = [result, region.node, *body, *views, padded]

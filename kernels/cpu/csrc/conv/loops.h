@@ -125,7 +125,8 @@ class Convolution {
                                (depthwise ? words_of(p.kernel[2])
                                 : split   ? p.kernel[2] * words_of(p.depth())
                                           : words_of(p.kernel[2] * p.depth()));
-    const int64_t beyond = image_.slack() + (tiled_ ? kLanes * (image_.w.stride * image_.pixel) : 0);
+    const int64_t beyond =
+        image_.slack() + (tiled_ ? kLanes * (image_.w.stride * image_.pixel) : 0);
     const int64_t bytes = direct_ ? 0 : planes_ * image_.plane_bytes(plane_rows_) + beyond;
     image_.memory = scratch.take<char>(bytes);
     image_.words = scratch.take<int32_t>(kLanes * image_.source_width());
