@@ -244,6 +244,19 @@ def test_random_attention_of_16_lanes(drivers: Drivers, cases: int, seed: int) -
 
 
 @on_x86
+def test_the_emulated_product_of_bfloat16_is_the_units(drivers: Drivers) -> None:
+    flags = MACHINE_FLAGS["amx.cpp"]
+    if not drivers._knows(drivers.compiler.command, flags):
+        pytest.skip("this compiler does not know AMX")
+    command = [*drivers.compiler.command, *COMMON, *flags, "-w", CPP / "amx_unit_test.cpp"]
+    made = drivers._made("amx_unit_test", command, drivers.compiler.command)
+    done = subprocess.run([made], capture_output=True, text=True, check=False)
+    if done.returncode == 2:
+        pytest.skip("this CPU has no bfloat16 products of AMX")
+    assert done.returncode == 0, done.stdout
+
+
+@on_x86
 @cases(200, 2000)
 def test_random_calls_on_real_units(drivers: Drivers, cases: int, seed: int) -> None:
     """Where a CPU has what the build above emulates."""

@@ -52,7 +52,7 @@ MACHINE_FLAGS = {
     "avx2.cpp": _AVX2,
     "avx_vnni.cpp": (*_AVX2, "-mavxvnni"),
     "avx512_vnni.cpp": _AVX512,
-    "amx.cpp": (*_AVX512, "-mamx-tile", "-mamx-int8"),
+    "amx.cpp": (*_AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
 }
 # A tier whose file leaves to another's what both would compile alike is not built without it.
 BASES = {"amx.cpp": "avx512_vnni.cpp", "avx_vnni.cpp": "avx2.cpp"}

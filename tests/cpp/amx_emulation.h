@@ -1,9 +1,10 @@
 // The AMX instructions that amx.cpp uses, in software, so that its code runs and is tested on any
 // CPU with AVX-512-VNNI. They do what the operation sections of Intel's manual say (volume 2:
-// LDTILECFG, TILELOADD, TILESTORED, TDPBSSD, TDPBUSD), and end the process where the CPU would
-// raise a fault.
+// LDTILECFG, TILELOADD, TILESTORED, TILEZERO, TDPBSSD, TDPBUSD, TDPBF16PS), and end the process
+// where the CPU would raise a fault.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -16,12 +17,16 @@
 #undef _tile_stored
 #undef _tile_dpbssd
 #undef _tile_dpbusd
+#undef _tile_dpbf16ps
+#undef _tile_zero
 #define _tile_loadconfig qnn::emulated::loadconfig
 #define _tile_release qnn::emulated::release
 #define _tile_loadd qnn::emulated::loadd
 #define _tile_stored qnn::emulated::stored
 #define _tile_dpbssd qnn::emulated::dpbssd
 #define _tile_dpbusd qnn::emulated::dpbusd
+#define _tile_dpbf16ps qnn::emulated::dpbf16ps
+#define _tile_zero qnn::emulated::zero
 
 namespace qnn {
 namespace emulated {
@@ -97,18 +102,30 @@ inline void stored(int index, void* base, int64_t stride) {
     std::memcpy(static_cast<char*>(base) + r * stride, t.data[r], t.row_bytes);
 }
 
-// sum[m][n] += a[m][4 k … 4 k + 3] · b[k][4 n … 4 n + 3], bytes of type A by signed ones, 32-bit
-// sums that wrap.
-template <class A>
-void multiply(const char* name, int sum_index, int a_index, int b_index) {
-  Tile& sum = configured(sum_index, name);
-  const Tile &a = configured(a_index, name), &b = configured(b_index, name);
+inline void zero(int index) {
+  Tile& t = configured(index, "tilezero");
+  std::memset(t.data, 0, sizeof t.data);
+}
+
+// The three tiles of a product of words.
+inline void require_shapes(const char* name, int sum_index, int a_index, int b_index) {
+  const Tile &sum = configured(sum_index, name), &a = configured(a_index, name),
+             &b = configured(b_index, name);
   require(sum_index != a_index && a_index != b_index && sum_index != b_index, name,
           "the three tiles are not distinct");
   require(sum.rows == a.rows && sum.row_bytes == b.row_bytes, name,
           "the sum has not the shape of the product");
   require(a.row_bytes == 4 * b.rows && b.row_bytes % 4 == 0, name,
           "the operands' inner sizes differ");
+}
+
+// sum[m][n] += a[m][4 k … 4 k + 3] · b[k][4 n … 4 n + 3], bytes of type A by signed ones, 32-bit
+// sums that wrap.
+template <class A>
+void multiply(const char* name, int sum_index, int a_index, int b_index) {
+  require_shapes(name, sum_index, a_index, b_index);
+  Tile& sum = tiles.tile[sum_index];
+  const Tile &a = tiles.tile[a_index], &b = tiles.tile[b_index];
   for (int m = 0; m < a.rows; ++m) {
     uint32_t row[16];
     std::memcpy(row, sum.data[m], sizeof row);
@@ -128,6 +145,42 @@ void multiply(const char* name, int sum_index, int a_index, int b_index) {
 
 inline void dpbssd(int sum, int a, int b) { multiply<int8_t>("tdpbssd", sum, a, b); }
 inline void dpbusd(int sum, int a, int b) { multiply<uint8_t>("tdpbusd", sum, a, b); }
+
+// A number that is not normal counts as 0, of its sign.
+inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
+
+inline float widened(const uint8_t* bfloat16) {
+  uint8_t bytes[4] = {0, 0, bfloat16[0], bfloat16[1]};
+  float x;
+  std::memcpy(&x, bytes, sizeof x);
+  return flushed(x);
+}
+
+// A product onto a sum, rounded once.
+inline float multiplied(const uint8_t* a, const uint8_t* b, float onto) {
+  return flushed(std::fma(widened(a), widened(b), onto));
+}
+
+// sum[m][n] += Σ a[m][2 k] · b[k][2 n] + Σ a[m][2 k + 1] · b[k][2 n + 1], bfloat16, in float32 to
+// nearest, ties to even, whatever the mode of the CPU: the two sums over k begin at 0, are added to
+// each other and then to the tile.
+inline void dpbf16ps(int sum_index, int a_index, int b_index) {
+  require_shapes("tdpbf16ps", sum_index, a_index, b_index);
+  Tile& sum = tiles.tile[sum_index];
+  const Tile &a = tiles.tile[a_index], &b = tiles.tile[b_index];
+  for (int m = 0; m < a.rows; ++m) {
+    for (int n = 0; n < b.row_bytes / 4; ++n) {
+      float even = 0, odd = 0, all;
+      for (int k = 0; k < b.rows; ++k) {
+        even = multiplied(a.data[m] + 4 * k, b.data[k] + 4 * n, even);
+        odd = multiplied(a.data[m] + 4 * k + 2, b.data[k] + 4 * n + 2, odd);
+      }
+      std::memcpy(&all, sum.data[m] + 4 * n, sizeof all);
+      all = flushed(flushed(all) + flushed(even + odd));
+      std::memcpy(sum.data[m] + 4 * n, &all, sizeof all);
+    }
+  }
+}
 
 }  // namespace
 }  // namespace emulated

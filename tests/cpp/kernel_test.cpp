@@ -538,6 +538,19 @@ Bounds float_sum(const Call& c, int64_t i, int64_t j) {
   const int smallest = c.weight.decoder == Decoder::e4m3 ? -142 : -150;
   double error =
       static_cast<double>(c.k + 1) * (std::ldexp(magnitude, -24) + std::ldexp(1, smallest));
+  // Of more than 12 rows the products may be of bfloat16. There x is in up to three parts, which are added
+  // for every 32 codes, and 2^-86 of the largest of a row may count as 0, in x, products and sums.
+  if (c.m > 12) {
+    double most = 0, weights = 0, unit = 1;
+    for (int64_t l = 0; l < c.k; ++l) {
+      if (std::isfinite(static_cast<float>(x[l]))) most = std::max(most, std::fabs(x[l]));
+      weights += std::fabs(c.values.empty() ? w[l] : c.values[j * c.k + l]);
+    }
+    for (int64_t g = 0; g < c.groups() && !c.group_scales.empty(); ++g)
+      unit = std::max(unit, std::fabs(double{c.group_scales[j * c.groups() + g]}));
+    error += static_cast<double>(c.k / 8 + 2) * std::ldexp(magnitude, -24) +
+             std::ldexp(most, -86) * (weights + 4 * unit * static_cast<double>(c.k + 2));
+  }
   // Of int4 x may be rounded too: by 2^-23 of the largest of its eight, or by 2^-127.
   for (int64_t l = 0; c.weight.decoder == Decoder::int4 && l < c.k; l += 8) {
     double most = 0, weights = 0;

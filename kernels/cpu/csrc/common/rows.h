@@ -23,9 +23,8 @@ inline float row_magnitude(const typename Format::Value* x, int64_t k) {
   if constexpr (sizeof(typename Format::Value) == 2) {
     vhalves most = {};
     for (int64_t i = 0; i < k; i += 2 * kLanes) {
-      vhalves here = {};
-      std::memcpy(&here, x + i, k - i < 2 * kLanes ? (k - i) * sizeof *x : sizeof here);
-      here &= 0x7fff;
+      const vhalves here =
+          bytes_of<vhalves>(x + i, (k - i) * static_cast<int64_t>(sizeof *x)) & 0x7fff;
       most = here > most ? here : most;
     }
     uint16_t top[kLanes] = {};

@@ -8,14 +8,15 @@
 namespace qnn {
 namespace {
 
-// A tile of rows of x, in the layout [group][word][lane].
+// A tile of rows of x, in the layout [group][word][lane]; of several parts, each of which has the
+// words of a row, [group][kLanes words][part][word of these][lane].
 template <class T>
 struct Tile {
   using Code = typename T::Code;
   int64_t groups, words, stride;  // words of a row; codes from a group to the next
   Code* codes;
-  Code* rows;  // kLanes rows as they come, before they are turned
-  float* scale;
+  Code* rows;      // kLanes rows as they come, before they are turned
+  float* scale;    // of a row
   int32_t* start;  // what the sums of a row start at: -kOffset times the sum of its codes
 
   static Tile take(Scratch& scratch, const Linear& p, int64_t groups) {
@@ -23,7 +24,8 @@ struct Tile {
     t.groups = groups;
     t.words = round_up(div_up(p.k, T::kGroup), kLanes);
     // One more line: groups a multiple of 4,096 bytes apart would share the sets of the cache.
-    t.stride = t.words * T::kGroup * kLanes + kLine / static_cast<int64_t>(sizeof(Code));
+    t.stride =
+        t.words * T::kParts * T::kGroup * kLanes + kLine / static_cast<int64_t>(sizeof(Code));
     t.codes = scratch.take<Code>(groups * t.stride);
     t.rows = scratch.take<Code>(kLanes * row_stride(p));
     t.scale = scratch.take<float>(groups * kLanes);
@@ -32,7 +34,7 @@ struct Tile {
   }
 
   static int64_t row_stride(const Linear& p) {
-    return round_up(div_up(p.k, T::kGroup), kLanes) * T::kGroup +
+    return round_up(div_up(p.k, T::kGroup), kLanes) * T::kGroup * T::kParts +
            kLine / static_cast<int64_t>(sizeof(Code));
   }
 
@@ -45,14 +47,18 @@ struct Tile {
           start[lane] =
               -T::kOffset * read_row<T>(p, row, padded, rows + r * stride_in, scale + lane);
         } else {
-          std::memset(rows + r * stride_in, 0, padded * sizeof(Code));
+          std::memset(rows + r * stride_in, 0, padded * T::kParts * sizeof(Code));
           scale[lane] = 1.0f;
           start[lane] = 0;
         }
       }
       for (int64_t word = 0; word < words; word += kLanes) {
-        T::transpose(rows + word * T::kGroup, stride_in * static_cast<int64_t>(sizeof(Code)),
-                     codes + g * stride + word * T::kGroup * kLanes, kLanes * 4);
+        for (int64_t part = 0; part < T::kParts; ++part) {
+          T::transpose(rows + part * padded + word * T::kGroup,
+                       stride_in * static_cast<int64_t>(sizeof(Code)),
+                       codes + g * stride + (word * T::kParts + part * kLanes) * T::kGroup * kLanes,
+                       kLanes * 4);
+        }
       }
     }
   }
@@ -73,7 +79,7 @@ struct Blocked {
       constexpr int64_t registers = std::extent_v<decltype(T::kPanelRows)>;
       const int64_t all = div_up(p.m, kLanes);
       const int64_t group_bytes =
-          (p.k + 1) * static_cast<int64_t>(sizeof(typename T::Code)) * kLanes;
+          (p.k + 1) * T::kParts * static_cast<int64_t>(sizeof(typename T::Code)) * kLanes;
       int64_t most = T::kTileBytes / group_bytes;
       most = most < 1 ? 1 : most > T::kTileGroups ? T::kTileGroups : most;
       // A tile for each part, of no fewer groups than the registers hold: two parts that share a
@@ -138,12 +144,14 @@ struct Blocked {
       const int64_t words = round_up(div_up(depth, T::kGroup), T::kWordStep);
       if (k == 0) std::memset(b.columns.start, 0, T::kChunk * 4);
       for (int64_t c = 0; c < columns; ++c) {
-        Panel* to = b.panels + c * kPanelStride<T>;
+        Panel* to = panel_row(b.panels, c);
         if (c < b.columns.count) {
           fill_panel(to, p, b.columns.begin + c, k, depth);
           if constexpr (T::kQuantizes) {
             if (p.zero_point != 0) b.columns.start[c] -= p.zero_point * sum_of_panel(to, depth);
           }
+        } else if constexpr (kInBfloat16<T>) {
+          T::clear_panel(to, words);
         } else {
           std::memset(to, 0, words * T::kGroup * sizeof(Panel));
         }
@@ -162,13 +170,22 @@ struct Blocked {
         if (k == 0) start(b.tile.start + g * kLanes, rows, acc);
         for (int64_t c = 0; c < columns; c += panel_rows) {
           multiply(grid.at_once, groups,
-                   {b.tile.codes + g * b.tile.stride + k * kLanes, b.tile.stride, words,
+                   {b.tile.codes + g * b.tile.stride + k * T::kParts * kLanes, b.tile.stride, words,
                     b.panels + c * kPanelStride<T>, acc + c * rows, rows,
-                    g == 0 ? next + c * stride : nullptr, stride, shift});
+                    g == 0 ? next + c * stride : nullptr, stride, shift,
+                    p.weight.scale == ScaleKind::float32 ? p.weight.group / T::kGroup : 0});
         }
         if (more) continue;
         finish(p, b, acc, g * kLanes, rows, row);
       }
+    }
+  }
+
+  static Panel* panel_row(Panel* panels, int64_t c) {
+    if constexpr (kInBfloat16<T>) {
+      return T::panel_row(panels, c);
+    } else {
+      return panels + c * kPanelStride<T>;
     }
   }
 

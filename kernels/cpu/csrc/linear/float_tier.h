@@ -56,18 +56,7 @@ struct FloatTier : Machine, Inner<FloatTier<Machine, Decoders>> {
     return fma(column, row, sum);
   }
 
-  static Row row(const Linear& p, int64_t n) {
-    const int64_t groups = p.weight.groups(p.k), at = n * groups;
-    Row row{p.weight.decoder, reinterpret_cast<const uint8_t*>(p.w) + n * p.weight.row_bytes(p.k),
-            nullptr, p.zero_points == nullptr ? nullptr : p.zero_points + at,
-            p.weight.grouped() ? __builtin_ctzll(p.weight.group) : 0};
-    if (p.weight.grouped()) {
-      row.scales = p.weight.scale == ScaleKind::float32
-                       ? static_cast<const void*>(static_cast<const float*>(p.group_scale) + at)
-                       : static_cast<const uint8_t*>(p.group_scale) + at;
-    }
-    return row;
-  }
+  static Row row(const Linear& p, int64_t n) { return weight_row(p, n); }
 
   static void arrange(Decoder which, float* x, int64_t count) {
     Decoders::with(which, [&](auto decoder) { decltype(decoder)::arrange(x, count); });

@@ -1,8 +1,9 @@
 // The inner kernels of all tiers but AMX, in terms of a tier's vectors:
 //
 // clang-format off
-//   Sum                      a vector of sums, and of words of x
-//   multiply_add(s, c, r)    s + c · r, lane by lane, each lane kGroup products
+//   Sum                      a vector of sums
+//   multiply_add(s, c, r)    s + c · r, lane by lane, each lane kGroup products; c and r are words:
+//                            floats, or integers that hold several codes
 //   column(w, left)          a vector of codes of one row of w, of which `left` are there; then zeros
 //   sum(s)                   over the lanes
 // clang-format on
@@ -13,6 +14,10 @@
 
 namespace qnn {
 namespace {
+
+// Whether rows of x are parts of bfloat16.
+template <class T>
+constexpr bool kInBfloat16 = std::is_same_v<typename T::Code, uint16_t>;
 
 // One more line than the codes, so that rows of a panel do not share the sets of a cache.
 template <class T>
@@ -31,17 +36,21 @@ struct Product {
   const int8_t* next;
   int64_t next_stride;
   int next_shift;  // 1: two codes a byte
+  int64_t group;  // words that share a scale, of which the panel holds none: see Bfloat16Tier; or 0
 };
 
 template <class T>
 struct Inner {
+  static constexpr int64_t kParts = 1;
+
   // Every loop over the sums is written out, so that they stay in registers. Float sums of a panel
   // begin at zero and are added at the end: of 4,096 terms one after the other the error is 3.5
   // times that of torch's float32 product, of 16 panels of 256 it is about the same.
   template <int R, int G>
   QNN_KERNEL static void block(const Product<T>& p) {
     using Sum = typename T::Sum;
-    using Word = std::conditional_t<T::kQuantizes, int32_t, float>;
+    using Word = std::conditional_t<T::kGroup == 1, float, int32_t>;
+    using Words = decltype(splat(Word{}));
     constexpr bool kGoesOn = T::kQuantizes;
     Sum sums[R][G];
 #pragma GCC unroll 24
@@ -59,15 +68,15 @@ struct Inner {
         }
       }
       for (int64_t word = begin; word < begin + T::kWordStep; ++word) {
-        Sum rows[G];
+        Words rows[G];
 #pragma GCC unroll 4
         for (int g = 0; g < G; ++g) {
-          rows[g] = read<Sum>(p.x + g * p.x_stride + word * T::kGroup * kLanes);
+          rows[g] = read<Words>(p.x + g * p.x_stride + word * T::kGroup * kLanes);
         }
 #pragma GCC unroll 24
         for (int r = 0; r < R; ++r) {
           const auto* at = p.panel + r * kPanelStride<T> + word * T::kGroup;
-          const Sum column = splat(read<Word>(at));
+          const Words column = splat(read<Word>(at));
 #pragma GCC unroll 4
           for (int g = 0; g < G; ++g) sums[r][g] = T::multiply_add(sums[r][g], column, rows[g]);
         }

@@ -24,8 +24,8 @@ struct Int16Tier : M {
   template <int R, int G>
   static void block(const Product<Int16Tier>& p) {
     alignas(64) int32_t some[R * G * kLanes] = {};
-    M::template block<R, G>(
-        {p.x, p.x_stride, p.words, p.panel, some, G * kLanes, p.next, p.next_stride, p.next_shift});
+    M::template block<R, G>({p.x, p.x_stride, p.words, p.panel, some, G * kLanes, p.next,
+                             p.next_stride, p.next_shift, p.group});
     for (int r = 0; r < R; ++r)
       add_sums(some + r * G * kLanes, G * kLanes, true, p.acc + r * p.acc_stride);
   }

@@ -5,7 +5,8 @@
 //   Code, Panel, Acc    element of a row of x, of a panel of w, and of their sums
 //   Sum                 a vector of sums
 //   kGroup              codes in a 32-bit word: what one lane multiplies in one instruction
-//   kQuantizes          x is quantised; else taken as float32
+//   kParts              of these codes a value of x is the sum, side by side in a group by 16 words
+//   kQuantizes          x is quantised; else taken as float32, or in parts of bfloat16
 //   kOffset             w is held in panels as w + kOffset
 //   kWordStep           words that `block` takes at a time
 //   kTileGroups         groups of kLanes rows of x in a tile, at most

@@ -3,6 +3,7 @@
 
 #include "common/scratch.h"
 #include "common/vec.h"
+#include "linear/inner.h"
 #include "linear/linear.h"
 
 namespace qnn {
@@ -46,7 +47,10 @@ struct Columns {
 // A vector of sums: scales and bias.
 template <class T>
 QNN_INLINE vfloat scaled_sums(typename T::Sum sums, vfloat sw, vfloat sx, vfloat bias) {
-  vfloat value = sum_as_float(sums) * sw;
+  vfloat value = sum_as_float(sums);
+  // There a power of two, which comes first: the sum alone may be out of range.
+  if constexpr (kInBfloat16<T>) value = value * sx;
+  value = value * sw;
   if constexpr (T::kQuantizes) value = value * sx;
   return value + bias;
 }

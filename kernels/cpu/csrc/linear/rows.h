@@ -1,7 +1,10 @@
 // Rows of x as a tier multiplies them: quantised, on a grid, or as floats.
 #pragma once
 
+#include <cmath>
+
 #include "common/rows.h"
+#include "linear/inner.h"
 #include "linear/linear.h"
 
 namespace qnn {
@@ -125,12 +128,53 @@ __attribute__((noinline)) int32_t read_codes(const Linear& p, int64_t row, int64
   return sum;
 }
 
+// The power of two that brings a row's largest magnitude to [2^-40, 2^60], where products with a
+// weight neither overflow nor leave the normal numbers, unless they are far below the largest; 1
+// for a row of zeros or with an inf or NaN.
+inline float normalizer(float amax) {
+  constexpr int kLow = -40, kHigh = 60;
+  if (amax == 0 || !(amax <= std::numeric_limits<float>::max())) return 1;
+  const int exponent = std::ilogb(amax), wanted = exponent < kLow    ? kLow
+                                                  : exponent > kHigh ? kHigh
+                                                                     : exponent;
+  return std::ldexp(1.0f, wanted - exponent);
+}
+
+// One row of x, times a power of two, in `parts` of bfloat16, each of `padded` values, whose sum it
+// is: one of bfloat16, two of float16, three of float32. Returns what undoes the power.
+__attribute__((noinline)) float read_parts(const Linear& p, int64_t row, int64_t padded,
+                                           int64_t parts, uint16_t* out) {
+  float factor = 1;
+  with_single_format(p.x_dtype, [&](auto format) {
+    using Format = decltype(format);
+    const auto* x = static_cast<const typename Format::Value*>(p.x) + row * p.k;
+    factor = normalizer(row_magnitude<Format>(x, p.k));
+    if (std::is_same_v<Format, BFloat16> && factor == 1) {
+      std::memcpy(out, x, p.k * sizeof *x);
+      std::memset(out + p.k, 0, (padded - p.k) * sizeof *x);
+      return;
+    }
+    for (int64_t i = 0; i < padded; i += kLanes) {
+      vfloat rest = i < p.k ? load_some<Format>(x + i, p.k - i) * factor : vfloat{};
+      for (int64_t part = 0; part < parts; ++part) {
+        const vuint all = (vuint)rest, upper = rest == rest ? all & 0xffff0000 : all | 0x400000;
+        write(out + part * padded + i, __builtin_convertvector(upper >> 16, vhalf));
+        rest = (all & 0x7f800000) == 0x7f800000 ? vfloat{} : rest - (vfloat)upper;
+      }
+    }
+  });
+  return 1 / factor;
+}
+
 // One row of x as a tier wants it, `padded` codes long; returns the sum of its codes.
 template <class T>
 int32_t read_row(const Linear& p, int64_t row, int64_t padded, typename T::Code* out,
                  float* scale) {
   if constexpr (std::is_same_v<typename T::Code, float>) {
     to_floats(p.x_dtype, p.x, row * p.k, p.k, padded, out);
+    return 0;
+  } else if constexpr (kInBfloat16<T>) {
+    *scale = read_parts(p, row, padded, T::kParts, out);
     return 0;
   } else {
     return read_codes(p, row, padded, kMostCode<T>, out, scale);

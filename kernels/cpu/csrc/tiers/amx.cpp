@@ -1,9 +1,10 @@
 // AMX: tiles of 16 rows of 64 bytes, and one instruction that multiplies 16 × 64 by 64 × 16 signed
 // bytes. The left operand is w as it lies in a panel, the right one is x in the blocked form's own
-// layout, and the sums come out as in the other tiers. Few rows, and float
-// activations, are avx512_vnni's.
+// layout, and the sums come out as in the other tiers. Float activations are multiplied likewise,
+// in bfloat16. Few rows are avx512_vnni's.
 #define QNN_LANES 16
 #include "conv/loops.h"
+#include "linear/bfloat16_tier.h"
 #include "linear/loops.h"
 #include "recurrent/recurrent.h"
 #include "tiers/tiers.h"
@@ -225,6 +226,131 @@ void int8_run(const Linear& p, int part, int parts, char* scratch) {
                         : Blocked<Amx>::run(p, part, parts, scratch);
 }
 
+// -- products of bfloat16, of the layers whose activations stay floats
+
+struct Bfloat16Tiles : Avx512 {
+  using Session = Amx::Session;
+  static constexpr int64_t kDepth = 512, kWordStep = 16, kParts = 1;
+  static constexpr int64_t kTileBytes = 1 << 21;
+  static constexpr int kPanelRows[2] = {32, 32};
+};
+
+// tdpbf16ps: 16 × 32 by 32 × 16 values. Of x in several parts each meets the same tiles of w.
+template <int Parts>
+struct AmxBfloat16 : Bfloat16Tier<Bfloat16Tiles> {
+  static constexpr int64_t kParts = Parts;
+
+  template <int R, int G>
+  QNN_KERNEL static void block(const Product<AmxBfloat16>& p) {
+    const int64_t acc_stride = p.acc_stride * 4;
+    if (p.group == 0) {
+      _tile_loadd(0, p.acc, acc_stride);
+      _tile_loadd(1, p.acc + 16 * p.acc_stride, acc_stride);
+      if constexpr (G == 2) {
+        _tile_loadd(2, p.acc + 16, acc_stride);
+        _tile_loadd(3, p.acc + 16 * p.acc_stride + 16, acc_stride);
+      }
+      multiply<R, G>(p, 0, p.words);
+      return store<G>(p.acc, acc_stride);
+    }
+    // The sums of a group, and then they times its scales, one in each row of the panel. A cleared
+    // row has none: its sums are 0, and nobody reads what becomes of them.
+    alignas(64) float sums[R * G * 16];
+    for (int64_t word = 0; word < p.words; word += p.group) {
+      _tile_zero(0);
+      _tile_zero(1);
+      if constexpr (G == 2) {
+        _tile_zero(2);
+        _tile_zero(3);
+      }
+      multiply<R, G>(p, word, smaller(word + p.group, p.words));
+      store<G>(sums, G * 64);
+      for (int r = 0; r < R; ++r) {
+        const vfloat scale =
+            splat(panel_scales(AmxBfloat16::panel_row(p.panel, r))[word / p.group]);
+        for (int g = 0; g < G; ++g) {
+          float* to = p.acc + r * p.acc_stride + g * 16;
+          write(to, fma(read<vfloat>(sums + (r * G + g) * 16), scale, read<vfloat>(to)));
+        }
+      }
+    }
+  }
+
+  // Onto tiles 0 to 3; w in 4 and 5, x in 6 and 7.
+  template <int R, int G>
+  static QNN_INLINE void multiply(const Product<AmxBfloat16>& p, int64_t begin, int64_t end) {
+    const Panel *w = p.panel, *second = AmxBfloat16::panel_row(p.panel, 16);
+    for (int64_t word = begin; word < end; word += 16) {
+      // 32 codes: a line of bytes, or of halves of a byte, lasts for more than one step.
+      if (p.next != nullptr && word % (32 << p.next_shift) == 0) {
+        for (int r = 0; r < R; ++r)
+          __builtin_prefetch(p.next + r * p.next_stride + (word * 2 >> p.next_shift));
+      }
+      _tile_loadd(4, w + word * 32, 64);
+      _tile_loadd(5, second + word * 32, 64);
+      const Code* x = p.x + word * Parts * 32;
+#pragma GCC unroll 3
+      for (int part = 0; part < Parts; ++part) {
+        _tile_loadd(6, x + part * 512, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+        if constexpr (G == 2) {
+          _tile_loadd(7, x + p.x_stride + part * 512, 64);
+          _tile_dpbf16ps(2, 4, 7);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+      }
+    }
+  }
+
+  template <int G>
+  static QNN_INLINE void store(float* to, int64_t stride) {
+    _tile_stored(0, to, stride);
+    _tile_stored(1, to + 4 * stride, stride);
+    if constexpr (G == 2) {
+      _tile_stored(2, to + 16, stride);
+      _tile_stored(3, to + 4 * stride + 16, stride);
+    }
+  }
+};
+
+// Whether the CPU has these products, asked once: in a virtual machine the question takes a while.
+bool has_bfloat16() {
+#ifdef QNN_EMULATE_AMX
+  return true;
+#else
+  static const bool has = [] {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 22 & 1) != 0;
+  }();
+  return has;
+#endif
+}
+
+bool in_bfloat16(const Linear& p) {
+  return p.m > Avx512::kDotRows && AmxBfloat16<1>::takes(p.weight) && has_bfloat16();
+}
+
+// Run by the tier for as many parts of bfloat16 as make up a value of x.
+template <class Run>
+auto with_parts(DType dtype, const Run& run) {
+  return dtype == DType::bfloat16  ? run(Blocked<AmxBfloat16<1>>{})
+         : dtype == DType::float16 ? run(Blocked<AmxBfloat16<2>>{})
+                                   : run(Blocked<AmxBfloat16<3>>{});
+}
+
+size_t weight_only_bytes(const Linear& p) {
+  if (!in_bfloat16(p)) return avx512_vnni.weight_only.scratch_bytes(p);
+  return with_parts(p.x_dtype, [&](auto tier) { return decltype(tier)::scratch_bytes(p); });
+}
+
+void weight_only_run(const Linear& p, int part, int parts, char* scratch) {
+  if (!in_bfloat16(p)) return avx512_vnni.weight_only.run(p, part, parts, scratch);
+  with_parts(p.x_dtype, [&](auto tier) { decltype(tier)::run(p, part, parts, scratch); });
+}
+
+// --
+
 bool runs_here() {
 #ifdef QNN_EMULATE_AMX
   return vnni512_runs_here();
@@ -248,6 +374,7 @@ constexpr Tier amx = [] {
   t.runs_here = runs_here;
   t.base = &avx512_vnni;
   t.int8 = {int8_bytes, int8_run};
+  t.weight_only = {weight_only_bytes, weight_only_run};
   t.recurrent = recurrent<AmxProduct>();
   t.conv = conv<AmxConv>();
   return t;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <vector>
@@ -158,16 +159,18 @@ double value_of_e2m1(int code) {
   return code & 8 ? -magnitude : magnitude;
 }
 
-// All codes of the formats whose decoders a tier has, in both forms of the kernel. Two rows of w
-// hold a NaN; the other sums may err by the order of their terms, and x by its rounding for int4.
-// 1 ms a tier, when the library is loaded.
+// All codes of the formats whose decoders a tier has, in both forms of the kernel, times float32
+// and bfloat16, which some tiers multiply as such. Two rows of w hold a NaN; the other sums may err
+// by the order of their terms, and x by its rounding for int4. 1 ms a tier, when the library is
+// loaded.
 bool known_floats(const Tier& tier) {
-  const WeightFormat formats[] = {kE4m3, kE2m1, int4_in_groups(32, true)};
+  const WeightFormat formats[] = {kInt8, kE4m3, kE2m1, int4_in_groups(32, true)};
   for (const auto& [m, most, n] : {std::array<int64_t, 3>{3, 301, 20}, {20, 560, 9}}) {
     for (const WeightFormat& format : formats) {
       const int64_t k = format.decoder == Decoder::int4 ? most / 32 * 32 : most;
       const int64_t groups = format.groups(k), stride = format.row_bytes(k);
-      const bool e2m1 = format.decoder == Decoder::e2m1, int4 = format.decoder == Decoder::int4;
+      const bool e2m1 = format.decoder == Decoder::e2m1, int4 = format.decoder == Decoder::int4,
+                 int8 = format.decoder == Decoder::int8;
       std::vector<float> x(m * k), y(m * n), scales(n * groups);
       std::vector<uint8_t> w(n * stride), bytes(n * groups);  // of e4m3 scales, or of zero points
       uint32_t state = 1;
@@ -185,9 +188,15 @@ bool known_floats(const Tier& tier) {
       auto& holds_nan = e2m1 ? bytes : w;
       if (int4) {
         scales.front() = scales.back() = std::nanf("");
-      } else {
+      } else if (!int8) {
         holds_nan.front() = 127;
         holds_nan.back() = 255;
+      }
+      std::vector<uint16_t> halves(m * k);  // x in bfloat16, which holds it exactly
+      for (size_t i = 0; i < halves.size(); ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, &x[i], sizeof bits);
+        halves[i] = static_cast<uint16_t>(bits >> 16);
       }
       const std::vector<float> ones(n, 1.0f);
       Linear p{};
@@ -197,7 +206,10 @@ bool known_floats(const Tier& tier) {
       p.sw = ones.data();
       if (e2m1) p.group_scale = bytes.data();
       if (int4) p.group_scale = scales.data(), p.zero_points = bytes.data();
-      p.y = y.data();
+      std::vector<float> also(m * n);
+      p.y = also.data(), p.x = halves.data(), p.x_dtype = DType::bfloat16;
+      run_alone(tier.weight_only, p);
+      p.y = y.data(), p.x = x.data(), p.x_dtype = DType::float32;
       run_alone(tier.weight_only, p);
       for (int64_t j = 0; j < n; ++j) {
         std::vector<double> values(k);
@@ -207,6 +219,7 @@ bool known_floats(const Tier& tier) {
               format.bits == 8 ? w[j * stride + l] : w[j * stride + l / 2] >> 4 * (l % 2) & 15;
           values[l] = int4   ? (code - bytes[group]) * static_cast<double>(scales[group])
                       : e2m1 ? value_of_e2m1(code) * value_of_e4m3(bytes[group])
+                      : int8 ? static_cast<int8_t>(code)
                              : value_of_e4m3(static_cast<uint8_t>(code));
         }
         for (int64_t i = 0; i < m; ++i) {
@@ -215,9 +228,10 @@ bool known_floats(const Tier& tier) {
             sum += x[i * k + l] * values[l];
             size += std::fabs(x[i * k + l] * values[l]);
           }
-          const float got = y[i * n + j];
-          if (std::isnan(sum) ? !std::isnan(got) : !(std::fabs(got - sum) <= 1e-5 * size))
-            return false;
+          for (const float got : {y[i * n + j], also[i * n + j]}) {
+            if (std::isnan(sum) ? !std::isnan(got) : !(std::fabs(got - sum) <= 1e-5 * size))
+              return false;
+          }
         }
       }
     }

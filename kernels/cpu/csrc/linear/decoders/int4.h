@@ -127,22 +127,27 @@ struct Int4Codes {
     }
   }
 
-  template <class Each = AsTheyAre>
-  static void panel(float* to, const WeightRow& w, int64_t k, int64_t depth,
-                    const Each& each = {}) {
+  template <class To, class Each = AsTheyAre>
+  static void panel(To to, const WeightRow& w, int64_t k, int64_t depth, const Each& each = {}) {
     vint lanes;
     for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
     const vuint shifts = (vuint)(lanes & 7) << 2;
-    for (int64_t i = k; i < k + depth; i += kLanes) {
-      const int64_t group = i >> w.shift;
-      vuint words = vuint{} + read<uint32_t>(w.codes + i / 8 * 4);
-      if constexpr (kLanes == 16) {
-        words = lanes < 8 ? words : vuint{} + read<uint32_t>(w.codes + i / 8 * 4 + 4);
+    for (int64_t i = k; i < k + depth; i += kPut<To> * kLanes) {
+      vfloat values[kPut<To>];
+      for (int j = 0; j < kPut<To>; ++j) {
+        const int64_t at = i + j * kLanes, group = at >> w.shift;
+        vuint words = vuint{} + read<uint32_t>(w.codes + at / 8 * 4);
+        if constexpr (kLanes == 16) {
+          words = lanes < 8 ? words : vuint{} + read<uint32_t>(w.codes + at / 8 * 4 + 4);
+        }
+        if constexpr (kLanes == 4) words = words >> (at % 8 * 4);
+        const vint zero = splat(w.zero_points == nullptr ? 8 : int32_t{w.zero_points[group]});
+        values[j] = floats((vint)(words >> shifts & 15) - zero);
+        if constexpr (std::is_same_v<To, float*>)
+          values[j] = values[j] * static_cast<const float*>(w.scales)[group];
+        values[j] = each(values[j]);
       }
-      if constexpr (kLanes == 4) words = words >> (i % 8 * 4);
-      const vint zero = splat(w.zero_points == nullptr ? 8 : int32_t{w.zero_points[group]});
-      const vfloat v = floats((vint)(words >> shifts & 15) - zero);
-      write(to + i - k, each(v * static_cast<const float*>(w.scales)[group]));
+      put(to + (i - k), values);
     }
   }
 };
