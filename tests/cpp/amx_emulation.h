@@ -1,7 +1,7 @@
 // The AMX instructions that amx.cpp uses, in software, so that its code runs and is tested on any
 // CPU with AVX-512-VNNI. They do what the operation sections of Intel's manual say (volume 2:
-// LDTILECFG, TILELOADD, TILESTORED, TDPBSSD, TDPBUSD), and end the process where the CPU would
-// raise a fault.
+// LDTILECFG, TILELOADD, TILESTORED, TILEZERO, TDPBSSD, TDPBUSD), and end the process where the CPU
+// would raise a fault.
 #pragma once
 
 #include <cstdint>
@@ -13,11 +13,13 @@
 #undef _tile_loadconfig
 #undef _tile_release
 #undef _tile_loadd
+#undef _tile_zero
 #undef _tile_stored
 #undef _tile_dpbssd
 #undef _tile_dpbusd
 #define _tile_loadconfig qnn::emulated::loadconfig
 #define _tile_release qnn::emulated::release
+#define _tile_zero qnn::emulated::zero
 #define _tile_loadd qnn::emulated::loadd
 #define _tile_stored qnn::emulated::stored
 #define _tile_dpbssd qnn::emulated::dpbssd
@@ -89,6 +91,11 @@ inline void loadd(int index, const void* base, int64_t stride) {
   for (int r = 0; r < t.rows; ++r) {
     std::memcpy(t.data[r], static_cast<const char*>(base) + r * stride, t.row_bytes);
   }
+}
+
+inline void zero(int index) {
+  Tile& t = configured(index, "tilezero");
+  std::memset(t.data, 0, sizeof t.data);
 }
 
 inline void stored(int index, void* base, int64_t stride) {
