@@ -48,6 +48,7 @@ def test_nothing_is_written_twice() -> None:
     ("script", "options"),
     [
         ("bench_lstm", ("--no-processes", "--only", "qnn int8 fp32 eager")),
+        ("bench_attention", ("--only", "qnn int8")),
         # Half a minute, for the machine's peaks and what is measured beside the grid.
         pytest.param(
             "bench_linear", ("--only", "qnn int8 bf16 eager|GEMM"), marks=pytest.mark.long

@@ -14,19 +14,19 @@
 #undef _tile_loadconfig
 #undef _tile_release
 #undef _tile_loadd
+#undef _tile_zero
 #undef _tile_stored
 #undef _tile_dpbssd
 #undef _tile_dpbusd
 #undef _tile_dpbf16ps
-#undef _tile_zero
 #define _tile_loadconfig qnn::emulated::loadconfig
 #define _tile_release qnn::emulated::release
+#define _tile_zero qnn::emulated::zero
 #define _tile_loadd qnn::emulated::loadd
 #define _tile_stored qnn::emulated::stored
 #define _tile_dpbssd qnn::emulated::dpbssd
 #define _tile_dpbusd qnn::emulated::dpbusd
 #define _tile_dpbf16ps qnn::emulated::dpbf16ps
-#define _tile_zero qnn::emulated::zero
 
 namespace qnn {
 namespace emulated {
@@ -96,15 +96,15 @@ inline void loadd(int index, const void* base, int64_t stride) {
   }
 }
 
+inline void zero(int index) {
+  Tile& t = configured(index, "tilezero");
+  std::memset(t.data, 0, sizeof t.data);
+}
+
 inline void stored(int index, void* base, int64_t stride) {
   const Tile& t = configured(index, "tilestored");
   for (int r = 0; r < t.rows; ++r)
     std::memcpy(static_cast<char*>(base) + r * stride, t.data[r], t.row_bytes);
-}
-
-inline void zero(int index) {
-  Tile& t = configured(index, "tilezero");
-  std::memset(t.data, 0, sizeof t.data);
 }
 
 // The three tiles of a product of words.

@@ -1,44 +1,51 @@
 // Keys and values of a head of attention, packed: see attention/loops.h.
 #pragma once
 
-#include <cfloat>
-#include <cmath>  // NAN
-
 #include "attention/attention.h"
+#include "attention/products.h"
+#include "attention/quantize.h"
 #include "attention/weights.h"
-#include "recurrent/products.h"
+#include "common/scratch.h"
 
 namespace qnn {
 namespace {
 
-template <class M>
+template <class P>
 struct PackedHeads {
-  using P = IntegerProduct<M, 6, 6>;
-  using Code = typename P::Code;  // of queries and weights
+  using Code = typename P::Code;                                      // of weights
+  using Quantized = std::conditional_t<P::kShifts, int8_t, int16_t>;  // of all else
   static constexpr bool kBytes = P::kShifts;
-  static constexpr int64_t kGroup = M::kGroup, kGroups = kLanes == 16 ? 4 : 2, kTileRows = 6,
-                           kRows = 24, kPlanes = kBytes ? 2 : 1;
+  static constexpr int64_t kGroup = P::kGroup, kGroups = kLanes == 16 ? 4 : 2,
+                           kPlanes = kBytes ? 2 : 1;
   static constexpr int64_t kWordOfLanes = kLanes * 4;
-  // Sums of so many keys stay in 32 bits: 32640 · 127 · 512, and 255 · 127 · 65536.
-  static constexpr int64_t kKeys = kBytes ? 65536 : 512;
+  // Sums of so many keys stay in 32 bits: 32640 · 127 · 512, and 255 · 127 · 65536. The weights of
+  // kFew keys stay in the first-level cache until they are multiplied.
+  static constexpr int64_t kFew = 512, kKeys = kBytes ? 65536 : kFew;
   static constexpr int64_t kTurn = 64;  // keys are padded to it
-  static_assert(kTurn % Shorts::kCount == 0);
+  static_assert(kTurn % (2 * Shorts::kCount) == 0);
 
   struct Sizes {
     explicit Sizes(const Attention& p)
         : keys(round_up(p.n, kTurn)),
-          key_groups(div_up(p.n, kLanes)),
+          key_groups(round_up(div_up(p.n, kLanes), Shorts::kVectors)),
           words(div_up(p.d, kGroup)),
           padded_words(round_up(words, kLanes)),
-          codes(padded_words * kGroup),
+          codes(round_up(p.d, 4 * kLanes)),
           channel_groups(div_up(p.e, kLanes)),
-          value_words(div_up(p.n, kGroup)) {
-      // Few rows where there are many keys: scores and weights stay in the second-level cache.
+          channels(round_up(p.e, 4 * kLanes)),
+          value_words(keys / kGroup) {
+      // An odd number of lines, so that rows do not meet in one set of the first-level cache.
+      constexpr int64_t kOfLine = kLine / static_cast<int64_t>(sizeof(Shorts::Score));
+      stride = (keys / kOfLine | 1) * kOfLine;
+      // Few rows where there are many keys: scores stay in the second-level cache.
       constexpr int64_t kBytesOfRows = 1 << 18;
-      const int64_t fit = kBytesOfRows / (keys * 6 + 1) / kTileRows * kTileRows;
-      rows = larger(kTileRows, smaller(kRows, fit));
+      const int64_t fit = kBytesOfRows / static_cast<int64_t>(keys * sizeof(Shorts::Score) + 1) /
+                          P::kTileRows * P::kTileRows;
+      rows = larger(P::kTileRows, smaller(P::kRows, fit));
     }
-    int64_t keys, key_groups, words, padded_words, codes, channel_groups, value_words, rows;
+    int64_t keys, key_groups, words, padded_words, codes, channel_groups, channels, value_words;
+    int64_t stride;  // of rows of scores
+    int64_t rows;
   };
 
   struct Packed {
@@ -61,32 +68,25 @@ struct PackedHeads {
   // Of a thread that packs.
   struct Packing {
     Packing(const Attention& p, const Sizes& s, char* base) : scratch(base) {
-      floats = scratch.take<float>(larger(s.codes, kGroup * s.channel_groups * kLanes));
-      codes = scratch.take<char>(kLanes * s.padded_words * 4);
+      codes = scratch.take<Quantized>(larger(kLanes * s.codes, kTurn * s.channels));
       scales = scratch.take<float>(s.keys);
-      mask = scratch.take<float>(s.keys);
+      mask = scratch.take<float>(p.mask.values != nullptr ? s.keys : 0);
       seen = scratch.take<int32_t>(s.keys);
-      (void)p;
     }
     Scratch scratch;
-    float* floats;
-    char* codes;
+    Quantized* codes;
     float *scales, *mask;
     int32_t* seen;
   };
 
-  // A row of floats, its scale; NaN where it holds a NaN or inf. Zeros for a row of zeros.
-  static float read_row(const Attention& p, const void* from, int64_t at, int64_t count,
-                        int64_t padded, float* to) {
-    to_floats(p.dtype, from, at, count, padded, to);
-    const float amax = row_magnitude<Float32>(to, count);
-    return amax <= FLT_MAX ? (amax == 0.0f ? 0.0f : scale_of(amax)) : NAN;
-  }
-  // What codes are multiplied by: codes are 0 where there is no scale.
-  static float inverse_of(float scale) { return scale > 0.0f ? 1.0f / scale : 0.0f; }
-  static vint codes_at(const float* row, float inverse) {
-    const vint codes = codes_of(read<vfloat>(row), inverse);
-    return inverse > 0.0f ? codes : vint{};  // and not of NaN or inf
+  // Up to kLanes rows from value `at` on.
+  static void quantize(const Attention& p, const Rows& from, int64_t at, int64_t count,
+                       int64_t columns, Quantized* to, int64_t stride, float* scales) {
+    with_format(p.dtype, [&](auto format) {
+      using Format = decltype(format);
+      const auto* x = static_cast<const typename Format::Value*>(from.values) + at;
+      quantize_rows<P, Format>(x, from.row, count, columns, to, stride, scales);
+    });
   }
 
   // What is added to the scores of a row: −inf where a key is hidden, and only there.
@@ -151,17 +151,23 @@ struct PackedHeads {
         continue;
       }
       find_seen(p, s, of, work);
-      float top = 0.0f;
-      for (int64_t key = 0; key < p.n; ++key) {
-        const float scale = work.scales[key];
-        if (work.seen[key] != 0 && scale > top) top = scale;  // a NaN is not
-      }
+      vfloat tops{};
       for (int64_t key = 0; key < s.keys; key += kLanes) {
         const vfloat scale = read<vfloat>(work.scales + key);
-        const vint there = read<vint>(work.seen + key) & (vint)(scale > 0.0f);
-        const vfloat part =
-            (there ? scale : vfloat{}) / splat(top > 0.0f ? top : 1.0f) * splat(32767.0f);
-        write_codes(to.gain + i * s.keys + key, rounded(part));
+        const vint there = read<vint>(work.seen + key) & (vint)(scale > tops);  // a NaN is not
+        tops = there ? scale : tops;
+      }
+      float top = 0.0f;
+      for (int lane = 0; lane < kLanes; ++lane) top = tops[lane] > top ? tops[lane] : top;
+      for (int64_t key = 0; key < s.keys; key += Shorts::kCount) {
+        vint gains[Shorts::kVectors];
+        for (int64_t j = 0; j < Shorts::kVectors; ++j) {
+          const vfloat scale = read<vfloat>(work.scales + key + j * kLanes);
+          const vint there = read<vint>(work.seen + key + j * kLanes) & (vint)(scale > 0.0f);
+          gains[j] = rounded((there ? scale : vfloat{}) / splat(top > 0.0f ? top : 1.0f) *
+                             splat(32767.0f));
+        }
+        Shorts::store(to.gain + i * s.keys + key, Shorts::pack<P::kMixes>(gains));
       }
       to.top[i] = top;
     }
@@ -174,69 +180,76 @@ struct PackedHeads {
   // The scales of the values are left in `work`.
   static void pack_values(const Attention& p, const Sizes& s, int64_t head, Packed& to,
                           Packing& work) {
-    const int64_t at = at_of(p, p.v, head), padded = s.channel_groups * kLanes;
-    constexpr int kBits = 32 / kGroup;
-    constexpr int32_t kMask = kBits == 8 ? 255 : 65535;
-    for (int64_t key = p.n; key < s.keys; ++key) work.scales[key] = 0.0f;
-    for (int64_t word = 0; word < s.value_words; ++word) {
-      float inverse[kGroup] = {};
-      for (int64_t i = 0; i < kGroup && word * kGroup + i < p.n; ++i) {
-        const int64_t key = word * kGroup + i;
-        work.scales[key] =
-            read_row(p, p.v.values, at + key * p.v.row, p.e, padded, work.floats + i * padded);
-        inverse[i] = inverse_of(work.scales[key]);
+    const int64_t at = at_of(p, p.v, head);
+    for (int64_t key = 0; key < s.keys; key += kTurn) {
+      for (int64_t i = 0; i < kTurn; i += kLanes) {
+        const int64_t count = smaller(kLanes, larger(0, p.n - key - i));
+        quantize(p, p.v, at + (key + i) * p.v.row, count, p.e, work.codes + i * s.channels,
+                 s.channels, work.scales + key + i);
       }
+      const int64_t word = key / kGroup;
       for (int64_t first = 0; first < s.channel_groups; first += kGroups) {
         const int64_t groups = smaller(kGroups, s.channel_groups - first);
-        char* panel = to.v + (first * s.value_words + word * groups) * kWordOfLanes;
-        for (int64_t group = 0; group < groups; ++group) {
-          vint words{};
-          for (int64_t i = 0; i < kGroup; ++i) {
-            if (inverse[i] == 0.0f) continue;
-            const float* row = work.floats + i * padded + (first + group) * kLanes;
-            words |= (codes_at(row, inverse[i]) & kMask) << static_cast<int>(i * kBits);
-          }
-          write(panel + group * kWordOfLanes, words);
+        turn_values(work.codes + first * kLanes, s.channels, groups,
+                    to.v + (first * s.value_words + word * groups) * kWordOfLanes);
+      }
+    }
+  }
+
+  // Codes of kTurn keys to words of as many keys as a word has, one group of channels after the
+  // other.
+  QNN_KERNEL static void turn_values(const Quantized* codes, int64_t stride, int64_t groups,
+                                     char* to) {
+    constexpr int kBits = 32 / kGroup;
+    for (int64_t word = 0; word < kTurn / kGroup; ++word) {
+      const Quantized* rows[kGroup];
+      for (int64_t i = 0; i < kGroup; ++i)
+        rows[i] = codes + Shorts::key_at<P::kMixes>(word * kGroup + i) * stride;
+      for (int64_t group = 0; group < groups; ++group) {
+        vuint words{};
+        for (int64_t i = 0; i < kGroup; ++i) {
+          words |= unsigned_codes(rows[i] + group * kLanes) << static_cast<uint32_t>(i * kBits);
         }
+        write(to + (word * groups + group) * kWordOfLanes, words);
       }
     }
   }
 
   static void pack_keys(const Attention& p, const Sizes& s, int64_t head, Packed& to,
                         Packing& work) {
-    using Key = std::conditional_t<kBytes, int8_t, int16_t>;
-    const int64_t at = at_of(p, p.k, head), stride = s.padded_words * 4;
-    float most = 0.0f;
+    const int64_t at = at_of(p, p.k, head), stride = s.codes * sizeof(Quantized);
+    const auto* codes = reinterpret_cast<const char*>(work.codes);
+    vfloat most{};
+    vint bad{};
     for (int64_t first = 0; first < s.key_groups; first += kGroups) {
       const int64_t groups = smaller(kGroups, s.key_groups - first);
       for (int64_t group = 0; group < groups; ++group) {
-        for (int64_t lane = 0; lane < kLanes; ++lane) {
-          const int64_t key = (first + group) * kLanes + lane;
-          char* codes = work.codes + lane * stride;
-          float scale = 0.0f;
-          if (key < p.n)
-            scale = read_row(p, p.k.values, at + key * p.k.row, p.d, s.codes, work.floats);
-          const float inverse = inverse_of(scale);
-          vint sums{};
-          for (int64_t i = 0; i < s.codes; i += kLanes) {
-            const vint values = inverse > 0.0f ? codes_at(work.floats + i, inverse) : vint{};
-            write_codes(reinterpret_cast<Key*>(codes) + i, values);
-            sums += values;
-          }
-          int32_t sum = 0;
-          for (int i = 0; i < kLanes; ++i) sum += sums[i];
-          to.start[key] = kBytes ? -128 * sum : 0;
-          to.scale[key] = work.scales[key] == work.scales[key] ? scale : NAN;
-          if (most == most && !(to.scale[key] <= most)) most = to.scale[key];
-        }
+        const int64_t key = (first + group) * kLanes;
+        const int64_t count = smaller(kLanes, larger(0, p.n - key));
+        quantize(p, p.k, at + key * p.k.row, count, p.d, work.codes, s.codes, to.scale + key);
+        const vfloat scale = read<vfloat>(to.scale + key) + read<vfloat>(work.scales + key) * 0.0f;
+        write(to.scale + key, scale);
+        bad |= scale != scale;
+        most = scale > most ? scale : most;
         char* panel = to.k + first * s.padded_words * kWordOfLanes + group * kWordOfLanes;
+        vint sums{};
         for (int64_t word = 0; word < s.padded_words; word += kLanes) {
-          M::transpose(work.codes + word * 4, stride, panel + word * groups * kWordOfLanes,
-                       groups * kWordOfLanes);
+          char* words = panel + word * groups * kWordOfLanes;
+          P::transpose(codes + word * 4, stride, words, groups * kWordOfLanes);
+          if constexpr (kBytes && !P::kSigned) {
+            for (int64_t i = 0; i < kLanes; ++i)
+              sums = P::sum_of_codes(sums, read<vint>(words + i * groups * kWordOfLanes));
+          }
         }
+        write(to.start + key, sums * -128);
       }
     }
-    *to.most = most;
+    float top = 0.0f;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if (most[lane] > top) top = most[lane];
+    }
+    for (int lane = 0; lane < kLanes; ++lane) top = bad[lane] != 0 ? NAN : top;
+    *to.most = top;
   }
 };
 

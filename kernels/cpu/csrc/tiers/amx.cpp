@@ -3,6 +3,7 @@
 // layout, and the sums come out as in the other tiers. Float activations are multiplied likewise,
 // in bfloat16. Few rows are avx512_vnni's.
 #define QNN_LANES 16
+#include "attention/loops.h"
 #include "conv/loops.h"
 #include "linear/bfloat16_tier.h"
 #include "linear/loops.h"
@@ -217,6 +218,101 @@ struct AmxConv : IntegerConv<Vnni> {
   }
 };
 
+// Attention, 16 rows a tile. Both operands of the scores are signed; the weights are unsigned, in
+// two planes, and in the order in which they are cheapest to write.
+struct AmxAttention : AttentionProduct<Vnni> {
+  using Session = Amx::Session;
+  static constexpr bool kSigned = true, kMixes = true;
+  static constexpr int64_t kTileRows = 16, kRows = 32;
+
+  // Sums in tiles 0 to 3, queries in 4, keys in 5 to 7. Tiles read rows after the last one, and
+  // write sums of them: the memory of a thread has room for whole tiles.
+  template <int G>
+  QNN_KERNEL static void scores(int64_t, const Code* q, int64_t stride, const char* panel,
+                                const int32_t*, int64_t words, int32_t* acc) {
+    constexpr int64_t kRow = G * 64;
+    _tile_zero(0);
+    if constexpr (G > 1) _tile_zero(1);
+    if constexpr (G > 2) _tile_zero(2);
+    if constexpr (G > 3) _tile_zero(3);
+    for (int64_t word = 0; word < words; word += 16) {
+      const char* k = panel + word * kRow;
+      _tile_loadd(4, q + word * 4, stride);
+      _tile_loadd(5, k, kRow);
+      _tile_dpbssd(0, 4, 5);
+      if constexpr (G > 1) {
+        _tile_loadd(6, k + 64, kRow);
+        _tile_dpbssd(1, 4, 6);
+      }
+      if constexpr (G > 2) {
+        _tile_loadd(7, k + 128, kRow);
+        _tile_dpbssd(2, 4, 7);
+      }
+      if constexpr (G > 3) {
+        _tile_loadd(5, k + 192, kRow);
+        _tile_dpbssd(3, 4, 5);
+      }
+    }
+    _tile_stored(0, acc, kRow);
+    if constexpr (G > 1) _tile_stored(1, acc + 16, kRow);
+    if constexpr (G > 2) _tile_stored(2, acc + 32, kRow);
+    if constexpr (G > 3) _tile_stored(3, acc + 48, kRow);
+  }
+
+  // Sums of the planes of one or two groups in tiles 0 to 3, weights in 4 and 5, values in 6 and 7.
+  template <bool kTwo>
+  QNN_KERNEL static void planes(const Code* weights, int64_t plane, int64_t stride,
+                                const char* panel, int64_t row, int64_t words, bool onto,
+                                int32_t* high, int32_t* low) {
+    if (onto) {
+      _tile_loadd(0, high, row);
+      _tile_loadd(1, low, row);
+      if constexpr (kTwo) {
+        _tile_loadd(2, high + 16, row);
+        _tile_loadd(3, low + 16, row);
+      }
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      if constexpr (kTwo) {
+        _tile_zero(2);
+        _tile_zero(3);
+      }
+    }
+    for (int64_t word = 0; word < words; word += 16) {
+      const char* v = panel + word * row;
+      _tile_loadd(6, v, row);
+      _tile_loadd(4, weights + word * 4, stride);
+      _tile_dpbusd(0, 4, 6);
+      _tile_loadd(5, weights + plane + word * 4, stride);
+      _tile_dpbusd(1, 5, 6);
+      if constexpr (kTwo) {
+        _tile_loadd(7, v + 64, row);
+        _tile_dpbusd(2, 4, 7);
+        _tile_dpbusd(3, 5, 7);
+      }
+    }
+    _tile_stored(0, high, row);
+    _tile_stored(1, low, row);
+    if constexpr (kTwo) {
+      _tile_stored(2, high + 16, row);
+      _tile_stored(3, low + 16, row);
+    }
+  }
+
+  template <int G>
+  static void values(int64_t, const Code* weights, int64_t plane, int64_t stride, const char* panel,
+                     int64_t words, bool onto, int32_t* high, int32_t* low) {
+    constexpr int64_t kRow = G * 64, kLast = G - 1;
+    for (int g = 0; g + 2 <= G; g += 2)
+      planes<true>(weights, plane, stride, panel + g * 64, kRow, words, onto, high + g * 16,
+                   low + g * 16);
+    if constexpr (G % 2 != 0)
+      planes<false>(weights, plane, stride, panel + kLast * 64, kRow, words, onto,
+                    high + kLast * 16, low + kLast * 16);
+  }
+};
+
 size_t int8_bytes(const Linear& p) {
   return p.m <= Vnni::kDotRows ? avx512_vnni.int8.scratch_bytes(p) : Blocked<Amx>::scratch_bytes(p);
 }
@@ -377,6 +473,7 @@ constexpr Tier amx = [] {
   t.weight_only = {weight_only_bytes, weight_only_run};
   t.recurrent = recurrent<AmxProduct>();
   t.conv = conv<AmxConv>();
+  t.attention = attention<AmxAttention>();
   return t;
 }();
 

@@ -67,7 +67,7 @@ constexpr Tier avx2 = [] {
   t.conv = {WordConv::magnitudes, WordConv::scale, WordConv::quantize, conv_bytes, conv_run};
   t.conv_int16 = conv<Int16Conv<Madd>>();
   t.conv_weight = conv<FloatConv<Avx2Machine>>();
-  t.attention = attention<Madd>();
+  t.attention = attention<AttentionProduct<Madd>>();
   return t;
 }();
 

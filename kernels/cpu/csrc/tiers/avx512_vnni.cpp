@@ -26,7 +26,7 @@ constexpr Tier avx512_vnni = [] {
   t.conv = conv<IntegerConv<Vnni>>();
   t.conv_int16 = conv<Int16Conv<VnniWords>>();
   t.conv_weight = conv<FloatConv<Avx512Machine>>();
-  t.attention = attention<Vnni>();
+  t.attention = attention<AttentionProduct<Vnni>>();
   return t;
 }();
 

@@ -111,7 +111,7 @@ constexpr Tier avx_vnni = [] {
   t.recurrent = recurrent<IntegerProduct<Vnni256, 3, 3>>();
   t.recurrent_int16 = recurrent<IntegerProduct<Vnni256Words, 3, 3, double>>();
   t.conv = conv<IntegerConv<Vnni256>>();
-  t.attention = attention<Vnni256>();
+  t.attention = attention<AttentionProduct<Vnni256>>();
   return t;
 }();
 

@@ -95,7 +95,7 @@ constexpr Tier portable = [] {
   t.conv = conv<IntegerConv<Plain>>();
   t.conv_int16 = conv<Int16Conv<Plain>>();
   t.conv_weight = conv<FloatConv<PlainMachine>>();
-  t.attention = attention<Plain>();
+  t.attention = attention<AttentionProduct<Plain>>();
   return t;
 }();
 
