@@ -24,12 +24,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._prims_common import make_contiguous_strides_for
 from torch.fx import Graph, Node
 
 from qnn.kernels import OPS
 from qnn.kernels.declare.norm import NORMS, name_of
 from qnn.kernels.torch_private import (
+    contiguous_strides,
     inductor_matches_patterns,
     invoke_quant,
     mistakes_dtypes,
@@ -113,11 +113,11 @@ def _norm_of(top: Node) -> _Norm | None:
     found = _norm_in_float(top, value.dtype) or _rounded_norm(top, value.dtype)
     if found is None:
         return None
-    x, k = found.x.meta["val"], value.shape[-1]
+    x = found.x.meta["val"]
     usable = x.dtype == value.dtype and x.device.type.upper() in NORMS["int8_norm"].kernels
-    usable &= isinstance(k, int) and statically_equal(x.shape, value.shape)
+    usable &= statically_equal(x.shape, value.shape)
     usable &= statically_equal(x.stride(), value.stride())
-    usable &= statically_equal(value.stride(), make_contiguous_strides_for(value.shape))
+    usable &= statically_equal(value.stride(), contiguous_strides(value.shape))
     within = found.inside | {top}
     return found if usable and all(set(each.users) <= within for each in found.inside) else None
 
