@@ -13,6 +13,7 @@ from qnn.kernels.declare import (
     histogram,
     int8,
     int16,
+    norm,
     recurrent,
 )
 from qnn.kernels.formats import Format
@@ -36,6 +37,7 @@ __all__ = [
     "histogram",
     "int8",
     "int16",
+    "norm",
     "recurrent",
     "torch_private",
     "training_scheme",

@@ -289,6 +289,13 @@ def statically_equal(first: Sequence[Any], second: Sequence[Any]) -> bool:
     )
 
 
+def contiguous_strides(shape: Sequence[Any]) -> tuple[Any, ...]:
+    """Those of a dense, row-major tensor of sizes that may be symbols."""
+    from torch._prims_common import make_contiguous_strides_for
+
+    return tuple(make_contiguous_strides_for(tuple(shape)))
+
+
 def quantized_decomposed() -> Any:
     """The ops that quantise and dequantise in an exported graph, which this import registers."""
     import torch.ao.quantization.fx._decomposed  # on request: it imports torch.ao

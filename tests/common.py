@@ -100,6 +100,7 @@ def python_kernels() -> Iterator[None]:
         "int8_linear": cpu.linear,
         "int8_rows_linear": cpu.rows_linear,
         "int8_static_linear": cpu.static_linear,
+        "int8_static_rows_linear": cpu.static_rows_linear,
         "int8_weight_linear": cpu.weight_linear,
     }
     for name, kernel in kernels.items():

@@ -104,11 +104,43 @@ def rows_linear(
 ) -> torch.Tensor:
     if q.numel() == 0 or w.numel() == 0:
         return finish(_empty_sum(q, w, bias, dtype), residual, activation)
+    y = _product_of_rows(q, scale, w, sw, 0, engine)
+    return finish(_output(y, bias, q, dtype), residual, activation)
+
+
+def _product_of_rows(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    w: torch.Tensor,
+    sw: torch.Tensor,
+    zero_point: int,
+    engine: Engine | None,
+) -> torch.Tensor:
     rows = q.reshape(-1, q.shape[-1])
     engine = engine or best_engine(rows.shape[0], w)
     if engine.zero_point:  # 128: the sign bit turned over is the value moved up by it
         rows = rows.view(torch.uint8) ^ engine.zero_point
-    y = engine.matmul(rows, w, sw.view(-1)).mul_(scale.reshape(-1, 1))
+    given = (zero_point,) if zero_point else ()
+    return engine.matmul(rows, w, sw.view(-1), *given).mul_(scale.reshape(-1, 1))
+
+
+def static_rows_linear(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    w: torch.Tensor,
+    sw: torch.Tensor,
+    zx: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    dtype: torch.dtype = torch.float32,
+    *,
+    engine: Engine | None = None,
+) -> torch.Tensor:
+    if q.numel() == 0 or w.numel() == 0:
+        y = scale.new_zeros(scale.numel(), w.shape[0]).mul_(scale.reshape(-1, 1))
+    else:
+        y = _product_of_rows(q, scale, w, sw, int(zx), engine)
     return finish(_output(y, bias, q, dtype), residual, activation)
 
 

@@ -23,6 +23,7 @@ from qnn.kernels.reference.int8 import (
     quantize_reference,
     rows_linear_reference,
     static_linear_reference,
+    static_rows_linear_reference,
     weight_linear_reference,
 )
 
@@ -130,6 +131,26 @@ int8_static_linear = Op(
     native=True,
     backward={"x": "int8_linear_dgrad"},
     positive=("sw", "sx"),
+    choices=EPILOGUE,
+    products="... n k",
+    limits={"k": INT8_STATIC_MAX_K},
+)  # fmt: skip
+
+int8_static_rows_linear = Op(
+    "int8_static_rows_linear",
+    "q: ... k, scale: ... 1, w: n k, sw: n 1, zx: 1, bias?: n, residual?: ... n, activation?: str, "
+    "dtype?: dtype -> ... n",
+    doc="int8_static_linear of rows that are on its grid already: q as there, and scale = sx, or "
+    "NaN for a row that was not finite",
+    dtypes={
+        "q": INT8, "scale": SCALE, "w": INT8, "sw": SCALE, "zx": INT8, "bias": FLOATS,
+        "residual": "dtype", "dtype": FLOATS,
+    },
+    out=("dtype",),
+    reference=static_rows_linear_reference,
+    kernels={"CPU": cpu.static_rows_linear},
+    native=True,
+    positive=("scale", "sw"),
     choices=EPILOGUE,
     products="... n k",
     limits={"k": INT8_STATIC_MAX_K},

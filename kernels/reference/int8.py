@@ -100,12 +100,40 @@ def static_linear_reference(
     *,
     compute: torch.dtype = torch.float32,
 ) -> torch.Tensor:
+    q, scale = centred_codes(x, sx, zx)
+    return rows_linear_reference(
+        q, scale, w, sw, bias, residual, activation, x.dtype, compute=compute
+    )
+
+
+def centred_codes(
+    x: torch.Tensor, sx: torch.Tensor, zx: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`q − zx` of `x` on a grid, int16, and the scale of each row: that of the grid, or NaN for a
+    row with a NaN or inf, whose codes are that of zero, and for all rows where `sx` is no scale.
+    """
     rows, zero_point = x.float(), zx.float()
     tiny = torch.finfo(torch.float32).tiny
     good = rows.isfinite().all(-1, keepdim=True) & (sx >= tiny) & sx.isfinite()
     ends = INT8_TENSOR.qmin - zero_point, INT8_TENSOR.qmax - zero_point
     q = torch.where(good, round_to_grid(rows, 1 / sx, *ends), 0).to(torch.int16)  # no −0
-    scale = torch.where(good, sx, torch.nan)
+    return q, torch.where(good, sx, torch.nan)
+
+
+def static_rows_linear_reference(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    w: torch.Tensor,
+    sw: torch.Tensor,
+    zx: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str = "none",
+    dtype: torch.dtype = torch.float32,
+    *,
+    compute: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    centred = q.to(torch.int16) - zx.to(torch.int16)
     return rows_linear_reference(
-        q, scale, w, sw, bias, residual, activation, x.dtype, compute=compute
+        centred, scale, w, sw, bias, residual, activation, dtype, compute=compute
     )

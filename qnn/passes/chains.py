@@ -16,7 +16,6 @@ The value is rounded to its dtype before it is quantised, as before, so no bit o
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,7 @@ from torch.fx import Graph, Node
 
 from qnn.kernels import OPS, Op
 from qnn.kernels.torch_private import inductor_matches_patterns, mistakes_dtypes, statically_equal
-from qnn.passes.region import Region, before_writes, call, call_op, match
+from qnn.passes.region import Region, before_writes, call, call_op, items, match
 
 _QUANTIZE, _CHAIN, _FORK, _CODES = (
     OPS[f"int8_{name}"] for name in ("static_quantize", "chain_conv", "fork_conv", "codes_conv")
@@ -80,14 +79,14 @@ def join(graph: Graph) -> None:
                 codes[key] = _concatenated(graph, [codes[part] for part in parts[source]])
                 doomed |= {source, *_views_within(source)}
             elif key not in codes:
-                codes[key] = _items(call_op(graph, _QUANTIZE, given))
+                codes[key] = items(call_op(graph, _QUANTIZE, given))
             q, scale = codes[key]
             given |= {"q": q, "scale": scale, "dtype": given["x"].meta["val"].dtype}
             if y not in links:
                 floats = call_op(graph, _CODES, given)
             else:
                 given["so"], given["zo"] = links[y].grid
-                *kept, q, scale = _items(call_op(graph, links[y].op, given))
+                *kept, q, scale = items(call_op(graph, links[y].op, given))
                 codes[y] = [q, scale]
                 if not kept:
                     continue
@@ -193,12 +192,3 @@ def _source(x: Node) -> tuple[Node, list[Node]]:
         between.append(x)
         x = x.all_input_nodes[0]
     return x, between
-
-
-def _items(node: Node) -> list[Node]:
-    """The results of a node that has several."""
-    items = []
-    for i, value in enumerate(node.meta["val"]):
-        items.append(node.graph.call_function(operator.getitem, (node, i)))
-        items[-1].meta["val"] = value
-    return items

@@ -37,7 +37,7 @@ from qnn.kernels.torch_private import (
     post_grad_form,
     statically_equal,
 )
-from qnn.passes import cast_fusion, chains, padding, user_region
+from qnn.passes import cast_fusion, chains, norms, padding, user_region
 from qnn.passes.chains import RESHAPES
 from qnn.passes.region import Region, before_writes, call, match, read, unwrap_gradients
 
@@ -368,19 +368,21 @@ def _run(graph: Graph) -> None:
     fold(graph)
     padding.fold(graph)
     chains.join(graph)
+    norms.join(graph)
     cast_fusion.unfold(graph)
     _copy_views(graph)
     _spell_dtypes(graph)
 
 
 def _uuid() -> bytes:
-    return b" ".join([_digest(), *map(str.encode, sorted(cast_fusion.DEVICES))])
+    switches = (*sorted(cast_fusion.DEVICES), "norms", *sorted(norms.KINDS))
+    return b" ".join([_digest(), *map(str.encode, switches)])
 
 
 @functools.cache
 def _digest() -> bytes:
     """Of the pass and of the ops that it calls: part of the key of Inductor's caches."""
-    names = ("fusion", "padding", "chains", "cast_fusion", "region", "user_region")
+    names = ("fusion", "padding", "chains", "norms", "cast_fusion", "region", "user_region")
     passes = (Path(__file__).with_name(f"{name}.py") for name in names)
     sources = [file.read_bytes() for file in (*passes, Path(str(torch_private.__file__)))]
     declared = "\n".join(f"{op.schema} {op.choices}" for op in OPS.values())

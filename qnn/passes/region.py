@@ -214,6 +214,15 @@ def call_op(graph: Graph, op: Op, given: Mapping[str, Any]) -> Node:
     return call(graph, op.overload, *(given.get(arg.name, op.default(arg)) for arg in op.inputs))
 
 
+def items(node: Node) -> list[Node]:
+    """The results of a node that has several."""
+    items = []
+    for i, value in enumerate(node.meta["val"]):
+        items.append(node.graph.call_function(operator.getitem, (node, i)))
+        items[-1].meta["val"] = value
+    return items
+
+
 def _checked(graph: Graph, op: Op, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call in the op's order, up to the last that is not at its default."""
     declared = ", ".join(arg.name + "?" * arg.optional for arg in op.inputs)

@@ -1,5 +1,5 @@
 // The tiers against plain loops, on random calls, of which two in eight are of a recurrent layer,
-// two of a convolution, one of attention, and one is a lookup in a table; without torch.
+// two of a convolution, one of attention, and one is a lookup in a table or a norm; without torch.
 //
 //   kernel_test                           the tiers that this CPU can run, one a line
 //   kernel_test TIERS CASES SEED [KIND]   CASES calls of each tier, or those of one KIND alone,
@@ -783,6 +783,7 @@ std::vector<Tier> tiers_called(const std::string& names) {
 #include "attention_case.h"
 #include "conv_case.h"
 #include "lookup_case.h"
+#include "norm_case.h"
 #include "recurrent_case.h"
 
 int main(int argc, char** argv) {
@@ -820,6 +821,12 @@ int main(int argc, char** argv) {
     if ((seed + i) % 4 == 0) {
       const RecurrentCase c = RecurrentDraw(seed + i).next(seed + i);
       const std::vector<double> want = PlainRecurrent(c).run();
+      for (size_t t = 0; t < tiers.size(); ++t) failed[t] += !passes(tiers[t], c, want);
+      continue;
+    }
+    if ((seed + i) % 16 == 10) {
+      const NormCase c = NormDraw(seed + i).next(seed + i);
+      const NormResults want = PlainNorm(c).run();
       for (size_t t = 0; t < tiers.size(); ++t) failed[t] += !passes(tiers[t], c, want);
       continue;
     }

@@ -17,6 +17,7 @@ from qnn.integrations.onnx import convolutions, layers, recurrent
 from qnn.integrations.onnx.build import NotTranslatableError, Value, op
 from qnn.integrations.onnx.layers import Rule
 from qnn.kernels import OPS, Op
+from qnn.kernels.declare.norm import NORMS
 from qnn.kernels.reference.recurrent import GRU, LSTM
 from qnn.kernels.schemes import SCHEMES, Scheme
 from qnn.kernels.torch_private import invoke_quant_packed
@@ -66,7 +67,7 @@ _ATTENTION = (
 )
 _NO_LAYER = "no layer of a converted model calls it: it is part of a gradient"
 
-_COMPILED_OPS = {"int8_rows_linear", "int8_static_quantize"}
+_COMPILED_OPS = {"int8_rows_linear", "int8_static_rows_linear", "int8_static_quantize", *NORMS}
 _COMPILED_OPS |= {f"int8_{name}_conv" for name in ("codes", "chain", "fork")}
 
 

@@ -111,12 +111,18 @@ __attribute__((noinline)) int32_t read_codes(const Linear& p, int64_t row, int64
                                              Code* out, float* scale) {
   int32_t sum = 0;
   if (p.row_scale != nullptr) {
-    const int8_t* codes = static_cast<const int8_t*>(p.x) + row * p.k;
+    // Sizes of its own: a store of bytes may change any member, for all that the compiler knows,
+    // and then it makes no vectors of a loop.
+    const int64_t k = p.k;
+    const int8_t* codes = static_cast<const int8_t*>(p.x) + row * k;
     *scale = p.row_scale[row];
-    // Loops of one purpose each: those the compiler makes vectors of.
-    for (int64_t i = 0; i < p.k; ++i) out[i] = codes[i];
-    for (int64_t i = p.k; i < padded; ++i) out[i] = 0;
-    for (int64_t i = 0; i < p.k; ++i) sum += codes[i];
+    if constexpr (sizeof(Code) == 1) {
+      std::memcpy(out, codes, k);
+    } else {
+      for (int64_t i = 0; i < k; ++i) out[i] = codes[i];
+    }
+    for (int64_t i = k; i < padded; ++i) out[i] = 0;
+    for (int64_t i = 0; i < k; ++i) sum += codes[i];
     return sum;
   }
   with_single_format(p.x_dtype, [&](auto format) {

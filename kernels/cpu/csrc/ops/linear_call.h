@@ -35,13 +35,17 @@ inline void run_parallel(const Arguments& args, const Kernel& kernel, const Line
   });
 }
 
+// The scale of a grid, or NaN where it is none, as that of a layer that was never calibrated.
+inline float usable_scale(float scale) {
+  const bool usable = scale >= std::numeric_limits<float>::min() && std::isfinite(scale);
+  return usable ? scale : std::numeric_limits<float>::quiet_NaN();
+}
+
 // The fixed grid of all rows; one of 16 bits has no zero point.
 inline void set_grid(Linear& p, Arguments& args, const Tensor* sx, const Tensor* zx) {
   if (sx == nullptr) return;
-  const float scale = *args.data<float>(sx);
-  const bool usable = scale >= std::numeric_limits<float>::min() && std::isfinite(scale);
   p.fixed = true;
-  p.grid_scale = usable ? scale : std::numeric_limits<float>::quiet_NaN();
+  p.grid_scale = usable_scale(*args.data<float>(sx));
   if (zx != nullptr) p.zero_point = *args.data<int8_t>(zx);
 }
 

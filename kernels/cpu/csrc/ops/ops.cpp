@@ -33,7 +33,7 @@ struct Int8Linear {
   const std::string& activation;
   const Tensor* scale = nullptr;              // where x is codes
   const ScalarType* dtype = nullptr;          // of y then
-  const Tensor *sx = nullptr, *zx = nullptr;  // of a fixed grid
+  const Tensor *sx = nullptr, *zx = nullptr;  // of a fixed grid; of codes the latter alone
 };
 
 Tensor linear(const Signature& op, const Kernel& kernel, const Int8Linear& a) {
@@ -48,6 +48,7 @@ Tensor linear(const Signature& op, const Kernel& kernel, const Int8Linear& a) {
   p.x = args.data(a.x), p.w = args.data<int8_t>(a.w), p.sw = args.data<float>(a.sw);
   p.row_scale = args.data<float>(a.scale);
   set_grid(p, args, a.sx, a.zx);
+  if (a.sx == nullptr && a.zx != nullptr) p.zero_point = *args.data<int8_t>(*a.zx);
   p.bias = args.data(a.bias), p.residual = args.data(a.residual);
   if (p.bias != nullptr) p.bias_dtype = float_format(*a.bias);
   p.activation = activation_called(a.activation);
@@ -100,6 +101,13 @@ Tensor int8_rows_linear(Tensor q, Tensor scale, Tensor w, Tensor sw, Maybe bias,
                         std::string activation, ScalarType dtype) {
   static const Signature& op = signature_of("int8_rows_linear");
   return linear(op, best_tier().int8, {q, w, sw, bias, residual, activation, &scale, &dtype});
+}
+
+Tensor int8_static_rows_linear(Tensor q, Tensor scale, Tensor w, Tensor sw, Tensor zx, Maybe bias,
+                               Maybe residual, std::string activation, ScalarType dtype) {
+  static const Signature& op = signature_of("int8_static_rows_linear");
+  return linear(op, best_tier().int8,
+                {q, w, sw, bias, residual, activation, &scale, &dtype, nullptr, &zx});
 }
 
 Tensor int16_linear(Tensor x, Tensor w, Tensor sw, Maybe bias, Maybe residual,
@@ -217,6 +225,7 @@ Tensor cpu_weight_linear(Tensor x, Tensor wq, Tensor sw, Maybe extra, Maybe bias
     {"int16_linear", TORCH_BOX(&int16_linear)},
     {"int16_static_linear", TORCH_BOX(&int16_static_linear)},
     {"int8_rows_linear", TORCH_BOX(&int8_rows_linear)},
+    {"int8_static_rows_linear", TORCH_BOX(&int8_static_rows_linear)},
 });
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include "conv/loops.h"
 #include "embedding/embedding.h"
 #include "linear/loops.h"
+#include "norm/rows.h"
 #include "recurrent/recurrent.h"
 #include "tiers/tiers.h"
 
@@ -61,6 +62,7 @@ constexpr Tier avx2 = [] {
   t.weight_only = kernel<FloatTier<Avx2Machine>>();
   t.quantize = quantize;
   t.look_up = look_up<FloatTier<Avx2Machine>>;
+  t.norm = norm_rows;
   t.recurrent = recurrent<IntegerProduct<Madd, 2, 3>>();
   t.recurrent_int16 = recurrent<IntegerProduct<Madd, 2, 3, double>>();
   t.recurrent_weight = recurrent<FloatProduct<Avx2Machine, 2, 3>>();

@@ -4,6 +4,7 @@
 #include "conv/loops.h"
 #include "embedding/embedding.h"
 #include "linear/loops.h"
+#include "norm/rows.h"
 #include "recurrent/recurrent.h"
 #include "tiers/tiers.h"
 #include "tiers/vnni512.h"
@@ -20,6 +21,7 @@ constexpr Tier avx512_vnni = [] {
   t.weight_only = kernel<FloatTier<Avx512Machine>>();
   t.quantize = quantize;
   t.look_up = look_up<FloatTier<Avx512Machine>>;
+  t.norm = norm_rows;
   t.recurrent = recurrent<IntegerProduct<Vnni, 6, 8>>();
   t.recurrent_int16 = recurrent<IntegerProduct<VnniWords, 6, 8, double>>();
   t.recurrent_weight = recurrent<FloatProduct<Avx512Machine, 6, 8>>();

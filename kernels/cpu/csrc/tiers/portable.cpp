@@ -7,6 +7,7 @@
 #include "conv/loops.h"
 #include "embedding/embedding.h"
 #include "linear/loops.h"
+#include "norm/rows.h"
 #include "recurrent/recurrent.h"
 #include "tiers/tiers.h"
 
@@ -89,6 +90,7 @@ constexpr Tier portable = [] {
   t.weight_only = kernel<FloatTier<PlainMachine>>();
   t.quantize = quantize;
   t.look_up = look_up<FloatTier<PlainMachine>>;
+  t.norm = norm_rows;
   t.recurrent = recurrent<IntegerProduct<Plain, 2, 3>>();
   t.recurrent_int16 = recurrent<IntegerProduct<Plain, 2, 3, double>>();
   t.recurrent_weight = recurrent<FloatProduct<PlainMachine, 2, 3>>();

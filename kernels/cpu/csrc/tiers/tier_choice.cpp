@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <stdexcept>
+#include <tuple>
 #include <vector>
 
 namespace qnn {
@@ -383,6 +384,40 @@ bool known_attention(const Tier& tier) {
   return true;
 }
 
+// Rows of every kind of norm, to the bit as in the portable tier: with a tail, and onto a grid.
+bool known_norms(const Tier& tier) {
+  constexpr int64_t kRows = 3, kColumns = 213;
+  std::vector<float> x(kRows * kColumns), more(x.size()), weight(kColumns), bias(kColumns);
+  uint32_t state = 1;
+  const auto next = [&] {
+    return static_cast<float>(static_cast<int>((state = state * 1664525 + 1013904223) >> 16) -
+                              32768) /
+           8192;
+  };
+  for (auto* values : {&x, &more, &weight, &bias}) {
+    for (auto& value : *values) value = next();
+  }
+  Norm p{};
+  p.m = kRows, p.k = kColumns, p.eps = 1e-5f, p.grid_scale = 0.04f, p.zero_point = -77;
+  p.x = x.data(), p.residual = more.data(), p.weight = weight.data(), p.bias = bias.data();
+  for (const int all : {0, 1, 2, 3, 4, 5}) {
+    p.kind = static_cast<NormKind>(all % 3), p.fixed = all >= 3;
+    const auto result = [&](const NormKernel& kernel) {
+      std::vector<float> sum(x.size()), y(x.size()), scales(kRows);
+      std::vector<int8_t> codes(x.size());
+      p.sum = sum.data(), p.y = y.data(), p.codes = codes.data(), p.scales = scales.data();
+      const size_t bytes = norm_bytes(p);
+      std::vector<char> memory(bytes + 64);
+      void* aligned = memory.data();
+      size_t space = memory.size();
+      kernel(p, 0, 1, static_cast<char*>(std::align(64, bytes, aligned, space)));
+      return std::make_tuple(sum, y, scales, codes);
+    };
+    if (result(tier.norm) != result(portable.norm)) return false;
+  }
+  return true;
+}
+
 // Why a tier may not be used, or null; tried once a process.
 const char* why_not(size_t index) {
   static const auto reasons = [] {
@@ -397,6 +432,7 @@ const char* why_not(size_t index) {
                  : !known_steps(tier)        ? "wrong steps in the known-answer test"
                  : !known_convolutions(tier) ? "wrong convolutions in the known-answer test"
                  : !known_attention(tier)    ? "wrong attention in the known-answer test"
+                 : !known_norms(tier)        ? "wrong norms in the known-answer test"
                                              : nullptr;
     }
     return found;

@@ -7,6 +7,7 @@
 #include "conv/conv.h"
 #include "embedding/lookup.h"
 #include "linear/linear.h"
+#include "norm/norm.h"
 #include "recurrent/recurrent_call.h"
 
 namespace qnn {
@@ -20,6 +21,7 @@ struct Tier {
   Kernel weight_only;  // rows as they are, float32 accumulation, w in any format
   void (*quantize)(const Quantize&, int part, int parts);
   void (*look_up)(const Lookup&, int part, int parts);
+  NormKernel norm;
   RecurrentKernel recurrent;         // of int8 and int8_static
   RecurrentKernel recurrent_int16;   // of int16 and int16_static
   RecurrentKernel recurrent_weight;  // of int8_weight
@@ -75,6 +77,7 @@ inline Tier whole(const Tier& tier) {
     if (all.weight_only.run == nullptr) all.weight_only = base->weight_only;
     if (all.quantize == nullptr) all.quantize = base->quantize;
     if (all.look_up == nullptr) all.look_up = base->look_up;
+    if (all.norm == nullptr) all.norm = base->norm;
     if (all.recurrent.run == nullptr) all.recurrent = base->recurrent;
     if (all.recurrent_int16.run == nullptr) all.recurrent_int16 = base->recurrent_int16;
     if (all.recurrent_weight.run == nullptr) all.recurrent_weight = base->recurrent_weight;
