@@ -90,8 +90,8 @@ int8_kv_attention = Op(
     "int8_kv_attention",
     "q: b h m d, keys: b g s d, key_scale: b g s, values: b g s e, value_scale: b g s, length: b, "
     "mask?: ..., scale?: float, is_causal?: bool=False -> b m h e",
-    doc="int8_attention over the first `length` tokens of each sequence of a cache, whose codes and "
-    "scales are there; with is_causal the last m of them are those of q",
+    doc="int8_attention over the first `length` tokens of each sequence of a cache, whose codes "
+    "and scales are there; with is_causal the last m of them are those of q",
     dtypes={"q": FLOATS, **_CACHE, "mask": (torch.bool, *FLOATS)},
     out=("q",),
     reference=kv_attention_reference,

@@ -107,7 +107,7 @@ def attention_reference(
     *,
     compute: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    (b, h, m, d), n, e = q.shape, k.shape[2], v.shape[3]
+    (b, h, m, _), n, e = q.shape, k.shape[2], v.shape[3]
     dtype = q.dtype if compute == torch.float32 else compute
     result = q.new_zeros(b, m, h, e, dtype=dtype)
     if 0 in (b, h, m, n, e):
@@ -118,8 +118,8 @@ def attention_reference(
 def cache_codes(
     k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What attention reads of rows of keys and values: codes and scales `[b, g, n]` of the keys, and
-    of the values.
+    """What attention reads of rows of keys and values: codes and scales `[b, g, n]` of the keys,
+    and of the values.
 
     They are those of `int8_quantize`, but that a row whose codes are all 0 has the scale 0, and
     that a key has NaN where a NaN or inf is in its row or in that of its value: each query that

@@ -71,6 +71,10 @@ struct CacheCodes {
   // Codes of a row of a query: whole vectors, and whole turns of words.
   static constexpr int64_t kStep = kGroup * kLanes;
   static_assert(kTurn % kWide == 0 && kTurn % kGroup == 0);
+  // Codes are fetched so many bytes before they are read. 8 heads, µs on one Sapphire-Rapids core,
+  // from the last-level cache: 512 × 96 keys 50 without and 44 with it, 4096 × 64 208 and 185, 4096
+  // × 128 422 and 381; the same from the second-level cache.
+  static constexpr int64_t kAhead = 4096;
 
   // sums [rows][kWide]: of each query, as rows of M::Code with sums of their codes, times kWide
   // keys from `keys` on, of which `there` may be read.
@@ -80,8 +84,10 @@ struct CacheCodes {
     using Query = typename M::Code;
     for (int64_t group = 0; group < kGroups; ++group) {
       const int8_t* at[kLanes];
-      for (int64_t lane = 0; lane < kLanes; ++lane)
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
         at[lane] = keys + smaller(group * kLanes + lane, there - 1) * row;
+        for (int64_t i = 0; i < depth; i += kLine) __builtin_prefetch(at[lane] + kAhead + i);
+      }
       for (int64_t r = 0; r < rows; ++r) {
         const auto* query = static_cast<const Query*>(queries) + r * stride;
         vint each[kLanes];
@@ -147,7 +153,10 @@ struct CacheCodes {
       for (int64_t i = 0; i < kGroup; ++i) {
         const int64_t key = word * kGroup + i;
         rows[i] = values + key * row;
-        if (key < there && left >= kWide) continue;
+        for (int64_t line = 0; line < kWide; line += kLine)
+          __builtin_prefetch(rows[i] + kAhead + line);
+        // Of a channel that is not there the lane holds something, which nobody reads.
+        if (key < there && (left >= kWide || (there - 1 - key) * row >= kWide - left)) continue;
         std::memset(some[i], 0, kWide);
         if (key < there) std::memcpy(some[i], rows[i], left);
         rows[i] = some[i];
