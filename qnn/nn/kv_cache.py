@@ -108,15 +108,16 @@ class Int8KVCache(nn.Module):
         scale: float | None = None,
     ) -> torch.Tensor:
         """`update`, then `attend`."""
-        self.update(key, value)
-        return self.attend(query, attn_mask, is_causal, scale)
+        rows = self.rows()
+        append_to_cache(key, value, *rows)
+        return cached_attention(query, *rows, attn_mask, is_causal, scale)
 
     def rows(self) -> tuple[CachedRows, CachedRows]:
         """Keys and values as the functions of `qnn.functional` take them: the parts themselves."""
-        return (
-            CachedRows(self.keys, self.key_scale, self.length),
-            CachedRows(self.values, self.value_scale, self.length),
-        )
+        parts = self._buffers  # attributes of a module take 1 µs each
+        length = parts["length"]
+        keys = CachedRows(parts["keys"], parts["key_scale"], length)  # type: ignore[arg-type]
+        return keys, CachedRows(parts["values"], parts["value_scale"], length)  # type: ignore[arg-type]
 
     def reset(self) -> None:
         """Forget all tokens."""
