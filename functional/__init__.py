@@ -10,6 +10,7 @@ from qnn.functional.embedding import embedding, embedding_bag
 from qnn.functional.fake_quantize import fake_quantize
 from qnn.functional.grouped import grouped_linear, sort_by_group, unsort
 from qnn.functional.invoke import invoke_quant
+from qnn.functional.kv_cache import CachedRows, append_to_cache, cached_attention
 from qnn.functional.linear import linear
 from qnn.functional.quantize import dequantize, quantize
 from qnn.functional.recurrent import RecurrentWeights, gru, lstm
@@ -17,7 +18,10 @@ from qnn.functional.sdpa import scaled_dot_product_attention
 from qnn.functional.training import training_linear
 
 __all__ = [
+    "CachedRows",
     "RecurrentWeights",
+    "append_to_cache",
+    "cached_attention",
     "conv",
     "conv_transpose",
     "dequantize",

@@ -93,7 +93,11 @@ def scaled_dot_product_attention(
     lead, of_keys = _lead(who, q, k, v, enable_gqa)
     q = _four_axes(q, lead)
     k, v = (_four_axes(each, (*lead[:-1], *of_keys)) for each in (k, v))
-    mask = None if attn_mask is None else _mask(who, attn_mask, (*lead, q.shape[2], k.shape[2]))
+    mask = (
+        None
+        if attn_mask is None
+        else attention_mask(who, attn_mask, (*lead, q.shape[2], k.shape[2]))
+    )
     y = _call(SCHEMES[scheme], scheme, (scale, is_causal), (q, k, v, mask))
     y = y.transpose(1, 2)  # as torch's: heads are joined without a copy
     return y if len(lead) == 2 else y.reshape(*lead, *y.shape[2:])
@@ -137,7 +141,7 @@ def _four_axes(x: torch.Tensor, lead: tuple[Any, ...]) -> torch.Tensor:
     return x if x.dim() == 4 else x.flatten(0, -4)
 
 
-def _mask(who: str, mask: torch.Tensor, wanted: tuple[Any, ...]) -> torch.Tensor:
+def attention_mask(who: str, mask: torch.Tensor, wanted: tuple[Any, ...]) -> torch.Tensor:
     """Four axes, of which those along which it is the same are 1."""
     shape = tuple(mask.shape)
     lacks = len(wanted) - len(shape)

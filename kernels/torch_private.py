@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,6 +69,7 @@ __all__ = [
     "is_jit_tracing",
     "is_observed",
     "mistakes_dtypes",
+    "note_writes",
     "plain_dispatch",
     "post_grad_form",
     "quantized_decomposed",
@@ -122,6 +123,13 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _modes = torch._C._len_torch_dispatch_stack
 _records = torch.is_grad_enabled
 _tracer = torch._C._get_tracing_state
+
+
+def note_writes(tensors: Iterable[torch.Tensor]) -> None:
+    """Let autograd know that they were written to: what it has saved of them is no longer good.
+    Tensors of `torch.inference_mode()` have no versions.
+    """
+    torch.autograd.graph.increment_version([x for x in tensors if not x.is_inference()])
 
 
 def in_mode() -> bool:

@@ -76,7 +76,8 @@ def test_every_op_is_registered_and_a_cast_a_lookup_or_a_count_counts_nothing(op
     with torch.no_grad():
         total = count(lambda: op.overload(*args))
     nothing = "quantize" in op.name or "_embedding" in op.name
-    nothing |= op.name.endswith("_norm") or op.name in ("histogram", "exponents")
+    nothing |= op.name.endswith("_norm")
+    nothing |= op.name in ("histogram", "exponents", "int8_kv_append")
     assert (total == 0) is nothing
 
 

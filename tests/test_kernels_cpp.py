@@ -205,6 +205,7 @@ def test_every_source_is_driven() -> None:
         for family in (
             "",
             "attention_",
+            "cache_",
             "conv_",
             "conv_transpose_",
             "embedding_",

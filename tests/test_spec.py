@@ -36,7 +36,21 @@ Args = tuple[Any, ...]
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
     return value if isinstance(value, tuple) else (value,)
+
+
+def fresh(op: Op, args: Args) -> Args:
+    """The arguments, with copies of those that the op writes to."""
+    return tuple(a.clone() if i in op.written else a for i, a in enumerate(args))
+
+
+def outcome(op: Op, call: Any, args: Args, **options: Any) -> tuple[torch.Tensor, ...]:
+    """The results of a call, and what it has written."""
+    given = fresh(op, args)
+    results = as_tuple(call(*given, **options))
+    return (*results, *(given[i] for i in op.written))
 
 
 def alike(got: torch.Tensor, want: torch.Tensor) -> None:
@@ -50,9 +64,11 @@ def alike(got: torch.Tensor, want: torch.Tensor) -> None:
 def opcheck(op: Op, args: Args) -> None:
     # Torch's own check of mutation adds up its arguments, which it cannot for float8.
     some = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    tensors = [a for a in (*as_tuple(op.overload(*args)), *args) if isinstance(a, torch.Tensor)]
+    called = outcome(op, op.overload, args)
+    tensors = [a for a in (*called, *args) if isinstance(a, torch.Tensor)]
     has_float8 = any(tensor.dtype in FLOAT8 for tensor in tensors)
-    torch.library.opcheck(op.overload, args, **({"test_utils": some} if has_float8 else {}))
+    options = {"test_utils": some} if has_float8 else {}
+    torch.library.opcheck(op.overload, fresh(op, args), **options)
 
 
 def form(op: Op) -> str:
@@ -82,7 +98,7 @@ class TestEveryOp:
         """One real call of each sample answers all of it: the fake, the reference and float64."""
         count = 0
         for _, args in op.samples():
-            real = as_tuple(op.overload(*args))
+            real = outcome(op, op.overload, args)
             self.fake_equals_real(op, args, real)
             self.real_equals_reference(op, args, real)
             count += 1
@@ -96,9 +112,10 @@ class TestEveryOp:
                     *(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args)
                 )
             )
-        assert len(fake) == len(real)
+        assert len(fake) + len(op.written) == len(real)
+        assert all(real[i].shape == args[j].shape for i, j in enumerate(op.written, len(fake)))
         storages = [a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)]
-        for got, want in zip(fake, real, strict=True):
+        for got, want in zip(fake, real, strict=False):
             assert (got.shape, got.dtype, got.stride(), got.device) == (
                 want.shape,
                 want.dtype,
@@ -109,7 +126,12 @@ class TestEveryOp:
             assert want._base is None
 
     def real_equals_reference(self, op: Op, args: Args, real: tuple[torch.Tensor, ...]) -> None:
-        wanted = as_tuple(op.reference(*args))
+        wanted = outcome(op, op.reference, args)
+        if op.written:
+            assert all(
+                same_bits(got, want) for got, want in zip(real[:-1], wanted[:-1], strict=True)
+            )
+            return
         for got, want, rule in zip(real, wanted, op.out, strict=True):
             if any(out in CODES for out in op.out) and rule != "dtype":  # that of floats beside
                 assert same_bits(got, want)
@@ -131,6 +153,10 @@ class TestEveryOp:
         _, args = next(op.samples())
         if args[0].dtype.is_floating_point:
             wanting = (args[0].clone().requires_grad_(), *args[1:])
+            if op.written:  # no result could tell that a gradient is lost
+                with pytest.raises(NotImplementedError, match=r"call it under torch\.no_grad"):
+                    op.overload(*fresh(op, wanting))
+                return
             pairs = zip(as_tuple(op.overload(*wanting)), as_tuple(op.overload(*args)), strict=True)
             assert all(same_bits(got, want) for got, want in pairs)
 
@@ -163,9 +189,33 @@ class TestEveryOp:
             stacked = list(args)
             stacked[which] = torch.stack([args[which], args[which]])
             in_dims = tuple(0 if i == which else None for i in range(len(args)))
+            if op.written:
+                self.vmap_of_written(op, args, which)
+                continue
             mapped = torch.vmap(op.overload, in_dims=in_dims)(*stacked)
             for got, want in zip(as_tuple(mapped), as_tuple(op.overload(*args)), strict=True):
                 alike(got, torch.stack([want, want]))
+
+    def vmap_of_written(self, op: Op, args: Args, which: int) -> None:
+        """With all that is written mapped; else elements would write to the same place."""
+        in_dims = tuple(0 if i in {which, *op.written} else None for i in range(len(args)))
+        given = tuple(
+            arg if axis is None else torch.stack([arg, arg])
+            for arg, axis in zip(args, in_dims, strict=True)
+        )
+
+        def call(*elements: Any) -> Any:
+            op.overload(*elements)
+            return elements[op.written[0]]  # a mapped function returns something
+
+        torch.vmap(call, in_dims=in_dims)(*given)
+        for i, want in zip(op.written, outcome(op, op.overload, args), strict=True):
+            alike(given[i], torch.stack([want, want]))
+        only = tuple(0 if i == which else None for i in range(len(args)))
+        with pytest.raises(ValueError, match="is written in place"):
+            torch.vmap(call, in_dims=only)(
+                *(torch.stack([a, a]) if i == which else a for i, a in enumerate(args))
+            )
 
     @parameterized.expand(EVERY_OP)
     def test_the_fast_check_agrees_with_the_one_that_explains(self, _: str, op: Op) -> None:
@@ -213,6 +263,8 @@ class TestEveryOp:
         op.check(*given)
         for short, full in zip(as_tuple(op.fake(*given)), as_tuple(op.fake(*whole)), strict=True):
             assert (short.shape, short.dtype) == (full.shape, full.dtype)
+        if op.written:
+            return  # one that leaves something out has no mapped axis to write to
         mapped = torch.vmap(op.overload, in_dims=(0, *[None] * (required - 1)))
         stacked = as_tuple(mapped(args[0][None], *given[1:]))
         for y, short, full in zip(
@@ -310,6 +362,10 @@ class TestDeclaration:
             ("x: b h, n: float=a -> b h", "n has the default 'a', which is not float"),
             ("x: b h, n: int -> b f(h, n)", "the declaration has no function 'f'"),
             ("x: (b h)[2] -> b h", "'(b h)[2]' of x is not an axis"),
+            ("x: b h -> ()", "no result, and no argument marked '!' that it writes to"),
+            ("x!?: b h -> ()", "x is written, so it cannot be left out"),
+            ("x: b, n!: int -> ()", "n is marked '!' and is not a tensor"),
+            ("x!: (b h)[e] -> ()", "x is marked '!' and is a list; name each tensor"),
         ]
     )
     def test_a_mistake_is_an_error_of_the_declaration(self, signature: str, reason: str) -> None:
@@ -541,6 +597,10 @@ class TestSignature:
             'Tensor? residual=None, str activation="none") -> Tensor'
         )
         assert OPS["int8_quantize"].schema == "int8_quantize(Tensor x) -> (Tensor, Tensor)"
+        assert OPS["int8_kv_append"].schema == (
+            "int8_kv_append(Tensor k, Tensor v, Tensor(c!) keys, Tensor(d!) key_scale, "
+            "Tensor(e!) values, Tensor(f!) value_scale, Tensor(g!) length) -> ()"
+        )
 
     def test_no_arrow(self) -> None:
         with pytest.raises(ValueError, match="has no '->'"):

@@ -4,6 +4,9 @@ through the rounding. `reference/attention.py` says what it computes.
 Heads of keys and values may serve several heads of queries each (`g` divides `h`). A mask has four
 axes, any of which may be 1; False, or −inf, hides a key from a query. Heads come last but one in
 the result, as models join them.
+
+A cache holds codes and scales of keys and values as attention reads them, `[b, g, s, …]`: of each
+sequence the first `length` tokens are there.
 """
 
 from __future__ import annotations
@@ -18,8 +21,11 @@ from qnn.kernels.op import Op
 from qnn.kernels.reference.attention import (
     attention_gradient_reference,
     attention_reference,
+    kv_append_reference,
+    kv_attention_reference,
     split_attention_gradients,
     why_not_attention,
+    why_not_kv_attention,
 )
 
 _OPERANDS = "q: b h m d, k: b g n d, v: b g n e, mask?: ..., scale?: float, is_causal?: bool=False"
@@ -58,6 +64,51 @@ int8_attention = Op(
     products="b h m n d+b h m n e",
     **_COMMON,
 )
+
+_CACHE = {
+    **dict.fromkeys(("keys", "values"), (torch.int8,)),
+    **dict.fromkeys(("key_scale", "value_scale"), (torch.float32,)),
+    "length": (torch.int64,),
+}
+
+int8_kv_append = Op(
+    "int8_kv_append",
+    "k: b g n d, v: b g n e, keys!: b g s d, key_scale!: b g s, values!: b g s e, "
+    "value_scale!: b g s, length!: b -> ()",
+    doc="codes and scales of n more tokens, as int8_attention has them, to places length to "
+    "length + n − 1 of each sequence; length += n",
+    dtypes={"k": FLOATS, "v": "k", **_CACHE},
+    out=(),
+    reference=kv_append_reference,
+    sample={"b": 2, "g": 3, "n": 2, "s": 9, "d": 16, "e": 12, "length": (0, 8)},
+    rowwise=False,
+    inference=True,
+    native=True,
+)
+
+int8_kv_attention = Op(
+    "int8_kv_attention",
+    "q: b h m d, keys: b g s d, key_scale: b g s, values: b g s e, value_scale: b g s, length: b, "
+    "mask?: ..., scale?: float, is_causal?: bool=False -> b m h e",
+    doc="int8_attention over the first `length` tokens of each sequence of a cache, whose codes "
+    "and scales are there; with is_causal the last m of them are those of q",
+    dtypes={"q": FLOATS, **_CACHE, "mask": (torch.bool, *FLOATS)},
+    out=("q",),
+    reference=kv_attention_reference,
+    positive=("key_scale", "value_scale"),
+    sample={
+        **{"b": 2, "h": 6, "g": 3, "m": 5, "s": 9, "d": 16, "e": 12, "length": (5, 10)},
+        "mask": lambda sizes: torch.randn(
+            1, sizes["h"], 1, sizes["s"], generator=torch.Generator().manual_seed(1)
+        ),
+    },
+    rule=lambda *args: why_not_kv_attention(dict(zip(_KV_NAMES, args, strict=True))),
+    limits={"d": INT8_MAX_K},
+    rowwise=False,
+    native=True,
+    products="b h m s d+b h m s e",
+)
+_KV_NAMES = tuple(arg.name for arg in int8_kv_attention.inputs)
 
 attention_dgrad = Op(
     "attention_dgrad",

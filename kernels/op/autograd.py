@@ -33,6 +33,7 @@ from qnn.kernels.torch_private import (
     below_autograd,
     in_functorch_transform,
     in_mode,
+    note_writes,
     single_level_functions,
     with_gradients,
     without_autocast,
@@ -83,7 +84,10 @@ def autograd_kernel(op: Declaration, ops: Mapping[str, Declaration]) -> Callable
             forward_ad._current_level >= 0 and _has_tangent(args)
         ):
             return differentiable(keyset & AFTER_AUTOGRAD, *args)
-        return redispatch(keyset & AFTER_AUTOGRAD, *args)
+        result = redispatch(keyset & AFTER_AUTOGRAD, *args)
+        if op.written:
+            note_writes(args[i] for i in op.written)
+        return result
 
     names = [arg.name for arg in op.inputs]
     # What an epilogue has where it does nothing.
@@ -95,6 +99,9 @@ def autograd_kernel(op: Declaration, ops: Mapping[str, Declaration]) -> Callable
 
     def differentiable(below: Any, *args: Any) -> Any:
         args += op.tails[len(args)]
+        if op.written:  # there is no result whose gradient could be asked for
+            needed = [n for n, v in zip(names, args, strict=True) if _is_differentiated(v)]
+            _refuse(op, needed, set(), advice=_IN_PLACE)
         if epilogue:
             residual, activation, *last = given = [args[at] for at in epilogue]
             if residual is not None or given != bare:
@@ -115,6 +122,10 @@ def _has_tangent(args: Sequence[Any]) -> bool:
         isinstance(arg, torch.Tensor) and forward_ad.unpack_dual(arg).tangent is not None
         for arg in args
     )
+
+
+def _is_differentiated(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and (value.requires_grad or _has_tangent((value,)))
 
 
 def _function(op: Declaration, ops: Mapping[str, Declaration]) -> Any:
@@ -268,14 +279,26 @@ def _tangent(
     return _called(ops[linearised], {**shared, "bias": tbias}, tx)
 
 
+_FROZEN = (
+    "Detach what needs none; quantised values are frozen. To train a weight use qnn.Linear (or "
+    "prepare for quantisation-aware training), in eager mode or under torch.compile."
+)
+_IN_PLACE = (
+    "It writes codes in place, for inference: call it under torch.no_grad(), or detach them."
+)
+
+
 def _refuse(
-    op: Declaration, refused: Sequence[str], able: set[str], what: str = "gradient"
+    op: Declaration,
+    refused: Sequence[str],
+    able: set[str],
+    what: str = "gradient",
+    advice: str = _FROZEN,
 ) -> NoReturn:
     """Raise, naming what has no gradient, what has one, and what to do."""
     have = ", ".join(arg.name for arg in op.inputs if arg.name in able)
     raise NotImplementedError(
         f"qnn::{op.name} has no {what} with respect to {', '.join(refused)}"
         + (f", only to {have}" if have else "")
-        + ". Detach what needs none; quantised values are frozen. To train a weight use qnn.Linear "
-        "(or prepare for quantisation-aware training), in eager mode or under torch.compile."
+        + f". {advice}"
     )

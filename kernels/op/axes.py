@@ -3,6 +3,7 @@
     x: ... k, w: n k, bias?: n -> ... n
 
 An argument is `name: axes`, and `name?: axes` where it may be left out, and so may all that follow.
+A tensor `name!: axes` is written in place, and keeps its shape.
 Axes stand apart by blanks; `...` is any number of leading ones. An axis is
 
 - a name, `k`, which the first tensor that has it binds to its size;
@@ -13,7 +14,8 @@ Axes stand apart by blanks; `...` is any number of leading ones. An axis is
 
 `w: (n k)[e]` is a list of `e` tensors. Other arguments are a `dtype`, `str`, `int`, `int[]`,
 `int[2]`, `float` or `bool`; `int=1` has a default. An integer argument is a known size too, and
-`stride[0]` the first of several. Results are `name: axes`, or the axes alone.
+`stride[0]` the first of several. Results are `name: axes`, or the axes alone, or `()` for none, of
+an op that writes.
 """
 
 from __future__ import annotations
@@ -147,6 +149,7 @@ class Arg:
         kind: its type in the schema.
         count: of a list of tensors, the axis that is its length.
         default: of an optional argument that is not a tensor.
+        written: whether the op writes to the tensor in place.
     """
 
     name: str
@@ -156,6 +159,7 @@ class Arg:
     kind: str = "Tensor"
     count: str | None = None
     default: Any = None
+    written: bool = False
 
     @property
     def tail(self) -> tuple[Axis, ...]:
@@ -192,7 +196,10 @@ def parse_signature(
     if not arrow:
         fail("it has no '->' before the results")
     inputs = tuple(_argument(part, fail, given=True) for part in _apart(left, ","))
-    outputs = tuple(_argument(part, fail, given=False) for part in _apart(right, ","))
+    results = [] if right.strip() == "()" else _apart(right, ",")
+    outputs = tuple(_argument(part, fail, given=False) for part in results)
+    if not outputs and not any(arg.written for arg in inputs):
+        fail("it has no result, and no argument marked '!' that it writes to")
     for before, after in itertools.pairwise(inputs):
         if before.optional and not after.optional:
             fail(f"{after.name} must be optional, as {before.name} is")
@@ -247,14 +254,21 @@ def _argument(part: str, fail: Callable[[str], Any], *, given: bool) -> Arg:
         name, axes = "y", part
     name, axes = name.strip(), axes.strip()
     optional, name = name.endswith("?"), name.removesuffix("?").strip()
+    written, name = name.endswith("!") and given, name.removesuffix("!").strip()
+    if written and optional:
+        fail(f"{name} is written, so it cannot be left out")
     if given and (not name.isidentifier() or keyword.iskeyword(name)):
         fail(f"{name!r} cannot name an argument; write 'name: axes'")
     if axes.endswith("?"):
         fail(f"{name} is marked after its axes; write '{name}?: {axes[:-1]}'")
     if (match := _PLAIN.fullmatch(axes)) and given:
+        if written:
+            fail(f"{name} is marked '!' and is not a tensor")
         return _plain(name, match, optional, fail)
     count = None
     if match := _LIST.fullmatch(axes):
+        if written:
+            fail(f"{name} is marked '!' and is a list; name each tensor that is written")
         count, axes = match["count"], match["axes"].strip()
     words = _apart(axes, None)
     lead = words[:1] == [LEAD]
@@ -267,7 +281,7 @@ def _argument(part: str, fail: Callable[[str], Any], *, given: bool) -> Arg:
         except ValueError:
             fail(f"{word!r} of {name} is not an axis: {FORMS}")
     kind = "Tensor" if count is None else "Tensor[]"
-    return Arg(name, tuple(parsed), lead, optional, kind, count)
+    return Arg(name, tuple(parsed), lead, optional, kind, count, written=written)
 
 
 def _plain(name: str, match: re.Match[str], optional: bool, fail: Callable[[str], Any]) -> Arg:

@@ -90,9 +90,12 @@ class Declaration:
         self.products = {"": products} if isinstance(products, str) else dict(products or {})
         self.limits, self.multiples = dict(limits or {}), dict(multiples or {})
         # The axis of the result that `bias` is added along, from its end; None without one.
-        added, tail = [arg.tail for arg in self.inputs if arg.name == "bias"], self.outputs[0].tail
+        added = [arg.tail for arg in self.inputs if arg.name == "bias"]
+        tail = self.outputs[0].tail if self.outputs else ()
         ends = [tail.index(axes[-1]) - len(tail) for axes in added if axes[-1] in tail]
         self.bias_axis = ends[0] if ends and not inference else None
+        # Whose tensors the op writes to: their places among the arguments.
+        self.written = tuple(i for i, arg in enumerate(self.inputs) if arg.written)
         self.inference = inference
         # Torch drops trailing arguments that equal their default on the way to Python functions;
         # `tails[n]` is what a call of n arguments lacks.
@@ -111,6 +114,8 @@ class Declaration:
 
     def _declared(self, arg: Arg) -> str:
         """The argument in the schema."""
+        if arg.written:
+            return f"{arg.kind}({chr(ord('a') + self.inputs.index(arg))}!) {arg.name}"
         if not arg.optional:
             return f"{arg.kind} {arg.name}"
         if arg.axes is not None:
@@ -324,6 +329,8 @@ class Declaration:
         results = tuple(
             make(result, rule) for result, rule in zip(self.outputs, self.out, strict=True)
         )
+        if not results:
+            return None
         return results[0] if len(results) == 1 else results
 
     def memory_format(self, args: Sequence[Any]) -> torch.memory_format:

@@ -23,6 +23,7 @@ from qnn.kernels.torch_private import (
     dtype_number,
     in_mode,
     is_observed,
+    note_writes,
     unregister,
     without_autocast,
 )
@@ -135,6 +136,8 @@ class Op(Declaration):
             return self.overload(*args)
         if self._ends is not None and (end := self._ends.get(args[-1])) is not None:
             args = args[:-1] + end
+        if self.written:
+            note_writes(args[i] for i in self.written)
         return direct(*args)
 
     def go_native(self, declare: Callable[[str, str], None]) -> None:
@@ -212,6 +215,8 @@ class Op(Declaration):
             for arg, axis in zip(self.inputs, in_dims, strict=True)
         ]
         mapped = [arg for arg, axis in zip(self.inputs, in_dims, strict=True) if axis is not None]
+        if self.written:
+            return self._of_each(info.batch_size, in_dims, args)
         if self.layout is not None and all(arg.tail[0].name == "b" for arg in mapped):
             return self._of_larger_batch(info.batch_size, in_dims, args)
         if self.rowwise and all(arg.has_lead for arg in mapped):
@@ -238,6 +243,21 @@ class Op(Declaration):
                 torch.stack(calls) if single else tuple(map(torch.stack, zip(*calls, strict=True)))
             )
         return result, 0 if len(self.outputs) == 1 else (0,) * len(self.outputs)
+
+    def _of_each(self, count: int, in_dims: Sequence[int | None], args: Sequence[Any]) -> Any:
+        """A call an element, each of which writes to its own part of what is mapped."""
+        for i in self.written:
+            if in_dims[i] is None:
+                name = self.inputs[i].name
+                raise ValueError(
+                    f"qnn::{self.name} under torch.vmap: {name} is written in place, and has no "
+                    "axis that is mapped: all elements would write to the same place. Map it too."
+                )
+        for i in range(count):
+            self.overload(
+                *(v if d is None else v.select(d, i) for v, d in zip(args, in_dims, strict=True))
+            )
+        return None, None
 
     def _of_larger_batch(
         self, count: int, in_dims: Sequence[int | None], args: Sequence[Any]

@@ -71,15 +71,30 @@ def why_not_attention(given: Mapping[str, Any]) -> str | None:
 
 
 def _visible(
-    mask: torch.Tensor | None, is_causal: bool, rows: range, keys: int, device: torch.device
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    rows: range,
+    keys: int,
+    device: torch.device,
+    length: torch.Tensor | None = None,
+    queries: int = 0,
 ) -> torch.Tensor:
-    """Which keys queries see, `[b, h, m, n]`, or 1 along some axes."""
+    """Which keys queries see, `[b, h, m, n]`, or 1 along some axes. With the `length [b]` of each
+    sequence the last of all `queries` is at its end.
+    """
+    at = torch.arange(keys, device=device)
+    there = (at >= 0)[None, None, None]
+    first = torch.zeros(1, dtype=torch.int64, device=device)
+    if length is not None:
+        there = there & (at < length[:, None])[:, None, None]
+        first = length - queries
     if mask is not None:
         some = mask if mask.shape[2] == 1 else mask[:, :, rows.start : rows.stop]
-        return some if some.dtype == torch.bool else some.float() != -math.inf
-    at = torch.arange(keys, device=device)
-    queries = torch.arange(rows.start, rows.stop, device=device)[:, None]
-    return ((at <= queries) if is_causal else (at >= 0)[None])[None, None]
+        return there & (some if some.dtype == torch.bool else some.float() != -math.inf)
+    if not is_causal:
+        return there
+    row = first[:, None] + torch.arange(rows.start, rows.stop, device=device)
+    return there & (at <= row[..., None])[:, None]
 
 
 def attention_reference(
@@ -92,16 +107,53 @@ def attention_reference(
     *,
     compute: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    (b, h, m, d), n, e = q.shape, k.shape[2], v.shape[3]
+    (b, h, m, _), n, e = q.shape, k.shape[2], v.shape[3]
     dtype = q.dtype if compute == torch.float32 else compute
     result = q.new_zeros(b, m, h, e, dtype=dtype)
     if 0 in (b, h, m, n, e):
         return result
-    (qc, sq), (kc, sk), (vc, sv) = (quantize_rows(each.float()) for each in (q, k, v))
-    # A key with a NaN or inf, or whose value has one, makes a NaN of each score that sees it.
-    sk = torch.where(sk.isfinite() & sv.isfinite(), sk, torch.nan)
+    return _attend(q, *cache_codes(k, v), mask, scale, is_causal, None, compute, result)
+
+
+def cache_codes(
+    k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What attention reads of rows of keys and values: codes and scales `[b, g, n]` of the keys,
+    and of the values.
+
+    They are those of `int8_quantize`, but that a row whose codes are all 0 has the scale 0, and
+    that a key has NaN where a NaN or inf is in its row or in that of its value: each query that
+    sees it is NaN.
+    """
+    (kc, sk), (vc, sv) = (quantize_rows(each.float()) for each in (k, v))
+    good = sk.isfinite() & sv.isfinite()
+    sk, sv = (
+        torch.where((codes != 0).any(-1, keepdim=True), scales, 0)
+        for codes, scales in ((kc, sk), (vc, sv))
+    )
+    return kc, torch.where(good, sk, torch.nan)[..., 0], vc, sv[..., 0]
+
+
+def _attend(
+    q: torch.Tensor,
+    kc: torch.Tensor,
+    sk: torch.Tensor,
+    vc: torch.Tensor,
+    sv: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    is_causal: bool,
+    length: torch.Tensor | None,
+    compute: torch.dtype,
+    result: torch.Tensor,
+) -> torch.Tensor:
+    """Attention over codes and scales as `cache_codes` has them, into `result [b, m, h, e]`."""
+    (b, h, m, d), (groups, n) = q.shape, kc.shape[1:3]
+    dtype = result.dtype
+    qc, sq = quantize_rows(q.float())
+    sk, sv = sk[..., None], sv[..., None]
     sq = torch.where(sq.isfinite(), sq, torch.nan)
-    kc, sk, vc, sv = (each.repeat_interleave(h // k.shape[1], 1) for each in (kc, sk, vc, sv))
+    kc, sk, vc, sv = (each.repeat_interleave(h // groups, 1) for each in (kc, sk, vc, sv))
     unit = _single(d**-0.5 if scale is None else scale) * _single(LOG2E) * (1 << FRACTION)
     sq = sq * unit.to(q.device)
 
@@ -110,9 +162,8 @@ def attention_reference(
     blocks = range(0, m, max(1, _BLOCK // (b * h * n)))
     for start in blocks:
         rows = range(start, min(m, start + blocks.step))
-        seen = seen | _visible(mask, is_causal, rows, n, q.device).any(-2)
-    there = (seen & sv[..., 0].isfinite() & (vc != 0).any(-1))[..., None]
-    sv = torch.where(there, sv, 0)
+        seen = seen | _visible(mask, is_causal, rows, n, q.device, length, m).any(-2)
+    sv = torch.where(seen[..., None], sv, 0)
     top = sv.amax(-2, keepdim=True)
     gain = torch.round(torch.where(top > 0, sv / top * 32767, 0)).long()
 
@@ -125,7 +176,7 @@ def attention_reference(
             added = some.float() * (_single(LOG2E) * (1 << FRACTION)).to(q.device)
             scores = scores + added.clamp(-_MOST, _MOST)  # inf is larger than any score
         u = torch.round(scores.clamp(-LIMIT, LIMIT)).nan_to_num(NAN).long()
-        u = torch.where(_visible(mask, is_causal, rows, n, q.device), u, HIDDEN)
+        u = torch.where(_visible(mask, is_causal, rows, n, q.device, length, m), u, HIDDEN)
         most = u.amax(-1, keepdim=True)
         a = weights_of(most - u)
         total = a.sum(-1, keepdim=True).to(torch.float32).to(compute)
@@ -135,6 +186,83 @@ def attention_reference(
         y = torch.where(most == NAN, torch.nan, torch.where(most == HIDDEN, 0, y))
         result[:, rows.start : rows.stop] = y.to(dtype).transpose(1, 2)
     return result
+
+
+def why_not_kv_attention(given: Mapping[str, Any]) -> str | None:
+    """The same of attention over a cache."""
+    return why_not_attention({**given, "k": given["keys"]})
+
+
+def kv_attention_reference(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    key_scale: torch.Tensor,
+    values: torch.Tensor,
+    value_scale: torch.Tensor,
+    length: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    *,
+    compute: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    (b, h, m, _), (n, e) = q.shape, values.shape[2:]
+    if reason := why_not_lengths(length, m if is_causal else 0, n):
+        raise ValueError(f"qnn::int8_kv_attention: {reason}.")
+    dtype = q.dtype if compute == torch.float32 else compute
+    result = q.new_zeros(b, m, h, e, dtype=dtype)
+    if 0 in (b, h, m, n, e):
+        return result
+    parts = (keys, key_scale, values, value_scale)
+    return _attend(q, *parts, mask, scale, is_causal, length, compute, result)
+
+
+def why_not_lengths(length: torch.Tensor, least: int, most: int) -> str | None:
+    """What is wrong with the lengths of sequences, on a device where looking at them is free."""
+    if not length.is_cpu or not length.numel():
+        return None
+    low, high = (int(end) for end in length.aminmax())
+    if high > most or low < 0:
+        got = high if high > most else low
+        return f"length must be from 0 to {most}, the tokens that the cache holds, got {got}"
+    if low < least:
+        return (
+            f"with is_causal the last {least} tokens are those of q: length must be at least "
+            f"{least}, got {low}; append their keys and values first"
+        )
+    return None
+
+
+def kv_append_reference(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys: torch.Tensor,
+    key_scale: torch.Tensor,
+    values: torch.Tensor,
+    value_scale: torch.Tensor,
+    length: torch.Tensor,
+) -> None:
+    (b, _, count, _), most = k.shape, keys.shape[2]
+    if reason := why_not_room(length, count, most):
+        raise ValueError(f"qnn::int8_kv_append: {reason}.")
+    at = length[:, None] + torch.arange(count, device=length.device)
+    batch = torch.arange(b, device=length.device)[:, None]
+    for to, part in zip((keys, key_scale, values, value_scale), cache_codes(k, v), strict=True):
+        to[batch, :, at] = part.transpose(1, 2)
+    length += count
+
+
+def why_not_room(length: torch.Tensor, count: int, most: int) -> str | None:
+    """Why so many more tokens cannot be appended to each sequence."""
+    if reason := why_not_lengths(length, 0, most):
+        return reason
+    held = int(length.max()) if length.is_cpu and length.numel() else 0
+    if held + count > most:
+        return (
+            f"the cache holds {most} tokens at most: there are {held}, and {count} more; make it "
+            "larger, or reset it"
+        )
+    return None
 
 
 def attention_gradient_reference(

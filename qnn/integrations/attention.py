@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from qnn.functional import scaled_dot_product_attention
+from qnn.functional import CachedRows, cached_attention, scaled_dot_product_attention
 
 NAME = "qnn_int8"
 
@@ -20,8 +20,8 @@ NAME = "qnn_int8"
 def int8_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: torch.Tensor | CachedRows,
+    value: torch.Tensor | CachedRows,
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -33,7 +33,8 @@ def int8_attention_forward(
 
     Args:
         module: the layer, of which `num_key_value_groups` and `is_causal` are read.
-        query, key, value: `[B, H, L, D]`, `[B, G, S, D]` and `[B, G, S, E]`.
+        query, key, value: `[B, H, L, D]`, `[B, G, S, D]` and `[B, G, S, E]`; or key and value of an
+            `Int8Cache`, of S places.
         attention_mask: of `sdpa`'s form: bool, or added to the scores; None for none, or a causal
             one where the layer is causal and L is more than 1.
         scaling: 1/√D if None.
@@ -63,6 +64,16 @@ def int8_attention_forward(
     if position_bias is not None:
         attention_mask = _joined(position_bias, attention_mask, causal, query, key)
         causal = False
+    if isinstance(key, CachedRows):
+        assert isinstance(value, CachedRows)  # noqa: S101  # a cache returns both
+        if dropout != 0.0:
+            raise NotImplementedError(
+                f"attn_implementation={NAME!r}: a cache in int8 is for inference, got dropout "
+                f"{dropout}; call model.eval()."
+            )
+        y = cached_attention(query, key, value, attention_mask, causal, scaling)
+        return y.transpose(1, 2), None
+    assert isinstance(value, torch.Tensor)  # noqa: S101  # as key
     y = scaled_dot_product_attention(
         query,
         key,
@@ -81,12 +92,16 @@ def _joined(
     mask: torch.Tensor | None,
     causal: bool,
     query: torch.Tensor,
-    key: torch.Tensor,
+    key: torch.Tensor | CachedRows,
 ) -> torch.Tensor:
     """One mask that is added to the scores."""
     if mask is None:
         if not causal:
             return bias
+        if isinstance(key, CachedRows):
+            raise ValueError(
+                f"attn_implementation={NAME!r}: a position bias over a cache in int8 needs a mask."
+            )
         size = (query.shape[2], key.shape[2])
         mask = torch.ones(size, dtype=torch.bool, device=bias.device).tril()
     return torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else bias + mask

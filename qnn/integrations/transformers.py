@@ -27,6 +27,7 @@ from qnn.integrations import attention
 from qnn.integrations.arrivals import Arrivals, dequantize, excluded, layers_of
 from qnn.integrations.checkpoints.pretrained import layers_in
 from qnn.integrations.compressed_tensors import describe, schemes_of, smoothed_of
+from qnn.integrations.kv_cache import Int8Cache as Int8Cache  # for those who use it
 from qnn.kernels import SCHEMES, get_scheme
 from qnn.nn import QLinear
 from qnn.nn.base import Quantized

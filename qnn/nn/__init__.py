@@ -27,6 +27,7 @@ from qnn.nn.grouped import (
     register_adapter,
     unregister_adapter,
 )
+from qnn.nn.kv_cache import Int8KVCache
 from qnn.nn.linear import Linear, ObservedLinear, QLinear
 from qnn.nn.recurrent import (
     QGRU,
@@ -44,6 +45,7 @@ __all__ = [
     "QLSTM",
     "ExpertsAdapter",
     "GroupedLinear",
+    "Int8KVCache",
     "Linear",
     "ObservedConv1d",
     "ObservedConv2d",

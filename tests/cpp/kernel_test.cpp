@@ -781,6 +781,7 @@ std::vector<Tier> tiers_called(const std::string& names) {
 }  // namespace
 
 #include "attention_case.h"
+#include "cache_case.h"
 #include "conv_case.h"
 #include "lookup_case.h"
 #include "norm_case.h"
@@ -810,7 +811,8 @@ int main(int argc, char** argv) {
     if (attention || (!convolutions && (seed + i) % 8 == 6)) {
       const AttentionCase c = AttentionDraw(seed + i).next(seed + i);
       const std::vector<Bounds> want = PlainAttention(c).run();
-      for (size_t t = 0; t < tiers.size(); ++t) failed[t] += !passes(tiers[t], c, want);
+      for (size_t t = 0; t < tiers.size(); ++t)
+        failed[t] += !passes(tiers[t], c, want) || !passes_by_a_cache(tiers[t], c, want);
       continue;
     }
     if (convolutions || (seed + i) % 4 == 1) {

@@ -65,6 +65,10 @@ _ATTENTION = (
     "ONNX has no attention in integers; export a model that calls torch's "
     "scaled_dot_product_attention: attn_implementation='sdpa' in transformers"
 )
+_CACHE = (
+    "ONNX has no attention over codes, and no tensor that is written in place; export a model that "
+    "computes without qnn.Int8KVCache"
+)
 _NO_LAYER = "no layer of a converted model calls it: it is part of a gradient"
 
 _COMPILED_OPS = {"int8_rows_linear", "int8_static_rows_linear", "int8_static_quantize", *NORMS}
@@ -81,6 +85,8 @@ def refusal(name: str) -> str | None:
         return _PREPARED
     if name == "int8_attention":
         return _ATTENTION
+    if name.startswith("int8_kv_"):
+        return _CACHE
     if name.endswith(("_dgrad", "_matmul", "_wgrad", "_columns", "_both")):
         return _TRAINING
     if name.endswith(("_quantize", "_dequantize")):

@@ -1,59 +1,17 @@
 // The ops of kernels/declare/attention.py on the CPU.
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <string>
 
 #include "attention/attention.h"
 #include "ops/arguments.h"
+#include "ops/attention_call.h"
 #include "ops/threads.h"
 #include "tiers/tier_choice.h"
 
 namespace qnn {
 namespace {
-
-// What `why_not_attention` in kernels/reference/attention.py says.
-void require_heads(const Arguments& args, const Attention& p) {
-  const auto text = [](int64_t number) { return std::to_string(number); };
-  if (p.d < 1) args.fail("d must be at least 1, got 0");
-  if (p.g > 0 ? p.h % p.g != 0 : p.h > 0)
-    args.fail("the heads of k and v must divide those of q, " + text(p.h) + ", got " + text(p.g));
-}
-
-void require_mask(const Arguments& args, const Attention& p, const Tensor& mask) {
-  if (p.causal) args.fail("mask and is_causal exclude each other; take both into the mask");
-  const int64_t wanted[] = {p.b, p.h, p.m, p.n};
-  bool good = mask.dim() == 4;
-  for (int axis = 0; good && axis < 4; ++axis)
-    good = mask.size(axis) == 1 || mask.size(axis) == wanted[axis];
-  if (good) return;
-  std::string want, got;
-  for (const int64_t size : wanted) want += (want.empty() ? "" : ", ") + std::to_string(size);
-  for (int64_t axis = 0; axis < mask.dim(); ++axis)
-    got += (got.empty() ? "" : ", ") + std::to_string(mask.size(axis));
-  args.fail("mask must be [" + want + "], or 1 along some of its axes, got [" + got + "]");
-}
-
-// As it lies, if its last axis is dense, else a copy.
-Rows rows_of(Arguments& args, const Tensor& t) {
-  const int64_t columns = t.size(3);
-  if (columns == 1 || t.stride(3) == 1)
-    return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
-  return {args.data(t), t.size(1) * t.size(2) * columns, t.size(2) * columns, columns};
-}
-
-void set_mask(Arguments& args, Attention& p, const Tensor& mask) {
-  p.mask = rows_of(args, mask);
-  // A size of 1, or an axis that was expanded.
-  int64_t* const strides[] = {&p.mask.batch, &p.mask.head, &p.mask.row};
-  for (int axis = 0; axis < 3; ++axis) {
-    if (mask.size(axis) == 1) *strides[axis] = 0;
-  }
-  p.mask_key = mask.size(3) == 1 ? 0 : 1;
-  p.mask_is_bool = mask.scalar_type() == ScalarType::Bool;
-  if (!p.mask_is_bool) p.mask_dtype = float_format(mask);
-}
 
 // Heads of keys go to threads whole where that shares the work evenly, or nearly so: what is packed
 // stays in a core's cache. Else all are packed first, and then rows are shared.
@@ -111,8 +69,7 @@ Tensor attend(const Tier& tier, const Tensor& q, const Tensor& k, const Tensor& 
   p.dtype = float_format(q);
   p.q = rows_of(args, q), p.k = rows_of(args, k), p.v = rows_of(args, v);
   if (mask.has_value()) set_mask(args, p, *mask);
-  const double factor = scale.has_value() ? *scale : 1.0 / std::sqrt(static_cast<double>(p.d));
-  p.unit = static_cast<float>(factor) * 1.44269504f * 1024.0f;
+  p.unit = unit_of(scale, p.d);
   with_memory(args, [&] { run(args, p, tier.attention); });
   return y;
 }

@@ -4,6 +4,7 @@
 #define QNN_LANES 8
 #include "tiers/avx2.h"
 
+#include "attention/cache_loops.h"
 #include "attention/loops.h"
 #include "conv/loops.h"
 #include "embedding/embedding.h"
@@ -70,6 +71,7 @@ constexpr Tier avx2 = [] {
   t.conv_int16 = conv<Int16Conv<Madd>>();
   t.conv_weight = conv<FloatConv<Avx2Machine>>();
   t.attention = attention<AttentionProduct<Madd>>();
+  t.cache = cached<Madd>();
   return t;
 }();
 

@@ -1,5 +1,6 @@
 // AVX-512 with VNNI: see vnni512.h.
 #define QNN_LANES 16
+#include "attention/cache_loops.h"
 #include "attention/loops.h"
 #include "conv/loops.h"
 #include "embedding/embedding.h"
@@ -29,6 +30,7 @@ constexpr Tier avx512_vnni = [] {
   t.conv_int16 = conv<Int16Conv<VnniWords>>();
   t.conv_weight = conv<FloatConv<Avx512Machine>>();
   t.attention = attention<AttentionProduct<Vnni>>();
+  t.cache = cached<Vnni>();
   return t;
 }();
 

@@ -4,6 +4,7 @@
 #define QNN_LANES 8
 #include <cpuid.h>
 
+#include "attention/cache_loops.h"
 #include "attention/loops.h"
 #include "conv/loops.h"
 #include "linear/loops.h"
@@ -112,6 +113,7 @@ constexpr Tier avx_vnni = [] {
   t.recurrent_int16 = recurrent<IntegerProduct<Vnni256Words, 3, 3, double>>();
   t.conv = conv<IntegerConv<Vnni256>>();
   t.attention = attention<AttentionProduct<Vnni256>>();
+  t.cache = cached<Vnni256>();
   return t;
 }();
 

@@ -3,6 +3,7 @@
 #ifndef QNN_LANES  // a test has more
 #define QNN_LANES 4
 #endif
+#include "attention/cache_loops.h"
 #include "attention/loops.h"
 #include "conv/loops.h"
 #include "embedding/embedding.h"
@@ -98,6 +99,7 @@ constexpr Tier portable = [] {
   t.conv_int16 = conv<Int16Conv<Plain>>();
   t.conv_weight = conv<FloatConv<PlainMachine>>();
   t.attention = attention<AttentionProduct<Plain>>();
+  t.cache = cached<Plain>();
   return t;
 }();
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "attention/attention.h"
+#include "attention/cache.h"
 #include "conv/conv.h"
 #include "embedding/lookup.h"
 #include "linear/linear.h"
@@ -29,6 +30,7 @@ struct Tier {
   ConvKernel conv_int16;             // of int16 and int16_static
   ConvKernel conv_weight;            // of int8_weight
   AttentionKernel attention;         // of int8
+  CacheKernel cache;                 // of int8
   const Tier* base;                  // whose are the fields that are null here; or null
 };
 
@@ -85,6 +87,7 @@ inline Tier whole(const Tier& tier) {
     if (all.conv_int16.run == nullptr) all.conv_int16 = base->conv_int16;
     if (all.conv_weight.run == nullptr) all.conv_weight = base->conv_weight;
     if (all.attention.rows == nullptr) all.attention = base->attention;
+    if (all.cache.rows == nullptr) all.cache = base->cache;
   }
   return all;
 }
