@@ -36,7 +36,7 @@ test-long: $(VENV)/.examples $(VENV)/.dev ## thousands of random calls of each C
 	@echo "test-long: the C++ kernels on thousands of random calls (some minutes on 2 cores)"
 	$(BIN)/python -m pytest -q -n 2 tests -m long
 
-test-all: $(VENV)/.examples $(VENV)/.dev ## test and test-long, in one run
+test-all: $(VENV)/.examples $(VENV)/.dev ## the whole suite, with thousands of random calls for a few
 	@echo "test-all: the whole suite and thousands of random calls of the C++ kernels"
 	$(BIN)/python -m pytest -q -n 2 tests -m ''
 

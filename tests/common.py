@@ -45,10 +45,10 @@ def weights(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def examples(short: int, long: int) -> pytest.MarkDecorator:
-    """So many random calls in every run of the suite, and many where the long tests run."""
-    return pytest.mark.parametrize(
-        "examples", [short, pytest.param(long, marks=pytest.mark.long, id=f"{long}")]
-    )
+    """So many random calls, or many where the long tests run."""
+    few = pytest.param(short, marks=pytest.mark.short, id=f"{short}")
+    many = pytest.param(long, marks=pytest.mark.long, id=f"{long}")
+    return pytest.mark.parametrize("examples", [few, many])
 
 
 def sum_bound(

@@ -13,6 +13,7 @@ from typing import Any
 # share the cores. Threads that spin on the cores of another process make both wait.
 if PROCESSES := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // PROCESSES))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Inductor asks the CPU what it has; that the compiler can build for it takes 7 s of a process with
 # an empty cache to find out, and is so wherever the C++ kernels are built.
@@ -36,7 +37,10 @@ settings.load_profile("qnn")
 
 # Files whose tests share what is slow to set up, or where one test takes very long: a process runs
 # each as a whole, and they come first.
-WHOLE = ("test_distributed.py", "test_examples.py", "test_kernels_cpp.py", "test_triton.py")
+WHOLE = (
+    *("test_distributed.py", "test_examples.py", "test_kernels_cpp.py", "test_pt2e_whole.py"),
+    "test_triton.py",
+)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -50,6 +54,23 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return file if file.endswith(WHOLE) else nodeid
 
     return Scheduler(config, log)
+
+
+@pytest.hookimpl(trylast=True)  # after `-m`
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A short form of a test is left out beside the long one, which makes more of the same."""
+
+    def function(item: pytest.Item) -> str:
+        return item.nodeid.partition("[")[0]
+
+    long = {function(item) for item in items if item.get_closest_marker("long")}
+    covered = [
+        item for item in items if item.get_closest_marker("short") and function(item) in long
+    ]
+    if covered:
+        config.hook.pytest_deselected(items=covered)
+        left = set(covered)
+        items[:] = [item for item in items if item not in left]
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,10 @@ from .tiers import TIERS, need
 pytestmark = pytest.mark.usefixtures("library")
 SCHEMES = ("int8", "int8_static", "int8_weight", "int16", "int16_static")
 EXACT = ("none", "relu", "relu6", "hardswish", "hardsigmoid")
-EACH = [pytest.param(40, 1), pytest.param(400, 10_000, marks=pytest.mark.long)]
+EACH = [
+    pytest.param(40, 1, marks=pytest.mark.short),
+    pytest.param(400, 10_000, marks=pytest.mark.long),
+]
 
 
 class Draw:

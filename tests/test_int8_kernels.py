@@ -177,7 +177,7 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, error: torch.Tensor | fl
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@examples(200, 600)
+@examples(200, 400)
 def test_equals_reference(tier: str, scheme: str, examples: int) -> None:
     """Bit for bit up to the activation's argument, and from its value on."""
 
@@ -198,7 +198,7 @@ def test_equals_reference(tier: str, scheme: str, examples: int) -> None:
     for_all(calls(whole=scheme == "int8_weight"), examples, check)
 
 
-@examples(100, 300)
+@examples(100, 200)
 def test_weight_only_within_rounding(tier: str, examples: int) -> None:
     """K products, each added with one rounding, in any order."""
 

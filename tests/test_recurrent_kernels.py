@@ -245,7 +245,7 @@ def for_all(strategy: st.SearchStrategy[Call], examples: int, check: Callable[..
 
 
 @pytest.mark.usefixtures("threads")
-@examples(200, 2500)
+@examples(200, 800)
 def test_equals_reference(examples: int) -> None:
     """Bit for bit, on every tier that runs, in one, two and three parts."""
 
@@ -258,7 +258,7 @@ def test_equals_reference(examples: int) -> None:
 
 
 @pytest.mark.usefixtures("threads")
-@examples(60, 800)
+@examples(60, 300)
 def test_weight_only_within_rounding(examples: int) -> None:
     """Four times what comes of biases that are off by what the sums of a gate may round."""
 
