@@ -108,7 +108,7 @@ int8_kv_attention = Op(
     native=True,
     products="b h m s d+b h m s e",
 )
-_KV_NAMES = tuple(arg.name for arg in int8_kv_attention.inputs)
+_KV_NAMES: tuple[str, ...] = tuple(arg.name for arg in int8_kv_attention.inputs)
 
 attention_dgrad = Op(
     "attention_dgrad",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
 
 import torch
 from torch import nn
@@ -144,7 +143,7 @@ class Int8KVCache(nn.Module):
             part[:, :, :held] = part[:, :, :held].index_select(0, index)
         self.length.copy_(self.length.index_select(0, index))
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Int8KVCache:
         # A cast of the whole model would reach the scales, which stay float32.
         kept = dict(self.named_buffers())
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
