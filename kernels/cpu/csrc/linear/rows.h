@@ -148,8 +148,8 @@ inline float normalizer(float amax) {
 
 // One row of x, times a power of two, in `parts` of bfloat16, each of `padded` values, whose sum it
 // is: one of bfloat16, two of float16, three of float32. Returns what undoes the power.
-__attribute__((noinline)) float read_parts(const Linear& p, int64_t row, int64_t padded,
-                                           int64_t parts, uint16_t* out) {
+inline __attribute__((noinline)) float read_parts(const Linear& p, int64_t row, int64_t padded,
+                                                  int64_t parts, uint16_t* out) {
   float factor = 1;
   with_single_format(p.x_dtype, [&](auto format) {
     using Format = decltype(format);
