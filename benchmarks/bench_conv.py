@@ -2,16 +2,19 @@
 
     python benchmarks/bench_conv.py                       # docs/benchmarks/bench_conv.*
     python benchmarks/bench_conv.py --only 'qnn|float'    # some variants, and the baseline
+    python benchmarks/bench_conv.py --what transposed     # docs/benchmarks/bench_conv_transposed.*
     python benchmarks/bench_conv.py --quick --out /tmp/bench
 
 The networks are transformers' ResNet-18, ResNet-50 and MobileNetV2 on 224×224, with random weights
 (seed 0); the statistics of their BatchNorm layers come from random images, as training would leave
 them. Every library gets the network in eval mode and folds BatchNorm in its own way. Layers are
-those of the networks, and of a stack for speech.
+those of the networks, and of a stack for speech. Transposed layers are a group of their own, which
+runs in eager mode: on images as torch makes them, and in channels-last memory.
 
 Counts. A convolution takes 2 · (elements of the output) · (input channels of a group) · (elements
-of the kernel) operations; a network all of its convolutions and linear layers, counted by hooks:
-3.63 G for ResNet-18 on one image.
+of the kernel) operations, a transposed one 2 · (elements of the input) · (output channels of a
+group) · (elements of the kernel); a network all of its convolutions and linear layers, counted by
+hooks: 3.63 G for ResNet-18 on one image.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from conv_variants import VARIANTS
+from conv_variants import TRANSPOSED, VARIANTS
 from harness import Case, all_rows, argument_parser, measure_grid, select
 from report import (
     Aim,
@@ -42,6 +45,7 @@ from timing import Effort
 from variants import Task
 
 BASELINE = "float fp32 compiled"
+EAGER = "float fp32 eager"  # the baseline of transposed layers
 # int8 of random weights, whose activations are spread as of no trained network.
 FLOOR = 8.0
 WithInputs = tuple[str, Task, Sequence[torch.Tensor]]
@@ -77,6 +81,20 @@ LAYERS = (
     ),
     Convolution("MobileNetV2 1x1 24->144, 56²", nn.Conv2d, (24, 144), 1, (56, 56)),
     Convolution("speech 1-D k=3/2 512, T=400", nn.Conv1d, (512, 512), 3, (400,), (("stride", 2),)),
+)
+_DOUBLED = (("stride", 2), ("padding", 1))
+_TILED = (("stride", 2), ("padding", 0))
+_VOCODER = (("stride", 8), ("padding", 4))
+TRANSPOSED_LAYERS = (
+    Convolution("4x4/2 64->32, 64²", nn.ConvTranspose2d, (64, 32), 4, (64, 64), _DOUBLED),
+    Convolution("4x4/2 64->32, 28²", nn.ConvTranspose2d, (64, 32), 4, (28, 28), _DOUBLED),
+    Convolution("2x2/2 128->64, 64²", nn.ConvTranspose2d, (128, 64), 2, (64, 64), _TILED),
+    Convolution("3x3 256->256, 28²", nn.ConvTranspose2d, (256, 256), 3, (28, 28)),
+    Convolution("1-D k=16/8 256->128, T=200", nn.ConvTranspose1d, (256, 128), 16, (200,), _VOCODER),
+)
+QUICK_TRANSPOSED = (
+    Convolution("4x4/2 8->4, 5²", nn.ConvTranspose2d, (8, 4), 4, (5, 5), _DOUBLED),
+    Convolution("1-D k=16/8 8->4, T=9", nn.ConvTranspose1d, (8, 4), 16, (9,), _VOCODER),
 )
 QUICK_LAYERS = (Convolution("3x3 8, 8²", nn.Conv2d, (8, 8), 3, (8, 8)),)
 
@@ -131,12 +149,14 @@ def counted_operations(model: nn.Module, x: torch.Tensor) -> int:
     """Of the convolutions and linear layers of one call."""
     counted = 0
 
-    def count(module: nn.Module, _: Any, output: torch.Tensor) -> None:
+    def count(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         nonlocal counted
         weight: Any = module.weight
-        counted += 2 * output.numel() * math.prod(weight.shape[1:])
+        each = inputs[0] if isinstance(module, transposed) else output
+        counted += 2 * each.numel() * math.prod(weight.shape[1:])
 
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Linear)
+    transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Linear, *transposed)
     hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, kinds)]
     model(x)
     for hook in hooks:
@@ -147,6 +167,15 @@ def counted_operations(model: nn.Module, x: torch.Tensor) -> int:
 def tasks(quick: bool, what: str, batches: Sequence[int]) -> Iterator[WithInputs]:
     task_of = partial(Task, memory_format=torch.channels_last)
     torch.manual_seed(0)
+    if what == "transposed":
+        for layer in QUICK_TRANSPOSED if quick else TRANSPOSED_LAYERS:
+            model, calibration = layer.build().eval(), tuple(layer.input(1) for _ in range(4))
+            inputs = [layer.input(batch) for batch in batches]
+            yield layer.name, Task(model, inputs[0], calibration), inputs
+            if len(layer.size) == 2:
+                task = task_of(model, inputs[0], calibration)
+                yield f"{layer.name}, channels-last", task, inputs
+        return
     if what != "networks":
         for layer in QUICK_LAYERS if quick else LAYERS:
             calibration = tuple(layer.input(1) for _ in range(4))
@@ -201,33 +230,41 @@ AIMS = [
 ]
 
 
+CHOICES = ("layers", "networks", "both", "transposed")
+
+
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--what", choices=("layers", "networks", "both"), default="both")
+    parser.add_argument("--what", choices=CHOICES, default="both")
     parser.add_argument("--case", default="", help="a regular expression of what is measured")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     effort = Effort(rounds=3, seconds=5) if options.quick else Effort(rounds=11, seconds=40)
+    transposed = options.what == "transposed"
+    name, title = "bench_conv", "convolutions"
+    if transposed:
+        name, title = "bench_conv_transposed", "transposed convolutions"
+    variants, baseline = (TRANSPOSED, EAGER) if transposed else (VARIANTS, BASELINE)
     grid = measure_grid(
         cases_of(tasks(options.quick, options.what, options.batches), options.case),
-        select(VARIANTS, options.only, BASELINE),
-        baseline=BASELINE,
+        select(variants, options.only, baseline),
+        baseline=baseline,
         effort=effort,
         show=case_table,
         verbose=options.verbose,
     )
     rows = all_rows(grid)
-    parts = [f"## {name}\n\n{size_table(each)}" for name, each in grid.items()]
-    parts += [aims_table(AIMS, rows), without_time(rows)]
+    parts = [f"## {layer}\n\n{size_table(each)}" for layer, each in grid.items()]
+    parts += [*([] if transposed else [aims_table(AIMS, rows)]), without_time(rows)]
     print("", *parts, sep="\n\n")
     save(
         options.out,
-        "bench_conv",
-        "convolutions",
+        name,
+        title,
         rows,
         parts,
-        {"bench_conv": lambda machine: speedups_chart(grid, "convolutions", BASELINE, machine)},
+        {name: lambda machine: speedups_chart(grid, title, baseline, machine)},
     )
 
 

@@ -124,3 +124,13 @@ VARIANTS: tuple[Variant[Task], ...] = (
     Variant("ONNX Runtime int8", "fp32", "static", onnxruntime_static),
     Variant("OpenVINO int8", "fp32", "NNCF", openvino),
 )
+
+# Transposed layers, in eager mode.
+TRANSPOSED: tuple[Variant[Task], ...] = (
+    Variant("float", "fp32", "eager", float_eager),
+    Variant("float", "bf16", "eager", float_eager),
+    *(
+        Variant(f"qnn {scheme}", "fp32", "eager", partial(qnn_eager, scheme=scheme))
+        for scheme in ("int8_weight", "int8", "int8_static", "int16")
+    ),
+)

@@ -22,6 +22,7 @@ _COLOURS = {
     "qnn int8": "#ee6677",
     "qnn int8_static": "#aa3377",
     "qnn int8_weight": "#ffaabb",
+    "qnn int16": "#882255",
     "torch.ao int8": "#ccbb44",
     "torchao int8": "#4477aa",
     "torchao PT2E": "#4477aa",

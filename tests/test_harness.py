@@ -49,6 +49,7 @@ def test_nothing_is_written_twice() -> None:
     [
         ("bench_lstm", ("--no-processes", "--only", "qnn int8 fp32 eager")),
         ("bench_attention", ("--only", "qnn int8")),
+        ("bench_conv", ("--what", "transposed", "--batches", "2", "--only", "qnn")),
         # Half a minute, for the machine's peaks and what is measured beside the grid.
         pytest.param(
             "bench_linear", ("--only", "qnn int8 bf16 eager|GEMM"), marks=pytest.mark.long
@@ -59,9 +60,10 @@ def test_a_script_measures_and_writes(
     script: str, options: tuple[str, ...], tmp_path: Path
 ) -> None:
     path = BENCHMARKS / f"{script}.py"
+    stem = f"{script}_transposed" if "transposed" in options else script
     text = forked_script(path, "--quick", "--out", str(tmp_path), *options, cwd=tmp_path)
-    assert f"written: {tmp_path / script}.csv" in text
-    with (tmp_path / f"{script}.csv").open() as file:
+    assert f"written: {tmp_path / stem}.csv" in text
+    with (tmp_path / f"{stem}.csv").open() as file:
         rows = list(csv.DictReader(file))
     grid = [row for row in rows if row["variant"] == "float fp32 eager" and row["speedup"]]
     assert grid
@@ -69,7 +71,7 @@ def test_a_script_measures_and_writes(
     for row in rows:  # what has no time says why
         assert row["median_ms"] or row["note"] or row["case"] == "peak"
         assert row["torch"] == torch.__version__
-    page = (tmp_path / f"{script}.md").read_text()
+    page = (tmp_path / f"{stem}.md").read_text()
     assert f"`python benchmarks/{script}.py --quick" in page
     assert "\n## Without a time\n" in page
     ours = [row for row in rows if row["variant"].startswith(options[-1].partition("|")[0])]

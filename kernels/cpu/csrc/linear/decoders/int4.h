@@ -89,7 +89,10 @@ struct Int4Codes {
       whole = (whole + byte_products<0>(even, vector(2), odd, vector(3))) << 8;
       whole += byte_products<0>(even, vector(4), odd, vector(5));
       whole -= w.zero_points == nullptr ? vector(6) << 3 : vector(6) * zero;
-      add(r, floats(whole) * read<vfloat>(at + 7 * kLanes), scale);
+      // A sum of large values may be beyond float32 where the scale makes it small again.
+      const vfloat u = read<vfloat>(at + 7 * kLanes);
+      const vint large = u > splat(0x1p96f);
+      add(r, floats(whole) * (large ? scale : u), large ? u : scale);
     }
   }
 
