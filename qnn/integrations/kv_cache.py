@@ -13,7 +13,7 @@ from qnn.integrations.attention import NAME
 from qnn.nn.kv_cache import Int8KVCache
 
 
-class Int8CacheLayer(CacheLayerMixin):
+class Int8CacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no types here
     """The `Int8KVCache` of one layer, whose sizes it learns from the first call, as transformers'
     `StaticLayer`.
 
@@ -97,7 +97,7 @@ class Int8CacheLayer(CacheLayerMixin):
         raise NotImplementedError("qnn.integrations.transformers.Int8Cache is not offloaded.")
 
 
-class Int8Cache(Cache):
+class Int8Cache(Cache):  # type: ignore[misc]
     """Keys and values of a decoder in int8, with a scale for each token and head.
 
         cache = Int8Cache(model.config, max_cache_len=4096)
