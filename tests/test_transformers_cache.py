@@ -15,6 +15,7 @@ from .common import same_bits
 transformers = pytest.importorskip("transformers")
 from qnn.integrations.transformers import Int8Cache  # noqa: E402  # it imports transformers
 
+pytestmark = pytest.mark.usefixtures("qnn_in_transformers")
 PROMPT, NEW = 12, 10
 
 

@@ -86,6 +86,12 @@ int8_kv_append = Op(
     native=True,
 )
 
+
+def _kv_rule(*args: Any) -> str | None:
+    names = (arg.name for arg in int8_kv_attention.inputs)
+    return why_not_kv_attention(dict(zip(names, args, strict=True)))
+
+
 int8_kv_attention = Op(
     "int8_kv_attention",
     "q: b h m d, keys: b g s d, key_scale: b g s, values: b g s e, value_scale: b g s, length: b, "
@@ -102,14 +108,12 @@ int8_kv_attention = Op(
             1, sizes["h"], 1, sizes["s"], generator=torch.Generator().manual_seed(1)
         ),
     },
-    rule=lambda *args: why_not_kv_attention(dict(zip(_KV_NAMES, args, strict=True))),
+    rule=_kv_rule,
     limits={"d": INT8_MAX_K},
     rowwise=False,
     native=True,
     products="b h m s d+b h m s e",
 )
-_KV_NAMES: tuple[str, ...] = tuple(arg.name for arg in int8_kv_attention.inputs)
-
 attention_dgrad = Op(
     "attention_dgrad",
     f"dy: b m h e, {_OPERANDS} -> b*h*m*d+b*g*n*d+b*g*n*e",

@@ -244,7 +244,9 @@ class Op(Declaration):
             )
         return result, 0 if len(self.outputs) == 1 else (0,) * len(self.outputs)
 
-    def _of_each(self, count: int, in_dims: Sequence[int | None], args: Sequence[Any]) -> tuple[Any, Any]:
+    def _of_each(
+        self, count: int, in_dims: Sequence[int | None], args: Sequence[Any]
+    ) -> tuple[None, None]:
         """A call an element, each of which writes to its own part of what is mapped."""
         for i in self.written:
             if in_dims[i] is None:

@@ -13,7 +13,7 @@ from qnn.integrations.attention import NAME
 from qnn.nn.kv_cache import Int8KVCache
 
 
-class Int8CacheLayer(CacheLayerMixin):  # type: ignore[misc]
+class Int8CacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no types here
     """The `Int8KVCache` of one layer, whose sizes it learns from the first call, as transformers'
     `StaticLayer`.
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from qnn.functional.kv_cache import CachedRows, append_to_cache, cached_attention
+
+CacheT = TypeVar("CacheT", bound="Int8KVCache")
 
 
 class Int8KVCache(nn.Module):
@@ -143,7 +146,9 @@ class Int8KVCache(nn.Module):
             part[:, :, :held] = part[:, :, :held].index_select(0, index)
         self.length.copy_(self.length.index_select(0, index))
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Int8KVCache:
+    def _apply(
+        self: CacheT, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> CacheT:
         # A cast of the whole model would reach the scales, which stay float32.
         kept = dict(self.named_buffers())
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
