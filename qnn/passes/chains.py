@@ -25,7 +25,7 @@ from torch.fx import Graph, Node
 
 from qnn.kernels import OPS, Op
 from qnn.kernels.torch_private import inductor_matches_patterns, mistakes_dtypes, statically_equal
-from qnn.passes.region import Region, before_writes, call, call_op, items, match
+from qnn.passes.region import Region, before_writes, call, call_op, items, match, takes_place
 
 _QUANTIZE, _CHAIN, _FORK, _CODES = (
     OPS[f"int8_{name}"] for name in ("static_quantize", "chain_conv", "fork_conv", "codes_conv")
@@ -92,7 +92,7 @@ def join(graph: Graph) -> None:
                     continue
                 (floats,) = kept
                 links[floats], codes[floats] = links[y], codes[y]
-        floats.meta = y.meta | floats.meta  # its operands are not y's
+        takes_place(floats, y)
         y.replace_all_uses_with(floats)
     for node in reversed(list(graph.nodes)):
         if node in doomed and not node.users:

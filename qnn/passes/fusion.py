@@ -39,7 +39,15 @@ from qnn.kernels.torch_private import (
 )
 from qnn.passes import cast_fusion, chains, norms, padding, user_region
 from qnn.passes.chains import RESHAPES
-from qnn.passes.region import Region, before_writes, call, match, read, unwrap_gradients
+from qnn.passes.region import (
+    Region,
+    before_writes,
+    call,
+    match,
+    read,
+    takes_place,
+    unwrap_gradients,
+)
 
 # The op that quantises the rows of a layer's input, and the layer's op for rows quantised already.
 SHARED = {"int8_linear": ("int8_quantize", "int8_rows_linear")}
@@ -306,7 +314,7 @@ def _replace(graph: Graph, layer: _Layer) -> None:
         if residual is not None:
             for view in reversed(layer.views):
                 result = graph.node_copy(view, {view.args[0]: result}.__getitem__)
-    folded.meta = (layer.result if layer.views else layer.end).meta | folded.meta
+    takes_place(folded, layer.result if layer.views else layer.end)
     if layer.views and residual is None:
         layer.result.replace_all_uses_with(folded)
         result = layer.views[0]

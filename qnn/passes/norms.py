@@ -36,7 +36,7 @@ from qnn.kernels.torch_private import (
     statically_equal,
 )
 from qnn.passes.chains import RESHAPES
-from qnn.passes.region import Region, before_writes, call_op, items, read
+from qnn.passes.region import Region, before_writes, call_op, items, read, takes_place
 
 # The norms that become ops: LayerNorm and RMSNorm.
 KINDS = {"layer", "rms"}
@@ -272,10 +272,10 @@ def _replace(
     for reader in taken:
         _read_codes(graph, reader, {"q": q, "scale": scale, "dtype": dtype})
     if fork:
-        floats[-1].meta.update(top.meta)
+        takes_place(floats[-1], top)
         top.replace_all_uses_with(floats[-1])
     if total is not None and sums:
-        floats[0].meta.update(total.meta)
+        takes_place(floats[0], total)
         total.replace_all_uses_with(floats[0])
     dead = within if total is None else {*within, total}
     _erase(graph, sorted(dead, key=lambda node: place[node], reverse=True))
@@ -336,7 +336,7 @@ def _read_codes(graph: Graph, reader: Region, codes: dict[str, Any]) -> None:
     result: Any = reader.result
     with graph.inserting_before(node):
         rows = call_op(graph, OPS[ROWS[reader.op.name]], {**reader.arguments, **codes})
-    rows.meta.update(result.meta)
+    takes_place(rows, result)
     result.replace_all_uses_with(rows)
     body = [] if reader.call is node else node.all_input_nodes[:1]
     _erase(graph, [*dict.fromkeys((result, node)), *body])

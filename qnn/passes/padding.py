@@ -15,7 +15,7 @@ import torch
 from torch.fx import Graph, Node
 
 from qnn.kernels.torch_private import inductor_matches_patterns, statically_equal
-from qnn.passes.region import Region, before_writes, call, call_op, match
+from qnn.passes.region import Region, before_writes, call, call_op, match, takes_place
 
 _aten = torch.ops.aten
 _VIEWS = frozenset([_aten.unsqueeze.default, _aten.squeeze.dim, _aten.squeeze.dims])
@@ -52,7 +52,7 @@ def _fold(graph: Graph, region: Region) -> None:
     unused = [conv, *reversed(made[1:])]
     # The zeros may have moved the image to another layout, and y with it.
     if conv.meta["val"].stride() == result.meta["val"].stride():
-        conv.meta = result.meta | conv.meta
+        takes_place(conv, result)
         result.replace_all_uses_with(conv)
         body = region.node.all_input_nodes[:1]
         unused = [result, region.node, *body, *views, padded]

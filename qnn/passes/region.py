@@ -209,6 +209,11 @@ def call(graph: Graph, target: Any, *args: Any) -> Node:
     return node
 
 
+def takes_place(new: Node, old: Node) -> None:
+    """Give `new` what is known of `old`, but for its own value and operands."""
+    new.meta = old.meta | new.meta
+
+
 def call_op(graph: Graph, op: Op, given: Mapping[str, Any]) -> Node:
     """Insert a call of the bare op with what it takes of `given`."""
     return call(graph, op.overload, *(given.get(arg.name, op.default(arg)) for arg in op.inputs))
