@@ -218,6 +218,7 @@ def test_every_source_is_driven() -> None:
             "embedding_",
             "grouped_",
             "histogram_",
+            "norm_",
             "recurrent_",
         )
     }
