@@ -538,8 +538,9 @@ Bounds float_sum(const Call& c, int64_t i, int64_t j) {
   const int smallest = c.weight.decoder == Decoder::e4m3 ? -142 : -150;
   double error =
       static_cast<double>(c.k + 1) * (std::ldexp(magnitude, -24) + std::ldexp(1, smallest));
-  // Of more than 12 rows the products may be of bfloat16. There x is in up to three parts, which are added
-  // for every 32 codes, and 2^-86 of the largest of a row may count as 0, in x, products and sums.
+  // Of more than 12 rows the products may be of bfloat16. There x is in up to three parts, which
+  // are added for every 32 codes, and 2^-86 of the largest of a row may count as 0, in x, products
+  // and sums.
   if (c.m > 12) {
     double most = 0, weights = 0, unit = 1;
     for (int64_t l = 0; l < c.k; ++l) {
