@@ -27,7 +27,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -189,15 +189,22 @@ def parse_signature(
         ValueError: what cannot be read, with the signature, the place and the reason.
     """
 
-    def fail(reason: str) -> Any:
+    def fail(reason: str) -> NoReturn:
         raise ValueError(f"{op}: signature {signature!r}: {reason}.")
+
+    def read(part: str, *, given: bool) -> Arg:
+        try:
+            return _argument(part, given)
+        except _UnreadableError as error:
+            reason = str(error)
+        fail(reason)
 
     left, arrow, right = signature.partition("->")
     if not arrow:
         fail("it has no '->' before the results")
-    inputs = tuple(_argument(part, fail, given=True) for part in _apart(left, ","))
+    inputs = tuple(read(part, given=True) for part in _apart(left, ","))
     results = [] if right.strip() == "()" else _apart(right, ",")
-    outputs = tuple(_argument(part, fail, given=False) for part in results)
+    outputs = tuple(read(part, given=False) for part in results)
     if not outputs and not any(arg.written for arg in inputs):
         fail("it has no result, and no argument marked '!' that it writes to")
     for before, after in itertools.pairwise(inputs):
@@ -245,50 +252,59 @@ def _require_functions(
         _require_functions(other, functions, arg, fail)
 
 
-def _argument(part: str, fail: Callable[[str], Any], *, given: bool) -> Arg:
+class _UnreadableError(ValueError):
+    """Why an argument or a result cannot be read."""
+
+
+def _fail(reason: str) -> NoReturn:
+    raise _UnreadableError(reason)
+
+
+@functools.cache  # many ops share most of their arguments
+def _argument(part: str, given: bool) -> Arg:
     """One argument, or one result, whose name may be missing."""
     name, colon, axes = part.partition(":")
     if not colon:
         if given:
-            fail(f"an argument has no ':' before its axes {part.strip()!r}; write 'name: axes'")
+            _fail(f"an argument has no ':' before its axes {part.strip()!r}; write 'name: axes'")
         name, axes = "y", part
     name, axes = name.strip(), axes.strip()
     optional, name = name.endswith("?"), name.removesuffix("?").strip()
     written, name = name.endswith("!") and given, name.removesuffix("!").strip()
     if written and optional:
-        fail(f"{name} is written, so it cannot be left out")
+        _fail(f"{name} is written, so it cannot be left out")
     if given and (not name.isidentifier() or keyword.iskeyword(name)):
-        fail(f"{name!r} cannot name an argument; write 'name: axes'")
+        _fail(f"{name!r} cannot name an argument; write 'name: axes'")
     if axes.endswith("?"):
-        fail(f"{name} is marked after its axes; write '{name}?: {axes[:-1]}'")
+        _fail(f"{name} is marked after its axes; write '{name}?: {axes[:-1]}'")
     if (match := _PLAIN.fullmatch(axes)) and given:
         if written:
-            fail(f"{name} is marked '!' and is not a tensor")
-        return _plain(name, match, optional, fail)
+            _fail(f"{name} is marked '!' and is not a tensor")
+        return _plain(name, match, optional)
     count = None
     if match := _LIST.fullmatch(axes):
         if written:
-            fail(f"{name} is marked '!' and is a list; name each tensor that is written")
+            _fail(f"{name} is marked '!' and is a list; name each tensor that is written")
         count, axes = match["count"], match["axes"].strip()
     words = _apart(axes, None)
     lead = words[:1] == [LEAD]
     if LEAD in words[1:]:
-        fail(f"'...' of {name} must come first, and once")
+        _fail(f"'...' of {name} must come first, and once")
     parsed = []
     for word in words[lead:]:
         try:
             parsed.append(parse_axis(word))
         except ValueError:
-            fail(f"{word!r} of {name} is not an axis: {FORMS}")
+            _fail(f"{word!r} of {name} is not an axis: {FORMS}")
     kind = "Tensor" if count is None else "Tensor[]"
     return Arg(name, tuple(parsed), lead, optional, kind, count, written=written)
 
 
-def _plain(name: str, match: re.Match[str], optional: bool, fail: Callable[[str], Any]) -> Arg:
+def _plain(name: str, match: re.Match[str], optional: bool) -> Arg:
     """An argument that is not a tensor."""
     word, length, default = match.groups()
     if length is not None and word != "int":
-        fail(f"{name} is a list of {word}; only integers come in lists")
+        _fail(f"{name} is a list of {word}; only integers come in lists")
     kind = _SCHEMA[word] + ("" if length is None else f"[{length}]")
     if default is None:
         return Arg(name, None, optional=optional, kind=kind)
@@ -296,12 +312,14 @@ def _plain(name: str, match: re.Match[str], optional: bool, fail: Callable[[str]
         flags = {"True": True, "False": False}
         value = flags[default] if word == "bool" else (float if word == "float" else int)(default)
     except (KeyError, ValueError):
-        fail(f"{name} has the default {default!r}, which is not {word}")
+        _fail(f"{name} has the default {default!r}, which is not {word}")
     return Arg(name, None, optional=True, kind=kind, default=value)
 
 
 def _apart(text: str, separator: str | None) -> list[str]:
     """`text` cut at a separator, or at blanks, that stands in no bracket."""
+    if separator is None and not {*"(["} & {*text}:
+        return text.split()
     depth, parts = 0, [""]
     for letter in text:
         depth += (letter in "([") - (letter in ")]")
