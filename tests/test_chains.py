@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 from parameterized import parameterized
 from torch import nn
 from torch._inductor import config
+from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 
 import qnn
@@ -464,3 +466,23 @@ class TestLeftAlone:
     def test_switched_off_with_inductors_own_patterns(self) -> None:
         layers, x = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 4, 2)), image(2, 4, 6, 6)
         check(static(layers, x), x, calls={KEPT: 2}, options={"pattern_matcher": False})
+
+
+class TestLayout:
+    @torch.no_grad()
+    def test_channels_last_images_stay_so(self) -> None:
+        """Inductor may lay out anew what it computes, and what a pass inserted read."""
+        x = image(2, 4, 12, 10).contiguous(memory_format=torch.channels_last)
+        model = static(nn.Sequential(nn.MaxPool2d(2), block(4, 8, 3), block(8, 8, 3)), x)
+        run = torch.compile(model, fullgraph=True)
+        got, (code,) = run_and_get_code(run, x)
+        made = re.findall(r"assert_size_stride\(\w+, \(([^)]*)\), \(([^)]*)\), '([^']*)'\)", code)
+        images = [
+            strides.split(", ")
+            for sizes, strides, op in made
+            if "_quantize" in op or "_chain_conv" in op
+            if sizes.split(", ")[1] != "1"
+        ]
+        assert len(images) == 2
+        assert all(strides[1] == "1" for strides in images)
+        assert same_bits(got, model(x))

@@ -190,7 +190,7 @@ def test_int4_of_zeros_is_zero(run: Run, m: int) -> None:
         assert not bool(run(x, words, torch.ones(5, 3), zeros, None).any())
 
 
-@pytest.mark.parametrize("unit", [1e-30, 1e-15, 1e15, 1e35])
+@pytest.mark.parametrize("unit", [1e-30, 1e-15, 1e15, 1e35, 4e37])
 @pytest.mark.parametrize("m", [1, 32])
 def test_int4_over_rows_of_any_size(run: Run, unit: float, m: int) -> None:
     torch.manual_seed(5)

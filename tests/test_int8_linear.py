@@ -24,6 +24,20 @@ def name_case(function, number, param) -> str:  # type: ignore[no-untyped-def]
     return "_".join([function.__name__, *parts]).replace(" ", "")
 
 
+@pytest.mark.skipif(not torch.cpu.get_capabilities().get("amx_int8"), reason="this CPU has no AMX")
+@pytest.mark.parametrize(("most", "zero_point"), [("ALL", 0), ("AVX512_CORE_VNNI", 128)])
+def test_onednn_is_exact_with_amx_and_without(most: str, zero_point: int) -> None:
+    forked(
+        f"""
+        import os
+        os.environ["ONEDNN_MAX_CPU_ISA"] = "{most}"
+        from qnn.kernels.cpu.engines import ENGINES, self_test
+        assert self_test("onednn").usable, self_test("onednn")
+        assert ENGINES["onednn"].zero_point == {zero_point}
+        """
+    )
+
+
 @pytest.mark.usefixtures("poisoned_memory")
 class TestLinear:
     @parameterized.expand(itertools.product(USABLE, SIZES), name_func=name_case)

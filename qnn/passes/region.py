@@ -211,7 +211,8 @@ def call(graph: Graph, target: Any, *args: Any) -> Node:
 
 def takes_place(new: Node, old: Node) -> None:
     """Give `new` what is known of `old`, but for its own value and operands."""
-    new.meta = old.meta | new.meta
+    known = {key: value for key, value in old.meta.items() if key != "eager_input_vals"}
+    new.meta = known | new.meta
 
 
 def call_op(graph: Graph, op: Op, given: Mapping[str, Any]) -> Node:

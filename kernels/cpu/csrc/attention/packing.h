@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/attention.h"
+#include "attention/mask.h"
 #include "attention/products.h"
 #include "attention/quantize.h"
 #include "attention/weights.h"
@@ -89,25 +90,9 @@ struct PackedHeads {
     });
   }
 
-  // What is added to the scores of a row: −inf where a key is hidden, and only there.
+  // What is added to the scores of a row.
   static void mask_row(const Attention& p, int64_t head, int64_t row, int64_t padded, float* to) {
-    const Rows& mask = p.mask;
-    const int64_t at = head / p.h * mask.batch + head % p.h * mask.head + row * mask.row;
-    const int64_t count = p.mask_key == 0 ? 1 : p.n;
-    const vfloat hidden = splat(-INFINITY);
-    if (p.mask_is_bool) {
-      const auto* seen = static_cast<const uint8_t*>(mask.values) + at;
-      for (int64_t i = 0; i < count; ++i) to[i] = seen[i] != 0 ? 0.0f : -INFINITY;
-    } else {
-      to_floats(p.mask_dtype, mask.values, at, count, round_up(count, kLanes), to);
-      for (int64_t i = 0; i < count; i += kLanes) {
-        const vfloat value = read<vfloat>(to + i);
-        const vfloat added =
-            at_most(splat(FLT_MAX), at_least(splat(-FLT_MAX), value * (1.44269504f * 1024)));
-        write(to + i, value == hidden ? hidden : added);
-      }
-    }
-    for (int64_t i = 1; p.mask_key == 0 && i < padded; ++i) to[i] = to[0];
+    read_mask(p, head / p.h, head % p.h, row, p.n, padded, to);
   }
 
   // Which keys some query of the head sees: all ones.
