@@ -472,8 +472,10 @@ class TestLayout:
     @torch.no_grad()
     def test_channels_last_images_stay_so(self) -> None:
         """Inductor may lay out anew what it computes, and what a pass inserted read."""
-        x = image(2, 4, 12, 10).contiguous(memory_format=torch.channels_last)
-        model = static(nn.Sequential(nn.MaxPool2d(2), block(4, 8, 3), block(8, 8, 3)), x)
+        x = image(1, 4, 40, 40).contiguous(memory_format=torch.channels_last)
+        model = static(
+            nn.Sequential(block(4, 4, 3), nn.MaxPool2d(3, 2, 1), block(4, 8, 3), block(8, 8, 3)), x
+        )
         run = torch.compile(model, fullgraph=True)
         got, (code,) = run_and_get_code(run, x)
         made = re.findall(r"assert_size_stride\(\w+, \(([^)]*)\), \(([^)]*)\), '([^']*)'\)", code)
